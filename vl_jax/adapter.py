@@ -1,0 +1,88 @@
+"""From patch tokens to the width of the language model: pixel shuffle, projector, and the visual table.
+
+    patch tokens [M P W] --pixel shuffle--> [M n 4W] --MLP--> tile tokens [M n D]
+    [M * n tile tokens | newline | separator] --visual_index--> visual tokens of a row, in reading order
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from vl_jax.nn.layers import Linear, named
+from vl_jax.sharding import constrain
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """The projector of DeepSeek-VL2 (``downsample_mlp_gelu``)."""
+
+    downsample: int = 2  # side of the window of patches that becomes one token
+    num_layers: int = 2
+    mlp_ratio: int = 1  # hidden width as a multiple of the language model's
+
+    def __post_init__(self):
+        if min(self.downsample, self.num_layers, self.mlp_ratio) < 1:
+            raise ValueError(f"downsample={self.downsample}, num_layers={self.num_layers}: must be >= 1")
+
+    def tokens_side(self, grid: int) -> int:
+        """Tokens on the side of a tile whose patch grid has ``grid`` patches on a side."""
+        return -(-grid // self.downsample)
+
+
+def pixel_shuffle(patches: Float[Array, "M P W"], *, ratio: int) -> Float[Array, "M n F"]:
+    """Joins windows of ratio x ratio patches into one token, after zero-padding bottom and right.
+
+    Features inside a window are channel-major: ``channel * ratio**2 + row * ratio + column``.
+    """
+    tiles, count, width = patches.shape
+    side = round(count**0.5)
+    padding = -side % ratio
+    grid = patches.reshape(tiles, side, side, width)
+    grid = jnp.pad(grid, ((0, 0), (0, padding), (0, padding), (0, 0)))
+    cells = (side + padding) // ratio
+    grid = grid.reshape(tiles, cells, ratio, cells, ratio, width).transpose(0, 1, 3, 5, 2, 4)
+    return grid.reshape(tiles, cells * cells, width * ratio * ratio)
+
+
+def gather_visual(
+    tile_tokens: Float[Array, "B M n D"],
+    newline: Float[Array, " D"],
+    separator: Float[Array, " D"],
+    visual_index: Int[Array, "B S"],
+) -> Float[Array, "B S D"]:
+    """Lays out a row's visual tokens in reading order (see ``batch.py``); padding becomes zero."""
+    batch, _, _, width = tile_tokens.shape
+    extra = jnp.broadcast_to(jnp.stack([newline, separator]), (batch, 2, width))
+    table = jnp.concatenate([tile_tokens.reshape(batch, -1, width), extra], axis=1)
+    tokens = jnp.take_along_axis(table, jnp.maximum(visual_index, 0)[..., None], axis=1)
+    return jnp.where((visual_index >= 0)[..., None], tokens, 0)
+
+
+class Adapter(nn.Module):
+    """Pixel shuffle and MLP with exact (erf) GELU, plus the learned newline and separator vectors."""
+
+    config: AdapterConfig
+    embed_dim: int
+
+    @nn.compact
+    def __call__(
+        self, patches: Float[Array, "B M P W"], visual_index: Int[Array, "B S"]
+    ) -> Float[Array, "B S D"]:
+        c, (batch, tiles) = self.config, patches.shape[:2]
+        x = pixel_shuffle(patches.reshape(batch * tiles, *patches.shape[2:]), ratio=c.downsample)
+        for i in range(c.num_layers):
+            last = i == c.num_layers - 1
+            width = self.embed_dim * (1 if last else c.mlp_ratio)
+            names = ("mlp", "embed") if last else ("embed", "mlp")
+            x = Linear(width, names, use_bias=True, name=f"layer_{i}")(x)
+            x = x if last else jax.nn.gelu(x, approximate=False)
+        init = named(nn.initializers.normal(self.embed_dim**-0.5), None)
+        newline = self.param("newline", init, (self.embed_dim,)).astype(x.dtype)
+        separator = self.param("separator", init, (self.embed_dim,)).astype(x.dtype)
+        tile_tokens = x.reshape(batch, tiles, -1, self.embed_dim)
+        return constrain(gather_visual(tile_tokens, newline, separator, visual_index), "batch", None, None)

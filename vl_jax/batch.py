@@ -1,0 +1,68 @@
+"""The ``Batch``: the one pytree on which data, models, losses and metrics agree.
+
+Shape letters, used in annotations, einsums and comments throughout the package::
+
+    B batch            T query tokens    S key / visual tokens   D model width     F hidden width
+    N heads            H head width      R latent rank           L layers          V vocabulary
+    E experts          K experts/token   G routing groups        C expert capacity P patches
+    M tiles            Q object queries  h w c image grids (lower case)
+
+How pixels meet tokens::
+
+    tiles[b, m] --encoder, adapter--> tile tokens [M * n, D]  --.
+    learned newline and separator vectors           [2, D]    --+--> table [M * n + 2, D]
+                                                                      |  visual_index[b, s]
+                     visual tokens of the row, in reading order  [S, D]
+                                                                      |  visual_slot[b, t]
+    embed[tokens[b, t]]  where visual_slot < 0, else the visual token there  --> decoder input [T, D]
+
+The layout of tiles, row ends and separators is computed once per image on the host, as integers, so the
+device does two gathers with static shapes whatever the images look like.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from flax import struct
+
+# A leaf of a pytree record: an array, or whatever a tree transformation puts in its place (a shape, a
+# sharding). The comment beside each field gives dtype and shape; functions check them.
+Leaf = Any
+
+# Modality ids of tokens in the language model; routing statistics are split by them.
+TEXT, VISION = 0, 1
+MODALITIES = ("text", "vision")
+
+
+@struct.dataclass
+class Batch:
+    """One training or evaluation batch of rows, padded to static shapes.
+
+    A token may attend to an earlier token of its own segment, if that token is on the trunk
+    (``branch_ids`` 0) or on its own branch. Segments are the samples packed in a row; branches are the
+    independent questions about one image (they share the trunk, and never see one another).
+    """
+
+    tokens: Leaf  # i32[B T] token ids; visual positions hold the image placeholder id
+    targets: Leaf  # i32[B T] the id to predict *from* this position (already shifted)
+    loss_weights: Leaf  # f32[B T] 0 where the position has no target
+    positions: Leaf  # i32[B T] rotary position, from 0 in every segment
+    segment_ids: Leaf  # i32[B T] 1, 2, ... for the packed samples of a row; 0 is padding
+    branch_ids: Leaf  # i32[B T] 0 on the trunk; 1, 2, ... on independent branches
+    visual_slot: Leaf  # i32[B T] which visual token stands here (prefix fusion), -1 for text
+    tiles: Leaf  # u8[B M h w c] RGB pixels; unused tiles are zero and never referred to
+    visual_index: Leaf  # i32[B S] source row in the table drawn above; -1 is padding
+    visual_start: Leaf  # i32[B S] first sequence index that may see the visual token
+    visual_segment_ids: Leaf  # i32[B S] segment of the visual token; 0 is padding
+
+    @property
+    def modality(self) -> Leaf:
+        """``TEXT`` or ``VISION`` for every sequence position, i32[B T]."""
+        return (self.visual_slot >= 0).astype(np.int32)
+
+
+def visual_sources(num_tiles: int, tile_tokens: int) -> tuple[int, int]:
+    """Rows of the table drawn above that hold the newline and the separator vector."""
+    return num_tiles * tile_tokens, num_tiles * tile_tokens + 1

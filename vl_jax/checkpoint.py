@@ -1,0 +1,134 @@
+"""Checkpoints: orbax for the arrays, and beside them a JSON record with position, configuration and checksums.
+
+    checkpoints/<step>/params     parameters alone, so that other programs can read just these
+                      /training   optimiser and routing state
+                      /record     JSON: stage, data position, checksum of every leaf
+
+A byte flipped on disk is restored silently by the storage layer, and a damaged step is still listed; so every
+leaf carries a checksum that does not depend on sharding, and restoring falls back to the newest sound step.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from vl_jax import params as params_lib
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message says which and why, in one line."""
+
+
+@jax.jit
+def _checksums(leaves: list[jax.Array]) -> jax.Array:
+    """One uint32 per leaf: sum of bits times odd weights, modulo 2**32. Order of summation does not matter."""
+
+    def one(x: jax.Array) -> jax.Array:
+        unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+        bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32).reshape(-1)
+        weights = jax.lax.iota(jnp.uint32, bits.size) * jnp.uint32(2) + jnp.uint32(1)
+        return jnp.sum(bits * weights, dtype=jnp.uint32)
+
+    return jnp.stack([one(x) for x in leaves])
+
+
+def checksums(tree: Any) -> dict[str, int]:
+    """A checksum per leaf of a tree of 1-, 2- or 4-byte arrays, the same for every sharding."""
+    named, _ = jax.tree_util.tree_flatten_with_path(tree)
+    if not named:
+        return {}
+    values = jax.device_get(_checksums([leaf for _, leaf in named]))
+    return {jax.tree_util.keystr(path): int(v) for (path, _), v in zip(named, values, strict=True)}
+
+
+class Checkpointer:
+    """Saves asynchronously, restores the newest sound step."""
+
+    def __init__(self, folder: Path, *, keep: int = 3):
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+
+    def save(self, step: int, *, params: Any, training: Any, record: dict[str, Any]) -> None:
+        """Starts writing; the arrays are copied before this returns, the files follow in the background."""
+        sums = {"params": checksums(params), "training": checksums(training)}
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(params),
+                training=ocp.args.StandardSave(training),
+                record=ocp.args.JsonSave({**record, "checksums": sums}),
+            ),
+        )
+
+    def restore(self, *, params: Any, training_of: Any) -> tuple[int, Any, Any, dict[str, Any]] | None:
+        """The newest step that reads back soundly: (step, params, training, record), or None if there is none.
+
+        Args:
+          params: abstract parameters with shardings.
+          training_of: from the record of a step to the abstract tree of its training state.
+
+        Raises:
+          CheckpointError: there are checkpoints, and none of them is sound.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        problems = []
+        for step in steps:
+            try:
+                record = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
+                training = training_of(record)
+                _check_shapes(self._manager.item_metadata(step)["params"], params)
+                args = ocp.args.Composite(
+                    params=ocp.args.StandardRestore(params), training=ocp.args.StandardRestore(training)
+                )
+                restored = self._manager.restore(step, args=args)
+                _verify(restored, record["checksums"])
+            except CheckpointError as error:
+                problems.append(f"step {step}: {error}")
+            except Exception as error:  # storage raises many kinds; each means "this step cannot be read"
+                problems.append(f"step {step}: {type(error).__name__}: {str(error).splitlines()[0][:200]}")
+            else:
+                for problem in problems:
+                    logger.warning("checkpoint skipped: %s", problem)
+                return step, restored["params"], restored["training"], record
+        if problems:
+            raise CheckpointError("no checkpoint can be restored; " + "; ".join(problems))
+        return None
+
+    def wait(self) -> None:
+        """Returns when everything saved is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Finishes writing and releases the folder."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def _check_shapes(stored: Any, wanted: Any) -> None:
+    """Compares what a step holds with what the model needs, before any array is read."""
+    have = {p: tuple(leaf.shape) for p, leaf in params_lib.flatten(stored.tree).items()}
+    need = {p: tuple(leaf.shape) for p, leaf in params_lib.flatten(wanted).items()}
+    differences = [
+        f"{p} is {have.get(p, 'absent')} in the checkpoint, {need.get(p, 'absent')} in the model"
+        for p in sorted(have.keys() | need.keys())
+        if have.get(p) != need.get(p)
+    ]
+    if differences:
+        more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
+        raise CheckpointError("another model: " + "; ".join(differences[:3]) + more)
+
+
+def _verify(restored: Any, sums: dict[str, dict[str, int]]) -> None:
+    for item, expected in sums.items():
+        actual = checksums(restored[item])
+        damaged = sorted(k for k in expected if actual.get(k) != expected[k])
+        if damaged or actual.keys() != expected.keys():
+            raise CheckpointError(f"checksum of {item} differs at {', '.join(damaged[:3])}")

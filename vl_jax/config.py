@@ -1,0 +1,249 @@
+"""Configuration: frozen dataclasses are the schema, a locked ``ConfigDict`` is the override layer.
+
+    dataclass --view()--> ConfigDict --override()--> ConfigDict --rebuild()--> dataclass
+
+An experiment file builds one frozen dataclass and returns its *view*. Command-line overrides are
+applied to the view, which is then rebuilt **once**: every type, choice and ``__post_init__`` rule is
+checked on the final values, before any array exists. Code past the command line sees dataclasses only.
+
+A tuple of named dataclasses (training stages, data sources) appears in the view as a mapping from
+name to element, so ``--config.stages.sft.steps=100`` addresses one of them.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import importlib
+import importlib.util
+import json
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+TYPE_KEY = "_type"
+
+
+class ConfigError(ValueError):
+    """A configuration value that breaks a rule; the message is one line naming path, value and rule."""
+
+
+def to_tree(value: Any) -> Any:
+    """Turns a config dataclass into nested plain mappings, each with the name of its class."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        name = f"{type(value).__module__}:{type(value).__qualname__}"
+        fields = dataclasses.fields(value)
+        return {TYPE_KEY: name, **{f.name: to_tree(getattr(value, f.name)) for f in fields}}
+    if isinstance(value, tuple) and value and all(_is_named(v) for v in value):
+        return {v.name: to_tree(v) for v in value}
+    return value
+
+
+def view(config: Any):
+    """The locked, type-safe ``ConfigDict`` of a config dataclass: what an experiment file returns."""
+    from ml_collections import config_dict
+
+    def convert(tree: Any, cls_hints: dict[str, Any]) -> Any:
+        result = config_dict.ConfigDict(type_safe=True)
+        for key, value in tree.items():
+            hint = cls_hints.get(key)
+            if isinstance(value, dict):
+                result[key] = convert(value, _hints(value))
+            elif value is None and _placeholder_type(hint) is not None:
+                result[key] = config_dict.placeholder(_placeholder_type(hint))
+            else:
+                result[key] = value
+        return result
+
+    def _hints(tree: dict[str, Any]) -> dict[str, Any]:
+        return typing.get_type_hints(_resolve(tree[TYPE_KEY], "config")) if TYPE_KEY in tree else {}
+
+    tree = to_tree(config)
+    return convert(tree, _hints(tree)).lock()
+
+
+def override(config_view: Any, path: str, text: str) -> None:
+    """Sets one dotted path of a view from command-line text.
+
+    Raises:
+      ConfigError: the path does not exist (with the nearest name), or the text has the wrong type.
+    """
+    *parents, last = path.split(".")
+    node = config_view
+    for depth, key in enumerate([*parents, last]):
+        where = ".".join(["config", *path.split(".")[:depth]])
+        if not isinstance(node, Mapping) and not hasattr(node, "keys"):
+            raise ConfigError(f"{where} is a value, it has no field {key!r}")
+        if key not in node or key == TYPE_KEY:
+            raise ConfigError(_unknown(where, key, [k for k in node.keys() if k != TYPE_KEY]))
+        if depth < len(parents):
+            node = node[key]
+    if hasattr(node[last], "keys"):
+        fields = ", ".join(k for k in node[last].keys() if k != TYPE_KEY)
+        raise ConfigError(f"config.{path} is a group, set one of its fields: {fields}")
+    value = _parse(text, node, last)
+    try:
+        node[last] = value
+    except TypeError:
+        expected = node.get_type(last).__name__
+        raise ConfigError(f"config.{path}={text}: expected {expected}") from None
+
+
+def rebuild(tree: Any, path: str = "config") -> Any:
+    """Rebuilds the dataclass from a view or a parsed JSON tree, checking every type and rule.
+
+    Raises:
+      ConfigError: one line with the dotted path, the value and the rule it breaks.
+    """
+    return _build(tree, _resolve(tree[TYPE_KEY], path), path)
+
+
+def to_json(config: Any) -> str:
+    """The resolved config as JSON; ``from_json`` rebuilds an equal dataclass without the experiment file."""
+    return json.dumps(to_tree(config), indent=2, ensure_ascii=False) + "\n"
+
+
+def from_json(text: str) -> Any:
+    """Rebuilds a config dataclass from the JSON that ``to_json`` wrote."""
+    return rebuild(json.loads(text))
+
+
+def load(spec: str, overrides: tuple[tuple[str, str], ...] = ()) -> Any:
+    """Loads ``file.py`` or ``file.py:argument``, applies dotted overrides, and rebuilds the dataclass.
+
+    Args:
+      spec: path of a Python file with ``get_config(argument="")``, optionally followed by ``:argument``.
+      overrides: pairs of dotted path (without the leading ``config.``) and text.
+    """
+    file, _, argument = spec.partition(":")
+    path = Path(file)
+    if not path.is_file():
+        raise ConfigError(f"--config={file}: no such file")
+    module_spec = importlib.util.spec_from_file_location(f"experiment_{path.stem}", path)
+    assert module_spec is not None and module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ConfigError(f"--config={file}: the file defines no get_config()")
+    result = module.get_config(argument) if argument else module.get_config()
+    config_view = view(result) if dataclasses.is_dataclass(result) else result
+    for dotted, text in overrides:
+        override(config_view, dotted, text)
+    return rebuild(config_view)
+
+
+def _is_named(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) and hasattr(value, "name")
+
+
+def _resolve(name: str, path: str) -> type:
+    """The dataclass a type name stands for; only classes of this package are ever imported."""
+    module, _, attribute = name.partition(":")
+    if module.split(".")[0] != "vl_jax":
+        raise ConfigError(f"{path}: class {name!r} is not part of vl_jax")
+    try:
+        cls = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError):
+        raise ConfigError(f"{path}: no config class {name!r}") from None
+    if not dataclasses.is_dataclass(cls):
+        raise ConfigError(f"{path}: {name!r} is not a config class")
+    return typing.cast(type, cls)
+
+
+def _placeholder_type(hint: Any) -> type | None:
+    """The scalar type of an optional field, or None where a placeholder makes no sense."""
+    scalars = [a for a in typing.get_args(hint) if a in (int, float, str, bool)]
+    return scalars[0] if scalars else None
+
+
+def _parse(text: str, node: Any, key: str) -> Any:
+    """Reads command-line text with the type the field has now; strings stay as they are."""
+    kind = node.get_type(key)
+    if text == "None":
+        return None
+    if kind is str:
+        return text
+    if kind is bool and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if kind is tuple:
+        return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    return value
+
+
+def _unknown(where: str, key: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(key, names, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else "fields: " + ", ".join(names)
+    return f"{where} has no field {key!r}; {hint}"
+
+
+def _build(value: Any, hint: Any, path: str) -> Any:
+    """Checks ``value`` against a type hint and returns it as that type."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return _build_union(value, args, path)
+    if origin is Literal:
+        if value not in args:
+            allowed = ", ".join(map(repr, args))
+            raise ConfigError(f"{path}={value!r}: expected one of {allowed}")
+        return value
+    if dataclasses.is_dataclass(hint):
+        return _build_dataclass(value, hint, path)
+    if origin is tuple:
+        if hasattr(value, "items"):
+            return tuple(_build(v, args[0], f"{path}.{k}") for k, v in value.items())
+        if not isinstance(value, (tuple, list)):
+            raise ConfigError(f"{path}={value!r}: expected a tuple")
+        inner = (args[0],) * len(value) if len(args) == 2 and args[1] is Ellipsis else args
+        if len(inner) != len(value):
+            raise ConfigError(f"{path}={value!r}: expected {len(inner)} values")
+        return tuple(_build(v, h, f"{path}[{i}]") for i, (v, h) in enumerate(zip(value, inner, strict=True)))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is int and isinstance(value, bool) or not isinstance(value, hint):
+        raise ConfigError(f"{path}={value!r}: expected {hint.__name__}")
+    return value
+
+
+def _build_union(value: Any, options: tuple[Any, ...], path: str) -> Any:
+    if value is None and types.NoneType in options:
+        return None
+    if hasattr(value, "keys"):
+        cls = _resolve(value[TYPE_KEY], path)
+        if cls not in options:
+            names = ", ".join(getattr(o, "__name__", str(o)) for o in options)
+            raise ConfigError(f"{path}: class {cls.__name__} is not one of {names}")
+        return _build(value, cls, path)
+    errors = []
+    for option in options:
+        if option is not types.NoneType:
+            try:
+                return _build(value, option, path)
+            except ConfigError as error:
+                errors.append(error)
+    raise errors[0]
+
+
+def _build_dataclass(value: Any, cls: Any, path: str) -> Any:
+    if not hasattr(value, "keys"):
+        raise ConfigError(f"{path}={value!r}: expected the fields of {cls.__name__}")
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]
+    for key in value.keys():
+        if key != TYPE_KEY and key not in names:
+            raise ConfigError(_unknown(path, key, names))
+    fields = {n: _build(value[n], hints[n], f"{path}.{n}") for n in names if n in value}
+    try:
+        return cls(**fields)
+    except ConfigError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{path}: {error}") from None

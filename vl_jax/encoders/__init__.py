@@ -1,0 +1,1 @@
+"""Encoders: pixels (later sound, text, video) in, tokens out."""

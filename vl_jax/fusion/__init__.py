@@ -1,0 +1,1 @@
+"""How modalities meet: the cross-modal gate."""

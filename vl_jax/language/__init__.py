@@ -1,0 +1,1 @@
+"""The language model: latent attention and the decoder."""

@@ -1,0 +1,170 @@
+"""The log of a run: one JSON object a line in ``metrics.jsonl``, and the same scalars for TensorBoard.
+
+    {"step": 700, "stage": "sft", "loss": 1.23, "grad_norm": 0.8, "tokens_per_second": 5120.0,
+     "routing/load": [layer][modality][expert], "routing/maxvio": [layer], ...}
+
+A run that was killed after step 730 and resumed from its checkpoint at step 700 first drops the lines of
+steps 701 to 730, and a line that was cut in half. Its file is then the file of a run never interrupted,
+except for the values named in ``TIMING_KEYS``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+
+# Clock readings: they differ between two runs whose mathematics is the same.
+TIMING_KEYS = ("tokens_per_second", "step_time_ms", "data_wait_ms", "wall_time_s", "eta_s")
+
+_RESERVED = ("step", "stage")
+
+
+class MetricsWriter:
+    """Appends one line per call of ``write``; each line is on its way to disk when the call returns.
+
+    Only one process of a run may own a writer.
+
+    Args:
+      workdir: folder of the run; made if absent.
+      resume_step: step of the checkpoint the run continues from: lines of later steps are dropped, and
+        writing that step or an earlier one again is an error. None starts a new log.
+    """
+
+    def __init__(self, workdir: str | Path, *, resume_step: int | None = None):
+        folder = Path(workdir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / METRICS_FILE
+        first_step = 0 if resume_step is None else resume_step + 1
+        truncate(self.path, first_step=first_step)
+        self._first_step = first_step
+        self._file = self.path.open("a", encoding="utf-8")
+        self._board = _open_board(folder / TENSORBOARD_FOLDER, purge_step=first_step)
+
+    def write(
+        self,
+        step: int,
+        scalars: Mapping[str, Any],
+        arrays: Mapping[str, Any] | None = None,
+        *,
+        stage: str | None = None,
+    ) -> None:
+        """Writes one line.
+
+        Args:
+          step: optimiser steps done so far, counted over all stages; it never decreases.
+          scalars: numbers by name, also sent to TensorBoard.
+          arrays: arrays or nested lists of numbers by name.
+          stage: name of the training stage the step belongs to.
+
+        Raises:
+          ValueError: the step is already in the log, or a name is taken.
+        """
+        if step < self._first_step:
+            raise ValueError(f"step={step}: the log is at step {self._first_step} and steps never decrease")
+        arrays = arrays or {}
+        for name in arrays:
+            if name in scalars:
+                raise ValueError(f"metric {name!r} is given both as a scalar and as an array")
+        for name in (*scalars, *arrays):
+            if name in _RESERVED:
+                raise ValueError(f"metric {name!r}: the names {', '.join(_RESERVED)} are reserved")
+        self._first_step = step
+        line: dict[str, Any] = {"step": step} if stage is None else {"step": step, "stage": stage}
+        line |= {name: _finite(float(value)) for name, value in scalars.items()}
+        line |= {name: _nested(np.asarray(value, np.float64).tolist()) for name, value in arrays.items()}
+        self._file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in scalars.items():
+                if math.isfinite(value):
+                    self._board.add_scalar(name, float(value), step)
+
+    def close(self) -> None:
+        """Flushes and closes the files; the writer cannot be used afterwards."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a log, in order; [] if there is no file. A last line cut in half is left out.
+
+    Raises:
+      ValueError: a line other than the last one is not JSON.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    result = []
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            result.append(json.loads(line))
+        except ValueError:
+            raise ValueError(f"{path}:{number}: not a JSON object: {line[:80]!r}") from None
+    return result
+
+
+def without_timings(line: Mapping[str, Any]) -> dict[str, Any]:
+    """What two runs with the same mathematics have in common on one line of their logs."""
+    return {name: value for name, value in line.items() if name not in TIMING_KEYS}
+
+
+def truncate(path: str | Path, *, first_step: int) -> None:
+    """Drops the lines of ``first_step`` and later, and a half-written last line.
+
+    The file is replaced in one move, so that being killed here loses nothing that should stay.
+    """
+    path = Path(path)
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    complete = content.split(b"\n")[:-1]
+    steps = [line["step"] for line in read_metrics(path)]
+    kept = [line + b"\n" for line, step in zip(complete, steps, strict=True) if step < first_step]
+    if b"".join(kept) == content:
+        return
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
+        file.writelines(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    # A temporary file is private; the log of a run is as readable as the file it replaces.
+    os.chmod(file.name, path.stat().st_mode)
+    os.replace(file.name, path)
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no name for infinity and not-a-number: they are written as null."""
+    return value if math.isfinite(value) else None
+
+
+def _nested(value: Any) -> Any:
+    """Nested lists with seven digits, which is all a float32 holds."""
+    return [_nested(v) for v in value] if isinstance(value, list) else _finite(float(f"{value:.7g}"))
+
+
+def _open_board(folder: Path, *, purge_step: int) -> Any:
+    """A TensorBoard writer that hides points of earlier runs from ``purge_step`` on, or None."""
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        logging.getLogger(__name__).warning("no TensorBoard log: %s", error)
+        return None
+    return SummaryWriter(str(folder), purge_step=purge_step)

@@ -1,0 +1,180 @@
+"""The vision-language model: encoder, adapter, fusion and language model, from a ``Batch`` to hidden states.
+
+    Batch.tiles --ViT--> patches --Adapter--> visual tokens --fusion--> Decoder --> hidden --> logits
+
+Fusion is a choice of the config. ``prefix``: visual tokens stand in the sequence (DeepSeek-VL2). ``gated``: they
+stay outside, and between decoder layers text attends to them through the cross-modal gate.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from vl_jax.adapter import Adapter, AdapterConfig
+from vl_jax.batch import Batch
+from vl_jax.encoders.vit import ViT, ViTConfig
+from vl_jax.fusion.gate import CrossModalGateConfig
+from vl_jax.language.decoder import Decoder, DecoderConfig, LayerContext
+from vl_jax.moe import routing
+from vl_jax.moe.layer import MoEOutput
+from vl_jax.moe.routing import MoEConfig, RoutingContext, State
+from vl_jax.nn import attention
+from vl_jax.nn import cache as cache_lib
+from vl_jax.nn.cache import LatentCache
+
+Leaf = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class FusionConfig:
+    """How visual tokens meet text."""
+
+    kind: Literal["prefix", "gated"] = "prefix"
+    gate: CrossModalGateConfig = CrossModalGateConfig()  # used by ``gated``
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionLanguageConfig:
+    """The whole model. Defaults are DeepSeek-VL2 (base)."""
+
+    encoder: ViTConfig = ViTConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    fusion: FusionConfig = FusionConfig()
+    language: DecoderConfig = DecoderConfig()
+    moe: MoEConfig = MoEConfig(
+        scheme="loss_free",
+        num_experts=72,
+        expert_dim=1536,
+        normalize_gates=True,
+        gate_scale=2.0,
+        balance_weight=1e-4,
+    )
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters stay float32
+
+    @property
+    def tile_tokens_side(self) -> int:
+        """Visual tokens on the side of one tile."""
+        return self.adapter.tokens_side(self.encoder.grid)
+
+    @property
+    def num_sparse_layers(self) -> int:
+        return self.language.num_layers - self.language.num_dense_layers
+
+
+@struct.dataclass
+class ModelOutput:
+    """Hidden states and what the sparse layers returned."""
+
+    hidden: Leaf  # [B T D] after the final norm
+    routed: MoEOutput | None  # stacked over sparse layers
+    cache: LatentCache | None
+
+
+class VisionLanguage(nn.Module):
+    """The model; ``__call__`` is the training and prefill pass, ``decode`` one step over the cache."""
+
+    config: VisionLanguageConfig
+
+    def setup(self):
+        c, dtype = self.config, jnp.dtype(self.config.dtype)
+        self.encoder = ViT(c.encoder, dtype, remat=c.language.remat != "none")
+        self.adapter = Adapter(c.adapter, c.language.embed_dim)
+        gate = c.fusion.gate if c.fusion.kind == "gated" else None
+        self.language = Decoder(c.language, c.moe, gate, dtype)
+
+    def see(self, batch: Batch) -> Float[Array, "B S D"]:
+        """The visual tokens of every row, in reading order; zeros where a row has none."""
+        rows, tiles = batch.tiles.shape[:2]
+        patches = self.encoder(batch.tiles.reshape(rows * tiles, *batch.tiles.shape[2:]))
+        return self.adapter(patches.reshape(rows, tiles, *patches.shape[1:]), batch.visual_index)
+
+    def __call__(
+        self,
+        batch: Batch,
+        routing_state: State,
+        *,
+        vision: Float[Array, "B S D"] | None = None,
+        cache: LatentCache | None = None,
+    ) -> ModelOutput:
+        """Hidden states for every position of the batch.
+
+        Args:
+          routing_state: as ``init_routing_state`` makes it.
+          vision: the visual tokens, if ``see`` already ran.
+          cache: if given, the batch is appended to it (a row's segment must not begin before).
+        """
+        vision = self.see(batch) if vision is None else vision
+        x = self.language.embed(batch.tokens)
+        gated = self.config.fusion.kind == "gated"
+        if not gated:
+            x = merge_visual(x, vision, batch.visual_slot)
+        if cache is None:
+            mask, offset = attention.causal_mask(batch.segment_ids, batch.branch_ids), 0
+        else:
+            cache = cache_lib.append_segments(cache, batch.segment_ids)
+            mask, offset = cache_lib.causal_mask(cache, batch.segment_ids), cache.length
+        context = LayerContext(
+            positions=batch.positions,
+            mask=mask,
+            routing=RoutingContext(valid=batch.segment_ids > 0, modality=batch.modality),
+            vision=vision if gated else None,
+            vision_mask=_vision_mask(batch, offset) if gated else None,
+            length=None if cache is None else cache.length,
+        )
+        hidden, routed, cache = self.language(x, context, routing_state, cache)
+        return ModelOutput(hidden, routed, cache)
+
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Vocabulary scores, float32."""
+        return self.language.logits(hidden)
+
+    def initialize(self, batch: Batch, routing_state: State) -> Float[Array, "B T V"]:
+        """Touches every parameter once; the method to call ``init`` with."""
+        return self.logits(self(batch, routing_state).hidden)
+
+
+def _vision_mask(batch: Batch, offset: Any) -> jax.Array:
+    return attention.cross_mask(
+        batch.segment_ids, batch.visual_start, batch.visual_segment_ids, offset=offset
+    )
+
+
+def merge_visual(
+    x: Float[Array, "B T D"], vision: Float[Array, "B S D"], visual_slot: Int[Array, "B T"]
+) -> Float[Array, "B T D"]:
+    """Puts visual token ``visual_slot`` where it is set, the text embedding elsewhere."""
+    index = jnp.maximum(visual_slot, 0)[..., None]
+    placed = jnp.take_along_axis(vision, index, axis=1)
+    return jnp.where(visual_slot[..., None] >= 0, placed.astype(x.dtype), x)
+
+
+def init_routing_state(config: VisionLanguageConfig) -> State:
+    """The routing scheme's initial state, stacked over the sparse layers."""
+    state = routing.SCHEMES[config.moe.scheme].init_state(config.moe)
+    return jax.tree.map(lambda a: jnp.repeat(a[None], config.num_sparse_layers, axis=0), state)
+
+
+def update_routing_state(state: State, stats: Any, config: VisionLanguageConfig) -> State:
+    """One step of the scheme's state per sparse layer, from statistics summed over the optimiser step."""
+    update = routing.SCHEMES[config.moe.scheme].update_state
+    return jax.vmap(lambda s, t: update(s, t, config.moe))(state, stats) if state else state
+
+
+def init_cache(config: VisionLanguageConfig, *, batch: int, slots: int) -> LatentCache:
+    """An empty latent cache for ``slots`` tokens a row."""
+    c = config.language
+    return cache_lib.create(
+        layers=c.num_layers,
+        batch=batch,
+        slots=slots,
+        rank=c.attention.kv_lora_rank,
+        rope_dim=c.attention.qk_rope_dim,
+        dtype=jnp.dtype(config.dtype),
+    )

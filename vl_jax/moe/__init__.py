@@ -1,0 +1,1 @@
+"""Mixture of experts: schemes, balance, dispatch, expert parallelism, and the layer."""

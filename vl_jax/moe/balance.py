@@ -1,0 +1,67 @@
+"""Load statistics of routing: counting them, and the figures read off them."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from vl_jax.batch import MODALITIES
+from vl_jax.moe.routing import Assignment, ExpertChoice, RoutingContext, RoutingStats
+
+
+def count(
+    assignment: Assignment,
+    dropped: Bool[Array, "G T K"],
+    scores: Float[Array, "G T E"],
+    context: RoutingContext,
+) -> RoutingStats:
+    """Counts one layer's choices by modality and expert.
+
+    Args:
+      assignment: what the scheme decided, with a leading group axis, before capacity.
+      dropped: choices that found no slot.
+      scores: router probabilities (softmax of the logits), for the importance.
+    """
+    num_experts = scores.shape[-1]
+    valid = context.valid[..., None]
+    of_modality = context.modality[..., None] == jnp.arange(len(MODALITIES))
+    of_modality = (of_modality & valid).astype(jnp.int32)  # [G T M]
+    if isinstance(assignment, ExpertChoice):
+        taken = (assignment.gates > 0).astype(jnp.int32)
+        modality = jax.vmap(lambda table, tokens: table[tokens])(of_modality, assignment.tokens)
+        load = jnp.einsum("GECM,GEC->ME", modality, taken)
+    else:
+        chosen = jax.nn.one_hot(assignment.experts, num_experts, dtype=jnp.int32).sum(axis=2)
+        load = jnp.einsum("GTM,GTE->ME", of_modality, chosen)
+    return RoutingStats(
+        load=load,
+        importance=jnp.einsum("GTM,GTE->ME", of_modality.astype(jnp.float32), scores),
+        tokens=jnp.sum(of_modality, axis=(0, 1)),
+        dropped=jnp.einsum("GTM,GTK->M", of_modality, dropped.astype(jnp.int32)),
+    )
+
+
+def max_violation(load: Int[Array, "*L E"]) -> Float[Array, "*L"]:
+    """MaxVio: the largest load over the mean load, minus one (arXiv 2408.15664, eq. 4). 0 is perfect balance."""
+    load = load.astype(jnp.float32)
+    return jnp.max(load, axis=-1) / jnp.maximum(jnp.mean(load, axis=-1), 1e-9) - 1.0
+
+
+def dead_experts(load: Int[Array, "*L E"]) -> Int[Array, "*L"]:
+    """The number of experts that no token chose."""
+    return jnp.sum(load == 0, axis=-1)
+
+
+def summarize(stats: RoutingStats) -> dict[str, jax.Array]:
+    """Figures per layer from statistics stacked over layers [L ...]; load as shares within each modality."""
+    total = jnp.sum(stats.load, axis=-2)
+    load = stats.load.astype(jnp.float32)
+    share = load / jnp.maximum(jnp.sum(load, axis=-1, keepdims=True), 1.0)
+    choices = jnp.maximum(jnp.sum(load, axis=(-1, -2)), 1.0)
+    return {
+        "routing/load": share,
+        "routing/maxvio": max_violation(total),
+        "routing/dead": dead_experts(total),
+        "routing/drop_rate": jnp.sum(stats.dropped, axis=-1).astype(jnp.float32) / choices,
+    }

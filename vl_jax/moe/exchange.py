@@ -1,0 +1,79 @@
+"""Expert parallelism: bringing tokens to the shards that hold their experts.
+
+    x [B/(data fsdp expert) ...] --all-gather over "expert"--> tokens of the whole expert group
+        --this shard's experts, its slice of F--> partial sums
+        --reduce-scatter over "expert", reduce over "tensor"--> the tokens it began with
+
+Inside ``shard_map`` the collectives are ours, never the partitioner's guess. The all-gather form moves N - 1
+copies of the tokens over N shards, less than an all-to-all for N below about 6 at k = 6.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from vl_jax.moe import dispatch
+from vl_jax.moe.routing import Assignment, ExpertChoice, TokenChoice
+from vl_jax.sharding import current_mesh, current_rules
+
+
+def apply_experts(
+    x: Float[Array, "G T D"],
+    assignment: Assignment,
+    w_in: Float[Array, "E D 2 F"],
+    w_out: Float[Array, "E F D"],
+    *,
+    kernel: str,
+) -> Float[Array, "G T D"]:
+    """``dispatch.apply_experts`` over the current mesh; without one, simply that.
+
+    Raises:
+      ValueError: experts, expert width or groups do not divide by their mesh axes.
+    """
+    mesh = current_mesh()
+    if mesh is None:
+        return dispatch.apply_experts(x, assignment, w_in, w_out, kernel=kernel)
+    rules = current_rules()
+    batch = rules.spec(("batch",))
+    _check(x, w_in, dict(mesh.shape), rules.batch)
+
+    def local(x: jax.Array, assignment: Assignment, w_in: jax.Array, w_out: jax.Array) -> jax.Array:
+        gathered = jax.tree.map(
+            lambda a: jax.lax.all_gather(a, "expert", axis=0, tiled=True), (x, assignment)
+        )
+        mine = _own_experts(gathered[1], w_in.shape[0], jax.lax.axis_index("expert"))
+        out = dispatch.apply_experts(gathered[0], mine, w_in, w_out, kernel=kernel)
+        out = jax.lax.psum(out.astype(jnp.float32), "tensor")
+        return jax.lax.psum_scatter(out, "expert", scatter_dimension=0, tiled=True).astype(x.dtype)
+
+    weights = (P("expert", None, None, "tensor"), P("expert", "tensor", None))
+    return jax.shard_map(
+        local, mesh=mesh, in_specs=(batch, batch, *weights), out_specs=batch, check_vma=False
+    )(x, assignment, w_in, w_out)
+
+
+def _own_experts(assignment: Assignment, num_local: int, shard: jax.Array) -> Assignment:
+    """The part of an assignment that concerns this shard's experts, renumbered from 0."""
+    if isinstance(assignment, ExpertChoice):
+        return jax.tree.map(
+            lambda a: jax.lax.dynamic_slice_in_dim(a, shard * num_local, num_local, axis=1), assignment
+        )
+    local = assignment.experts - shard * num_local
+    mine = (local >= 0) & (local < num_local)
+    return TokenChoice(jnp.where(mine, local, num_local), jnp.where(mine, assignment.gates, 0.0))
+
+
+def _check(x: jax.Array, w_in: jax.Array, sizes: dict[str, int], batch_axes: tuple[str, ...]) -> None:
+    groups = 1
+    for axis in batch_axes:
+        groups *= sizes[axis]
+    for what, size, axes, shards in (
+        ("batch rows", x.shape[0], "*".join(batch_axes), groups),
+        ("num_experts", w_in.shape[0], "expert", sizes["expert"]),
+        ("expert_dim", w_in.shape[3], "tensor", sizes["tensor"]),
+    ):
+        if size % shards:
+            raise ValueError(f"{what}={size} does not divide by mesh axes {axes}={shards}")

@@ -1,0 +1,117 @@
+"""Norms, projections and feed-forward blocks, with logical names on every parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Init = jax.nn.initializers.Initializer
+
+
+def fan_in(*, in_axis: int | tuple[int, ...] = 0, batch_axis: tuple[int, ...] = ()) -> Init:
+    """Truncated normal of variance 1 / fan-in, the default for every projection here.
+
+    Axes named neither input nor batch are outputs, however many heads or halves they are cut into.
+    """
+    inputs = (in_axis,) if isinstance(in_axis, int) else in_axis
+
+    def init(key: Any, shape: Sequence[int], dtype: Any = jnp.float32, **kwargs: Any) -> jax.Array:
+        outputs = [a for a in range(len(shape)) if a not in inputs and a not in batch_axis]
+        scaled = jax.nn.initializers.variance_scaling(
+            1.0, "fan_in", "truncated_normal", in_axis=inputs, out_axis=outputs, batch_axis=batch_axis
+        )
+        return scaled(key, shape, dtype, **kwargs)
+
+    return init
+
+
+def named(init: Init, *names: str | None) -> Any:
+    """An initialiser whose parameter carries logical dimension names."""
+    return nn.with_logical_partitioning(init, names)
+
+
+def rms_norm(
+    x: Float[Array, "*batch D"], scale: Float[Array, " D"], *, epsilon: float
+) -> Float[Array, "*batch D"]:
+    """``x / rms(x) * scale``: computed in float32, cast back, then scaled (the order of DeepSeek-V2)."""
+    wide = x.astype(jnp.float32)
+    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)
+    return normed.astype(x.dtype) * scale.astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation over the last dimension."""
+
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        scale = self.param("scale", named(nn.initializers.ones, None), (x.shape[-1],))
+        return rms_norm(x, scale, epsilon=self.epsilon)
+
+
+def layer_norm(
+    x: Float[Array, "*batch D"], scale: Float[Array, " D"], bias: Float[Array, " D"], *, epsilon: float
+) -> Float[Array, "*batch D"]:
+    """Layer normalisation in float32, cast back to the dtype of ``x``."""
+    wide = x.astype(jnp.float32)
+    centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    variance = jnp.mean(centred * centred, axis=-1, keepdims=True)
+    return (centred * jax.lax.rsqrt(variance + epsilon) * scale + bias).astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last dimension."""
+
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        scale = self.param("scale", named(nn.initializers.ones, None), (x.shape[-1],))
+        bias = self.param("bias", named(nn.initializers.zeros, None), (x.shape[-1],))
+        return layer_norm(x, scale, bias, epsilon=self.epsilon)
+
+
+class Linear(nn.Module):
+    """``x @ kernel (+ bias)`` with logical names for the two sides of the kernel."""
+
+    features: int
+    names: tuple[str | None, str | None]
+    use_bias: bool = False
+    kernel_init: Init = fan_in()
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch F"]:
+        kernel = self.param("kernel", named(self.kernel_init, *self.names), (x.shape[-1], self.features))
+        y = x @ kernel.astype(x.dtype)
+        if self.use_bias:
+            bias = self.param("bias", named(nn.initializers.zeros, self.names[1]), (self.features,))
+            y = y + bias.astype(x.dtype)
+        return y
+
+
+def swiglu(
+    x: Float[Array, "*batch D"], w_in: Float[Array, "D 2 F"], w_out: Float[Array, "F D"]
+) -> Float[Array, "*batch D"]:
+    """``(silu(x @ w_in[:, 0]) * (x @ w_in[:, 1])) @ w_out`` (Shazeer 2020, arXiv 2002.05202)."""
+    both = x @ w_in.reshape(w_in.shape[0], -1)
+    gate, up = jnp.split(both, 2, axis=-1)
+    return (jax.nn.silu(gate) * up) @ w_out
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward block without biases; ``w_in`` stacks the gate and the up projection."""
+
+    mlp_dim: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        width = x.shape[-1]
+        w_in = self.param("w_in", named(fan_in(), "embed", None, "mlp"), (width, 2, self.mlp_dim))
+        w_out = self.param("w_out", named(fan_in(), "mlp", "embed"), (self.mlp_dim, width))
+        return swiglu(x, w_in.astype(x.dtype), w_out.astype(x.dtype))

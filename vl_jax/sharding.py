@@ -1,0 +1,175 @@
+"""Where arrays live: a mesh of four axes, typed rules from logical names to mesh axes, and constraints.
+
+    logical names of a dimension          AxisRules            mesh axes
+    ("experts", "embed", None, "mlp")  --------------->  P("expert", "fsdp", None, "tensor")
+
+Model code names dimensions and nothing else; what a machine varies is the mesh. A batch is spread over
+``data``, ``fsdp`` and ``expert`` alike: outside the expert layers, the expert axis is one more data axis.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from vl_jax import params as params_lib
+
+MESH_AXES = ("data", "fsdp", "expert", "tensor")
+Names = Sequence[str | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the mesh axes; one of them may be -1, "all devices that remain"."""
+
+    data: int = -1  # replicas of the parameters
+    fsdp: int = 1  # shards of parameters and optimiser state, gathered when used
+    expert: int = 1  # shards of the expert axis
+    tensor: int = 1  # shards of heads, hidden widths and vocabulary
+
+    def __post_init__(self):
+        sizes = dataclasses.astuple(self)
+        if sum(s == -1 for s in sizes) > 1 or any(s < 1 and s != -1 for s in sizes):
+            raise ValueError(f"mesh sizes {self.describe()}: each must be >= 1, at most one may be -1")
+
+    def describe(self) -> str:
+        return " x ".join(f"{name}={getattr(self, name)}" for name in MESH_AXES)
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """Builds the mesh over all (or the given) devices.
+
+    Raises:
+      ValueError: the axis sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = list(dataclasses.astuple(config))
+    fixed = math.prod(s for s in sizes if s != -1)
+    if -1 in sizes and len(devices) % fixed == 0:
+        sizes[sizes.index(-1)] = len(devices) // fixed
+    if math.prod(sizes) != len(devices):
+        raise ValueError(
+            f"config.mesh: {config.describe()} does not divide the {len(devices)} device(s) here; "
+            f"the product of the axes must be {len(devices)} (-1 takes what remains)"
+        )
+    return Mesh(np.array(devices).reshape(sizes), MESH_AXES)
+
+
+@dataclasses.dataclass(frozen=True)
+class AxisRules:
+    """Mesh axes of each logical dimension name. The empty tuple keeps a dimension whole."""
+
+    batch: tuple[str, ...] = ("data", "fsdp", "expert")
+    embed: tuple[str, ...] = ("fsdp",)
+    heads: tuple[str, ...] = ("tensor",)
+    mlp: tuple[str, ...] = ("tensor",)
+    vocab: tuple[str, ...] = ("tensor",)
+    experts: tuple[str, ...] = ("expert",)
+    layers: tuple[str, ...] = ()
+
+    def spec(self, names: Names) -> P:
+        """Translates logical names; ``None`` keeps a dimension whole.
+
+        Raises:
+          ValueError: a name is unknown, or one mesh axis would shard two dimensions.
+        """
+        known = {f.name for f in dataclasses.fields(self)}
+        axes: list[tuple[str, ...]] = []
+        for name in names:
+            if name is not None and name not in known:
+                raise ValueError(f"logical axis {name!r} is not one of {', '.join(sorted(known))}")
+            axes.append(() if name is None else getattr(self, name))
+        used = [a for group in axes for a in group]
+        twice = sorted({a for a in used if used.count(a) > 1})
+        if twice:
+            raise ValueError(f"dimensions {tuple(names)} would use mesh axis {', '.join(twice)} twice")
+        return P(*(a[0] if len(a) == 1 else (a or None) for a in axes))
+
+
+_rules: contextvars.ContextVar[AxisRules] = contextvars.ContextVar("rules", default=AxisRules())
+
+
+@contextlib.contextmanager
+def use_mesh(mesh: Mesh, rules: AxisRules | None = None) -> Iterator[None]:
+    """Makes a mesh (and rules) current: ``constrain`` and the expert exchange read them while tracing."""
+    token = _rules.set(rules or AxisRules())
+    try:
+        with jax.set_mesh(mesh):
+            yield
+    finally:
+        _rules.reset(token)
+
+
+def current_mesh() -> jax.sharding.AbstractMesh | None:
+    """The current mesh, or None where there is none or it has a single device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 else mesh
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """Asks the compiler to lay out an activation by the logical names of its dimensions."""
+    if current_mesh() is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, current_rules().spec(names))
+
+
+def current_rules() -> AxisRules:
+    """The rules made current by ``use_mesh`` (the defaults otherwise)."""
+    return _rules.get()
+
+
+def batch_axes(mesh: Any, rules: AxisRules | None = None) -> int:
+    """The number of shards that the batch dimension is cut into."""
+    return math.prod(mesh.shape[a] for a in (rules or AxisRules()).batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """How one parameter is laid out; ``whole`` names dimensions kept whole because they do not divide."""
+
+    names: tuple[str | None, ...]
+    spec: P
+    whole: tuple[str, ...]
+
+
+def place(boxed: Any, mesh: Mesh, rules: AxisRules) -> dict[str, Placement]:
+    """Decides the layout of every parameter of a tree of ``nn.LogicallyPartitioned`` leaves (may be abstract).
+
+    A dimension whose size is not a multiple of its mesh axes is kept whole and *named* in the result, so
+    that the caller can report it.
+    """
+    placements = {}
+    for path, box in params_lib.flatten(boxed).items():
+        names = tuple(box.names) if isinstance(box, nn.meta.AxisMetadata) else (None,) * box.ndim
+        shape = nn.meta.unbox(box).shape
+        if len(names) != len(shape):
+            raise ValueError(f"parameter {path}: {len(names)} logical names for shape {shape}")
+        parts, whole = [], []
+        for name, size, part in zip(names, shape, rules.spec(names), strict=True):
+            axes = (part,) if isinstance(part, str) else (part or ())
+            if size % math.prod(mesh.shape[a] for a in axes):
+                whole.append(f"{name}={size}")
+                part = None
+            parts.append(part)
+        placements[path] = Placement(names, P(*parts), tuple(whole))
+    return placements
+
+
+def shardings(placements: dict[str, Placement], mesh: Mesh) -> dict[str, Any]:
+    """The tree of ``NamedSharding`` that a placement stands for."""
+    return params_lib.unflatten({p: NamedSharding(mesh, x.spec) for p, x in placements.items()})
+
+
+def batch_sharding(mesh: Mesh, rules: AxisRules | None = None) -> NamedSharding:
+    """Every array of a batch is cut along its first dimension."""
+    return NamedSharding(mesh, (rules or AxisRules()).spec(("batch",)))

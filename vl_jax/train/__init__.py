@@ -1,0 +1,1 @@
+"""Training: the pure step, the optimiser, stages as data, and the loop."""

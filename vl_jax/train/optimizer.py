@@ -1,0 +1,87 @@
+"""AdamW with the schedule, clipping, per-group rates and decay mask of the DeepSeek-VL recipes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal
+
+import jax
+import optax
+
+from vl_jax import params as params_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """Defaults follow DeepSeek-VL2, section 3 (AdamW 0.9 / 0.95, decay 0.1, clip 1.0)."""
+
+    learning_rate: float = 4.5e-4  # peak
+    schedule: Literal["constant", "cosine", "step"] = "cosine"  # step: / sqrt(10) at 50 % and at 75 %
+    warmup_steps: int = 0
+    final_fraction: float = 0.1  # of the peak, at the end of ``cosine``
+    betas: tuple[float, float] = (0.9, 0.95)
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    no_decay: tuple[str, ...] = (r".*/(scale|bias\w*|opening|newline|separator|positions|embedding)",)
+    clip_norm: float = 1.0
+    rates: tuple[tuple[str, float], ...] = ()  # (pattern of paths, multiple of the learning rate)
+
+    def __post_init__(self):
+        if self.learning_rate <= 0 or self.clip_norm <= 0:
+            raise ValueError(
+                f"learning_rate={self.learning_rate} and clip_norm={self.clip_norm} must be > 0"
+            )
+        if self.warmup_steps < 0 or not 0 <= self.final_fraction <= 1:
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps} must be >= 0, final_fraction={self.final_fraction} in 0..1"
+            )
+
+
+def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """The learning rate as a function of the step within the stage: linear warm-up, then the named shape."""
+    peak, rest = config.learning_rate, max(1, steps - config.warmup_steps)
+    if config.schedule == "cosine":
+        shape = optax.cosine_decay_schedule(peak, rest, alpha=config.final_fraction)
+    elif config.schedule == "step":
+        drop = 1 / math.sqrt(10)
+        shape = optax.piecewise_constant_schedule(peak, {rest // 2: drop, rest * 3 // 4: drop})
+    else:
+        shape = optax.constant_schedule(peak)
+    if not config.warmup_steps:
+        return shape
+    warmup = optax.linear_schedule(peak / config.warmup_steps, peak, config.warmup_steps)
+    return optax.join_schedules([warmup, shape], [config.warmup_steps])
+
+
+def make_optimizer(
+    config: OptimizerConfig, steps: int, paths: set[str], all_paths: set[str]
+) -> optax.GradientTransformation:
+    """The optimiser over the trainable leaves of a stage.
+
+    Args:
+      steps: length of the stage, for the schedule.
+      paths: the trainable leaves.
+      all_paths: every leaf of the model; patterns must match among these.
+
+    Raises:
+      ValueError: a pattern matches no parameter.
+    """
+    everything = params_lib.unflatten({p: None for p in sorted(all_paths)})
+    kept = params_lib.select(everything, config.no_decay)
+    multiples = dict.fromkeys(paths, 1.0)
+    for pattern, multiple in config.rates:
+        multiples |= dict.fromkeys(params_lib.select(everything, (pattern,)) & paths, multiple)
+    decay_mask = params_lib.unflatten({p: p not in kept for p in paths})
+    scales = params_lib.unflatten(multiples)
+
+    def scale_groups(updates: optax.Updates, _: optax.Params | None) -> optax.Updates:
+        return jax.tree.map(lambda u, m: u * m, updates, scales)
+
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.scale_by_adam(*config.betas, eps=config.epsilon),
+        optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
+        optax.stateless(scale_groups),
+        optax.scale_by_learning_rate(schedule(config, steps)),
+    )

@@ -1,0 +1,60 @@
+"""A training stage is data: what it reads, what it predicts, which leaves it trains, how long and how fast."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from vl_jax import params as params_lib
+from vl_jax.train.optimizer import OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One stage of a run; the loop knows none of them by name."""
+
+    name: str
+    steps: int
+    batch_size: int = 64  # rows of the global batch
+    accumulation: int = 1  # micro-batches per optimiser step
+    sources: tuple[str, ...] = ()  # names in ``data.sources``; empty: all of them
+    weights: tuple[float, ...] = ()  # of the mixture; empty: equal
+    targets: Literal["all", "answers"] = "answers"  # which text tokens are predicted
+    trainable: tuple[str, ...] = (".*",)  # patterns of parameter paths; the rest is frozen
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+    def __post_init__(self):
+        if self.steps < 1 or self.batch_size < 1 or self.accumulation < 1:
+            raise ValueError(
+                f"steps={self.steps}, batch_size={self.batch_size}, accumulation={self.accumulation}: "
+                "each must be >= 1"
+            )
+        if self.batch_size % self.accumulation:
+            raise ValueError(
+                f"batch_size={self.batch_size} is not a multiple of accumulation={self.accumulation}"
+            )
+        if self.weights and len(self.weights) != len(self.sources):
+            raise ValueError(f"{len(self.weights)} weights for {len(self.sources)} sources")
+
+
+def trainable_paths(stage: Stage, params: params_lib.Tree) -> set[str]:
+    """The leaves the stage trains.
+
+    Raises:
+      ValueError: a pattern matches no parameter; the message names the stage.
+    """
+    try:
+        return params_lib.select(params, stage.trainable)
+    except ValueError as error:
+        raise ValueError(f"config.stages.{stage.name}.trainable: {error}") from None
+
+
+def trainable_table(stage: Stage, params: params_lib.Tree) -> list[tuple[str, int, int]]:
+    """(module, its parameters, how many of them train) for the modules two levels deep."""
+    paths = trainable_paths(stage, params)
+    rows: dict[str, tuple[int, int]] = {}
+    for path, leaf in params_lib.flatten(params).items():
+        module = "/".join(path.split("/")[:2])
+        total, trains = rows.get(module, (0, 0))
+        rows[module] = (total + leaf.size, trains + leaf.size * (path in paths))
+    return [(module, total, trains) for module, (total, trains) in rows.items()]

@@ -1,0 +1,118 @@
+"""The training step: a pure function ``(state, batch) -> (state, metrics)``.
+
+Loss and statistics are sums over rows divided by totals of the *whole* batch, so that the result is the same
+with or without accumulation, rematerialisation and sharding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from vl_jax import losses
+from vl_jax import params as params_lib
+from vl_jax.batch import Batch
+from vl_jax.model import VisionLanguage, update_routing_state
+from vl_jax.moe import balance
+from vl_jax.moe.routing import State
+
+Leaf = Any
+Metrics = dict[str, jax.Array]
+
+
+@struct.dataclass
+class TrainState:
+    """Everything an optimiser step changes."""
+
+    step: Leaf  # i32[] within the stage
+    params: Leaf  # all parameters, trained or frozen
+    optimizer: Leaf  # optimiser state of the trained leaves
+    routing: State  # state of the routing scheme, stacked over sparse layers
+
+
+def loss_sums(
+    params: Any, routing: State, batch: Batch, *, model: VisionLanguage
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Any]]:
+    """(sum of cross-entropy, (sum of hits, sum of auxiliary losses over layers, routing statistics))."""
+    output = model.apply({"params": params}, batch, routing)
+    logits = model.apply({"params": params}, output.hidden, method="logits")
+    nll, hit = losses.cross_entropy(logits, batch.targets)
+    weights = batch.loss_weights
+    routed = output.routed
+    auxiliary = jnp.zeros(())
+    if routed is not None:
+        auxiliary = sum((jnp.sum(v) for v in routed.losses.values()), auxiliary)
+    stats = None if routed is None else routed.stats
+    return jnp.sum(nll * weights), (jnp.sum(hit * weights), auxiliary, stats)
+
+
+def split_rows(batch: Batch, parts: int) -> Batch:
+    """Micro-batches on a new leading axis; part i takes rows i, i + parts, ... so that no row changes device."""
+
+    def split(x: jax.Array) -> jax.Array:
+        return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+
+    return jax.tree.map(split, batch)
+
+
+def gradients(
+    state: TrainState, batch: Batch, *, model: VisionLanguage, trainable: set[str], accumulation: int
+) -> tuple[Any, Metrics, Any]:
+    """Gradients of the trained leaves for the whole batch, metrics, and routing statistics."""
+    trained, frozen = params_lib.split(state.params, trainable)
+    total = jnp.maximum(jnp.sum(batch.loss_weights), 1.0)
+
+    def objective(trained: Any, part: Batch) -> tuple[jax.Array, tuple]:
+        nll, (hits, auxiliary, stats) = loss_sums(
+            params_lib.merge(trained, frozen), state.routing, part, model=model
+        )
+        return nll / total + auxiliary / accumulation, (nll / total, hits / total, auxiliary / accumulation, stats)
+
+    def one_part(carry: Any, part: Batch) -> tuple[Any, None]:
+        (_, parts), grads = jax.value_and_grad(objective, has_aux=True)(trained, part)
+        return jax.tree.map(jnp.add, carry, (grads, parts)), None
+
+    if accumulation == 1:
+        (_, parts), grads = jax.value_and_grad(objective, has_aux=True)(trained, batch)
+    else:
+        micro = split_rows(batch, accumulation)
+        shapes = jax.eval_shape(
+            lambda part: jax.value_and_grad(objective, has_aux=True)(trained, part),
+            jax.tree.map(lambda x: x[0], micro),
+        )
+        (_, parts), grads = shapes
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (grads, parts))
+        (grads, parts), _ = jax.lax.scan(one_part, zeros, micro)
+    loss, accuracy, auxiliary, stats = parts
+    return grads, {"loss": loss, "accuracy": accuracy, "auxiliary_loss": auxiliary}, stats
+
+
+def make_train_step(
+    model: VisionLanguage,
+    optimizer: optax.GradientTransformation,
+    *,
+    trainable: set[str],
+    accumulation: int = 1,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The step of one stage, to be compiled by the caller."""
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        grads, metrics, stats = gradients(
+            state, batch, model=model, trainable=trainable, accumulation=accumulation
+        )
+        trained, frozen = params_lib.split(state.params, trainable)
+        updates, optimizer_state = optimizer.update(grads, state.optimizer, trained)
+        trained = optax.apply_updates(trained, updates)
+        metrics["grad_norm"] = optax.global_norm(grads)
+        routing = state.routing
+        if stats is not None:
+            metrics |= balance.summarize(stats)
+            routing = update_routing_state(routing, stats, model.config)
+        return TrainState(state.step + 1, params_lib.merge(trained, frozen), optimizer_state, routing), metrics
+
+    return step
