@@ -15,6 +15,8 @@ from typing import Any
 
 from PIL import Image
 
+from vl_jax.evaluate.answers import normalize
+
 # Cards of one task; more would make the page heavy without telling more.
 MAX_SAMPLES = 30
 _MAX_SIDE = 640
@@ -30,7 +32,9 @@ def gallery(samples: Sequence[Mapping[str, Any]], *, folder: Path) -> str:
     """
     if not samples:
         return '<p class="absent">No samples were saved.</p>'
-    shown = choose(samples, limit=MAX_SAMPLES)
+    # An evaluation keeps the pictures of some samples only; those come first.
+    shown = choose([s for s in samples if s.get("image")], limit=MAX_SAMPLES)
+    shown += choose([s for s in samples if not s.get("image")], limit=MAX_SAMPLES - len(shown))
     right = sum(map(is_correct, samples))
     note = f"{right} of {len(samples)} saved answers are right."
     if len(shown) < len(samples):
@@ -40,10 +44,10 @@ def gallery(samples: Sequence[Mapping[str, Any]], *, folder: Path) -> str:
 
 
 def is_correct(sample: Mapping[str, Any]) -> bool:
-    """The evaluator's verdict if the row holds one, else whether both answers are the same words."""
+    """The evaluator's verdict if the row holds one, else its rule for an exact match."""
     if "correct" in sample:
         return bool(sample["correct"])
-    return _words(sample.get("prediction")) == _words(sample.get("answer"))
+    return normalize(sample.get("prediction") or "") == normalize(sample.get("answer") or "")
 
 
 def choose(samples: Sequence[Mapping[str, Any]], *, limit: int) -> list[Mapping[str, Any]]:
@@ -120,7 +124,3 @@ def _embed(path: Path) -> tuple[str, tuple[int, int]]:
     small.save(buffer, format=kind, **({"quality": 88} if kind == "jpeg" else {"optimize": True}))
     data = base64.b64encode(buffer.getvalue()).decode("ascii")
     return f"data:image/{kind};base64,{data}", size
-
-
-def _words(text: Any) -> list[str]:
-    return str("" if text is None else text).casefold().split()

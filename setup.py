@@ -1,0 +1,69 @@
+"""Package metadata: ``pip install -e .`` for use, ``pip install -e '.[test]'`` to work on it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+
+
+def read_version() -> str:
+    """The version as written in the package, read as text so that nothing is imported."""
+    source = (ROOT / "vl_jax" / "__init__.py").read_text(encoding="utf-8")
+    match = re.search(r'^__version__ = "([^"]+)"$', source, re.MULTILINE)
+    if match is None:
+        raise ValueError('vl_jax/__init__.py: expected a line __version__ = "x.y.z"')
+    return match.group(1)
+
+
+# Lower bounds are the versions the test suite was last run with; jax 0.10 to 0.12 are all supported.
+REQUIRED = [
+    "absl-py>=2.5.1",
+    "flax>=0.12.8",
+    "grain>=0.2.18",
+    "jax>=0.10.2,<0.13",
+    "jaxtyping>=0.3.11",
+    "ml-collections>=1.1.0",
+    "numpy>=2.4",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12.8",
+    "pillow>=13.0",
+    "rich>=15.0",
+    "tensorboardX>=2.6.5",
+    "tensorflow-datasets>=4.9.10",
+    "tokenizers>=0.23.3",
+]
+
+EXTRAS = {
+    "test": [
+        "beartype>=0.23.1",
+        "hypothesis>=6.170",
+        "pyright>=1.1.414",
+        "pytest>=9.2",
+        "pytest-xdist>=3.8",
+        "ruff>=0.17.5,<0.18",
+    ],
+    "export": ["flatbuffers>=25.12", "jax2onnx>=0.17.1", "onnxruntime>=1.31.1"],
+    "serve": ["starlette>=1.10", "uvicorn>=0.54"],
+    "gpu": ["jax[cuda13]>=0.10.2,<0.13"],
+    "tpu": ["jax[tpu]>=0.10.2,<0.13"],
+}
+
+setup(
+    name="vl_jax",
+    version=read_version(),
+    description="Training of mixture-of-experts vision-language models in JAX, from one CPU to a TPU pod",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["vl_jax", "vl_jax.*"]),
+    package_data={"vl_jax": ["*.css", "data/*.json"]},
+    install_requires=REQUIRED,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["vl_jax=vl_jax.cli:main"]},
+)

@@ -1,0 +1,53 @@
+"""Test environment: eight CPU devices, strict dtypes and ranks, shapes checked at every call."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+# All of this has to stand before jax is imported, or it has no effect.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+DEVICES_FLAG = "--xla_force_host_platform_device_count"
+if DEVICES_FLAG not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES_FLAG}=8".strip()
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+from absl import flags  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# Most of a small test is compilation. The folder is per user, and outlives the run.
+CACHE = Path(tempfile.gettempdir()) / f"vl_jax_test_cache_{os.getuid()}"
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+# grain reads absl flags when its worker processes start, and refuses if nobody parsed them.
+flags.FLAGS.mark_as_parsed()
+
+# From here on every annotated function of the package checks its arguments; an int will do for a float.
+install_import_hook("vl_jax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+
+
+def _folder(variable: str, default: Path) -> Path:
+    path = Path(os.environ.get(variable, default))
+    if not path.is_dir():
+        pytest.skip(f"{variable}: no folder {path}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def oracles() -> Path:
+    """Folder of recorded results of the reference implementation; the test is skipped without it."""
+    return _folder("VL_JAX_ORACLES", ROOT.parent / "shared" / "oracle")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of real images, captions and questions; the test is skipped without it."""
+    return _folder("VL_JAX_SHARED_DATA", ROOT.parent / "shared" / "data")

@@ -1,0 +1,128 @@
+"""The package's layering, checked on the source text: nothing is imported."""
+
+from __future__ import annotations
+
+import ast
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = "vl_jax"
+
+# A module may import from its own level and from those before it.
+LEVELS = (
+    "config batch params kernels charts",
+    "sharding losses metrics data",
+    "nn",
+    "moe",
+    "encoders adapter fusion language heads",
+    "model",
+    "layout checkpoint interop compress generation",
+    "train evaluate serving export fit",
+    "experiment gallery report inspection",
+    "cli",
+    "__main__",
+)
+LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names.split()}
+
+# Packages missing on some platforms, and the modules that may import them at the top of the file. Everything
+# else has to be importable without them, so it may not import those modules at its top either.
+OPTIONAL = {
+    "grain": {f"{PACKAGE}.data.pipeline"},
+    "tensorflow_datasets": set(),
+    "ml_collections": set(),
+}
+
+
+def _sources() -> dict[str, Path]:
+    result = {}
+    for path in sorted((ROOT / PACKAGE).rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        result[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return result
+
+
+SOURCES = _sources()
+
+
+def _imports(tree: ast.Module, *, top_level: bool) -> set[str]:
+    """Dotted names a file imports: modules of this package, and roots of others."""
+    nodes = list(ast.walk(tree))
+    if top_level:
+        functions = (n for n in nodes if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)))
+        inner = {id(child) for function in functions for child in ast.walk(function)}
+        nodes = [n for n in nodes if id(n) not in inner]
+    names: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports are not used in this package"
+            assert node.module is not None
+            for alias in node.names:
+                submodule = f"{node.module}.{alias.name}"
+                names.add(submodule if submodule in SOURCES else node.module)
+    return {name if name.split(".")[0] == PACKAGE else name.split(".")[0] for name in names}
+
+
+def _graph(*, top_level: bool) -> dict[str, set[str]]:
+    return {
+        name: _imports(ast.parse(path.read_text(encoding="utf-8"), str(path)), top_level=top_level)
+        for name, path in SOURCES.items()
+    }
+
+
+def test_every_module_has_a_level():
+    missing = {name for name in SOURCES if name != PACKAGE and name.split(".")[1] not in LEVEL_OF}
+    assert not missing, f"give these a place in LEVELS: {sorted(missing)}"
+
+
+def test_no_module_imports_from_a_higher_level():
+    upward = [
+        f"{name} imports {target}"
+        for name, targets in _graph(top_level=False).items()
+        for target in targets
+        if name != PACKAGE
+        and target.startswith(f"{PACKAGE}.")
+        and LEVEL_OF.get(target.split(".")[1], -1) > LEVEL_OF.get(name.split(".")[1], len(LEVELS))
+    ]
+    assert not upward, "\n".join(sorted(upward))
+
+
+def test_imports_form_no_cycle():
+    graph = _graph(top_level=False)
+    # The root names public things from every level; it resolves them on first use.
+    own = {name: {t for t in targets if t in SOURCES} for name, targets in graph.items() if name != PACKAGE}
+    for name, targets in own.items():
+        targets -= {name, PACKAGE}
+    try:
+        TopologicalSorter(own).prepare()
+    except CycleError as error:
+        pytest.fail("circular import: " + " -> ".join(reversed(error.args[1])))
+
+
+@pytest.mark.parametrize("package", OPTIONAL)
+def test_package_imports_without_optional_dependency(package: str):
+    graph, allowed = _graph(top_level=True), OPTIONAL[package]
+    for start in SOURCES:
+        if start in allowed:
+            continue
+        chains = [[start]]
+        seen = {start}
+        while chains:
+            chain = chains.pop()
+            for target in graph.get(chain[-1], set()) - seen:
+                assert target != package, f"{package} is imported by " + " <- ".join(reversed(chain))
+                seen.add(target)
+                # Importing a module runs the __init__ of every package it is in.
+                parents = [target.rsplit(".", n)[0] for n in range(1, target.count(".") + 1)]
+                chains += [[*chain, module] for module in [target, *parents] if module in SOURCES]
+
+
+def test_import_order_rules_catch_a_violation():
+    tree = ast.parse("import grain\nfrom vl_jax import cli\ndef f():\n    import ml_collections\n")
+    everywhere = _imports(tree, top_level=False)
+    assert everywhere == {"grain", "ml_collections", "vl_jax.cli" if "vl_jax.cli" in SOURCES else "vl_jax"}
+    assert "ml_collections" not in _imports(tree, top_level=True)

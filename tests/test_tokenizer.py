@@ -1,0 +1,109 @@
+"""Byte-level BPE: lossless, reproducible, and special ids only on request."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vl_jax.data.scene_text import CHINESE, PLACES
+from vl_jax.data.scenes import CHINESE_WORDS, COLOURS, ENGLISH_WORDS
+from vl_jax.data.tokenizer import GROUNDING, SPECIAL, load_tokenizer, train_tokenizer
+
+TOKENIZER = load_tokenizer()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text())
+def test_any_text_round_trips(text):
+    assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
+
+
+@pytest.mark.parametrize(
+    "text", ["The owl's 3 boxes.", "所有权是 Rust 最独特的特性。", "a  b\n\t🦉é", " " * 70]
+)
+def test_english_and_chinese_round_trip(text):
+    assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
+
+
+def test_special_strings_in_text_stay_text_unless_allowed():
+    ids = {TOKENIZER.token_id(s) for s in SPECIAL}
+    for special in SPECIAL:
+        text = f"say {special} now"
+        assert not ids & set(TOKENIZER.encode(text))
+        assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
+        assert TOKENIZER.token_id(special) in TOKENIZER.encode(text, allowed=[special])
+
+
+def test_only_the_allowed_special_strings_become_ids():
+    ids = TOKENIZER.encode("<|ref|>a<|/ref|><|User|>", allowed=GROUNDING)
+    assert ids[0] == TOKENIZER.token_id("<|ref|>") and TOKENIZER.user not in ids
+    with pytest.raises(ValueError, match="nothing special"):
+        TOKENIZER.encode("x", allowed=["nothing special"])
+
+
+def test_shipped_vocabulary_has_2048_entries_and_distinct_special_ids():
+    assert TOKENIZER.vocab_size == 2048
+    assert len({TOKENIZER.token_id(s) for s in SPECIAL}) == len(SPECIAL)
+    assert TOKENIZER.bos == TOKENIZER.encode("<｜begin▁of▁sentence｜>", allowed=SPECIAL)[0]
+
+
+def test_words_of_the_scenes_are_at_most_three_tokens():
+    words = [*COLOURS, *CHINESE.values(), *PLACES["en"], *PLACES["zh"], *ENGLISH_WORDS, *CHINESE_WORDS]
+    assert max(len(TOKENIZER.encode(w)) for w in words) <= 3
+
+
+def test_training_twice_gives_the_same_bytes(tmp_path):
+    corpus = tmp_path / "corpus.jsonl"
+    lines = [{"text": f"the owl number {i} 猫头鹰 {i * 7}", "source": "good"} for i in range(200)]
+    corpus.write_text("\n".join(json.dumps(line) for line in lines))
+    for name in ("a.json", "b.json"):
+        train_tokenizer([corpus], vocab_size=400, out=tmp_path / name, num_scenes=40)
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+    trained = load_tokenizer(str(tmp_path / "a.json"))
+    assert trained.vocab_size == 400 and len(trained.encode("the owl")) < len("the owl")
+
+
+def test_documents_of_an_unwanted_source_are_left_out(tmp_path):
+    good = [json.dumps({"text": f"alpha beta {i}", "source": "ours"}) for i in range(50)]
+    bad = [json.dumps({"text": "zyx zyx zyx", "source": "theirs/captions"}) for _ in range(50)]
+    for name, lines in (("mixed", good + bad), ("good", good)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+        file, out = tmp_path / f"{name}.jsonl", tmp_path / f"{name}.out"
+        train_tokenizer([file], vocab_size=270, out=out, num_scenes=0, without_sources=["captions"])
+    assert (tmp_path / "mixed.out").read_bytes() == (tmp_path / "good.out").read_bytes()
+
+
+def test_bad_input_is_named(tmp_path):
+    with pytest.raises(ValueError, match="vocab_size=100"):
+        train_tokenizer([], vocab_size=100, out=tmp_path / "x")
+    with pytest.raises(ValueError, match="only supports"):
+        train_tokenizer([], vocab_size=5000, out=tmp_path / "x", num_scenes=1)
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"words": 1}\n')
+    with pytest.raises(ValueError, match="bad.jsonl:2"):
+        train_tokenizer([tmp_path / "bad.jsonl"], vocab_size=300, out=tmp_path / "x")
+    with pytest.raises(ValueError, match="no such file"):
+        load_tokenizer(str(tmp_path / "absent.json"))
+    (tmp_path / "broken.json").write_text("{}")
+    with pytest.raises(ValueError, match="broken.json: not a tokenizer file"):
+        load_tokenizer(str(tmp_path / "broken.json"))
+
+
+def test_a_vocabulary_without_the_special_tokens_is_refused(tmp_path):
+    import tokenizers
+
+    file = tmp_path / "plain.json"
+    tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"a": 0}, merges=[])).save(str(file))
+    with pytest.raises(ValueError, match="lacks the special tokens"):
+        load_tokenizer(str(file))
+
+
+def test_recorded_texts_of_the_reference_processor(oracles):
+    folder = oracles / "deepseek_vl2" / "processor"
+    if not folder.is_dir():
+        pytest.skip(f"no folder {folder}")
+    tokenizer = load_tokenizer(str(folder / "tokenizer"))
+    for case in json.loads((folder / "tokenizer_cases.json").read_text()):
+        assert tokenizer.encode(case["text"], allowed=SPECIAL) == case["ids"]

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Starts training on every host of the slice and returns; the same command resumes after a stop.
+# CONFIG is a path in this checkout, WORKDIR one that all hosts see, from their home folder.
+# Further arguments go to the trainer: launch.sh --config.model.moe.top_k=4
+set -euo pipefail
+USAGE="usage: PROJECT=.. ZONE=.. TPU_NAME=.. CONFIG=experiments/x.py WORKDIR=runs/x launch.sh
+  [--dry-run] [--config.path=value ...]"
+source "$(dirname "${BASH_SOURCE[0]}")/dry_run.sh"
+require PROJECT ZONE TPU_NAME CONFIG WORKDIR
+
+# The trainer runs in the checkout, which lies in the home folder.
+[[ "$WORKDIR" == /* ]] || WORKDIR="../$WORKDIR"
+printf -v command '%q ' python -m vl_jax train "--config=$CONFIG" "--workdir=$WORKDIR" "${ARGUMENTS[@]}"
+# setsid lets the trainer outlive the connection. A trainer still running is left alone.
+on_workers all "set -e
+cd vl_jax_source
+if [ -f ../train.pid ] && kill -0 \$(cat ../train.pid) 2>/dev/null; then echo 'already running'; exit 1; fi
+PATH=\$HOME/vl_jax_env/bin:\$PATH VL_JAX_DISTRIBUTED=1 setsid nohup $command>../train.log 2>&1 </dev/null &
+echo \$! >../train.pid"
+echo "the log of a host is train.log in its home folder" >&2

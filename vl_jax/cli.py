@@ -1,0 +1,158 @@
+"""The command line: ``python -m vl_jax COMMAND``. A user's mistake ends in one line, not in a traceback."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from vl_jax.config import ConfigError, load
+
+EXAMPLE = "python -m vl_jax train --config=experiments/quickstart.py --workdir=runs/quickstart"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status."""
+    arguments = _parse(list(sys.argv[1:] if argv is None else argv))
+    _set_up_process()
+    from vl_jax.train.loop import Stopped
+
+    try:
+        arguments.run(arguments)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return 128 + stopped.number
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError) as error:
+        if arguments.traceback:
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="vl_jax", description=__doc__, epilog=f"example: {EXAMPLE}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[Any], None], help: str, example: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name, help=help, description=help, epilog=f"example: python -m vl_jax {example}", allow_abbrev=False
+        )
+        sub.add_argument("--traceback", action="store_true", help="show the full traceback of an error")
+        sub.set_defaults(run=run)
+        return sub
+
+    def with_config(sub: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        sub.add_argument("--config", required=True, metavar="FILE[:ARG]", help="experiment file")
+        sub.usage = f"{sub.prog} --config=FILE [--config.a.b=value ...] [options]"
+        return sub
+
+    train = with_config(
+        command(
+            "train",
+            _train,
+            "Train the stages of an experiment, evaluate, and write report.html; resumes if the folder has a run.",
+            "train --config=experiments/quickstart.py --workdir=runs/quickstart --config.seed=1",
+        )
+    )
+    train.add_argument("--workdir", required=True, type=Path, help="folder of the run")
+    inspect = with_config(
+        command(
+            "inspect",
+            _inspect,
+            "Show what would run, without training: the resolved config, the parameters, or rendered samples.",
+            "inspect params --config=experiments/quickstart.py",
+        )
+    )
+    inspect.add_argument("what", choices=("config", "params", "data"))
+    inspect.add_argument("--html", type=Path, help="with data: also write the samples as a page")
+    inspect.add_argument("--samples", type=int, default=3, help="with data: samples per source")
+    report = command("report", _report, "Write report.html anew from a run's files.", "report --workdir=runs/quickstart")
+    report.add_argument("--workdir", required=True, type=Path)
+    tokenizer = command(
+        "tokenizer",
+        _tokenizer,
+        "Train a byte-level BPE vocabulary; the same input always gives the same file.",
+        "tokenizer --input corpus.jsonl --vocab-size=2048 --out=tokenizer.json",
+    )
+    tokenizer.add_argument("--input", required=True, nargs="+", help="text files, or JSONL with a 'text' field")
+    tokenizer.add_argument("--vocab-size", type=int, default=2048)
+    tokenizer.add_argument("--out", required=True, type=Path)
+    arguments, rest = parser.parse_known_args(argv)
+    arguments.overrides = _overrides(parser, rest)
+    return arguments
+
+
+def _overrides(parser: argparse.ArgumentParser, rest: list[str]) -> tuple[tuple[str, str], ...]:
+    """``--config.a.b=value`` or ``--config.a.b value`` to pairs of dotted path and text."""
+    pairs, queue = [], list(rest)
+    while queue:
+        word = queue.pop(0)
+        if not word.startswith("--config."):
+            parser.error(f"unknown argument {word!r}; overrides look like --config.model.moe.top_k=4")
+        path, equals, text = word.removeprefix("--config.").partition("=")
+        if not equals:
+            if not queue:
+                parser.error(f"{word} needs a value")
+            text = queue.pop(0)
+        pairs.append((path, text))
+    return tuple(pairs)
+
+
+def _set_up_process() -> None:
+    """Logging, and a compilation cache that makes the second run start in seconds."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("vl_jax").setLevel(logging.INFO)
+    import jax
+
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vl_jax" / "xla"
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(default))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _load(arguments: argparse.Namespace) -> Any:
+    from vl_jax.experiment import Experiment
+
+    experiment = load(arguments.config, arguments.overrides)
+    if not isinstance(experiment, Experiment):
+        raise ConfigError(f"--config={arguments.config}: get_config() gave no Experiment")
+    return experiment
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from vl_jax import experiment
+
+    results = experiment.run(_load(arguments), arguments.workdir)
+    for task, result in results.items():
+        print(
+            f"{task}: exact match {result['exact_match']:.1%} on {result['num_questions']} questions "
+            f"(blind {result['blind_exact_match']:.1%}, prior {result['prior_exact_match']:.1%})"
+        )
+    print(f"report: {arguments.workdir / 'report.html'}")
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from vl_jax import inspection
+
+    inspection.show(_load(arguments), arguments.what, samples=arguments.samples, html=arguments.html)
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from vl_jax import report
+
+    print(report.write_report(arguments.workdir))
+
+
+def _tokenizer(arguments: argparse.Namespace) -> None:
+    from vl_jax.data.tokenizer import train_tokenizer
+
+    train_tokenizer(arguments.input, vocab_size=arguments.vocab_size, out=arguments.out)
+    print(arguments.out)

@@ -1,0 +1,207 @@
+"""Conversations to token ids and label masks, built together (the text format of DeepSeek-VL2).
+
+    BOS system <|User|>: QUESTION\\n\\n<|Assistant|>:ANSWER EOS <|User|>: ...
+
+Text is split at ``<image>`` and every piece is encoded by itself. In the *dialogue* form each turn sees
+the ones before it. In the *independent* form the turns are separate conversations that share their
+beginning, the *trunk*, up to the last image:
+
+    positions   0 .. p-1     p ..                          a question never sees another one, and its
+    trunk       BOS ... image                              tokens and positions are those of a
+    branch 1                 QUESTION 1 ... ANSWER EOS     conversation with this question alone
+    branch 2                 QUESTION 2 ... ANSWER EOS
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from vl_jax.data.sample import IMAGE_PLACEHOLDER, BadSample, Sample, standalone_questions
+from vl_jax.data.tokenizer import GROUNDING, Tokenizer
+
+Turns = Literal["dialogue", "independent"]
+Targets = Literal["all", "answers"]
+
+
+@dataclass(frozen=True)
+class VisualRun:
+    """A run of image placeholders: the image's index, and the run's start and length in the sequence."""
+
+    image: int
+    start: int
+    length: int
+
+
+@dataclass
+class Dialogue:
+    """One encoded conversation; the lists have one entry for each sequence position."""
+
+    tokens: list[int] = field(default_factory=list)
+    targets: list[int] = field(default_factory=list)  # the id to predict from here, 0 where there is none
+    loss_weights: list[float] = field(default_factory=list)  # 1 where there is a target
+    positions: list[int] = field(default_factory=list)
+    branch_ids: list[int] = field(default_factory=list)
+    visual_runs: list[VisualRun] = field(default_factory=list)
+    num_turns: int = 0
+
+    def _append(self, ids: Sequence[int], *, branch: int, position: int, supervised: Sequence[bool]) -> None:
+        """Adds tokens of one branch that follow one another; ``supervised`` says which are targets."""
+        for offset, (token, is_target) in enumerate(zip(ids, supervised, strict=True)):
+            follows = bool(self.tokens) and self.branch_ids[-1] == branch
+            if is_target and follows:
+                self.targets[-1], self.loss_weights[-1] = token, 1.0
+            self.tokens.append(token)
+            self.targets.append(0)
+            self.loss_weights.append(0.0)
+            self.positions.append(position + offset)
+            self.branch_ids.append(branch)
+
+
+# A part of a conversation: ids, with None standing for one image's run; and whether it is an answer.
+_Part = tuple[Sequence[int | None], bool]
+
+
+def encode_dialogue(
+    sample: Sample,
+    tokenizer: Tokenizer,
+    *,
+    image_lengths: Sequence[int],
+    turns: Turns = "dialogue",
+    targets: Targets = "answers",
+    max_tokens: int | None = None,
+) -> Dialogue:
+    """Encodes a conversation for training.
+
+    Args:
+      image_lengths: sequence positions each image takes (all of them hold the ``<image>`` id).
+      turns: whether later turns see earlier ones.
+      targets: ``answers`` supervises each answer and its EOS; ``all`` every text token that follows a
+        text token of the same branch. Images and the first token of a branch are never targets.
+      max_tokens: turns from the first one that does not fit are left out.
+
+    Raises:
+      BadSample: placeholders and images do not match, a turn of the independent form brings its own
+        image, or not even the first turn fits.
+    """
+    _check(sample, image_lengths)
+    result = Dialogue()
+    if turns == "dialogue":
+        start = [tokenizer.bos, *_encode(tokenizer, sample.system.strip())]
+        _extend(result, [(start, False)], 0, image_lengths, tokenizer.image, targets)
+        questions = [t.question for t in sample.turns]
+        branches = [0] * len(questions)
+    else:
+        trunk, questions = _split_trunk(sample, tokenizer)
+        _extend(result, [(trunk, False)], 0, image_lengths, tokenizer.image, targets)
+        branches = list(range(1, len(questions) + 1))
+    for turn, question, branch in zip(sample.turns, questions, branches, strict=True):
+        opened = turns == "independent" and bool(sample.images)
+        prompt = _tail(tokenizer, question) if opened else _user(tokenizer, question)
+        answer = [*_encode(tokenizer, turn.answer.strip()), tokenizer.eos]
+        parts: list[_Part] = [(prompt, False), (answer, True)]
+        images = iter(image_lengths[len(result.visual_runs) :])
+        length = sum(next(images) if i is None else 1 for ids, _ in parts for i in ids)
+        if max_tokens is not None and len(result.tokens) + length > max_tokens:
+            break
+        _extend(result, parts, branch, image_lengths, tokenizer.image, targets)
+        result.num_turns += 1
+    if not result.num_turns:
+        raise BadSample("too_long", f"sample {sample.id}: its first turn does not fit {max_tokens} tokens")
+    return result
+
+
+def encode_prompt(sample: Sample, tokenizer: Tokenizer, *, image_lengths: Sequence[int]) -> Dialogue:
+    """Encodes a conversation up to where the answer of its last turn would begin; nothing is a target.
+
+    Raises:
+      BadSample: placeholders and images do not match.
+    """
+    _check(sample, image_lengths)
+    ids: list[int | None] = [tokenizer.bos, *_encode(tokenizer, sample.system.strip())]
+    for index, turn in enumerate(sample.turns):
+        ids += _user(tokenizer, turn.question)
+        if index < len(sample.turns) - 1:
+            ids += [*_encode(tokenizer, turn.answer.strip()), tokenizer.eos]
+    result = Dialogue(num_turns=len(sample.turns))
+    _extend(result, [(ids, False)], 0, image_lengths, tokenizer.image, "answers")
+    return result
+
+
+def _check(sample: Sample, image_lengths: Sequence[int]) -> None:
+    placeholders = sum(t.question.count(IMAGE_PLACEHOLDER) for t in sample.turns)
+    if placeholders != len(image_lengths):
+        message = f"sample {sample.id}: {placeholders} placeholders for {len(image_lengths)} images"
+        raise BadSample("placeholder_mismatch", message)
+    if not sample.turns:
+        raise BadSample("bad_conversation", f"sample {sample.id}: no turns")
+
+
+def _split_trunk(sample: Sample, tokenizer: Tokenizer) -> tuple[list[int | None], list[str]]:
+    """The shared beginning, and each turn's text after it."""
+    trunk: list[int | None] = [tokenizer.bos, *_encode(tokenizer, sample.system.strip())]
+    questions = standalone_questions(sample)
+    if not sample.images:
+        return trunk, questions
+    head = questions[0].lstrip().rpartition(IMAGE_PLACEHOLDER)[0] + IMAGE_PLACEHOLDER
+    trunk += [tokenizer.user, *_pieces(tokenizer, ": " + head)]
+    return trunk, [q.lstrip()[len(head) :] for q in questions]
+
+
+def _user(tokenizer: Tokenizer, question: str) -> list[int | None]:
+    """A whole user turn and the mark that the answer follows."""
+    text = f": {question.strip()}\n\n"
+    return [tokenizer.user, *_pieces(tokenizer, text), tokenizer.assistant, *_encode(tokenizer, ":")]
+
+
+def _tail(tokenizer: Tokenizer, text: str) -> list[int | None]:
+    """What follows the last image of a user turn."""
+    text = f"{text.rstrip()}\n\n"
+    return [*_encode(tokenizer, text), tokenizer.assistant, *_encode(tokenizer, ":")]
+
+
+def _pieces(tokenizer: Tokenizer, text: str) -> list[int | None]:
+    """Encodes text around its image placeholders; each placeholder becomes None."""
+    first, *rest = re.split(re.escape(IMAGE_PLACEHOLDER), text)
+    ids: list[int | None] = list(_encode(tokenizer, first))
+    for piece in rest:
+        ids += [None, *_encode(tokenizer, piece)]
+    return ids
+
+
+def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    # Grounding marks are part of what users write; role, sequence and image marks never come from text.
+    return tokenizer.encode(text, allowed=GROUNDING)
+
+
+def _extend(
+    result: Dialogue,
+    parts: Sequence[_Part],
+    branch: int,
+    image_lengths: Sequence[int],
+    image_id: int,
+    targets: Targets,
+) -> None:
+    """Appends parts of one branch, opening image runs; positions go on from the branch or the trunk."""
+    if result.branch_ids and result.branch_ids[-1] == branch:
+        position = result.positions[-1] + 1
+    else:
+        position = result.branch_ids.count(0)
+    after_text = bool(result.tokens)  # The first piece of a branch has its supervision cut by ``_append``.
+    for ids, is_answer in parts:
+        for token in ids:
+            if token is None:
+                length = image_lengths[len(result.visual_runs)]
+                result.visual_runs.append(VisualRun(len(result.visual_runs), len(result.tokens), length))
+                result._append(
+                    [image_id] * length, branch=branch, position=position, supervised=[False] * length
+                )
+                position += length
+                after_text = False
+                continue
+            supervised = is_answer or (targets == "all" and after_text)
+            result._append([token], branch=branch, position=position, supervised=[supervised])
+            position += 1
+            after_text = True

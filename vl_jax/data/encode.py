@@ -1,0 +1,297 @@
+"""Samples to padded batches: text, tiles and layout meet here.
+
+``Encoder.example`` turns one sample into unpadded arrays, ``Encoder.collate`` lays examples out in rows
+of static shape. A row may hold several examples, one segment each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from vl_jax.batch import Batch
+from vl_jax.data import chat, images
+from vl_jax.data.llava import LlavaConfig
+from vl_jax.data.sample import BadSample, Sample
+from vl_jax.data.scenes import ScenesConfig
+from vl_jax.data.sources import SourceConfig
+from vl_jax.data.tokenizer import Tokenizer, load_tokenizer
+from vl_jax.data.turns import TurnSampling
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where samples come from and how they become batches."""
+
+    root: str = "."  # folder that file names of the sources are relative to
+    sources: tuple[ScenesConfig | LlavaConfig, ...] = ()
+    evaluation: tuple[ScenesConfig | LlavaConfig, ...] = ()
+    tokenizer: str = ""  # a tokenizer.json; empty means the shipped vocabulary
+    max_tokens: int = 512  # T, length of a row
+    max_tiles: int = 1  # M, tiles of a row
+    turns: chat.Turns = "independent"
+    max_turns: int | None = None  # questions taken from a sample at each draw
+    turn_sampling: TurnSampling = "first"
+    image_dropout_rate: float = 0.0  # share of the draws whose images are withheld
+    tiling: images.TilingConfig = field(default_factory=images.TilingConfig)
+    seed: int = 0
+    num_threads: int = 2
+    prefetch: int = 2  # batches made ahead of the training step
+
+    def __post_init__(self):
+        for name in ("max_tokens", "max_tiles", "num_threads", "prefetch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.max_turns is not None and self.max_turns < 1:
+            raise ValueError(f"max_turns={self.max_turns}: must be at least 1, or None for all")
+        if not 0 <= self.image_dropout_rate <= 1:
+            raise ValueError(f"image_dropout_rate={self.image_dropout_rate}: must lie in 0..1")
+        for group in (self.sources, self.evaluation):
+            names = [s.name for s in group]
+            if len(set(names)) < len(names):
+                raise ValueError(f"source names {names}: must be different")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What the data side must know of a model.
+
+    With ``prefix`` fusion an image's visual tokens stand in the sequence, each at a position of its own;
+    with ``gated`` fusion the sequence holds one placeholder an image, and text looks at the visual tokens
+    on the side.
+    """
+
+    tile_tokens_side: int  # h: a tile becomes h * h tokens
+    fusion: Literal["prefix", "gated"]
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class Example:
+    """One encoded sample, unpadded; field meanings are those of ``Batch``, indices count from 0."""
+
+    id: str
+    tokens: np.ndarray  # i32[t]
+    targets: np.ndarray  # i32[t]
+    loss_weights: np.ndarray  # f32[t]
+    positions: np.ndarray  # i32[t]
+    branch_ids: np.ndarray  # i32[t]
+    visual_slot: np.ndarray  # i32[t]
+    tiles: np.ndarray  # u8[m h w c]
+    visual_index: np.ndarray  # i32[s]
+    visual_start: np.ndarray  # i32[s]
+    num_turns: int = 1  # turns that fitted
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """The static sizes of a pipeline, and the functions that fill them."""
+
+    tokenizer: Tokenizer
+    tiling: images.TilingConfig
+    spec: ModelSpec
+    max_tokens: int  # T
+    max_tiles: int  # M
+
+    def __post_init__(self):
+        if self.tokenizer.vocab_size > self.spec.vocab_size:
+            raise ValueError(
+                f"vocab_size={self.spec.vocab_size} of the model: the tokenizer has "
+                f"{self.tokenizer.vocab_size} entries, it must be at least that"
+            )
+
+    @property
+    def max_visual_tokens(self) -> int:
+        """S, the visual tokens of a row: what ``max_tiles`` tiles can give, and what fits the sequence."""
+        side = self.spec.tile_tokens_side
+        most = images.max_visual_tokens(self.tiling, tile_tokens_side=side, max_tiles=self.max_tiles)
+        return min(most, self.max_tokens) if self.spec.fusion == "prefix" else most
+
+    def example(
+        self, sample: Sample, *, turns: chat.Turns = "dialogue", targets: chat.Targets = "answers"
+    ) -> Example:
+        """Encodes a sample for training; turns that do not fit ``max_tokens`` are left out.
+
+        Raises:
+          BadSample: an image cannot be used, or the sample does not fit.
+        """
+        tiles, layouts = self._tiles(sample)
+        dialogue = chat.encode_dialogue(
+            sample,
+            self.tokenizer,
+            image_lengths=self._image_lengths(layouts),
+            turns=turns,
+            targets=targets,
+            max_tokens=self.max_tokens,
+        )
+        return self._assemble(sample, dialogue, tiles, layouts)
+
+    def prompt(self, sample: Sample) -> Example:
+        """Encodes a conversation up to where the answer of its last turn begins.
+
+        Raises:
+          BadSample: an image cannot be used, or the prompt does not fit.
+        """
+        tiles, layouts = self._tiles(sample)
+        lengths = self._image_lengths(layouts)
+        dialogue = chat.encode_prompt(sample, self.tokenizer, image_lengths=lengths)
+        if len(dialogue.tokens) > self.max_tokens:
+            message = (
+                f"sample {sample.id}: a prompt of {len(dialogue.tokens)} tokens, limit {self.max_tokens}"
+            )
+            raise BadSample("too_long", message)
+        return self._assemble(sample, dialogue, tiles, layouts)
+
+    def collate(self, rows: Sequence[Sequence[Example]], *, length: int = 0, pad_left: bool = False) -> Batch:
+        """Lays rows of examples out as a batch of static shapes.
+
+        Args:
+          rows: the examples of each row; they become segments 1, 2, ...
+          length: sequence length of the batch; 0 means ``max_tokens``.
+          pad_left: padding before the row (for generation) instead of after it.
+
+        Raises:
+          ValueError: a row does not fit.
+        """
+        tokens = length or self.max_tokens
+        tile = self.tiling.tile_size
+        batch = _empty_batch(
+            len(rows), tokens, self.max_tiles, tile, self.max_visual_tokens, self.tokenizer.pad
+        )
+        for index, row in enumerate(rows):
+            self._fill_row(batch, index, row, tokens, pad_left)
+        return batch
+
+    def _tiles(self, sample: Sample) -> tuple[np.ndarray, list[np.ndarray]]:
+        """All tiles of a sample, and the layout of each image."""
+        pictures = [image() for image in sample.images]
+        count = len(pictures)
+        grids = [images.best_grid(*p.size, self.tiling, num_images=count) for p in pictures]
+        needed = [images.num_views_tiles(g, self.tiling.views) for g in grids]
+        if sum(needed) > self.max_tiles:
+            message = f"sample {sample.id}: {count} images in {sum(needed)} tiles, limit {self.max_tiles}"
+            raise BadSample("too_many_tiles", message)
+        stacks = [
+            images.make_tiles(p, grid=g, config=self.tiling) for p, g in zip(pictures, grids, strict=True)
+        ]
+        layouts = [
+            images.layout(
+                grid,
+                tile_tokens_side=self.spec.tile_tokens_side,
+                views=self.tiling.views,
+                first_tile=sum(needed[:i]),
+                num_tiles=self.max_tiles,
+            )
+            for i, grid in enumerate(grids)
+        ]
+        size = self.tiling.tile_size
+        return np.concatenate([np.zeros((0, size, size, 3), np.uint8), *stacks]), layouts
+
+    def _image_lengths(self, layouts: Sequence[np.ndarray]) -> list[int]:
+        return [len(item) if self.spec.fusion == "prefix" else 1 for item in layouts]
+
+    def _assemble(
+        self, sample: Sample, dialogue: chat.Dialogue, tiles: np.ndarray, layouts: Sequence[np.ndarray]
+    ) -> Example:
+        prefix = self.spec.fusion == "prefix"
+        slots = np.full(len(dialogue.tokens), -1, np.int32)
+        starts, index = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
+        total = 0
+        for run in dialogue.visual_runs:
+            count = len(layouts[run.image])
+            positions = np.arange(count, dtype=np.int32)
+            if prefix:
+                slots[run.start : run.start + count] = total + positions
+            starts.append((run.start + positions if prefix else np.full(count, run.start)).astype(np.int32))
+            index.append(layouts[run.image])
+            total += count
+        return Example(
+            id=sample.id,
+            tokens=np.array(dialogue.tokens, np.int32),
+            targets=np.array(dialogue.targets, np.int32),
+            loss_weights=np.array(dialogue.loss_weights, np.float32),
+            positions=np.array(dialogue.positions, np.int32),
+            branch_ids=np.array(dialogue.branch_ids, np.int32),
+            visual_slot=slots,
+            tiles=tiles,
+            visual_index=np.concatenate(index),
+            visual_start=np.concatenate(starts),
+            num_turns=dialogue.num_turns,
+        )
+
+    def _fill_row(
+        self, batch: Batch, row: int, examples: Sequence[Example], tokens: int, pad_left: bool
+    ) -> None:
+        used = sum(len(e.tokens) for e in examples)
+        tiles = sum(len(e.tiles) for e in examples)
+        visual = sum(len(e.visual_index) for e in examples)
+        limits = (tokens, self.max_tiles, self.max_visual_tokens)
+        if used > tokens or tiles > self.max_tiles or visual > self.max_visual_tokens:
+            names = ", ".join(e.id for e in examples)
+            found = f"{used} tokens, {tiles} tiles, {visual} visual tokens"
+            raise ValueError(f"row of {names}: {found} exceed the limits {limits}")
+        start, tile, slot = tokens - used if pad_left else 0, 0, 0
+        tile_tokens = self.spec.tile_tokens_side**2
+        for segment, e in enumerate(examples, start=1):
+            here, there = slice(start, start + len(e.tokens)), slice(slot, slot + len(e.visual_index))
+            for name in ("tokens", "targets", "loss_weights", "positions", "branch_ids"):
+                getattr(batch, name)[row, here] = getattr(e, name)
+            batch.segment_ids[row, here] = segment
+            batch.visual_slot[row, here] = np.where(e.visual_slot < 0, -1, e.visual_slot + slot)
+            batch.tiles[row, tile : tile + len(e.tiles)] = e.tiles
+            # Newline and separator have one place in the table for the whole row; tile tokens move.
+            of_tile = e.visual_index < self.max_tiles * tile_tokens
+            batch.visual_index[row, there] = e.visual_index + of_tile * np.int32(tile * tile_tokens)
+            batch.visual_start[row, there] = e.visual_start + start
+            batch.visual_segment_ids[row, there] = segment
+            start, tile, slot = here.stop, tile + len(e.tiles), there.stop
+
+
+def make_encoder(config: DataConfig, spec: ModelSpec) -> Encoder:
+    """The encoder of a data config for a model.
+
+    Raises:
+      ValueError: the tokenizer cannot be read, or has more entries than the model.
+    """
+    return Encoder(
+        tokenizer=load_tokenizer(config.tokenizer),
+        tiling=config.tiling,
+        spec=spec,
+        max_tokens=config.max_tokens,
+        max_tiles=config.max_tiles,
+    )
+
+
+def find_source(config: DataConfig, name: str) -> SourceConfig:
+    """The source config of that name, first among ``evaluation``, then among ``sources``.
+
+    Raises:
+      ValueError: there is none.
+    """
+    every = [*config.evaluation, *config.sources]
+    for source in every:
+        if source.name == name:
+            return source
+    raise ValueError(f"source {name!r}: not in the config; known: {', '.join(s.name for s in every)}")
+
+
+def _empty_batch(rows: int, tokens: int, tiles: int, size: int, visual: int, pad: int) -> Batch:
+    def full(value: int, *shape: int) -> np.ndarray:
+        return np.full((rows, *shape), value, np.int32)
+
+    return Batch(
+        tokens=full(pad, tokens),
+        targets=full(0, tokens),
+        loss_weights=np.zeros((rows, tokens), np.float32),
+        positions=full(0, tokens),
+        segment_ids=full(0, tokens),
+        branch_ids=full(0, tokens),
+        visual_slot=full(-1, tokens),
+        tiles=np.zeros((rows, tiles, size, size, 3), np.uint8),
+        visual_index=full(-1, visual),
+        visual_start=full(tokens, visual),  # past the end: nothing ever sees padding
+        visual_segment_ids=full(0, visual),
+    )

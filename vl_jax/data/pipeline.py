@@ -1,0 +1,312 @@
+"""The data pipeline: sources, a mixture, encoding and batching, with a position that can be saved.
+
+    stream index --grain: shuffle, repeat, mix--> (source, record) --threads: read, choose turns, encode-->
+    examples, bad ones skipped --> rows --> Batch --queue--> ``TrainIterator``
+
+Everything about a batch follows from the seed and the stream index, so the whole state is one number and
+the account of what was skipped.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import weakref
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vl_jax.batch import Batch
+from vl_jax.data.chat import Targets
+from vl_jax.data.encode import DataConfig, Encoder, Example, ModelSpec, find_source, make_encoder
+from vl_jax.data.prompts import evaluation_prompts
+from vl_jax.data.sample import BadSample
+from vl_jax.data.sources import Source, open_source
+from vl_jax.data.turns import vary
+
+__all__ = [
+    "DataConfig",
+    "Encoder",
+    "Example",
+    "ModelSpec",
+    "TrainIterator",
+    "evaluation_prompts",
+    "find_source",
+    "make_encoder",
+]
+
+_log = logging.getLogger(__name__)
+_MAX_BAD_RUN = 2000
+
+
+class TrainIterator:
+    """An endless iterator of training batches whose position can be saved and restored exactly.
+
+    Example::
+
+        batches = TrainIterator(config, spec, sources={"scenes": 1.0}, batch_size=8)
+        batch = next(batches)
+        state = batches.get_state()   # JSON-able; another iterator goes on from here with set_state
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        spec: ModelSpec,
+        *,
+        batch_size: int,
+        sources: Mapping[str, float] | None = None,
+        targets: Targets = "answers",
+        seed: int | None = None,
+    ):
+        """Opens the sources and starts making batches in the background.
+
+        Args:
+          sources: names from ``config.sources`` and their relative weights; None takes all alike.
+          seed: of order, turn choice and image dropout; None takes ``config.seed``.
+
+        Raises:
+          ValueError: a source is unknown or unreadable, or a weight or size is out of range.
+        """
+        weights = dict(sources) if sources else {s.name: 1.0 for s in config.sources}
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: must be at least 1")
+        if not weights or any(w <= 0 for w in weights.values()):
+            raise ValueError(f"sources={weights}: needs at least one source, and weights above 0")
+        known = {s.name: s for s in config.sources}
+        for name in weights:
+            if name not in known:
+                raise ValueError(f"source {name!r}: not in the config; known: {', '.join(known)}")
+        opened = {name: open_source(known[name], root=config.root) for name in weights}
+        seed = config.seed if seed is None else seed
+        self._reader = _Reader(opened, weights, config, make_encoder(config, spec), targets, seed)
+        self._batch_size = batch_size
+        self._index = 0
+        self._skipped: dict[str, str] = {}
+        self._producer: _Producer | None = None
+        self.ids: list[list[str]] = []  # of the samples in each row of the last batch
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """How many different records were skipped, by reason."""
+        return dict(Counter(self._skipped.values()))
+
+    @property
+    def skipped_records(self) -> dict[str, str]:
+        """The skipped records as ``source/record index`` with the reason of each."""
+        return dict(self._skipped)
+
+    def __iter__(self) -> TrainIterator:
+        return self
+
+    def __next__(self) -> Batch:
+        """The next batch of NumPy arrays.
+
+        Raises:
+          ValueError: a source gives nothing but bad samples.
+        """
+        if self._producer is None:
+            self._producer = _Producer(self._reader, self._index, self._batch_size)
+            weakref.finalize(self, self._producer.stop)
+        made = self._producer.next()
+        for record, error in made.skipped:
+            if record not in self._skipped:
+                self._skipped[record] = error.reason
+                _log.warning("skipped %s: %s", record, error)
+        self._index = made.next_index
+        self.ids = made.ids
+        return made.batch
+
+    def get_state(self) -> dict[str, Any]:
+        """The position behind the last batch that was taken, as JSON-able values."""
+        return {"next_index": self._index, "skipped": dict(self._skipped)}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a position that ``get_state`` gave.
+
+        Raises:
+          ValueError: this is not such a state.
+        """
+        index, skipped = state.get("next_index"), state.get("skipped")
+        if not isinstance(index, int) or index < 0 or not isinstance(skipped, Mapping):
+            raise ValueError(f"state={dict(state)}: expected next_index and skipped, as get_state gives")
+        self.close()
+        self._index, self._skipped = index, dict(skipped)
+
+    def close(self) -> None:
+        """Stops the background work; the next batch would start it again."""
+        if self._producer is not None:
+            self._producer.stop()
+            self._producer = None
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What became of one stream index."""
+
+    source: str
+    record: str
+    result: Example | BadSample
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A batch, the stream index behind it, and what was passed over on the way."""
+
+    batch: Batch
+    ids: list[list[str]]
+    next_index: int
+    skipped: list[tuple[str, BadSample]]
+
+
+class _Reader:
+    """Maps a stream index to an example: a pure function, safe to call from many threads."""
+
+    def __init__(
+        self,
+        sources: Mapping[str, Source],
+        weights: Mapping[str, float],
+        config: DataConfig,
+        encoder: Encoder,
+        targets: Targets,
+        seed: int,
+    ):
+        self.sources, self.config, self.encoder = sources, config, encoder
+        self._targets: Targets = targets
+        self._seed = seed
+        self._order = _order({name: len(s) for name, s in sources.items()}, weights, seed)
+
+    def __call__(self, index: int) -> _Read:
+        name, record = self._order(index)
+        rng = np.random.default_rng((self._seed, index))
+        config = self.config
+        try:
+            sample = vary(
+                self.sources[name][record],
+                rng=rng,
+                max_turns=config.max_turns,
+                sampling=config.turn_sampling,
+                image_dropout_rate=config.image_dropout_rate,
+            )
+            result = self.encoder.example(sample, turns=config.turns, targets=self._targets)
+        except BadSample as error:
+            result = error
+        return _Read(name, f"{name}/{record}", result)
+
+
+def _order(
+    sizes: Mapping[str, int], weights: Mapping[str, float], seed: int
+) -> Callable[[int], tuple[str, int]]:
+    """The endless shuffled mixture: from stream index to source and record."""
+    import grain
+
+    for name, size in sizes.items():
+        if size == 0:
+            raise ValueError(f"source {name!r}: has no records")
+    streams = []
+    for number, (name, size) in enumerate(sizes.items()):
+        records = grain.MapDataset.range(size).map(lambda record, name=name: (name, int(record)))
+        streams.append(records.shuffle(seed=(seed * 1009 + number) % 2**32).repeat())
+    total = sum(weights.values())
+    mixed = streams[0]
+    if len(streams) > 1:
+        mixed = grain.MapDataset.mix(streams, weights=[weights[name] / total for name in sizes])
+
+    def look_up(index: int) -> tuple[str, int]:
+        found = mixed[index]
+        assert found is not None  # Nothing filters this stream.
+        return found
+
+    return look_up
+
+
+class _Producer:
+    """Makes batches in the background, in stream order, a few ahead of their use."""
+
+    def __init__(self, reader: _Reader, index: int, batch_size: int):
+        self._queue: queue.Queue[_Made | Exception] = queue.Queue(reader.config.prefetch)
+        self._stop = threading.Event()
+        arguments = (reader, index, batch_size, self._queue, self._stop)
+        self._thread = threading.Thread(target=_produce, args=arguments, daemon=True)
+        self._thread.start()
+
+    def next(self) -> _Made:
+        made = self._queue.get()
+        if isinstance(made, Exception):
+            self._queue.put(made)  # Whoever asks again is told again.
+            raise made
+        return made
+
+    def stop(self) -> None:
+        self._stop.set()
+        if threading.current_thread() is not self._thread:  # Garbage collection may call from anywhere.
+            self._thread.join()
+
+
+def _produce(
+    reader: _Reader, index: int, batch_size: int, out: queue.Queue[_Made | Exception], stop: threading.Event
+) -> None:
+    """Fills the queue until told to stop; an error becomes the last thing in it."""
+    pending: deque[Future[_Read]] = deque()
+    with ThreadPoolExecutor(reader.config.num_threads, thread_name_prefix="data") as pool:
+        try:
+            submitted = index
+            guard = _BadRuns({name: len(s) for name, s in reader.sources.items()})
+            while not stop.is_set():
+                rows: list[list[Example]] = []
+                skipped: list[tuple[str, BadSample]] = []
+                while len(rows) < batch_size and not stop.is_set():
+                    while len(pending) < 2 * reader.config.num_threads + batch_size:
+                        pending.append(pool.submit(reader, submitted))
+                        submitted += 1
+                    read = pending.popleft().result()
+                    index += 1
+                    guard.see(read)
+                    if isinstance(read.result, BadSample):
+                        skipped.append((read.record, read.result))
+                    else:
+                        rows.append([read.result])
+                if len(rows) == batch_size:
+                    ids = [[e.id for e in row] for row in rows]
+                    _put(out, _Made(reader.encoder.collate(rows), ids, index, skipped), stop)
+        except Exception as error:
+            _put(out, error, stop)
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+class _BadRuns:
+    """Notices a source that gives nothing but bad samples."""
+
+    def __init__(self, sizes: Mapping[str, int]):
+        # Two passes over the records without a good one, or very many in a row.
+        self._limits = {name: min(2 * size, _MAX_BAD_RUN) for name, size in sizes.items()}
+        self._runs: dict[str, list[BadSample]] = {name: [] for name in sizes}
+
+    def see(self, read: _Read) -> None:
+        run = self._runs[read.source]
+        if not isinstance(read.result, BadSample):
+            run.clear()
+            return
+        run.append(read.result)
+        if len(run) >= self._limits[read.source]:
+            reasons = ", ".join(f"{n} {reason}" for reason, n in Counter(e.reason for e in run).items())
+            raise ValueError(
+                f"source {read.source!r}: no usable record among {len(run)} in a row ({reasons}); "
+                f"first: {run[0]}"
+            )
+
+
+def _put(out: queue.Queue[_Made | Exception], item: _Made | Exception, stop: threading.Event) -> None:
+    while not stop.is_set():
+        try:
+            out.put(item, timeout=0.1)
+            return
+        except queue.Full:
+            continue

@@ -1,0 +1,152 @@
+"""Looking at data: the tokens of encoded samples with their label mask, and the tiles behind them."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from PIL import Image as PilImage
+
+from vl_jax.data.chat import Targets
+from vl_jax.data.encode import DataConfig, Example, ModelSpec, find_source, make_encoder
+from vl_jax.data.sample import BadSample
+from vl_jax.data.sources import open_source
+from vl_jax.data.tokenizer import Tokenizer
+
+_STYLE = """
+body { font: 15px/1.6 system-ui, sans-serif; color: #222; max-width: 60rem; margin: 2rem auto;
+  padding: 0 1rem }
+article { border: 1px solid #ddd; border-radius: 10px; padding: 1rem; margin: 1rem 0 }
+img { image-rendering: pixelated; width: 128px; margin: 0 6px 6px 0; border-radius: 4px;
+  border: 1px solid #ddd }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; font: inherit }
+.target { background: #c8f0d2; border-radius: 3px; padding: 0 2px } .visual { color: #7a4dd8 }
+.branch { display: block; border-left: 3px solid #bbb; padding-left: .6rem; margin: .3rem 0 }
+"""
+
+
+@dataclass(frozen=True)
+class Span:
+    """Neighbouring tokens of one branch that are all targets, all visual, or neither."""
+
+    text: str
+    branch: int
+    is_target: bool
+    num_visual: int  # 0 for text
+
+
+@dataclass(frozen=True)
+class Preview:
+    """One encoded sample to look at, or why it cannot be used."""
+
+    id: str
+    spans: tuple[Span, ...]
+    tiles: tuple[PilImage.Image, ...]
+    num_tokens: int
+    num_targets: int
+    error: str = ""
+
+
+def render_samples(
+    config: DataConfig,
+    spec: ModelSpec,
+    source_name: str,
+    *,
+    count: int = 4,
+    first: int = 0,
+    targets: Targets = "answers",
+) -> list[Preview]:
+    """Encodes a few samples of a source just as training does, before turns are chosen at random."""
+    encoder = make_encoder(config, spec)
+    source = open_source(find_source(config, source_name), root=config.root)
+    previews = []
+    for index in range(first, min(first + count, len(source))):
+        try:
+            example = encoder.example(source[index], turns=config.turns, targets=targets)
+        except BadSample as error:
+            previews.append(Preview(f"{source_name}/{index}", (), (), 0, 0, error=str(error)))
+            continue
+        previews.append(
+            Preview(
+                id=example.id,
+                spans=_spans(example, encoder.tokenizer),
+                tiles=tuple(PilImage.fromarray(t) for t in example.tiles),
+                num_tokens=len(example.tokens),
+                num_targets=int((example.loss_weights > 0).sum()),
+            )
+        )
+    return previews
+
+
+def to_text(previews: Sequence[Preview]) -> str:
+    """Previews for a terminal: targets in ``[[ ]]``, images as ``{N visual}``, one line a branch."""
+    lines = []
+    for preview in previews:
+        lines.append(_title(preview))
+        for branch, spans in groupby(preview.spans, key=lambda s: s.branch):
+            name = f"branch {branch}" if branch else "trunk"
+            body = "".join(_plain(s) for s in spans).replace("\n", "⏎")
+            lines.append(f"  {name:>9}  {body}")
+    return "\n".join(lines) + "\n"
+
+
+def to_html(previews: Sequence[Preview]) -> str:
+    """Previews as one self-contained page: green is supervised, violet stands for an image."""
+    articles = []
+    for preview in previews:
+        pictures = "".join(f'<img alt="tile {i}" src="{_data_uri(t)}">' for i, t in enumerate(preview.tiles))
+        branches = "".join(
+            f'<span class="branch">{"".join(_markup(s) for s in spans)}</span>'
+            for _, spans in groupby(preview.spans, key=lambda s: s.branch)
+        )
+        title = html.escape(_title(preview))
+        articles.append(f"<article><h2>{title}</h2><div>{pictures}</div><pre>{branches}</pre></article>")
+    head = f'<meta charset="utf-8"><title>Data preview</title><style>{_STYLE}</style>'
+    return f"<!doctype html><html><head>{head}</head><body>{''.join(articles)}</body></html>\n"
+
+
+def _spans(example: Example, tokenizer: Tokenizer) -> tuple[Span, ...]:
+    image_id = tokenizer.image
+    # The target of a position is the next token, so a token is supervised if the one before it says so.
+    supervised = [False, *(example.loss_weights[:-1] > 0)]
+    keys = [
+        (int(branch), bool(target), int(token) == image_id)
+        for branch, target, token in zip(example.branch_ids, supervised, example.tokens, strict=True)
+    ]
+    spans, start = [], 0
+    for (branch, target, visual), group in groupby(keys):
+        length = len(list(group))
+        text = "" if visual else tokenizer.decode(example.tokens[start : start + length].tolist())
+        spans.append(Span(text, branch, target, length if visual else 0))
+        start += length
+    return tuple(spans)
+
+
+def _title(preview: Preview) -> str:
+    if preview.error:
+        return f"{preview.id}: cannot be used: {preview.error}"
+    counts = f"{preview.num_tokens} tokens, {preview.num_targets} targets, {len(preview.tiles)} tiles"
+    return f"{preview.id}: {counts}"
+
+
+def _plain(span: Span) -> str:
+    if span.num_visual:
+        return f"{{{span.num_visual} visual}}"
+    return f"[[{span.text}]]" if span.is_target else span.text
+
+
+def _markup(span: Span) -> str:
+    if span.num_visual:
+        return f'<span class="visual">[{span.num_visual} visual]</span>'
+    text = html.escape(span.text)
+    return f'<span class="target">{text}</span>' if span.is_target else text
+
+
+def _data_uri(picture: PilImage.Image) -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

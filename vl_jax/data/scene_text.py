@@ -1,0 +1,282 @@
+"""Questions and answers about a scene, in English and Chinese, each with exactly one right answer.
+
+An object is named only by something no other object of the scene has. Answers are balanced, so that the
+question alone says little: see ``make_turns``.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from vl_jax.data.sample import Box, Turn
+
+Kind = Literal["colour", "shape", "count", "position", "relation", "word", "caption"]
+KINDS: tuple[Kind, ...] = ("colour", "shape", "count", "position", "relation", "word")
+Language = Literal["en", "zh"]
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """One shape: lengths in pixels, angle in radians, cell as (column, row)."""
+
+    colour: str
+    shape: str
+    cell: tuple[int, int]
+    centre: tuple[float, float]
+    radius: float
+    angle: float
+
+    @property
+    def corners(self) -> tuple[float, float, float, float]:
+        """A pixel rectangle around the object."""
+        (x, y), r = self.centre, self.radius
+        return (x - r, y - r, x + r, y + r)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Everything that is drawn; an empty ``word`` means no word."""
+
+    image_size: int
+    background: tuple[int, ...]
+    objects: tuple[SceneObject, ...]
+    word: str
+    word_script: str
+    word_corners: tuple[float, float, float, float]
+
+
+COLOUR_NAMES = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "black")
+SHAPE_NAMES = ("circle", "square", "triangle", "star", "cross", "diamond")
+CHINESE = {
+    "red": "红色", "orange": "橙色", "yellow": "黄色", "green": "绿色",
+    "blue": "蓝色", "purple": "紫色", "pink": "粉色", "black": "黑色",
+    "circle": "圆形", "square": "正方形", "triangle": "三角形",
+    "star": "星形", "cross": "十字形", "diamond": "菱形",
+    "left": "左边", "right": "右边", "above": "上面", "below": "下面",
+}  # fmt: skip
+_COUNT_WEIGHTS = (1.0, 0.7, 3.0, 6.0, 9.0)  # how readily a count of 0, 1, 2, 3, 4 or more is asked for
+PLACES: dict[Language, tuple[str, ...]] = {
+    "en": (
+        "top left",
+        "top",
+        "top right",
+        "left",
+        "centre",
+        "right",
+        "bottom left",
+        "bottom",
+        "bottom right",
+    ),
+    "zh": ("左上", "上方", "右上", "左侧", "中间", "右侧", "左下", "下方", "右下"),
+}
+_EN_PHRASES = (
+    "at the top left", "at the top", "at the top right", "on the left", "in the centre", "on the right",
+    "at the bottom left", "at the bottom", "at the bottom right",
+)  # fmt: skip
+
+TEMPLATES: dict[Kind, dict[Language, tuple[str, ...]]] = {
+    "colour": {
+        "en": ("what colour is the {0}?", "which colour does the {0} have?", "name the colour of the {0}."),
+        "zh": ("{0}是什么颜色？", "{0}的颜色是什么？", "请说出{0}的颜色。"),
+    },
+    "shape": {
+        "en": ("what shape is the {0} object?", "which shape is {0}?", "name the {0} shape."),
+        "zh": ("{0}的物体是什么形状？", "哪种形状是{0}的？", "{0}物体的形状是什么？"),
+    },
+    "count": {
+        "en": ("how many {0} are there?", "count the {0}.", "how many {0} do you see?"),
+        "zh": ("图中有几个{0}？", "{0}有多少个？", "数一数{0}。"),
+    },
+    "position": {
+        "en": ("where is the {0}?", "in which part of the picture is the {0}?", "locate the {0}."),
+        "zh": ("{0}在哪里？", "{0}在图中的什么位置？", "找出{0}的位置。"),
+    },
+    "relation": {
+        "en": ("where is the {0} relative to the {1}?", "on which side of the {1} is the {0}?"),
+        "zh": ("{0}在{1}的哪个方向？", "相对于{1}，{0}在哪边？"),
+    },
+    "word": {
+        "en": ("what is written?", "which word do you see?", "read the text."),
+        "zh": ("图中写了什么？", "图里的字是什么？", "读出文字。"),
+    },
+    "caption": {
+        "en": ("describe the picture.", "what is in the picture?"),
+        "zh": ("描述这张图。", "图中有什么？"),
+    },
+}
+
+
+def make_turns(
+    scene: Scene, *, kinds: Sequence[Kind], languages: Sequence[Language], rng: random.Random
+) -> tuple[Turn, ...]:
+    """Every applicable question of the wanted kinds, in random order, each in a random language.
+
+    ``caption`` always applies; every other kind may not, so a scene without any question of the wanted
+    kinds counts its objects instead.
+    """
+    makers = {
+        "colour": _colour, "shape": _shape, "count": _count, "position": _position,
+        "relation": _relation, "word": _word, "caption": _caption,
+    }  # fmt: skip
+    turns = [turn for kind in kinds for turn in makers[kind](scene, languages, rng)]
+    if not turns:
+        turns = _count(scene, languages, rng)
+    rng.shuffle(turns)
+    return tuple(_open_with_image(turns))
+
+
+def _open_with_image(turns: list[Turn]) -> list[Turn]:
+    first = turns[0]
+    return [
+        Turn(f"<image>\n{first.question}", first.answer, first.kind, first.language, first.boxes),
+        *turns[1:],
+    ]
+
+
+def say(term: str, language: Language) -> str:
+    """A colour, shape or direction word in a language."""
+    return term if language == "en" else CHINESE[term]
+
+
+def _describe(language: Language, *, colour: str = "", shape: str = "") -> str:
+    words = [say(w, language) for w in (colour, shape) if w]
+    return (" " if language == "en" else "").join(words)
+
+
+def _turn(
+    kind: Kind,
+    language: Language,
+    rng: random.Random,
+    names: Sequence[str],
+    answer: str,
+    boxes: Sequence[Box],
+) -> Turn:
+    question = rng.choice(TEMPLATES[kind][language]).format(*names)
+    return Turn(question, answer, kind, language, tuple(boxes))
+
+
+def _box(item: SceneObject, language: Language) -> Box:
+    return Box(_describe(language, colour=item.colour, shape=item.shape), item.corners)
+
+
+def _names(scene: Scene) -> list[tuple[SceneObject, list[tuple[str, str]]]]:
+    """Each object with the (colour, shape) descriptions that fit no other object; "" leaves one out."""
+    result = []
+    for item in scene.objects:
+        others = [o for o in scene.objects if o is not item]
+        names = []
+        if all(o.shape != item.shape for o in others):
+            names.append(("", item.shape))
+        if all((o.colour, o.shape) != (item.colour, item.shape) for o in others):
+            names.append((item.colour, item.shape))
+        result.append((item, names))
+    return result
+
+
+def _colour(scene: Scene, languages: Sequence[Language], rng: random.Random) -> list[Turn]:
+    turns = []
+    for item in scene.objects:
+        if sum(o.shape == item.shape for o in scene.objects) == 1:
+            language = rng.choice(languages)
+            answer, boxes = say(item.colour, language), [_box(item, language)]
+            turns.append(_turn("colour", language, rng, [say(item.shape, language)], answer, boxes))
+    return turns
+
+
+def _shape(scene: Scene, languages: Sequence[Language], rng: random.Random) -> list[Turn]:
+    turns = []
+    for item in scene.objects:
+        if sum(o.colour == item.colour for o in scene.objects) == 1:
+            language = rng.choice(languages)
+            answer, boxes = say(item.shape, language), [_box(item, language)]
+            turns.append(_turn("shape", language, rng, [say(item.colour, language)], answer, boxes))
+    return turns
+
+
+def _count(scene: Scene, languages: Sequence[Language], rng: random.Random) -> list[Turn]:
+    """All objects, and those of one colour or one shape that has few or many here."""
+    language = rng.choice(languages)
+    noun = "objects" if language == "en" else "物体"
+    boxes = [_box(o, language) for o in scene.objects]
+    turns = [_turn("count", language, rng, [noun], str(len(scene.objects)), boxes)]
+    options: dict[int, list[tuple[str, str]]] = {}
+    for colour in COLOUR_NAMES:
+        options.setdefault(sum(o.colour == colour for o in scene.objects), []).append((colour, ""))
+    for shape in SHAPE_NAMES:
+        options.setdefault(sum(o.shape == shape for o in scene.objects), []).append(("", shape))
+    # Large counts are rare in scenes, so they are asked for more often when they are there.
+    answers = sorted(options)
+    number = rng.choices(answers, weights=[_COUNT_WEIGHTS[min(n, 4)] for n in answers])[0]
+    colour, shape = rng.choice(options[number])
+    language = rng.choice(languages)
+    if language == "en":
+        noun = f"{colour} objects" if colour else f"{shape}es" if shape == "cross" else f"{shape}s"
+    else:
+        noun = f"{say(colour, language)}物体" if colour else say(shape, language)
+    boxes = [_box(o, language) for o in scene.objects if colour in ("", o.colour) and shape in ("", o.shape)]
+    return [*turns, _turn("count", language, rng, [noun], str(number), boxes)]
+
+
+def _position(scene: Scene, languages: Sequence[Language], rng: random.Random) -> list[Turn]:
+    turns = []
+    for item, names in _names(scene):
+        if names:
+            language = rng.choice(languages)
+            colour, shape = rng.choice(names)
+            answer = PLACES[language][item.cell[1] * 3 + item.cell[0]]
+            name = _describe(language, colour=colour, shape=shape)
+            turns.append(_turn("position", language, rng, [name], answer, [_box(item, language)]))
+    return turns
+
+
+def _relation(scene: Scene, languages: Sequence[Language], rng: random.Random) -> list[Turn]:
+    """Up to two ordered pairs in the same row or column of cells: one of four directions."""
+    named = [(item, names) for item, names in _names(scene) if names]
+    pairs = [
+        (a, b)
+        for a in named
+        for b in named
+        if (a[0].cell[0] == b[0].cell[0]) != (a[0].cell[1] == b[0].cell[1])
+    ]
+    turns = []
+    for (item, names), (other, other_names) in rng.sample(pairs, min(2, len(pairs))):
+        language = rng.choice(languages)
+        dx, dy = item.cell[0] - other.cell[0], item.cell[1] - other.cell[1]
+        direction = ("left" if dx < 0 else "right") if dx else ("above" if dy < 0 else "below")
+        (c0, s0), (c1, s1) = rng.choice(names), rng.choice(other_names)
+        nouns = [_describe(language, colour=c0, shape=s0), _describe(language, colour=c1, shape=s1)]
+        boxes = [_box(item, language), _box(other, language)]
+        turns.append(_turn("relation", language, rng, nouns, say(direction, language), boxes))
+    return turns
+
+
+def _word(scene: Scene, languages: Sequence[Language], rng: random.Random) -> list[Turn]:
+    if not scene.word:
+        return []
+    box = Box(scene.word, scene.word_corners)
+    return [_turn("word", rng.choice(languages), rng, [], scene.word, [box])]
+
+
+def _caption(scene: Scene, languages: Sequence[Language], rng: random.Random) -> list[Turn]:
+    """One sentence that names everything in reading order."""
+    language = rng.choice(languages)
+    items = sorted(scene.objects, key=lambda o: (o.cell[1], o.cell[0]))
+    parts = []
+    for item in items:
+        name = _describe(language, colour=item.colour, shape=item.shape)
+        index = item.cell[1] * 3 + item.cell[0]
+        if language == "en":
+            article = "an" if name[0] in "aeiou" else "a"
+            parts.append(f"{article} {name} {_EN_PHRASES[index]}")
+        else:
+            parts.append(f"{PLACES[language][index]}有一个{name}")
+    if scene.word:
+        parts.append(f"the word {scene.word}" if language == "en" else f"写着{scene.word}")
+    answer = (", " if language == "en" else "，").join(parts) + ("." if language == "en" else "。")
+    return [_turn("caption", language, rng, [], answer, [_box(o, language) for o in items])]
+
+
+_COUNT_WEIGHTS = (1.0, 0.7, 3.0, 6.0, 9.0)

@@ -1,0 +1,199 @@
+"""Byte-level BPE text encoding with the special tokens of DeepSeek-VL2.
+
+Any ``tokenizer.json`` that holds the special strings below works; the shipped one has 2048 entries and
+was trained by ``train_tokenizer`` on openly licensed English and Chinese text plus procedural scenes.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from vl_jax.data.sample import IMAGE_PLACEHOLDER
+
+BOS = "<｜begin▁of▁sentence｜>"
+EOS = "<｜end▁of▁sentence｜>"
+PAD = "<｜▁pad▁｜>"
+IMAGE = IMAGE_PLACEHOLDER
+USER = "<|User|>"
+ASSISTANT = "<|Assistant|>"
+GROUNDING = ("<|ref|>", "<|/ref|>", "<|det|>", "<|/det|>", "<|grounding|>")
+SPECIAL = (BOS, EOS, PAD, IMAGE, *GROUNDING, USER, ASSISTANT)
+
+# Bare answers that running text hardly ever has: in it they follow a space.
+_COMMON_ANSWERS = ("yes", "no", "是", "否")
+
+_CACHED_CHARACTERS = 64
+_SHIPPED = Path(__file__).with_name("tokenizer.json")
+
+
+class Tokenizer:
+    """Text to ids and back; special ids never arise from text unless the caller allows them by name."""
+
+    def __init__(self, text: str, *, source: str = "tokenizer.json"):
+        try:
+            description = json.loads(text)
+            for token in description.get("added_tokens", []):
+                # Whatever the file says, the special strings are special: see ``encode``.
+                token["special"] = token["special"] or token["content"] in SPECIAL
+            self._plain = tokenizers.Tokenizer.from_str(json.dumps(description, ensure_ascii=False))
+        except Exception as error:  # The library raises bare ``Exception`` for a malformed file.
+            raise ValueError(f"{source}: not a tokenizer file: {error}") from None
+        missing = [s for s in SPECIAL if self._plain.token_to_id(s) is None]
+        if missing:
+            raise ValueError(f"{source}: the vocabulary lacks the special tokens {', '.join(missing)}")
+        self._plain.encode_special_tokens = True
+        # Questions and short answers recur all the time.
+        self._cached = functools.lru_cache(maxsize=1 << 14)(
+            lambda piece: tuple(self._plain.encode(piece, add_special_tokens=False).ids)
+        )
+        self._ids = {s: self.token_id(s) for s in SPECIAL}
+        self.bos, self.eos, self.pad = self._ids[BOS], self._ids[EOS], self._ids[PAD]
+        self.image, self.user, self.assistant = self._ids[IMAGE], self._ids[USER], self._ids[ASSISTANT]
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of entries, special tokens included."""
+        return self._plain.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str, *, allowed: Sequence[str] = ()) -> list[int]:
+        """The ids of a text, with nothing added.
+
+        Args:
+          text: any Unicode text.
+          allowed: special strings that become their special id; all others are spelt out as plain text.
+
+        Raises:
+          ValueError: ``allowed`` names a string that is not special.
+        """
+        unknown = [s for s in allowed if s not in SPECIAL]
+        if unknown:
+            raise ValueError(f"allowed={unknown}: not special tokens; known: {', '.join(SPECIAL)}")
+        if not allowed:
+            return self._encode_plain(text)
+        ids: list[int] = []
+        for piece in _splitter(tuple(allowed)).split(text):
+            ids += [self._ids[piece]] if piece in allowed else self._encode_plain(piece)
+        return ids
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
+        """The text of ids; incomplete UTF-8 shows as U+FFFD."""
+        return self._plain.decode(list(ids), skip_special_tokens=skip_special)
+
+    def token_id(self, text: str) -> int:
+        """The id of one vocabulary entry.
+
+        Raises:
+          ValueError: there is no such entry.
+        """
+        result = self._plain.token_to_id(text)
+        if result is None:
+            raise ValueError(f"token {text!r}: not in the vocabulary")
+        return result
+
+    def _encode_plain(self, text: str) -> list[int]:
+        if len(text) <= _CACHED_CHARACTERS:
+            return list(self._cached(text))
+        return self._plain.encode(text, add_special_tokens=False).ids
+
+
+@functools.lru_cache(maxsize=64)
+def _splitter(allowed: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("(" + "|".join(re.escape(s) for s in allowed) + ")")
+
+
+def load_tokenizer(path: str = "") -> Tokenizer:
+    """Loads a ``tokenizer.json`` (or the folder holding one); an empty path means the shipped vocabulary.
+
+    Raises:
+      ValueError: the file is missing, malformed, or lacks a special token.
+    """
+    file = Path(path) if path else _SHIPPED
+    file = file / "tokenizer.json" if file.is_dir() else file
+    if not file.is_file():
+        raise ValueError(f"tokenizer={path!r}: no such file {file}")
+    return Tokenizer(file.read_text(encoding="utf-8"), source=str(file))
+
+
+def train_tokenizer(
+    files: Sequence[str | Path],
+    *,
+    vocab_size: int,
+    out: str | Path,
+    num_scenes: int = 4000,
+    without_sources: Sequence[str] = (),
+) -> None:
+    """Trains a byte-level BPE vocabulary and writes it; the same input gives the same bytes.
+
+    Args:
+      files: JSON lines with a ``text`` field, or (any other ending) plain text.
+      vocab_size: entries of the result, special tokens included.
+      out: the file to write.
+      num_scenes: procedural scenes whose questions and answers join the text.
+      without_sources: JSON lines whose ``source`` holds one of these strings are left out.
+
+    Raises:
+      ValueError: the text is too small for ``vocab_size`` entries, or a file is missing.
+    """
+    smallest = 256 + len(SPECIAL)
+    if vocab_size < smallest:
+        raise ValueError(
+            f"vocab_size={vocab_size}: must be at least {smallest}, the bytes and special tokens"
+        )
+    missing = [str(f) for f in files if not Path(f).is_file()]
+    if missing:
+        raise ValueError(f"input={missing}: no such file")
+    model = tokenizers.Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    model.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    model.train_from_iterator(_corpus(files, num_scenes, without_sources), trainer)
+    if model.get_vocab_size() != vocab_size:
+        found = model.get_vocab_size()
+        raise ValueError(f"vocab_size={vocab_size}: the text only supports {found} entries; give more text")
+    Path(out).write_text(model.to_str(pretty=False) + "\n", encoding="utf-8")
+
+
+def _corpus(files: Sequence[str | Path], num_scenes: int, without_sources: Sequence[str]) -> Iterator[str]:
+    for file in files:
+        with Path(file).open(encoding="utf-8") as lines:
+            yield from _json_texts(lines, file, without_sources) if str(file).endswith(".jsonl") else lines
+    yield from _scene_texts(num_scenes)
+
+
+def _json_texts(lines: Iterable[str], file: str | Path, without_sources: Sequence[str]) -> Iterator[str]:
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                record = json.loads(line)
+                text, source = record["text"], str(record.get("source", ""))
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise ValueError(f"{file}:{number}: expected a JSON object with a text field") from None
+            if not any(s in source for s in without_sources):
+                yield text
+
+
+def _scene_texts(num_scenes: int) -> Iterator[str]:
+    from vl_jax.data.scene_text import KINDS
+    from vl_jax.data.scenes import ScenesConfig, ScenesSource
+
+    if num_scenes:
+        for sample in ScenesSource(ScenesConfig("vocabulary", num_scenes, kinds=(*KINDS, "caption"))):
+            for turn in sample.turns:
+                yield turn.question.removeprefix("<image>")
+                yield turn.answer
+                yield f" {turn.answer}"
+            yield from _COMMON_ANSWERS

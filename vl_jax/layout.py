@@ -1,0 +1,68 @@
+"""Parameters before they exist: their shapes, where each lives on the mesh, and how to create them there."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from vl_jax import sharding
+from vl_jax.batch import Batch
+from vl_jax.model import VisionLanguage, init_routing_state
+from vl_jax.sharding import AxisRules, Placement
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The model's parameters before they exist: shapes, and where each leaf lives on the mesh."""
+
+    model: VisionLanguage
+    mesh: Mesh
+    rules: AxisRules
+    placements: dict[str, Placement]
+    params: Any  # tree of ShapeDtypeStruct with shardings
+
+    @property
+    def replicated(self) -> NamedSharding:
+        return NamedSharding(self.mesh, P())
+
+
+def plan_layout(model: VisionLanguage, example: Batch, mesh: Mesh, rules: AxisRules | None = None) -> Layout:
+    """Shapes and placement of every parameter, without allocating any."""
+    rules = rules or AxisRules()
+    routing = init_routing_state(model.config)
+    with sharding.use_mesh(mesh, rules):
+        boxed = jax.eval_shape(
+            lambda key: model.init(key, example, routing, method="initialize")["params"], jax.random.key(0)
+        )
+    placements = sharding.place(boxed, mesh, rules)
+    shapes, targets = nn.meta.unbox(boxed), sharding.shardings(placements, mesh)
+    params = jax.tree.map(lambda s, t: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=t), shapes, targets)
+    return Layout(model, mesh, rules, placements, params)
+
+
+def init_params(layout: Layout, example: Batch, seed: int) -> Any:
+    """Fresh parameters, each created where it lives."""
+    routing = init_routing_state(layout.model.config)
+
+    def init(key: jax.Array) -> Any:
+        return nn.meta.unbox(layout.model.init(key, example, routing, method="initialize")["params"])
+
+    targets = jax.tree.map(lambda leaf: leaf.sharding, layout.params)
+    with sharding.use_mesh(layout.mesh, layout.rules):
+        return jax.jit(init, out_shardings=targets)(jax.random.key(seed))
+
+
+def put_batch(batch: Batch, layout: Layout) -> Batch:
+    """Host arrays of the global batch to the shards of the devices; every process holds the whole batch."""
+    target = sharding.batch_sharding(layout.mesh, layout.rules)
+
+    def put(x: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(x.shape, target, lambda index: x[index])
+
+    return jax.tree.map(put, batch)

@@ -1,0 +1,317 @@
+"""The training loop: stages one after another, checkpoints, resume, metrics and a progress line.
+
+A run is a position (stage, step, data cursor) and arrays. Both are in every checkpoint, so a killed run that
+is launched again continues with the batch it would have seen next, and ends with the same losses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from vl_jax import params as params_lib
+from vl_jax import sharding
+from vl_jax.batch import Batch
+from vl_jax.checkpoint import Checkpointer
+from vl_jax.layout import Layout, init_params, put_batch
+from vl_jax.metrics import MetricsWriter
+from vl_jax.model import init_routing_state
+from vl_jax.train.optimizer import make_optimizer, schedule
+from vl_jax.train.progress import Progress
+from vl_jax.train.stages import Stage, trainable_paths, trainable_table
+from vl_jax.train.step import TrainState, make_train_step
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+    """How often things happen, in optimiser steps."""
+
+    log_every: int = 10
+    routing_every: int = 50  # vector-valued routing statistics
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 3
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) < 1:
+                raise ValueError(f"{field.name}={getattr(self, field.name)} must be >= 1")
+
+
+class Stream(Protocol):
+    """An endless iterator of host batches whose position can be saved and set."""
+
+    skipped: dict[str, int]
+
+    def __next__(self) -> Batch: ...
+    def get_state(self) -> dict[str, Any]: ...
+    def set_state(self, state: dict[str, Any]) -> None: ...
+    def close(self) -> None: ...
+
+
+class Stopped(Exception):
+    """The run was asked to stop by a signal and has saved its state; carries the signal number."""
+
+    def __init__(self, number: int, step: int):
+        super().__init__(f"stopped at step {step} by {signal.Signals(number).name}; state is saved, run again to resume")
+        self.number = number
+
+
+@dataclasses.dataclass
+class Run:
+    """The moving parts of a run, handed from stage to stage."""
+
+    layout: Layout
+    config: LoopConfig
+    checkpointer: Checkpointer
+    writer: MetricsWriter
+    progress: Progress
+    stop: Callable[[], int | None]  # number of the signal that asked to stop, if any
+
+
+@dataclasses.dataclass
+class Position:
+    """Where a run stands; the JSON side of a checkpoint."""
+
+    stage: int = 0
+    step: int = 0  # optimiser steps done in this stage
+    global_step: int = 0
+    data: dict[str, Any] | None = None  # cursor of the stage's stream; None at its beginning
+
+
+def train(
+    layout: Layout,
+    stages: tuple[Stage, ...],
+    open_stream: Callable[[Stage], Stream],
+    *,
+    example: Batch,
+    workdir: Path,
+    config: LoopConfig,
+    seed: int,
+) -> TrainState:
+    """Runs the stages, from the newest checkpoint in ``workdir`` if there is one.
+
+    Raises:
+      Stopped: after SIGTERM or SIGINT, once the state is on disk.
+    """
+    checkpointer = Checkpointer(workdir / "checkpoints", keep=config.keep_checkpoints)
+    try:
+        state, position = _restore_or_init(checkpointer, layout, stages, example=example, seed=seed)
+        total = sum(stage.steps for stage in stages)
+        with (
+            MetricsWriter(workdir, resume_step=position.global_step) as writer,
+            Progress(total, position.global_step) as progress,
+            _signals() as stop,
+        ):
+            run = Run(layout, config, checkpointer, writer, progress, stop)
+            while position.stage < len(stages):
+                state, position = _run_stage(run, stages, open_stream, state, position)
+        return state
+    finally:
+        checkpointer.close()
+
+
+def _training_tree(state: TrainState) -> dict[str, Any]:
+    return {"step": state.step, "optimizer": state.optimizer, "routing": state.routing}
+
+
+def _optimizer_of(stage: Stage, params: Any):
+    paths = trainable_paths(stage, params)
+    return make_optimizer(stage.optimizer, stage.steps, paths, set(params_lib.flatten(params))), paths
+
+
+def _abstract_optimizer(layout: Layout, stage: Stage) -> Any:
+    """Shapes and shardings of the optimiser state: moments live where their parameters live."""
+    optimizer, paths = _optimizer_of(stage, layout.params)
+    trained, _ = params_lib.split(layout.params, paths)
+
+    def placed(leaf: Any, like: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=like.sharding)
+
+    def whole(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout.replicated)
+
+    state = jax.eval_shape(optimizer.init, trained)
+    return optax.tree_utils.tree_map_params(optimizer, placed, state, trained, transform_non_params=whole)
+
+
+def _begin_stage(layout: Layout, stage: Stage, params: Any, routing: Any) -> TrainState:
+    """Fresh optimiser state for the leaves that the stage trains."""
+    optimizer, paths = _optimizer_of(stage, layout.params)
+    trained, _ = params_lib.split(params, paths)
+    targets = jax.tree.map(lambda leaf: leaf.sharding, _abstract_optimizer(layout, stage))
+    state = jax.jit(optimizer.init, out_shardings=targets)(trained)
+    step = jax.device_put(jnp.zeros((), jnp.int32), layout.replicated)
+    return TrainState(step, params, state, jax.device_put(routing, layout.replicated))
+
+
+def _restore_or_init(
+    checkpointer: Checkpointer, layout: Layout, stages: tuple[Stage, ...], *, example: Batch, seed: int
+) -> tuple[TrainState, Position]:
+    """The newest checkpoint's state and position, or fresh ones at the beginning of the first stage."""
+    routing = init_routing_state(layout.model.config)
+
+    def abstract(record: dict[str, Any]) -> Any:
+        stage = stages[min(record["position"]["stage"], len(stages) - 1)]
+        return {
+            "step": jax.ShapeDtypeStruct((), jnp.int32, sharding=layout.replicated),
+            "optimizer": _abstract_optimizer(layout, stage),
+            "routing": jax.tree.map(
+                lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=layout.replicated), routing
+            ),
+        }
+
+    restored = checkpointer.restore(params=layout.params, training_of=abstract)
+    if restored is None:
+        return _begin_stage(layout, stages[0], init_params(layout, example, seed), routing), Position()
+    step, params, training, record = restored
+    logger.info("resumed from checkpoint %d", step)
+    state = TrainState(training["step"], params, training["optimizer"], training["routing"])
+    return state, Position(**record["position"])
+
+
+def _run_stage(
+    run: Run,
+    stages: tuple[Stage, ...],
+    open_stream: Callable[[Stage], Stream],
+    state: TrainState,
+    position: Position,
+) -> tuple[TrainState, Position]:
+    """Runs one stage from ``position`` to its end, and moves on to the beginning of the next."""
+    layout, stage = run.layout, stages[position.stage]
+    optimizer, paths = _optimizer_of(stage, layout.params)
+    run.progress.announce(stage.name, stage.steps, trainable_table(stage, layout.params))
+    stream = open_stream(stage)
+    if position.data is not None:
+        stream.set_state(position.data)
+    step = make_train_step(layout.model, optimizer, trainable=paths, accumulation=stage.accumulation)
+    rate = schedule(stage.optimizer, stage.steps)
+    clock = _Clock(stage.batch_size)
+    try:
+        with sharding.use_mesh(layout.mesh, layout.rules):
+            compiled = jax.jit(step, donate_argnums=0)
+            while position.step < stage.steps:
+                with clock.waiting():
+                    batch = next(stream)
+                state, metrics = compiled(state, put_batch(batch, layout))
+                position.step += 1
+                position.global_step += 1
+                learning_rate = float(rate(position.step - 1))
+                _report(run, stage, position, batch, metrics, learning_rate, clock, stream.skipped)
+                ends = position.step == stage.steps
+                stopped = run.stop()
+                if stopped or (position.global_step % run.config.checkpoint_every == 0 and not ends):
+                    position.data = stream.get_state()
+                    if not ends:
+                        _save(run, state, position)
+                if stopped and not ends:
+                    run.checkpointer.wait()
+                    raise Stopped(stopped, position.global_step)
+    finally:
+        stream.close()
+    position = Position(stage=position.stage + 1, global_step=position.global_step)
+    if position.stage < len(stages):
+        state = _begin_stage(layout, stages[position.stage], state.params, state.routing)
+    _save(run, state, position)
+    if stopped := run.stop():
+        run.checkpointer.wait()
+        raise Stopped(stopped, position.global_step)
+    return state, position
+
+
+def _save(run: Run, state: TrainState, position: Position) -> None:
+    record = {"position": dataclasses.asdict(position)}
+    run.checkpointer.save(
+        position.global_step, params=state.params, training=_training_tree(state), record=record
+    )
+
+
+class _Clock:
+    """Tokens per second and milliseconds waited for data, since the last reading."""
+
+    def __init__(self, rows: int):
+        self._rows = rows
+        self._reset()
+
+    def _reset(self) -> None:
+        self._start, self._waited, self._steps, self._tokens = time.perf_counter(), 0.0, 0, 0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+        self._steps += 1
+
+    def count(self, batch: Batch) -> None:
+        self._tokens += int(np.count_nonzero(batch.segment_ids))
+
+    def read(self) -> dict[str, float]:
+        elapsed = time.perf_counter() - self._start
+        result = {
+            "tokens_per_second": self._tokens / elapsed,
+            "samples_per_second": self._rows * self._steps / elapsed,
+            "data_wait_ms": 1000 * self._waited / max(1, self._steps),
+            "step_ms": 1000 * elapsed / max(1, self._steps),
+        }
+        self._reset()
+        return result
+
+
+def _report(
+    run: Run,
+    stage: Stage,
+    position: Position,
+    batch: Batch,
+    metrics: dict[str, jax.Array],
+    learning_rate: float,
+    clock: _Clock,
+    skipped: dict[str, int],
+) -> None:
+    """Writes this step's figures when they are due, and moves the progress line."""
+    clock.count(batch)
+    step, last = position.global_step, position.step == stage.steps
+    scalars: dict[str, float] = {}
+    if step % run.config.log_every == 0 or last or position.step == 1:
+        fetched = {k: v for k, v in jax.device_get(metrics).items()}
+        scalars = {k: float(v) for k, v in fetched.items() if np.ndim(v) == 0}
+        scalars |= {"learning_rate": learning_rate, "skipped": float(sum(skipped.values()))} | clock.read()
+        arrays = {}
+        if step % run.config.routing_every == 0 or last:
+            arrays = {k: np.asarray(v).tolist() for k, v in fetched.items() if np.ndim(v) > 0}
+        run.writer.write(step, scalars, arrays, stage=stage.name)
+    run.progress.update(step, scalars)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[Callable[[], int | None]]:
+    """Notes SIGTERM and SIGINT instead of dying of them; a second one gets through."""
+    noted: list[int] = []
+
+    def note(number: int, _: Any) -> None:
+        if noted:
+            raise KeyboardInterrupt
+        noted.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: noted[0] if noted else None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,68 @@
+"""What a person watching a run sees: a live line on a terminal, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+
+PLAIN_INTERVAL_S = 10.0
+
+
+class Progress:
+    """Shows stage, step, loss, speed and time remaining."""
+
+    def __init__(self, total: int, done: int):
+        self._console = Console()
+        self._total, self._first, self._stage = total, done, ""
+        self._start = self._last = time.monotonic()
+        self._figures = ""
+        self._bar = RichProgress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TextColumn("ETA"),
+            TimeRemainingColumn(compact=True),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=total, completed=done, figures="")
+
+    def __enter__(self) -> Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def announce(self, stage: str, steps: int, table: list[tuple[str, int, int]]) -> None:
+        """Prints what a stage trains, as it begins."""
+        self._stage = stage
+        view = Table("module", "parameters", "trained", title=f"stage {stage}: {steps} steps", title_justify="left")
+        for module, size, trained in table:
+            share = "all" if trained == size else ("frozen" if trained == 0 else f"{trained:,}")
+            view.add_row(module, f"{size:,}", share)
+        total, trained = sum(r[1] for r in table), sum(r[2] for r in table)
+        view.add_row("total", f"{total:,}", f"{trained:,}")
+        self._console.print(view)
+
+    def update(self, step: int, figures: dict[str, float]) -> None:
+        """Moves to a step; ``figures`` may be empty when nothing new was measured."""
+        if figures:
+            self._figures = (
+                f"loss {figures['loss']:.3f}  acc {figures['accuracy']:.3f}  "
+                f"{figures['tokens_per_second']:,.0f} tok/s"
+            )
+        self._bar.update(self._task, completed=step, description=self._stage, figures=self._figures)
+        now = time.monotonic()
+        if not self._console.is_terminal and (now - self._last > PLAIN_INTERVAL_S or step == self._total):
+            self._last = now
+            speed = (step - self._first) / max(now - self._start, 1e-9)
+            remaining = (self._total - step) / max(speed, 1e-9)
+            self._console.print(
+                f"{self._stage} {step}/{self._total}  {self._figures}  ETA {remaining:.0f} s", highlight=False
+            )
