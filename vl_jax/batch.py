@@ -46,12 +46,13 @@ class Batch:
     """
 
     tokens: Leaf  # i32[B T] token ids; visual positions hold the image placeholder id
-    targets: Leaf  # i32[B T] the id to predict *from* this position (already shifted)
-    loss_weights: Leaf  # f32[B T] 0 where the position has no target
     positions: Leaf  # i32[B T] rotary position, from 0 in every segment
     segment_ids: Leaf  # i32[B T] 1, 2, ... for the packed samples of a row; 0 is padding
     branch_ids: Leaf  # i32[B T] 0 on the trunk; 1, 2, ... on independent branches
     visual_slot: Leaf  # i32[B T] which visual token stands here (prefix fusion), -1 for text
+    target_index: Leaf  # i32[B Q] sequence positions to predict from, so that the head runs on these only
+    targets: Leaf  # i32[B Q] the id that follows each of them
+    loss_weights: Leaf  # f32[B Q] 0 is padding
     tiles: Leaf  # u8[B M h w c] RGB pixels; unused tiles are zero and never referred to
     visual_index: Leaf  # i32[B S] source row in the table drawn above; -1 is padding
     visual_start: Leaf  # i32[B S] first sequence index that may see the visual token

@@ -1,4 +1,4 @@
-"""Checkpoints: orbax for the arrays, and beside them a JSON record with position, configuration and checksums.
+"""Checkpoints: orbax for the arrays, and beside them a JSON record with position and checksums.
 
     checkpoints/<step>/params     parameters alone, so that other programs can read just these
                       /training   optimiser and routing state
@@ -29,7 +29,7 @@ class CheckpointError(ValueError):
 
 @jax.jit
 def _checksums(leaves: list[jax.Array]) -> jax.Array:
-    """One uint32 per leaf: sum of bits times odd weights, modulo 2**32. Order of summation does not matter."""
+    """One uint32 per leaf: sum of bits times odd weights, modulo 2**32, in whatever order."""
 
     def one(x: jax.Array) -> jax.Array:
         unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
@@ -54,7 +54,12 @@ class Checkpointer:
 
     def __init__(self, folder: Path, *, keep: int = 3):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        handlers = {
+            "params": ocp.StandardCheckpointHandler(),
+            "training": ocp.StandardCheckpointHandler(),
+            "record": ocp.JsonCheckpointHandler(),
+        }
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)
 
     def save(self, step: int, *, params: Any, training: Any, record: dict[str, Any]) -> None:
         """Starts writing; the arrays are copied before this returns, the files follow in the background."""
@@ -69,7 +74,7 @@ class Checkpointer:
         )
 
     def restore(self, *, params: Any, training_of: Any) -> tuple[int, Any, Any, dict[str, Any]] | None:
-        """The newest step that reads back soundly: (step, params, training, record), or None if there is none.
+        """The newest step that reads back soundly, as (step, params, training, record); None without steps.
 
         Args:
           params: abstract parameters with shardings.
@@ -82,7 +87,8 @@ class Checkpointer:
         problems = []
         for step in steps:
             try:
-                record = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
+                only_record = ocp.args.Composite(record=ocp.args.JsonRestore())
+                record = self._manager.restore(step, args=only_record)["record"]
                 training = training_of(record)
                 _check_shapes(self._manager.item_metadata(step)["params"], params)
                 args = ocp.args.Composite(

@@ -42,7 +42,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
     def command(name: str, run: Callable[[Any], None], help: str, example: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(
-            name, help=help, description=help, epilog=f"example: python -m vl_jax {example}", allow_abbrev=False
+            name,
+            help=help,
+            description=help,
+            epilog=f"example: python -m vl_jax {example}",
+            allow_abbrev=False,
         )
         sub.add_argument("--traceback", action="store_true", help="show the full traceback of an error")
         sub.set_defaults(run=run)
@@ -57,7 +61,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         command(
             "train",
             _train,
-            "Train the stages of an experiment, evaluate, and write report.html; resumes if the folder has a run.",
+            "Train the stages of an experiment, evaluate, write report.html; resumes the run of the folder.",
             "train --config=experiments/quickstart.py --workdir=runs/quickstart --config.seed=1",
         )
     )
@@ -66,14 +70,16 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         command(
             "inspect",
             _inspect,
-            "Show what would run, without training: the resolved config, the parameters, or rendered samples.",
+            "Show what would run, without training: resolved config, parameters, or rendered samples.",
             "inspect params --config=experiments/quickstart.py",
         )
     )
     inspect.add_argument("what", choices=("config", "params", "data"))
     inspect.add_argument("--html", type=Path, help="with data: also write the samples as a page")
     inspect.add_argument("--samples", type=int, default=3, help="with data: samples per source")
-    report = command("report", _report, "Write report.html anew from a run's files.", "report --workdir=runs/quickstart")
+    report = command(
+        "report", _report, "Write report.html anew from a run's files.", "report --workdir=runs/quickstart"
+    )
     report.add_argument("--workdir", required=True, type=Path)
     tokenizer = command(
         "tokenizer",
@@ -81,7 +87,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "Train a byte-level BPE vocabulary; the same input always gives the same file.",
         "tokenizer --input corpus.jsonl --vocab-size=2048 --out=tokenizer.json",
     )
-    tokenizer.add_argument("--input", required=True, nargs="+", help="text files, or JSONL with a 'text' field")
+    tokenizer.add_argument(
+        "--input", required=True, nargs="+", help="text files, or JSONL with a 'text' field"
+    )
     tokenizer.add_argument("--vocab-size", type=int, default=2048)
     tokenizer.add_argument("--out", required=True, type=Path)
     arguments, rest = parser.parse_known_args(argv)
@@ -112,7 +120,7 @@ def _set_up_process() -> None:
     import jax
 
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vl_jax" / "xla"
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(default))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -13,14 +13,16 @@ name to element, so ``--config.stages.sft.steps=100`` addresses one of them.
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import importlib
 import importlib.util
 import json
+import traceback
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -72,10 +74,10 @@ def override(config_view: Any, path: str, text: str) -> None:
       ConfigError: the path does not exist (with the nearest name), or the text has the wrong type.
     """
     *parents, last = path.split(".")
-    node = config_view
+    node: Any = config_view
     for depth, key in enumerate([*parents, last]):
         where = ".".join(["config", *path.split(".")[:depth]])
-        if not isinstance(node, Mapping) and not hasattr(node, "keys"):
+        if not hasattr(node, "keys"):
             raise ConfigError(f"{where} is a value, it has no field {key!r}")
         if key not in node or key == TYPE_KEY:
             raise ConfigError(_unknown(where, key, [k for k in node.keys() if k != TYPE_KEY]))
@@ -98,7 +100,7 @@ def rebuild(tree: Any, path: str = "config") -> Any:
     Raises:
       ConfigError: one line with the dotted path, the value and the rule it breaks.
     """
-    return _build(tree, _resolve(tree[TYPE_KEY], path), path)
+    return _build(tree, _class_of(tree, path), path)
 
 
 def to_json(config: Any) -> str:
@@ -117,6 +119,9 @@ def load(spec: str, overrides: tuple[tuple[str, str], ...] = ()) -> Any:
     Args:
       spec: path of a Python file with ``get_config(argument="")``, optionally followed by ``:argument``.
       overrides: pairs of dotted path (without the leading ``config.``) and text.
+
+    Raises:
+      ConfigError: the file is missing or fails, or a value breaks a rule; always one line.
     """
     file, _, argument = spec.partition(":")
     path = Path(file)
@@ -125,18 +130,41 @@ def load(spec: str, overrides: tuple[tuple[str, str], ...] = ()) -> Any:
     module_spec = importlib.util.spec_from_file_location(f"experiment_{path.stem}", path)
     assert module_spec is not None and module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    with _errors_of(path):
+        module_spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise ConfigError(f"--config={file}: the file defines no get_config()")
-    result = module.get_config(argument) if argument else module.get_config()
+    with _errors_of(path):
+        result = module.get_config(argument) if argument else module.get_config()
     config_view = view(result) if dataclasses.is_dataclass(result) else result
+    if not hasattr(config_view, "keys"):
+        raise ConfigError(f"--config={file}: get_config() gave {type(result).__name__}, not a config")
     for dotted, text in overrides:
         override(config_view, dotted, text)
     return rebuild(config_view)
 
 
+@contextlib.contextmanager
+def _errors_of(path: Path) -> Iterator[None]:
+    """Turns whatever an experiment file raises into one line with the place in the file."""
+    try:
+        yield
+    except Exception as error:
+        places = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+        line = error.lineno if isinstance(error, SyntaxError) else (places[-1] if places else None)
+        where = str(path) if line is None else f"{path}:{line}"
+        raise ConfigError(f"--config={where}: {type(error).__name__}: {error}") from error
+
+
 def _is_named(value: Any) -> bool:
     return dataclasses.is_dataclass(value) and hasattr(value, "name")
+
+
+def _class_of(tree: Any, path: str) -> type:
+    """The config class of a tree, which names it under ``_type``."""
+    if not hasattr(tree, "keys") or not isinstance(tree.get(TYPE_KEY), str):
+        raise ConfigError(f"{path}: expected a mapping with the name of its class under {TYPE_KEY!r}")
+    return _resolve(tree[TYPE_KEY], path)
 
 
 def _resolve(name: str, path: str) -> type:
@@ -217,7 +245,7 @@ def _build_union(value: Any, options: tuple[Any, ...], path: str) -> Any:
     if value is None and types.NoneType in options:
         return None
     if hasattr(value, "keys"):
-        cls = _resolve(value[TYPE_KEY], path)
+        cls = _class_of(value, path)
         if cls not in options:
             names = ", ".join(getattr(o, "__name__", str(o)) for o in options)
             raise ConfigError(f"{path}: class {cls.__name__} is not one of {names}")

@@ -86,7 +86,10 @@ def plan(experiment: Experiment) -> Layout:
     """
     mesh = sharding.make_mesh(experiment.mesh)
     rows = sharding.batch_axes(mesh)
-    sizes = {f"stages.{s.name}.batch_size": (s.batch_size, s.batch_size // s.accumulation) for s in experiment.stages}
+    sizes = {
+        f"stages.{s.name}.batch_size": (s.batch_size, s.batch_size // s.accumulation)
+        for s in experiment.stages
+    }
     sizes["evaluation.batch_size"] = (experiment.evaluation.batch_size, experiment.evaluation.batch_size)
     for name, (whole, part) in sizes.items():
         if part % rows:
@@ -156,7 +159,7 @@ def evaluate_all(experiment: Experiment, layout: Layout, state: TrainState, work
 
 
 def open_stream(experiment: Experiment, stage: Stage) -> loop.Stream:
-    """The training batches of a stage, in an order that depends on the experiment's seed and the stage's name."""
+    """The training batches of a stage, in an order that follows from the seed and the stage's name."""
     from vl_jax.data.pipeline import TrainIterator
 
     names = stage.sources or tuple(source.name for source in experiment.data.sources)
@@ -183,8 +186,8 @@ def _claim(experiment: Experiment, workdir: Path) -> None:
         before, now = (_flat(json.loads(t)) for t in (path.read_text(encoding="utf-8"), text))
         changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
         raise ValueError(
-            f"--workdir={workdir} holds a run with another configuration (differs at {', '.join(changed[:3])}); "
-            "resume it with the same options, or choose another folder"
+            f"--workdir={workdir} holds a run with another configuration "
+            f"(differs at {', '.join(changed[:3])}); resume it with the same options or choose another folder"
         )
     workdir.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
@@ -210,5 +213,3 @@ def _facts(layout: Layout) -> dict[str, Any]:
         "jax": jax.__version__,
         "python": platform.python_version(),
     }
-
-

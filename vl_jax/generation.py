@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from typing import Any
@@ -33,13 +34,13 @@ def greedy(
     rows, length = batch.tokens.shape
     cache = init_cache(model.config, batch=rows, slots=length + max_new_tokens)
     vision = model.apply(variables, batch, method="see")
-    output = model.apply(variables, batch, routing_state, vision=vision, cache=cache)
+    output: Any = model.apply(variables, batch, routing_state, vision=vision, cache=cache)
     one = jnp.ones((rows, 1), jnp.int32)
     # Rows that hold no prompt at all (they fill up a batch) are finished from the start.
     empty = jnp.max(batch.segment_ids, axis=1) == 0
 
     def choose(hidden: jax.Array) -> jax.Array:
-        logits = model.apply(variables, hidden[:, -1:], method="logits")
+        logits: Any = model.apply(variables, hidden[:, -1:], method="logits")
         return jnp.argmax(logits[:, 0], axis=-1).astype(jnp.int32)
 
     def step(carry: tuple) -> tuple:
@@ -48,14 +49,15 @@ def greedy(
             written, jnp.where(done, stop, token)[:, None], index, axis=1
         )
         done = done | (token == stop)
-        new = batch.replace(
+        new = dataclasses.replace(
+            batch,
             tokens=token[:, None],
             positions=batch.positions[:, -1:] + 1 + index,
             segment_ids=one,
             branch_ids=0 * one,
             visual_slot=-one,
         )
-        output = model.apply(variables, new, routing_state, vision=vision, cache=cache)
+        output: Any = model.apply(variables, new, routing_state, vision=vision, cache=cache)
         return index + 1, choose(output.hidden), done, output.cache, written
 
     def unfinished(carry: tuple) -> jax.Array:
@@ -73,11 +75,12 @@ def answer_ids(tokens: Any, *, stop: int) -> list[list[int]]:
 
 
 def warn_if_not_causal(model: VisionLanguage) -> None:
-    """Says so when the routing scheme looks ahead, since decoding cannot."""
-    scheme = model.config.moe.scheme
-    if not routing.SCHEMES[scheme].causal:
+    """Says so when routing looks ahead, since decoding cannot."""
+    moe = model.config.moe
+    if not routing.is_causal(moe):
         logger.warning(
-            "routing scheme %r chooses among all tokens of a row at once; decoding token by token, every expert "
-            "sees only the newest token, so answers may be worse than the training loss suggests",
-            scheme,
+            "routing (scheme %r, priority %r) looks at all tokens of a row at once; decoding token by token, "
+            "it sees only the newest token, so answers may be worse than the training loss suggests",
+            moe.scheme,
+            moe.priority,
         )

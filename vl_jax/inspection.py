@@ -59,7 +59,11 @@ def show_data(experiment: Experiment, console: Console, *, samples: int, html: P
     pages = []
     for source in (*experiment.data.sources, *experiment.data.evaluation):
         previews = preview.render_samples(
-            experiment.data, model_spec(experiment), source.name, count=samples, targets=experiment.stages[-1].targets
+            experiment.data,
+            model_spec(experiment),
+            source.name,
+            count=samples,
+            targets=experiment.stages[-1].targets,
         )
         console.rule(source.name)
         console.print(preview.to_text(previews), markup=False, highlight=False)

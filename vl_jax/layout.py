@@ -38,7 +38,9 @@ def plan_layout(model: VisionLanguage, example: Batch, mesh: Mesh, rules: AxisRu
     routing = init_routing_state(model.config)
     with sharding.use_mesh(mesh, rules):
         boxed = jax.eval_shape(
-            lambda key: model.init(key, example, routing, method="initialize")["params"], jax.random.key(0)
+            lambda key, batch: model.init(key, batch, routing, method="initialize")["params"],
+            jax.random.key(0),
+            example,
         )
     placements = sharding.place(boxed, mesh, rules)
     shapes, targets = nn.meta.unbox(boxed), sharding.shardings(placements, mesh)
@@ -50,12 +52,12 @@ def init_params(layout: Layout, example: Batch, seed: int) -> Any:
     """Fresh parameters, each created where it lives."""
     routing = init_routing_state(layout.model.config)
 
-    def init(key: jax.Array) -> Any:
-        return nn.meta.unbox(layout.model.init(key, example, routing, method="initialize")["params"])
+    def init(key: jax.Array, batch: Batch) -> Any:
+        return nn.meta.unbox(layout.model.init(key, batch, routing, method="initialize")["params"])
 
     targets = jax.tree.map(lambda leaf: leaf.sharding, layout.params)
     with sharding.use_mesh(layout.mesh, layout.rules):
-        return jax.jit(init, out_shardings=targets)(jax.random.key(seed))
+        return jax.jit(init, out_shardings=targets)(jax.random.key(seed), example)
 
 
 def put_batch(batch: Batch, layout: Layout) -> Batch:

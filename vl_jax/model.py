@@ -2,8 +2,8 @@
 
     Batch.tiles --ViT--> patches --Adapter--> visual tokens --fusion--> Decoder --> hidden --> logits
 
-Fusion is a choice of the config. ``prefix``: visual tokens stand in the sequence (DeepSeek-VL2). ``gated``: they
-stay outside, and between decoder layers text attends to them through the cross-modal gate.
+Fusion is a choice of the config. ``prefix``: visual tokens stand in the sequence (DeepSeek-VL2). ``gated``:
+they stay outside, and between decoder layers text attends to them through the cross-modal gate.
 """
 
 from __future__ import annotations

@@ -143,14 +143,14 @@ class Placement:
 
 
 def place(boxed: Any, mesh: Mesh, rules: AxisRules) -> dict[str, Placement]:
-    """Decides the layout of every parameter of a tree of ``nn.LogicallyPartitioned`` leaves (may be abstract).
+    """Decides the layout of every parameter in a tree of ``nn.LogicallyPartitioned`` leaves, abstract or not.
 
     A dimension whose size is not a multiple of its mesh axes is kept whole and *named* in the result, so
     that the caller can report it.
     """
     placements = {}
     for path, box in params_lib.flatten(boxed).items():
-        names = tuple(box.names) if isinstance(box, nn.meta.AxisMetadata) else (None,) * box.ndim
+        names = tuple(box.names) if isinstance(box, nn.LogicallyPartitioned) else (None,) * box.ndim
         shape = nn.meta.unbox(box).shape
         if len(names) != len(shape):
             raise ValueError(f"parameter {path}: {len(names)} logical names for shape {shape}")

@@ -32,6 +32,7 @@ class DataConfig:
     tokenizer: str = ""  # a tokenizer.json; empty means the shipped vocabulary
     max_tokens: int = 512  # T, length of a row
     max_tiles: int = 1  # M, tiles of a row
+    max_answer_tokens: int | None = None  # Q, tokens predicted in a row of answers; None: as many as T
     turns: chat.Turns = "independent"
     max_turns: int | None = None  # questions taken from a sample at each draw
     turn_sampling: TurnSampling = "first"
@@ -45,8 +46,9 @@ class DataConfig:
         for name in ("max_tokens", "max_tiles", "num_threads", "prefetch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        if self.max_turns is not None and self.max_turns < 1:
-            raise ValueError(f"max_turns={self.max_turns}: must be at least 1, or None for all")
+        for name in ("max_turns", "max_answer_tokens"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1, or None for all")
         if not 0 <= self.image_dropout_rate <= 1:
             raise ValueError(f"image_dropout_rate={self.image_dropout_rate}: must lie in 0..1")
         for group in (self.sources, self.evaluation):
@@ -95,6 +97,7 @@ class Encoder:
     spec: ModelSpec
     max_tokens: int  # T
     max_tiles: int  # M
+    max_targets: int  # Q
 
     def __post_init__(self):
         if self.tokenizer.vocab_size > self.spec.vocab_size:
@@ -127,7 +130,12 @@ class Encoder:
             targets=targets,
             max_tokens=self.max_tokens,
         )
-        return self._assemble(sample, dialogue, tiles, layouts)
+        example = self._assemble(sample, dialogue, tiles, layouts)
+        found = np.count_nonzero(example.loss_weights)
+        if found > self.max_targets:
+            message = f"sample {sample.id}: {found} tokens to predict, limit {self.max_targets}"
+            raise BadSample("too_many_targets", message)
+        return example
 
     def prompt(self, sample: Sample) -> Example:
         """Encodes a conversation up to where the answer of its last turn begins.
@@ -159,7 +167,13 @@ class Encoder:
         tokens = length or self.max_tokens
         tile = self.tiling.tile_size
         batch = _empty_batch(
-            len(rows), tokens, self.max_tiles, tile, self.max_visual_tokens, self.tokenizer.pad
+            len(rows),
+            tokens,
+            self.max_tiles,
+            tile,
+            self.max_visual_tokens,
+            self.max_targets,
+            self.tokenizer.pad,
         )
         for index, row in enumerate(rows):
             self._fill_row(batch, index, row, tokens, pad_left)
@@ -228,17 +242,25 @@ class Encoder:
         used = sum(len(e.tokens) for e in examples)
         tiles = sum(len(e.tiles) for e in examples)
         visual = sum(len(e.visual_index) for e in examples)
-        limits = (tokens, self.max_tiles, self.max_visual_tokens)
-        if used > tokens or tiles > self.max_tiles or visual > self.max_visual_tokens:
+        predicted = sum(np.count_nonzero(e.loss_weights) for e in examples)
+        found = (used, tiles, visual, predicted)
+        limits = (tokens, self.max_tiles, self.max_visual_tokens, self.max_targets)
+        if any(f > limit for f, limit in zip(found, limits, strict=True)):
             names = ", ".join(e.id for e in examples)
-            found = f"{used} tokens, {tiles} tiles, {visual} visual tokens"
-            raise ValueError(f"row of {names}: {found} exceed the limits {limits}")
-        start, tile, slot = tokens - used if pad_left else 0, 0, 0
+            raise ValueError(
+                f"row of {names}: (tokens, tiles, visual tokens, targets) = {found} exceed the limits {limits}"
+            )
+        start, tile, slot, target = tokens - used if pad_left else 0, 0, 0, 0
         tile_tokens = self.spec.tile_tokens_side**2
         for segment, e in enumerate(examples, start=1):
             here, there = slice(start, start + len(e.tokens)), slice(slot, slot + len(e.visual_index))
-            for name in ("tokens", "targets", "loss_weights", "positions", "branch_ids"):
+            for name in ("tokens", "positions", "branch_ids"):
                 getattr(batch, name)[row, here] = getattr(e, name)
+            predicted = np.flatnonzero(e.loss_weights)
+            wanted = slice(target, target + len(predicted))
+            batch.target_index[row, wanted] = predicted + start
+            batch.targets[row, wanted] = e.targets[predicted]
+            batch.loss_weights[row, wanted] = e.loss_weights[predicted]
             batch.segment_ids[row, here] = segment
             batch.visual_slot[row, here] = np.where(e.visual_slot < 0, -1, e.visual_slot + slot)
             batch.tiles[row, tile : tile + len(e.tiles)] = e.tiles
@@ -247,21 +269,26 @@ class Encoder:
             batch.visual_index[row, there] = e.visual_index + of_tile * np.int32(tile * tile_tokens)
             batch.visual_start[row, there] = e.visual_start + start
             batch.visual_segment_ids[row, there] = segment
-            start, tile, slot = here.stop, tile + len(e.tiles), there.stop
+            start, tile, slot, target = here.stop, tile + len(e.tiles), there.stop, wanted.stop
 
 
-def make_encoder(config: DataConfig, spec: ModelSpec) -> Encoder:
+def make_encoder(config: DataConfig, spec: ModelSpec, *, targets: chat.Targets = "all") -> Encoder:
     """The encoder of a data config for a model.
+
+    Args:
+      targets: what its rows predict; rows of answers need room for ``max_answer_tokens`` targets only.
 
     Raises:
       ValueError: the tokenizer cannot be read, or has more entries than the model.
     """
+    answers = config.max_answer_tokens if targets == "answers" else None
     return Encoder(
         tokenizer=load_tokenizer(config.tokenizer),
         tiling=config.tiling,
         spec=spec,
         max_tokens=config.max_tokens,
         max_tiles=config.max_tiles,
+        max_targets=min(answers or config.max_tokens, config.max_tokens),
     )
 
 
@@ -278,14 +305,15 @@ def find_source(config: DataConfig, name: str) -> SourceConfig:
     raise ValueError(f"source {name!r}: not in the config; known: {', '.join(s.name for s in every)}")
 
 
-def _empty_batch(rows: int, tokens: int, tiles: int, size: int, visual: int, pad: int) -> Batch:
+def _empty_batch(rows: int, tokens: int, tiles: int, size: int, visual: int, targets: int, pad: int) -> Batch:
     def full(value: int, *shape: int) -> np.ndarray:
         return np.full((rows, *shape), value, np.int32)
 
     return Batch(
         tokens=full(pad, tokens),
-        targets=full(0, tokens),
-        loss_weights=np.zeros((rows, tokens), np.float32),
+        target_index=full(0, targets),
+        targets=full(0, targets),
+        loss_weights=np.zeros((rows, targets), np.float32),
         positions=full(0, tokens),
         segment_ids=full(0, tokens),
         branch_ids=full(0, tokens),

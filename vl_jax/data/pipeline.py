@@ -84,7 +84,9 @@ class TrainIterator:
                 raise ValueError(f"source {name!r}: not in the config; known: {', '.join(known)}")
         opened = {name: open_source(known[name], root=config.root) for name in weights}
         seed = config.seed if seed is None else seed
-        self._reader = _Reader(opened, weights, config, make_encoder(config, spec), targets, seed)
+        self._reader = _Reader(
+            opened, weights, config, make_encoder(config, spec, targets=targets), targets, seed
+        )
         self._batch_size = batch_size
         self._index = 0
         self._skipped: dict[str, str] = {}

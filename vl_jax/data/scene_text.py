@@ -46,6 +46,12 @@ class Scene:
     word: str
     word_script: str
     word_corners: tuple[float, float, float, float]
+    grid: int = 3  # cells each way, 2 or 3
+
+    def place(self, item: SceneObject) -> int:
+        """The cell of an object as an index into the nine named places, corners first when there are four."""
+        step = 2 // (self.grid - 1)
+        return (item.cell[1] * 3 + item.cell[0]) * step
 
 
 COLOUR_NAMES = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "black")
@@ -226,7 +232,7 @@ def _position(scene: Scene, languages: Sequence[Language], rng: random.Random) -
         if names:
             language = rng.choice(languages)
             colour, shape = rng.choice(names)
-            answer = PLACES[language][item.cell[1] * 3 + item.cell[0]]
+            answer = PLACES[language][scene.place(item)]
             name = _describe(language, colour=colour, shape=shape)
             turns.append(_turn("position", language, rng, [name], answer, [_box(item, language)]))
     return turns
@@ -267,7 +273,7 @@ def _caption(scene: Scene, languages: Sequence[Language], rng: random.Random) ->
     parts = []
     for item in items:
         name = _describe(language, colour=item.colour, shape=item.shape)
-        index = item.cell[1] * 3 + item.cell[0]
+        index = scene.place(item)
         if language == "en":
             article = "an" if name[0] in "aeiou" else "a"
             parts.append(f"{article} {name} {_EN_PHRASES[index]}")

@@ -3,9 +3,9 @@
 Sample ``i`` is a pure function of ``(seed, first + i)``: no file, no state, no order. Two sources whose
 index ranges or seeds differ are held out from one another.
 
-    +-------+-------+-------+   A scene is a 3 x 3 grid of cells. An object fills most of its cell, jittered
-    |  (o)  |       |  /\\   |   in place, size and angle; an English word takes two neighbouring cells, a
-    +-------+-------+-------+   Chinese character one. So nothing overlaps and every place has a name.
+    +-------+-------+-------+   A scene is a grid of 3 x 3 (or 2 x 2) cells. An object fills most of its
+    |  (o)  |       |  /\\   |   cell, jittered in place, size and angle; an English word takes two cells,
+    +-------+-------+-------+   a Chinese character one. So nothing overlaps, and every place has a name.
     |     S U N     |       |
     +-------+-------+-------+   The text of the questions is made in ``scene_text``.
     |       |  [ ]  |       |
@@ -56,6 +56,10 @@ class ScenesConfig:
     first: int = 0  # index of the first scene: ranges that do not meet are held out from one another
     image_size: int = 64  # pixels, square
     max_objects: int = 4
+    grid: Literal[2, 3] = 3  # cells each way; with 2 everything is larger and has four places
+    num_colours: int = 8  # of those in COLOURS, the first ones
+    num_shapes: int = 6  # of those in SHAPE_NAMES, the first ones
+    num_words: int = 16  # per language, the first ones
     word_rate: float = 0.85  # share of the scenes with a written word
     languages: tuple[Literal["en", "zh"], ...] = ("en", "zh")
     kinds: tuple[Kind, ...] = KINDS
@@ -70,6 +74,13 @@ class ScenesConfig:
                 )
         if self.max_objects > 6:
             raise ValueError(f"max_objects={self.max_objects} of source {self.name!r}: must be at most 6")
+        most = {"num_colours": len(COLOURS), "num_shapes": len(SHAPE_NAMES), "num_words": len(ENGLISH_WORDS)}
+        for field, limit in most.items():
+            least = 1 if field == "num_words" else self.max_objects
+            if not least <= getattr(self, field) <= limit:
+                raise ValueError(
+                    f"{field}={getattr(self, field)} of source {self.name!r}: must be from {least} to {limit}"
+                )
         if self.first < 0:
             raise ValueError(f"first={self.first} of source {self.name!r}: must not be negative")
         if not 0 <= self.word_rate <= 1:
@@ -112,31 +123,31 @@ class ScenesSource:
 
 def make_scene(config: ScenesConfig, rng: random.Random) -> Scene:
     """Chooses what is on a scene and where, in pixels."""
-    cell = config.image_size / 3
-    free = [(column, row) for row in range(3) for column in range(3)]
+    grid, cell = config.grid, config.image_size / config.grid
+    free = [(column, row) for row in range(grid) for column in range(grid)]
     word, script = "", ""
     word_corners = (0.0, 0.0, 0.0, 0.0)
     word_cells: list[tuple[int, int]] = []
     if rng.random() < config.word_rate:
         script = rng.choice(config.languages)
-        word = rng.choice(ENGLISH_WORDS if script == "en" else CHINESE_WORDS)
+        word = rng.choice((ENGLISH_WORDS if script == "en" else CHINESE_WORDS)[: config.num_words])
         width = 2 if script == "en" else 1
-        column, row = rng.randrange(4 - width), rng.randrange(3)
+        column, row = rng.randrange(grid + 1 - width), rng.randrange(grid)
         word_cells = [(column + i, row) for i in range(width)]
         word_corners = _place_word(word, script, (column, row, width), cell, rng)
     free = [c for c in free if c not in word_cells]
-    places = rng.sample(free, rng.randint(1, config.max_objects))
-    looks = _choose_looks(len(places), rng)
+    places = rng.sample(free, rng.randint(1, min(config.max_objects, len(free))))
+    looks = _choose_looks(config, len(places), rng)
     objects = tuple(_place(look, place, cell, rng) for look, place in zip(looks, places, strict=True))
     tint = rng.randint(222, 238)
     background = tuple(tint + rng.randint(0, 17) for _ in range(3))
-    return Scene(config.image_size, background, objects, word, script, word_corners)
+    return Scene(config.image_size, background, objects, word, script, word_corners, grid)
 
 
-def _choose_looks(count: int, rng: random.Random) -> list[tuple[str, str]]:
+def _choose_looks(config: ScenesConfig, count: int, rng: random.Random) -> list[tuple[str, str]]:
     """Colour and shape of each object; in some scenes one of the two repeats, for counting."""
-    colours = rng.sample(list(COLOURS), count)
-    shapes: list[str] = rng.sample(SHAPE_NAMES, count)
+    colours = rng.sample(list(COLOURS)[: config.num_colours], count)
+    shapes: list[str] = rng.sample(SHAPE_NAMES[: config.num_shapes], count)
     repeats = rng.randint(2, count) if count > 1 else 1
     theme = rng.random()
     if theme < 0.35:

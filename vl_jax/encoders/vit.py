@@ -32,14 +32,18 @@ class ViTConfig:
     num_layers: int = 27
     num_heads: int = 16
     stem: Literal["patch", "conv"] = "patch"
+    pixel_mean: float = 0.5  # of pixel values scaled to 0..1
+    pixel_std: float = 0.5
 
     def __post_init__(self):
         if self.image_size < self.patch_size:
             raise ValueError(f"image_size={self.image_size} < patch_size={self.patch_size}")
         if self.embed_dim % self.num_heads:
             raise ValueError(f"embed_dim={self.embed_dim} is not a multiple of num_heads={self.num_heads}")
-        if self.stem == "conv" and self.patch_size not in (4, 8, 16):
-            raise ValueError(f"patch_size={self.patch_size}: the conv stem allows 4, 8 or 16")
+        if self.stem == "conv" and self.patch_size not in HALVINGS:
+            raise ValueError(
+                f"patch_size={self.patch_size}: the conv stem allows {', '.join(map(str, HALVINGS))}"
+            )
 
     @property
     def grid(self) -> int:
@@ -47,9 +51,9 @@ class ViTConfig:
         return self.image_size // self.patch_size
 
 
-def normalize(pixels: UInt8[Array, "*batch"]) -> Float[Array, "*batch"]:
-    """Grey levels 0..255 to [-1, 1]: ``(v / 255 - 0.5) / 0.5``."""
-    return (pixels.astype(jnp.float32) / 255.0 - 0.5) / 0.5
+def normalize(pixels: UInt8[Array, "*batch"], *, mean: float, std: float) -> Float[Array, "*batch"]:
+    """Grey levels 0..255 to ``(v / 255 - mean) / std``; SigLIP's 0.5 and 0.5 give [-1, 1]."""
+    return (pixels.astype(jnp.float32) / 255.0 - mean) / std
 
 
 class PatchStem(nn.Module):
@@ -76,8 +80,15 @@ def convolve(
     return y + bias
 
 
+# Of the initial position table: comparable to what a stem gives, so that place counts from the first step.
+POSITION_STD = 0.3
+
+# Halvings from pixels to patches; the remaining ones of the five convolutions keep the size.
+HALVINGS = {4: 2, 8: 3, 16: 4}
+
+
 class ConvStem(nn.Module):
-    """Five 3x3 convolutions, the first ones with stride 2 until a cell is one patch."""
+    """Five 3x3 convolutions that end with one cell per patch; those that keep the size are residual."""
 
     config: ViTConfig
 
@@ -86,16 +97,16 @@ class ConvStem(nn.Module):
         c = self.config
         side = c.grid * c.patch_size
         x = x[:, :side, :side]
-        halvings = {4: 2, 8: 3, 16: 4}[c.patch_size]
-        widths = [max(c.embed_dim // 4, 16), max(c.embed_dim // 2, 16)] + [c.embed_dim] * 3
-        for i, width in enumerate(widths):
-            shape = (3, 3, x.shape[-1], width)
-            init = named(fan_in(in_axis=(0, 1, 2)), None, None, None, None)
-            kernel = self.param(f"kernel_{i}", init, shape).astype(x.dtype)
+        halvings = HALVINGS[c.patch_size]
+        for i in range(5):
+            width = max(c.embed_dim >> max(0, 2 - i), 8)
+            y = x if i == 0 else jax.nn.gelu(x, approximate=True)
+            # Variance 2 / fan-in: an activation passes about half of it on.
+            init = named(fan_in(in_axis=(0, 1, 2), scale=2.0), None, None, None, None)
+            kernel = self.param(f"kernel_{i}", init, (3, 3, x.shape[-1], width)).astype(x.dtype)
             bias = self.param(f"bias_{i}", named(nn.initializers.zeros, None), (width,)).astype(x.dtype)
-            x = convolve(x, kernel, bias, stride=2 if i < halvings else 1)
-            if i < len(widths) - 1:
-                x = jax.nn.gelu(x, approximate=True)
+            y = convolve(y, kernel, bias, stride=2 if i < halvings else 1)
+            x = x + y if y.shape == x.shape else y
         return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
@@ -108,7 +119,9 @@ class Block(nn.Module):
     def __call__(self, x: Float[Array, "M P D"], _: None) -> tuple[Float[Array, "M P D"], None]:
         c = self.config
         heads = (*x.shape[:2], 3, c.num_heads, c.embed_dim // c.num_heads)
-        qkv = Linear(3 * c.embed_dim, ("embed", "heads"), use_bias=True, name="qkv")(LayerNorm(name="norm1")(x))
+        qkv = Linear(3 * c.embed_dim, ("embed", "heads"), use_bias=True, name="qkv")(
+            LayerNorm(name="norm1")(x)
+        )
         query, key, value = jnp.moveaxis(qkv.reshape(heads), 2, 0)
         mixed = attention.attend(query, key, value, mask=None, scale=heads[-1] ** -0.5)
         project = Linear(c.embed_dim, ("heads", "embed"), use_bias=True, name="project")
@@ -130,8 +143,9 @@ class ViT(nn.Module):
     def __call__(self, tiles: UInt8[Array, "M h w 3"]) -> Float[Array, "M P D"]:
         c = self.config
         stem = ConvStem(c, name="stem") if c.stem == "conv" else PatchStem(c, name="stem")
-        x = stem(normalize(tiles).astype(self.dtype))
-        init = named(nn.initializers.normal(0.02), None, "embed")
+        pixels = normalize(tiles, mean=c.pixel_mean, std=c.pixel_std)
+        x = stem(pixels.astype(self.dtype))
+        init = named(nn.initializers.normal(POSITION_STD), None, "embed")
         x = x + self.param("positions", init, (c.grid * c.grid, c.embed_dim)).astype(x.dtype)
         x = constrain(x, "batch", None, None)
         block = nn.remat(Block, prevent_cse=False) if self.remat else Block

@@ -1,7 +1,7 @@
 """Scoring short answers: exact match after normalising, by kind of question, against two blind baselines.
 
-*blind*: the same model with the image withheld. *prior*: the most frequent training answer to the same question
-(or kind of question). What a model knows beyond both, it saw.
+*blind*: the same model with the image withheld. *prior*: the most frequent training answer to the same
+question (or kind of question). What a model knows beyond both, it saw.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Evaluating a model on a source: generate an answer to every question, with and without the image, and score."""
+"""Evaluating a model on a source: answer every question, with and without the image, and score."""
 
 from __future__ import annotations
 
@@ -98,7 +98,12 @@ def evaluate(
 
 
 def _generate(
-    layout: Layout, params: Any, routing_state: Any, batch: Batch, tokenizer: Tokenizer, config: EvaluationConfig
+    layout: Layout,
+    params: Any,
+    routing_state: Any,
+    batch: Batch,
+    tokenizer: Tokenizer,
+    config: EvaluationConfig,
 ) -> list[str]:
     with sharding.use_mesh(layout.mesh, layout.rules):
         tokens = generation.greedy(
@@ -125,7 +130,9 @@ def _training_turns(data: DataConfig, count: int) -> Iterator[tuple[str, str, st
                 yield turn.question, turn.kind, turn.answer
 
 
-def _write(folder: Path, step: int, result: dict[str, Any], answers: list[Answer], pictures: list[Any]) -> None:
+def _write(
+    folder: Path, step: int, result: dict[str, Any], answers: list[Answer], pictures: list[Any]
+) -> None:
     """Writes answers and pictures first and the result last, so that a result is never without them."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     lines = []

@@ -40,7 +40,7 @@ def gated_cross_attention(
     choice: Float[Array, "B T N"],
     mask: Bool[Array, "B T S"],
 ) -> Float[Array, "B T N H"]:
-    """Attention to the vision tokens, scaled per head by ``tanh(opening)`` and per token by ``sigmoid(choice)``."""
+    """Attention to vision tokens, scaled by ``tanh(opening)`` per head and ``sigmoid(choice)`` per token."""
     seen = attention.attend(query, key, value, mask=mask, scale=query.shape[-1] ** -0.5)
     gate = jnp.tanh(opening) * jax.nn.sigmoid(choice.astype(jnp.float32))
     return seen * gate[..., None].astype(seen.dtype)

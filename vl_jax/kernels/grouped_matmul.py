@@ -2,8 +2,9 @@
 
     rows [R D], group_sizes [E]  ->  (silu(rows @ gate_e) * (rows @ up_e)) @ down_e   [R D]
 
-``blocked`` walks the groups in blocks of rows, so that the work is that of the rows actually present: the form
-for CPUs, where ``lax.ragged_dot`` multiplies every row by every expert. ``reference`` is the plain definition.
+``blocked`` walks the groups in blocks of rows, so that the work is that of the rows actually present: the
+form for CPUs, where ``lax.ragged_dot`` multiplies every row by every expert. ``reference`` is the plain
+definition.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The language model: pre-norm decoder with latent attention, dense layers first, then sparse ones.
 
-    x -> [gate: + what vision says] -> + attention(norm) -> + SwiGLU or mixture of experts(norm) -> ... -> norm
+    x -> [gate: + what vision says] -> + attention(norm) -> + SwiGLU or experts(norm) -> ... -> norm
 
 Layers of one kind are stacked and scanned: parameters, routing state, cache and statistics carry a leading
 layer axis, so compile time does not grow with depth.
@@ -85,6 +85,7 @@ class DecoderLayer(nn.Module):
     ) -> tuple[Float[Array, "B T D"], tuple[Leaf | None, MoEOutput | None]]:
         c = self.config
         if self.gate is not None:
+            assert context.vision is not None and context.vision_mask is not None
             x = x + CrossModalGate(self.gate, name="gate")(x, context.vision, context.vision_mask)
         mixed, cache = MLA(c.attention, name="attention")(
             RMSNorm(c.norm_epsilon, name="attention_norm")(x),
@@ -134,7 +135,7 @@ class Decoder(nn.Module):
             layer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),
+            in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=length,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
@@ -176,5 +177,5 @@ class Decoder(nn.Module):
         if cache is not None:
             latent, key_rope = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, rest)
             length = cache.length + x.shape[1]
-            cache = cache.replace(latent=latent, key_rope=key_rope, length=length)
+            cache = dataclasses.replace(cache, latent=latent, key_rope=key_rope, length=length)
         return self.norm(x), routed, cache

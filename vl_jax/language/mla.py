@@ -126,6 +126,7 @@ class MLA(nn.Module):
         if cache is None:
             mixed = expanded_attention(q_nope, q_rope, latent, key_rope, kv_up, mask=mask, scale=c.scale)
         else:
+            assert length is not None
             cache = (
                 jax.lax.dynamic_update_slice_in_dim(cache[0], latent, length, axis=1),
                 jax.lax.dynamic_update_slice_in_dim(cache[1], key_rope, length, axis=1),

@@ -43,7 +43,7 @@ def count(
 
 
 def max_violation(load: Int[Array, "*L E"]) -> Float[Array, "*L"]:
-    """MaxVio: the largest load over the mean load, minus one (arXiv 2408.15664, eq. 4). 0 is perfect balance."""
+    """MaxVio: largest load over mean load, minus one (arXiv 2408.15664, eq. 4). 0 is perfect balance."""
     load = load.astype(jnp.float32)
     return jnp.max(load, axis=-1) / jnp.maximum(jnp.mean(load, axis=-1), 1e-9) - 1.0
 

@@ -1,4 +1,4 @@
-"""The mixture-of-experts layer: router -> assignment -> capacity -> experts (+ shared), and its statistics."""
+"""The mixture-of-experts layer: router -> assignment -> capacity -> experts (+ shared), and statistics."""
 
 from __future__ import annotations
 

@@ -51,12 +51,14 @@ class MoEConfig:
         if self.capacity_factor is not None and self.capacity_factor <= 0:
             raise ValueError(f"capacity_factor={self.capacity_factor} must be > 0 (None: dropless)")
         if self.scheme == "expert_choice" and self.priority == "gate":
-            raise ValueError("priority='gate' has no meaning for scheme='expert_choice': experts never overflow")
+            raise ValueError(
+                "priority='gate' has no meaning for scheme='expert_choice': experts never overflow"
+            )
 
 
 @struct.dataclass
 class TokenChoice:
-    """Every token names its K experts. Expert id E means "unused": dynamic k, masked tokens, dropped choices."""
+    """Every token names K experts. Expert id E means "unused": dynamic k, masked token, dropped choice."""
 
     experts: Leaf  # i32[T K]
     gates: Leaf  # f32[T K]
@@ -160,6 +162,12 @@ SCHEMES: dict[str, Scheme] = {
 }
 
 
+def is_causal(config: MoEConfig) -> bool:
+    """Whether a token's experts depend on no later token; without that, decoding differs from training."""
+    by_gate = config.capacity_factor is not None and config.priority == "gate"
+    return SCHEMES[config.scheme].causal and not by_gate
+
+
 def route(
     logits: Float[Array, "G T E"], context: RoutingContext, state: State, config: MoEConfig
 ) -> tuple[Assignment, Losses]:
@@ -209,7 +217,7 @@ def _z_loss(logits: Float[Array, "T E"], context: RoutingContext, config: MoECon
 def sequence_balance(
     scores: Float[Array, "T E"], experts: Int[Array, "T K"], valid: Bool[Array, " T"]
 ) -> Float[Array, ""]:
-    """``sum_e f_e P_e`` with f_e = E / (K T) * choices of e, P_e = mean score of e (DeepSeek-V2, eq. 23-25)."""
+    """``sum_e f_e P_e``, f_e = E / (K T) * choices of e, P_e = mean score of e (DeepSeek-V2, eq. 23-25)."""
     num_experts, top_k = scores.shape[-1], experts.shape[-1]
     chosen = jax.nn.one_hot(experts, num_experts, dtype=jnp.float32).sum(axis=1)
     fraction = jax.vmap(_masked_mean, in_axes=(1, None))(chosen, valid) * num_experts / top_k

@@ -1,7 +1,8 @@
-"""The latent cache of multi-head latent attention: R + H_rope numbers a token and layer, no keys, no values."""
+"""The cache of multi-head latent attention: R + H_rope numbers a token and layer, no keys, no values."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -35,7 +36,7 @@ def create(*, layers: int, batch: int, slots: int, rank: int, rope_dim: int, dty
 def append_segments(cache: LatentCache, segment_ids: Int[Array, "B T"]) -> LatentCache:
     """Marks the next T slots with the segments of the tokens about to be written."""
     updated = jax.lax.dynamic_update_slice_in_dim(cache.segment_ids, segment_ids, cache.length, axis=1)
-    return cache.replace(segment_ids=updated)
+    return dataclasses.replace(cache, segment_ids=updated)
 
 
 def causal_mask(cache: LatentCache, segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T S"]:

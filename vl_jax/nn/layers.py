@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -13,19 +12,21 @@ from jaxtyping import Array, Float
 Init = jax.nn.initializers.Initializer
 
 
-def fan_in(*, in_axis: int | tuple[int, ...] = 0, batch_axis: tuple[int, ...] = ()) -> Init:
-    """Truncated normal of variance 1 / fan-in, the default for every projection here.
+def fan_in(
+    *, in_axis: int | tuple[int, ...] = 0, batch_axis: tuple[int, ...] = (), scale: float = 1.0
+) -> Init:
+    """Truncated normal of variance scale / fan-in, the default for every projection here.
 
     Axes named neither input nor batch are outputs, however many heads or halves they are cut into.
     """
     inputs = (in_axis,) if isinstance(in_axis, int) else in_axis
 
-    def init(key: Any, shape: Sequence[int], dtype: Any = jnp.float32, **kwargs: Any) -> jax.Array:
+    def init(key: Any, shape: Any, dtype: Any = jnp.float32, out_sharding: Any = None) -> jax.Array:
         outputs = [a for a in range(len(shape)) if a not in inputs and a not in batch_axis]
         scaled = jax.nn.initializers.variance_scaling(
-            1.0, "fan_in", "truncated_normal", in_axis=inputs, out_axis=outputs, batch_axis=batch_axis
+            scale, "fan_in", "truncated_normal", in_axis=inputs, out_axis=outputs, batch_axis=batch_axis
         )
-        return scaled(key, shape, dtype, **kwargs)
+        return scaled(key, shape, dtype, out_sharding=out_sharding)
 
     return init
 

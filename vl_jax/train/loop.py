@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -51,11 +51,12 @@ class LoopConfig:
                 raise ValueError(f"{field.name}={getattr(self, field.name)} must be >= 1")
 
 
+@runtime_checkable
 class Stream(Protocol):
     """An endless iterator of host batches whose position can be saved and set."""
 
-    skipped: dict[str, int]
-
+    @property
+    def skipped(self) -> dict[str, int]: ...
     def __next__(self) -> Batch: ...
     def get_state(self) -> dict[str, Any]: ...
     def set_state(self, state: dict[str, Any]) -> None: ...
@@ -66,7 +67,9 @@ class Stopped(Exception):
     """The run was asked to stop by a signal and has saved its state; carries the signal number."""
 
     def __init__(self, number: int, step: int):
-        super().__init__(f"stopped at step {step} by {signal.Signals(number).name}; state is saved, run again to resume")
+        super().__init__(
+            f"stopped at step {step} by {signal.Signals(number).name}; state is saved, run again to resume"
+        )
         self.number = number
 
 
@@ -209,7 +212,7 @@ def _run_stage(
                 state, metrics = compiled(state, put_batch(batch, layout))
                 position.step += 1
                 position.global_step += 1
-                learning_rate = float(rate(position.step - 1))
+                learning_rate = float(np.asarray(rate(position.step - 1)))
                 _report(run, stage, position, batch, metrics, learning_rate, clock, stream.skipped)
                 ends = position.step == stage.steps
                 stopped = run.stop()

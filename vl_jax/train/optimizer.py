@@ -29,9 +29,7 @@ class OptimizerConfig:
 
     def __post_init__(self):
         if self.learning_rate <= 0 or self.clip_norm <= 0:
-            raise ValueError(
-                f"learning_rate={self.learning_rate} and clip_norm={self.clip_norm} must be > 0"
-            )
+            raise ValueError(f"learning_rate={self.learning_rate} and clip_norm={self.clip_norm} must be > 0")
         if self.warmup_steps < 0 or not 0 <= self.final_fraction <= 1:
             raise ValueError(
                 f"warmup_steps={self.warmup_steps} must be >= 0, final_fraction={self.final_fraction} in 0..1"

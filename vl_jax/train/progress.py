@@ -42,7 +42,9 @@ class Progress:
     def announce(self, stage: str, steps: int, table: list[tuple[str, int, int]]) -> None:
         """Prints what a stage trains, as it begins."""
         self._stage = stage
-        view = Table("module", "parameters", "trained", title=f"stage {stage}: {steps} steps", title_justify="left")
+        view = Table(
+            "module", "parameters", "trained", title=f"stage {stage}: {steps} steps", title_justify="left"
+        )
         for module, size, trained in table:
             share = "all" if trained == size else ("frozen" if trained == 0 else f"{trained:,}")
             view.add_row(module, f"{size:,}", share)

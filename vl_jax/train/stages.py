@@ -1,4 +1,4 @@
-"""A training stage is data: what it reads, what it predicts, which leaves it trains, how long and how fast."""
+"""A training stage is data: what it reads and predicts, which leaves it trains, how long and how fast."""
 
 from __future__ import annotations
 

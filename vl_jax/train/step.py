@@ -39,8 +39,9 @@ def loss_sums(
     params: Any, routing: State, batch: Batch, *, model: VisionLanguage
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Any]]:
     """(sum of cross-entropy, (sum of hits, sum of auxiliary losses over layers, routing statistics))."""
-    output = model.apply({"params": params}, batch, routing)
-    logits = model.apply({"params": params}, output.hidden, method="logits")
+    output: Any = model.apply({"params": params}, batch, routing)
+    predicting = jnp.take_along_axis(output.hidden, batch.target_index[..., None], axis=1)
+    logits: Any = model.apply({"params": params}, predicting, method="logits")
     nll, hit = losses.cross_entropy(logits, batch.targets)
     weights = batch.loss_weights
     routed = output.routed
@@ -71,7 +72,12 @@ def gradients(
         nll, (hits, auxiliary, stats) = loss_sums(
             params_lib.merge(trained, frozen), state.routing, part, model=model
         )
-        return nll / total + auxiliary / accumulation, (nll / total, hits / total, auxiliary / accumulation, stats)
+        return nll / total + auxiliary / accumulation, (
+            nll / total,
+            hits / total,
+            auxiliary / accumulation,
+            stats,
+        )
 
     def one_part(carry: Any, part: Batch) -> tuple[Any, None]:
         (_, parts), grads = jax.value_and_grad(objective, has_aux=True)(trained, part)
@@ -106,13 +112,16 @@ def make_train_step(
             state, batch, model=model, trainable=trainable, accumulation=accumulation
         )
         trained, frozen = params_lib.split(state.params, trainable)
-        updates, optimizer_state = optimizer.update(grads, state.optimizer, trained)
+        with jax.numpy_dtype_promotion("standard"):  # optax multiplies counts with decay rates
+            updates, optimizer_state = optimizer.update(grads, state.optimizer, trained)
         trained = optax.apply_updates(trained, updates)
-        metrics["grad_norm"] = optax.global_norm(grads)
+        metrics["grad_norm"] = optax.tree.norm(grads)
         routing = state.routing
         if stats is not None:
             metrics |= balance.summarize(stats)
             routing = update_routing_state(routing, stats, model.config)
-        return TrainState(state.step + 1, params_lib.merge(trained, frozen), optimizer_state, routing), metrics
+        return TrainState(
+            state.step + 1, params_lib.merge(trained, frozen), optimizer_state, routing
+        ), metrics
 
     return step

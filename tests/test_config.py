@@ -1,0 +1,225 @@
+"""Configuration: what goes in comes out, and what is wrong is said in one line with its path."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import tiny
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vl_jax.config import ConfigError, from_json, load, override, rebuild, to_json, view
+from vl_jax.data.images import TilingConfig
+from vl_jax.data.llava import LlavaConfig
+from vl_jax.data.scenes import ScenesConfig
+from vl_jax.moe.routing import MoEConfig
+from vl_jax.train.optimizer import OptimizerConfig
+from vl_jax.train.stages import Stage
+
+EXPERIMENT = load(str(tiny.__file__).replace("tiny.py", "tiny_experiment.py"))
+
+
+def changed(path: str, text: str, config=EXPERIMENT):
+    config_view = view(config)
+    override(config_view, path, text)
+    return rebuild(config_view)
+
+
+def refusal(path: str, text: str, config=EXPERIMENT) -> str:
+    with pytest.raises(ConfigError) as error:
+        changed(path, text, config)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_view_and_json_give_back_an_equal_config():
+    assert rebuild(view(EXPERIMENT)) == EXPERIMENT
+    assert from_json(to_json(EXPERIMENT)) == EXPERIMENT
+
+
+MOES = st.fixed_dictionaries(
+    {
+        "scheme": st.sampled_from(["softmax_top_k", "loss_free"]),
+        "num_experts": st.integers(4, 300),
+        "top_k": st.integers(1, 4),
+        "capacity_factor": st.none() | st.floats(0.1, 8.0),
+        "balance_weight": st.floats(0, 1) | st.integers(0, 3),
+        "normalize_gates": st.booleans(),
+    }
+)
+RATES = st.lists(st.tuples(st.text(), st.floats(0, 9)), max_size=2).map(tuple)
+
+
+def assert_survives(config):
+    assert from_json(to_json(config)) == config
+    assert rebuild(view(config)) == config
+
+
+@given(MOES)
+def test_any_moe_config_survives_json_and_view(options):
+    assert_survives(MoEConfig(**options))
+
+
+@given(st.text(min_size=1), st.integers(1, 10**9), st.tuples() | st.tuples(st.text()), RATES)
+def test_any_stage_survives_json_and_view(name, steps, trainable, rates):
+    assert_survives(Stage(name, steps=steps, trainable=trainable, optimizer=OptimizerConfig(rates=rates)))
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "value"),
+    [
+        ("seed", "7", 7),
+        ("seed", "1e3", 1000),
+        ("name", "7", "7"),
+        ("name", "None of these", "None of these"),
+        ("model.moe.balance_weight", "1", 1.0),
+        ("model.moe.balance_weight", "5e-4", 5e-4),
+        ("model.moe.normalize_gates", "TRUE", True),
+        ("model.moe.normalize_gates", "false", False),
+        ("model.moe.capacity_factor", "1.25", 1.25),
+        ("model.moe.capacity_factor", "None", None),
+        ("model.moe.scheme", "expert_choice", "expert_choice"),
+        ("data.max_turns", "None", None),
+        ("data.tiling.candidates", "((1, 1), (2, 1))", ((1, 1), (2, 1))),
+        ("stages.second.steps", "40", 40),
+        ("stages.second.trainable", "('adapter/.*',)", ("adapter/.*",)),
+        ("stages.second.trainable", "()", ()),
+        ("stages.second.optimizer.betas", "(0.8, 0.9)", (0.8, 0.9)),
+        ("data.sources.scenes.languages", "('en',)", ("en",)),
+    ],
+)
+def test_an_override_arrives_with_the_type_of_its_field(path, text, value):
+    def named(items, name):
+        return next(item for item in items if item.name == name)
+
+    node = changed(path, text)
+    for name in path.split("."):
+        node = named(node, name) if isinstance(node, tuple) else getattr(node, name)
+    assert node == value and type(node) is type(value)
+
+
+def test_an_override_changes_nothing_else():
+    assert dataclasses.replace(changed("seed", "7"), seed=0) == EXPERIMENT
+
+
+def test_a_none_field_takes_a_value_and_back():
+    factor = changed("model.moe.capacity_factor", "2.0")
+    assert changed("model.moe.capacity_factor", "None", factor) == EXPERIMENT
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "message"),
+    [
+        ("sede", "1", "config has no field 'sede'; did you mean 'seed'?"),
+        ("model.moe.experts", "4", "config.model.moe has no field 'experts'; did you mean"),
+        ("model.moe.zzz", "4", "config.model.moe has no field 'zzz'; fields: balance_weight, bias_rate, "),
+        ("model.moe._type", "4", "config.model.moe has no field '_type'"),
+        ("seed.x", "4", "config.seed is a value, it has no field 'x'"),
+        ("model.moe", "4", "config.model.moe is a group, set one of its fields: balance_weight, "),
+        ("seed", "1.5", "config.seed=1.5: expected int"),
+        ("seed", "True", "config.seed=True: expected int"),
+        ("seed", "None", "config.seed=None: expected int"),
+        ("model.moe.normalize_gates", "yes", "config.model.moe.normalize_gates=yes: expected bool"),
+        ("model.moe.balance_weight", "much", "config.model.moe.balance_weight=much: expected float"),
+        ("model.moe.top_k", "9", "config.model.moe: top_k=9 must be from 1 to num_experts=4"),
+        (
+            "model.moe.scheme",
+            "hash",
+            "config.model.moe.scheme='hash': expected one of 'softmax_top_k', 'loss_free'",
+        ),
+        (
+            "stages.second.optimizer.betas",
+            "(0.8,)",
+            "config.stages.second.optimizer.betas=(0.8,): expected 2 values",
+        ),
+        ("stages.second.trainable", "(3,)", "config.stages.second.trainable[0]=3: expected str"),
+    ],
+)
+def test_a_bad_override_is_named_with_its_path_and_what_is_allowed(path, text, message):
+    assert message in refusal(path, text)
+
+
+@given(st.text(), st.text())
+def test_no_override_ends_in_anything_but_a_config_or_one_line(path, text):
+    try:
+        changed(path, text)
+    except ConfigError as error:
+        assert str(error)
+
+
+@given(
+    st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), st.lists, max_leaves=4),
+    st.sampled_from(["seed", "name", "stages", "model", "data", "mesh"]),
+)
+def test_no_json_ends_in_anything_but_a_config_or_a_config_error(value, field):
+    tree = {**json.loads(to_json(EXPERIMENT)), field: value}
+    try:
+        rebuild(tree)
+    except ConfigError as error:
+        assert "config" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("os:system", "class 'os:system' is not part of vl_jax"),
+        ("vl_jax_evil:X", "class 'vl_jax_evil:X' is not part of vl_jax"),
+        ("vl_jax.moe.routing:Nothing", "no config class 'vl_jax.moe.routing:Nothing'"),
+        ("vl_jax.nothing:MoEConfig", "no config class 'vl_jax.nothing:MoEConfig'"),
+        ("vl_jax.config:rebuild", "'vl_jax.config:rebuild' is not a config class"),
+        (None, "_type"),
+    ],
+)
+def test_a_class_that_is_no_config_of_this_package_is_refused(name, message):
+    tree = {"_type": name} if name else {}
+    with pytest.raises(ConfigError, match="config: ") as error:
+        rebuild(tree)
+    assert message in str(error.value)
+
+
+def test_a_class_in_the_wrong_place_is_refused():
+    tree = json.loads(to_json(EXPERIMENT))
+    tree["data"]["sources"] = {"x": json.loads(to_json(TilingConfig()))}
+    with pytest.raises(
+        ConfigError, match="config.data.sources.x: class TilingConfig is not one of ScenesConfig, Llava"
+    ):
+        rebuild(tree)
+
+
+def test_sources_of_different_classes_stand_side_by_side():
+    data = dataclasses.replace(EXPERIMENT.data, sources=(ScenesConfig("a"), LlavaConfig("b", file="b.json")))
+    assert from_json(to_json(data)) == data and rebuild(view(data)) == data
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("def get_config(:\n", "bad.py:1: SyntaxError: "),
+        ("import nothing_at_all\n", "bad.py:1: ModuleNotFoundError: No module named 'nothing_at_all'"),
+        ("def get_config():\n    return 1 / 0\n", "bad.py:2: ZeroDivisionError: division by zero"),
+        ("def get_config():\n    return 3\n", "bad.py: get_config() gave int, not a config"),
+        ("x = 3\n", "bad.py: the file defines no get_config()"),
+        (
+            "from vl_jax.moe.routing import MoEConfig\n\ndef get_config():\n    return MoEConfig(top_k=99)\n",
+            "bad.py:4: ValueError: top_k=99 must be from 1 to num_experts=64",
+        ),
+    ],
+)
+def test_a_broken_experiment_file_is_one_line_with_the_place(tmp_path, source, message):
+    file = tmp_path / "bad.py"
+    file.write_text(source)
+    with pytest.raises(ConfigError) as error:
+        load(str(file))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_argument_after_the_colon_reaches_the_file(tmp_path):
+    file = tmp_path / "sized.py"
+    file.write_text(
+        "from vl_jax.moe.routing import MoEConfig\n\n\n"
+        "def get_config(arg='8'):\n    return MoEConfig(num_experts=int(arg))\n"
+    )
+    assert load(str(file)).num_experts == 8
+    assert load(f"{file}:16", (("top_k", "2"),)) == MoEConfig(num_experts=16, top_k=2)

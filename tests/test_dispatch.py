@@ -1,0 +1,188 @@
+"""Dispatch: plans keep every choice, and permute and combine have the gradients of the dense definition."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vl_jax.moe import dispatch
+from vl_jax.moe.dispatch import apply_capacity, combine, make_plan, permute
+from vl_jax.moe.routing import ExpertChoice, MoEConfig, TokenChoice
+
+G, T, D, E, K, F = 2, 6, 3, 4, 2, 5
+UNUSED = E
+choices = st.lists(st.integers(0, UNUSED), min_size=G * T * K, max_size=G * T * K)
+
+
+def token_choice(experts: list[int], seed: int = 0) -> TokenChoice:
+    array = jnp.array(experts, jnp.int32).reshape(G, T, K)
+    gates = jax.random.uniform(jax.random.key(seed), (G, T, K), minval=0.1)
+    return TokenChoice(array, jnp.where(array < E, gates, 0.0))
+
+
+def expert_choice(seed: int) -> ExpertChoice:
+    random = np.random.default_rng(seed)
+    tokens = np.stack([[random.permutation(T)[:3] for _ in range(E)] for _ in range(G)])
+    gates = jax.random.uniform(jax.random.key(seed), (G, E, 3)).at[:, :, 2].set(0.0)
+    return ExpertChoice(jnp.asarray(tokens, jnp.int32), gates)
+
+
+def dense(x, assignment, w_in, w_out):
+    """Every expert on every token, weighted by the gates: the definition that dispatch must reproduce."""
+    gate, up = jnp.einsum("GTD,EDF->GTEF", x, w_in[:, :, 0]), jnp.einsum("GTD,EDF->GTEF", x, w_in[:, :, 1])
+    outputs = jnp.einsum("GTEF,EFD->GTED", jax.nn.silu(gate) * up, w_out)
+    if isinstance(assignment, ExpertChoice):
+        weights = jnp.einsum("GEC,GECT->GTE", assignment.gates, jax.nn.one_hot(assignment.tokens, T))
+    else:
+        weights = jnp.einsum("GTK,GTKE->GTE", assignment.gates, jax.nn.one_hot(assignment.experts, E))
+    return jnp.einsum("GTE,GTED->GTD", weights, outputs)
+
+
+def inputs():
+    keys = jax.random.split(jax.random.key(9), 3)
+    shapes = ((G, T, D), (E, D, 2, F), (E, F, D))
+    return [jax.random.normal(k, shape) for k, shape in zip(keys, shapes, strict=True)]
+
+
+@jax.jit
+def both(assignment, upstream):
+    """(output, gradients) of dispatch and of the dense definition."""
+    x, w_in, w_out = inputs()
+
+    def of(function):
+        def apply(x, gates, w_in, w_out):
+            return function(x, assignment.replace(gates=gates), w_in, w_out)
+
+        y, pullback = jax.vjp(apply, x, assignment.gates, w_in, w_out)
+        return y, pullback(upstream)
+
+    def sparse(*args):
+        return dispatch.apply_experts(*args, kernel="reference")
+
+    return of(sparse), of(dense)
+
+
+def check(assignment):
+    upstream = jax.random.normal(jax.random.key(5), (G, T, D))
+    (y, grads), (expected, expected_grads) = both(assignment, upstream)
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
+    names = ("x", "gates", "w_in", "w_out")
+    for name, a, b in zip(names, grads, expected_grads, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+@settings(max_examples=30, deadline=None)
+@given(choices, st.integers(0, 9))
+def test_token_choices_have_output_and_gradients_of_the_dense_definition(experts, seed):
+    check(token_choice(experts, seed))
+
+
+@pytest.mark.parametrize("expert", [0, 3, UNUSED])
+def test_one_expert_may_take_everything(expert):
+    check(token_choice([expert] * (G * T * K)))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_expert_choices_have_output_and_gradients_of_the_dense_definition(seed):
+    check(expert_choice(seed))
+
+
+@settings(max_examples=50, deadline=None)
+@given(choices)
+def test_a_plan_holds_every_used_choice_once_in_the_order_of_experts(experts):
+    assignment = token_choice(experts)
+    plan = make_plan(assignment, num_experts=E, length=T)
+    flat = np.array(experts)
+    used = flat[flat < E]
+    np.testing.assert_array_equal(plan.group_sizes, np.bincount(used, minlength=E))
+    rows = len(used)
+    np.testing.assert_array_equal(flat[np.asarray(plan.choice)[:rows]], np.sort(used))
+    np.testing.assert_array_equal(np.sort(plan.choice), np.arange(len(flat)))
+    np.testing.assert_array_equal(plan.source, np.asarray(plan.choice) // K)
+    inverse = np.asarray(plan.inverse).reshape(-1)
+    np.testing.assert_array_equal(inverse == len(flat), flat == UNUSED)
+    np.testing.assert_array_equal(np.asarray(plan.choice)[inverse[flat < E]], np.flatnonzero(flat < E))
+
+
+@settings(max_examples=30, deadline=None)
+@given(choices)
+def test_permute_then_combine_with_gates_of_one_counts_the_choices_of_a_token(experts):
+    assignment = token_choice(experts)
+    plan = make_plan(assignment, num_experts=E, length=T)
+    x = jnp.arange(G * T * D, dtype=jnp.float32).reshape(-1, D)
+    ones = jnp.where(assignment.experts < E, 1.0, 0.0).reshape(-1)
+    back = combine(permute(x, plan), ones, plan, length=G * T)
+    np.testing.assert_allclose(back, x * ones.reshape(-1, K).sum(1)[:, None])
+
+
+def config(**options) -> MoEConfig:
+    return MoEConfig(**{"num_experts": E, "top_k": K, "expert_dim": F, **options})
+
+
+def limited(assignment, valid, **options):
+    kept, dropped = apply_capacity(assignment, valid, config(**options))
+    return np.asarray(kept.experts), np.asarray(kept.gates), np.asarray(dropped)
+
+
+ALL_VALID = jnp.ones((G, T), bool)
+
+
+@settings(max_examples=40, deadline=None)
+@given(choices, st.sampled_from(["position", "gate"]), st.sampled_from([0.1, 0.5, 1.0, 1.5]))
+def test_no_expert_takes_more_than_its_slots_and_none_drops_while_it_has_room(experts, priority, factor):
+    assignment = token_choice(experts)
+    kept, gates, dropped = limited(assignment, ALL_VALID, capacity_factor=factor, priority=priority)
+    slots = int(np.ceil(np.float32(factor * K / E) * T))
+    for group in range(G):
+        wanted = np.bincount(np.asarray(assignment.experts)[group].ravel(), minlength=E + 1)[:E]
+        taken = np.bincount(kept[group].ravel(), minlength=E + 1)[:E]
+        np.testing.assert_array_equal(taken, np.minimum(wanted, slots))
+        assert dropped[group].sum() == (wanted - taken).sum()
+    np.testing.assert_array_equal(gates > 0, kept < E)
+    np.testing.assert_array_equal(kept[~dropped], np.asarray(assignment.experts)[~dropped])
+
+
+def test_position_priority_keeps_the_first_tokens():
+    everyone_wants_expert_0 = TokenChoice(
+        jnp.zeros((1, T, 1), jnp.int32), jnp.linspace(0.1, 0.9, T).reshape(1, T, 1)
+    )
+    kept, _ = apply_capacity(everyone_wants_expert_0, ALL_VALID[:1], config(top_k=1, capacity_factor=2.0))
+    np.testing.assert_array_equal(kept.experts[0, :, 0], [0, 0, 0, E, E, E])  # ceil(2 * 6 * 1 / 4) = 3
+
+
+def test_gate_priority_keeps_the_highest_gates():
+    gates = jnp.array([0.1, 0.9, 0.2, 0.8, 0.3, 0.7]).reshape(1, T, 1)
+    everyone = TokenChoice(jnp.zeros((1, T, 1), jnp.int32), gates)
+    options = config(top_k=1, capacity_factor=2.0, priority="gate")
+    kept, dropped = apply_capacity(everyone, ALL_VALID[:1], options)
+    np.testing.assert_array_equal(kept.experts[0, :, 0], [E, 0, E, 0, E, 0])
+    np.testing.assert_array_equal(dropped[0, :, 0], [True, False, True, False, True, False])
+
+
+@settings(max_examples=30, deadline=None)
+@given(choices, choices, st.integers(1, T - 1))
+def test_with_position_priority_a_token_never_loses_to_a_later_one(experts, others, cut):
+    before = np.array(experts).reshape(G, T, K)
+    after = before.copy()
+    after[:, cut:] = np.array(others).reshape(G, T, K)[:, cut:]
+    kept, changed = (
+        limited(token_choice(e.ravel().tolist()), ALL_VALID, capacity_factor=0.5)[0] for e in (before, after)
+    )
+    np.testing.assert_array_equal(kept[:, :cut], changed[:, :cut])
+
+
+def test_slots_count_the_valid_tokens_of_the_group():
+    experts = [0] * (G * T * K)
+    valid = jnp.arange(T)[None] < jnp.array([[2], [6]])
+    kept = limited(token_choice(experts), valid, capacity_factor=1.0)[0]
+    np.testing.assert_array_equal((kept == 0).sum((1, 2)), [1, 3])  # ceil(n * 2 / 4)
+
+
+def test_without_a_capacity_nothing_is_dropped():
+    assignment = token_choice([0] * (G * T * K))
+    kept, dropped = apply_capacity(assignment, ALL_VALID, config())
+    assert kept is assignment and not dropped.any()

@@ -1,0 +1,78 @@
+"""Expert parallelism gives the output and gradients of one device, for either kind of assignment."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vl_jax import sharding
+from vl_jax.moe import dispatch, exchange
+from vl_jax.moe.routing import ExpertChoice, TokenChoice
+from vl_jax.sharding import MeshConfig, make_mesh
+
+G, T, D, E, K, F = 8, 6, 4, 4, 2, 4
+
+
+def assignments():
+    gates = jax.random.uniform(jax.random.key(0), (G, T, K))
+    experts = jax.random.randint(jax.random.key(1), (G, T, K), 0, E + 1)  # E is "unused"
+    tokens = jax.random.randint(jax.random.key(2), (G, E, 3), 0, T)
+    by_expert = jax.random.uniform(jax.random.key(3), (G, E, 3)).at[:, 1].set(0.0)
+    used = jnp.where(experts < E, gates, 0.0)
+    return {"token choice": TokenChoice(experts, used), "expert choice": ExpertChoice(tokens, by_expert)}
+
+
+def weights():
+    keys = jax.random.split(jax.random.key(4), 3)
+    shapes = ((G, T, D), (E, D, 2, F), (E, F, D))
+    return [jax.random.normal(k, shape) for k, shape in zip(keys, shapes, strict=True)]
+
+
+@pytest.mark.parametrize("kind", ["token choice", "expert choice"])
+@pytest.mark.parametrize("sizes", [(1, 2, 2, 2), (2, 1, 4, 1)])
+def test_experts_spread_over_devices_compute_what_one_device_computes(kind, sizes):
+    assignment = assignments()[kind]
+
+    def objective(apply, x, gates, w_in, w_out):
+        y = apply(x, assignment.replace(gates=gates), w_in, w_out, kernel="blocked")
+        return jnp.sum(jnp.sin(y)), y
+
+    x, w_in, w_out = weights()
+    inputs = (x, assignment.gates, w_in, w_out)
+    on_one, on_many = (
+        jax.jit(jax.value_and_grad(lambda *a, f=f: objective(f, *a), argnums=(0, 1, 2, 3), has_aux=True))
+        for f in (dispatch.apply_experts, exchange.apply_experts)
+    )
+    expected = on_one(*inputs)
+    with sharding.use_mesh(make_mesh(MeshConfig(*sizes))):
+        actual = on_many(*inputs)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((1, 1, 8, 1), "num_experts=4 does not divide by mesh axes expert=8"),
+        ((1, 1, 1, 8), "expert_dim=4 does not divide by mesh axes tensor=8"),
+    ],
+)
+def test_sizes_that_do_not_divide_are_named(sizes, message):
+    x, w_in, w_out = weights()
+    with (
+        sharding.use_mesh(make_mesh(MeshConfig(*sizes))),
+        pytest.raises(ValueError, match=message),
+    ):
+        exchange.apply_experts(x, assignments()["token choice"], w_in, w_out, kernel="blocked")
+
+
+def test_rows_that_do_not_divide_are_named():
+    x, w_in, w_out = weights()
+    few = jax.tree.map(lambda a: a[:6], assignments()["token choice"])
+    with (
+        sharding.use_mesh(make_mesh(MeshConfig(data=4, tensor=2))),
+        pytest.raises(ValueError, match="batch rows=6 does not divide by mesh axes data.fsdp.expert=4"),
+    ):
+        exchange.apply_experts(x[:6], few, w_in, w_out, kernel="blocked")

@@ -1,0 +1,319 @@
+"""The whole model: who may see whom, and that layout, padding, packing and caching change no number."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from vl_jax import generation
+from vl_jax import params as params_lib
+from vl_jax.batch import TEXT, VISION, Batch
+from vl_jax.layout import init_params
+from vl_jax.model import VisionLanguage, init_cache
+from vl_jax.moe import routing
+
+# Two programs for the same numbers add in different orders. Activations are of order 1 and float32 keeps
+# 1e-7; some tens of sums in a row lose two digits of it.
+TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
+T = 24
+SEQUENCE_FIELDS = ("tokens", "positions", "segment_ids", "branch_ids", "visual_slot")
+PER_TOKEN = ("tokens", "targets", "loss_weights", "positions", "branch_ids", "visual_slot")  # of an Example
+
+both_fusions = pytest.mark.parametrize("fusion", tiny.FUSIONS)
+dropless = pytest.mark.parametrize("scheme", tiny.DROPLESS)
+each_once = pytest.mark.parametrize(
+    ("scheme", "fusion"), [("loss_free", "prefix"), ("softmax_top_k", "gated")]
+)
+all_schemes = pytest.mark.parametrize("scheme", tiny.SCHEMES)
+
+
+def rows_of(fusion: str, count: int = 3) -> list:
+    return [tiny.example(i, fusion=fusion, text=4 + 2 * i) for i in range(count)]
+
+
+def assert_close(a, b):
+    np.testing.assert_allclose(a, b, **TOLERANCE)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _influence(model, params: Any, state: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    network = VisionLanguage(model)
+    vision = network.apply({"params": params}, batch, method="see")
+    probe = jax.random.normal(jax.random.key(3), (model.language.embed_dim,))
+
+    def probed(table: jax.Array, vision: jax.Array) -> jax.Array:
+        moved = {**params, "language": {**params["language"], "embedding": table}}
+        return network.apply({"params": moved}, batch, state, vision=vision).hidden[0] @ probe
+
+    # One position after another: a batch of pullbacks would take far longer to compile.
+    _, pullback = jax.vjp(probed, params["language"]["embedding"], vision)
+    by_table, by_vision = jax.lax.map(pullback, jnp.eye(T))
+    return jnp.abs(by_table[:, batch.tokens[0]]).sum(-1), jnp.abs(by_vision[:, 0]).sum(-1)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "fusion"), [("loss_free", "prefix"), ("softmax_top_k", "gated"), ("capacity", "prefix")]
+)
+def test_a_position_has_gradient_from_exactly_the_tokens_it_may_see(scheme, fusion):
+    model = tiny.config(scheme, fusion=fusion)
+    first = tiny.example(1, fusion=fusion, text=4, branches=(2, 2))
+    row = [first, tiny.example(2, fusion=fusion, text=3)]
+    batch = tiny.batch([row], fusion=fusion)
+    # Every position its own id, so that a row of the embedding table stands for one position.
+    batch = batch.replace(tokens=np.tile(np.arange(T, dtype=np.int32) + 8, (4, 1)))
+    tokens, vision = _influence(model, *tiny.build(model), jax.tree.map(jnp.asarray, batch))
+
+    segment, branch, start = batch.segment_ids[0], batch.branch_ids[0], batch.visual_start[0]
+    earlier = np.tri(T, dtype=bool)
+    together = (segment[:, None] == segment) & (segment > 0)
+    sees = earlier & together & ((branch == 0) | (branch[:, None] == branch))
+    embedded = batch.visual_slot[0] < 0  # where a picture stands, the table is not read
+    valid = segment > 0
+    np.testing.assert_array_equal(np.asarray(tokens)[valid] > 0, (sees & embedded)[valid])
+    of_segment = segment[:, None] == batch.visual_segment_ids[0]
+    appeared = of_segment & (start <= np.arange(T)[:, None])
+    np.testing.assert_array_equal(np.asarray(vision)[valid] > 0, appeared[valid])
+
+
+@all_schemes
+def test_later_tokens_change_earlier_logits_only_if_the_scheme_says_so(scheme):
+    model = tiny.config(scheme)
+    batch = tiny.batch([[tiny.example(7, text=18)]])
+    changed = batch.tokens.copy()
+    changed[:, 14:] = (changed[:, 14:] + 11) % tiny.VOCAB
+    before, after = (tiny.logits(model, b) for b in (batch, batch.replace(tokens=changed)))
+    same = np.allclose(before[:, :14], after[:, :14], **TOLERANCE)
+    assert same == routing.is_causal(model.moe)
+    assert not np.allclose(before[:, 14:], after[:, 14:], **TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "fusion"),
+    [
+        ("softmax_top_k", "gated"),
+        ("loss_free", "prefix"),
+        ("capacity", "prefix"),
+        ("expert_choice", "prefix"),
+    ],
+)
+def test_padding_does_not_change_logits_or_statistics(scheme, fusion):
+    model = tiny.config(scheme, fusion=fusion)
+    rows = [[e] for e in rows_of(fusion)]
+    plain, wide, left = (
+        tiny.batch(rows, fusion=fusion, length=length, left=left)
+        for length, left in ((16, False), (T, False), (T, True))
+    )
+    expected, routed = tiny.forward(model, plain)
+    for batch in (wide, left):
+        actual, again = tiny.forward(model, batch)
+        for row in range(len(rows)):
+            assert_close(actual[row][batch.segment_ids[row] > 0], expected[row][plain.segment_ids[row] > 0])
+        jax.tree.map(assert_close, again.stats, routed.stats)
+        jax.tree.map(assert_close, again.losses, routed.losses)
+
+
+@both_fusions
+def test_the_order_of_tiles_does_not_change_logits(fusion):
+    model = tiny.config(fusion=fusion)
+    e = tiny.example(3, fusion=fusion, tiles=2)
+    n = tiny.TILE_TOKENS_SIDE**2
+    swapped = np.where(e.visual_index < 2 * n, (e.visual_index + n) % (2 * n), e.visual_index).astype(
+        np.int32
+    )
+    other = dataclasses.replace(e, tiles=e.tiles[::-1], visual_index=swapped)
+    assert_close(
+        tiny.logits(model, tiny.batch([[other]], fusion=fusion)),
+        tiny.logits(model, tiny.batch([[e]], fusion=fusion)),
+    )
+
+
+@both_fusions
+def test_the_content_of_a_tile_does_change_logits(fusion):
+    model = tiny.config(fusion=fusion)
+    batch = tiny.batch([[tiny.example(3, fusion=fusion, tiles=2)]], fusion=fusion)
+    changed = tiny.logits(model, batch.replace(tiles=255 - batch.tiles))
+    assert np.abs(changed - tiny.logits(model, batch)).max() > 0.01
+
+
+@all_schemes
+def test_the_place_in_the_batch_does_not_change_logits(scheme):
+    model = tiny.config(scheme)
+    batch = tiny.batch([[e] for e in rows_of("prefix")])
+    order = np.array([2, 3, 0, 1])
+    assert_close(
+        tiny.logits(model, jax.tree.map(lambda x: x[order], batch)), tiny.logits(model, batch)[order]
+    )
+
+
+@each_once
+def test_a_branch_equals_the_row_with_that_question_alone(scheme, fusion):
+    model = tiny.config(scheme, fusion=fusion)
+    whole = tiny.example(4, fusion=fusion, text=3, branches=(4, 5))
+    trunk = whole.branch_ids == 0
+    batch = tiny.batch([[whole]], fusion=fusion)
+    logits = tiny.logits(model, batch)[0][: len(whole.tokens)]
+    for branch in (1, 2):
+        keep = trunk | (whole.branch_ids == branch)
+        fields = {k: getattr(whole, k)[keep] for k in PER_TOKEN}
+        alone = tiny.batch([[dataclasses.replace(whole, **fields)]], fusion=fusion)
+        assert_close(logits[keep], tiny.logits(model, alone)[0][: keep.sum()])
+
+
+@each_once
+def test_packed_samples_equal_separate_rows(scheme, fusion):
+    model = tiny.config(scheme, fusion=fusion)
+    first = tiny.example(5, fusion=fusion, text=5)
+    second = tiny.example(6, fusion=fusion, text=6)
+    packed = tiny.logits(model, tiny.batch([[first, second]], fusion=fusion))[0]
+    separate = tiny.logits(model, tiny.batch([[first], [second]], fusion=fusion))
+    cut, end = len(first.tokens), len(first.tokens) + len(second.tokens)
+    assert_close(packed[:cut], separate[0][:cut])
+    assert_close(packed[cut:end], separate[1][: end - cut])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _append(
+    model, params: Any, state: Any, batch: Batch, vision: jax.Array, cache: Any
+) -> tuple[jax.Array, Any]:
+    network = VisionLanguage(model)
+    output = network.apply({"params": params}, batch, state, vision=vision, cache=cache)
+    return network.apply({"params": params}, output.hidden, method="logits"), output.cache
+
+
+@each_once
+def test_cached_decoding_equals_the_full_forward_pass(scheme, fusion):
+    model = tiny.config(scheme, fusion=fusion)
+    params, state = tiny.build(model)
+    rows = [[tiny.example(8, fusion=fusion, text=10)], [tiny.example(9, fusion=fusion, text=12)]]
+    batch = jax.tree.map(jnp.asarray, tiny.batch(rows, fusion=fusion, left=True))
+    vision = jax.jit(functools.partial(VisionLanguage(model).apply, method="see"))({"params": params}, batch)
+    cache = init_cache(model, batch=4, slots=T + 3)  # more slots than tokens: the rest must stay unseen
+    pieces = []
+    # Prefill of ten tokens (it cuts through the picture of the prefix model), then one at a time.
+    for begin, end in [(0, 10), *((i, i + 1) for i in range(10, T))]:
+        part = batch.replace(**{k: getattr(batch, k)[:, begin:end] for k in SEQUENCE_FIELDS})
+        logits, cache = _append(model, params, state, part, vision, cache)
+        pieces.append(logits)
+    valid = np.asarray(batch.segment_ids) > 0
+    assert_close(np.concatenate(pieces, axis=1)[valid], tiny.logits(model, batch)[valid])
+
+
+@pytest.fixture(scope="module")
+def gated():
+    """The gated model, parameters with the gates closed as at initialisation, and a batch with pictures."""
+    model = tiny.config(fusion="gated")
+    params = params_lib.map_paths(
+        lambda path, x: jnp.zeros_like(x) if path.endswith("gate/opening") else x, tiny.build(model)[0]
+    )
+    return model, params, tiny.varied_batch(4, fusion="gated")
+
+
+def test_gates_are_closed_at_initialisation():
+    layout = tiny.layout_of(tiny.config(fusion="gated"))
+    params = init_params(layout, tiny.varied_batch(4, fusion="gated"), seed=3)
+    openings = [x for path, x in params_lib.flatten(params).items() if path.endswith("gate/opening")]
+    assert len(openings) == 2 and not any(x.any() for x in openings)
+
+
+def test_a_closed_gate_equals_the_text_model_exactly(gated):
+    model, params, batch = gated
+    flat = params_lib.flatten(params)
+    text_params = params_lib.unflatten({p: x for p, x in flat.items() if "/gate/" not in p})
+    text_model = dataclasses.replace(model, fusion=dataclasses.replace(model.fusion, kind="prefix"))
+    text = tiny.logits(text_model, batch, params=text_params)
+    np.testing.assert_array_equal(tiny.logits(model, batch, params=params), text)
+
+
+def test_a_closed_gate_makes_the_picture_irrelevant_and_an_open_one_does_not(gated):
+    model, params, batch = gated
+    other = batch.replace(tiles=255 - batch.tiles)
+
+    def opened(path: str, leaf: jax.Array) -> jax.Array:
+        return jnp.full_like(leaf, 0.5) if path.endswith("gate/opening") else leaf
+
+    closed = [tiny.logits(model, b, params=params) for b in (batch, other)]
+    np.testing.assert_array_equal(*closed)
+    looking = [tiny.logits(model, b, params=params_lib.map_paths(opened, params)) for b in (batch, other)]
+    assert np.abs(looking[0] - looking[1]).max() > 1e-3
+    assert np.abs(looking[0] - closed[0]).max() > 1e-3
+
+
+@dropless
+def test_load_is_counted_once_per_choice_and_by_modality(scheme):
+    model = tiny.config(scheme)
+    batch = tiny.varied_batch(4)
+    stats = tiny.forward(model, batch)[1].stats
+    valid, modality = batch.segment_ids > 0, np.asarray(batch.modality)
+    expected = [int((valid & (modality == m)).sum()) for m in (TEXT, VISION)]
+    np.testing.assert_array_equal(stats.tokens, [expected] * model.num_sparse_layers)
+    np.testing.assert_array_equal(stats.load.sum(-1), 2 * np.array([expected] * model.num_sparse_layers))
+    np.testing.assert_allclose(stats.importance.sum(-1), [expected] * model.num_sparse_layers, rtol=1e-5)
+
+
+def _prompts(fusion: str) -> Batch:
+    """Left-padded prompts of different lengths, and a row that holds none."""
+    rows = [[tiny.example(20 + i, fusion=fusion, text=3 + 3 * i)] for i in range(3)]
+    return tiny.batch([*rows, []], fusion=fusion, length=16, left=True)
+
+
+def _generate(model, batch: Batch, *, stop: int) -> np.ndarray:
+    params, state = tiny.build(model)
+    arrays = jax.tree.map(jnp.asarray, batch)
+    network = VisionLanguage(model)
+    return np.asarray(generation.greedy(params, state, arrays, model=network, max_new_tokens=8, stop=stop))
+
+
+@each_once
+def test_greedy_generation_equals_the_argmax_of_repeated_full_passes(scheme, fusion):
+    model, batch = tiny.config(scheme, fusion=fusion), _prompts(fusion)
+    length, real = batch.tokens.shape[1], slice(0, 3)
+    grown = batch.replace(**{k: np.pad(getattr(batch, k), ((0, 0), (0, 8))) for k in SEQUENCE_FIELDS})
+    grown.visual_slot[:, length:] = -1
+    expected = []
+    for i in range(length, length + 8):
+        expected.append(tiny.logits(model, grown)[:, i - 1].argmax(-1))
+        grown.tokens[:, i] = expected[-1]
+        grown.positions[:, i] = grown.positions[:, i - 1] + 1
+        grown.segment_ids[real, i] = 1
+    generated = _generate(model, batch, stop=-1)
+    np.testing.assert_array_equal(generated[real], np.stack(expected, axis=1)[real])
+    assert len({tuple(row) for row in generated[real]}) == 3, (
+        "the rows should differ, or the test shows little"
+    )
+
+
+def test_generation_ends_a_row_at_the_stop_token_and_leaves_the_others():
+    model, batch = tiny.config(), _prompts("prefix")
+    free = _generate(model, batch, stop=-1)
+    stop = int(free[0, 2])
+    stopped = _generate(model, batch, stop=stop)
+    for row, expected in zip(stopped[:3], free[:3], strict=True):
+        first = list(expected).index(stop) if stop in expected else 8
+        np.testing.assert_array_equal(row[:first], expected[:first])
+        np.testing.assert_array_equal(row[first:], stop)
+    np.testing.assert_array_equal(stopped[3], stop)
+    answers = generation.answer_ids(stopped, stop=stop)
+    assert answers[0] == list(free[0, : list(free[0]).index(stop)]) and answers[3] == []
+
+
+@pytest.mark.parametrize(
+    ("moe", "warns"),
+    [
+        ({"scheme": "loss_free"}, False),
+        ({"scheme": "softmax_top_k", "capacity_factor": 1.0}, False),
+        ({"scheme": "softmax_top_k", "capacity_factor": 1.0, "priority": "gate"}, True),
+        ({"scheme": "expert_choice"}, True),
+    ],
+)
+def test_a_model_that_looks_ahead_warns_before_generating(moe, warns, caplog):
+    with caplog.at_level(logging.WARNING):
+        generation.warn_if_not_causal(VisionLanguage(tiny.config(**moe)))
+    assert bool(caplog.records) == warns

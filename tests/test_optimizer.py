@@ -1,0 +1,139 @@
+"""Schedules, decay and rates of the optimiser, against values worked by hand."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vl_jax import params as params_lib
+from vl_jax.train.optimizer import OptimizerConfig, make_optimizer, schedule
+
+PARAMS = {
+    "a": {"kernel": jnp.full((2, 2), 2.0), "bias": jnp.ones(2), "scale": jnp.ones(2)},
+    "b": {"kernel": jnp.full((2, 2), 2.0), "embedding": jnp.ones((2, 2))},
+}
+PATHS = set(params_lib.flatten(PARAMS))
+DECAYED = {"a/kernel", "b/kernel"}
+
+
+def updates_of(config: OptimizerConfig, gradients, *, paths=frozenset(PATHS), steps: int = 10):
+    """The first update of the leaves in ``paths``, by path."""
+    trained, _ = params_lib.split(PARAMS, set(paths))
+    grads, _ = params_lib.split(gradients, set(paths))
+    optimizer = make_optimizer(config, steps, set(paths), PATHS)
+    with jax.numpy_dtype_promotion("standard"):
+        updates, _ = optimizer.update(grads, optimizer.init(trained), trained)
+    return params_lib.flatten(updates)
+
+
+def config(**options) -> OptimizerConfig:
+    no_decay = (r".*/(scale|bias|embedding)",)
+    return OptimizerConfig(**{"learning_rate": 0.1, "schedule": "constant", "no_decay": no_decay, **options})
+
+
+ZEROS = jax.tree.map(jnp.zeros_like, PARAMS)
+ONES = jax.tree.map(jnp.ones_like, PARAMS)
+
+
+def rates(config: OptimizerConfig, steps: int, at) -> list[float]:
+    return [float(schedule(config, steps)(i)) for i in at]
+
+
+def test_warm_up_rises_from_its_first_step_to_the_peak():
+    found = rates(config(warmup_steps=4), 20, [0, 1, 2, 3, 4, 19])
+    np.testing.assert_allclose(found, [0.025, 0.04375, 0.0625, 0.08125, 0.1, 0.1], rtol=1e-6)
+
+
+def test_cosine_falls_to_its_fraction_at_the_end_and_is_half_way_in_the_middle():
+    found = rates(config(schedule="cosine", final_fraction=0.2), 100, [0, 50, 100])
+    np.testing.assert_allclose(found, [0.1, 0.06, 0.02], rtol=1e-5)
+
+
+def test_cosine_counts_from_the_end_of_the_warm_up():
+    found = rates(config(schedule="cosine", final_fraction=0.0, warmup_steps=20), 120, [20, 70, 120])
+    np.testing.assert_allclose(found, [0.1, 0.05, 0.0], rtol=1e-5, atol=1e-8)
+
+
+def test_step_schedule_divides_by_root_ten_at_half_and_at_three_quarters():
+    found = rates(config(schedule="step"), 100, [0, 49, 51, 74, 76, 99])
+    root = math.sqrt(10)
+    np.testing.assert_allclose(found, [0.1, 0.1, 0.1 / root, 0.1 / root, 0.01, 0.01], rtol=1e-5)
+
+
+def test_without_gradient_exactly_the_masked_leaves_decay():
+    updates = updates_of(config(weight_decay=0.5), ZEROS)
+    for path, update in updates.items():
+        expected = -0.1 * 0.5 * 2.0 if path in DECAYED else 0.0
+        np.testing.assert_allclose(update, expected, rtol=1e-6, err_msg=path)
+
+
+def test_default_mask_spares_vectors_gates_and_embeddings():
+    model_like = {
+        "x": {
+            k: 0
+            for k in (
+                "kernel",
+                "w_in",
+                "router",
+                "scale",
+                "bias",
+                "bias_0",
+                "opening",
+                "newline",
+                "embedding",
+            )
+        }
+    }
+    spared = params_lib.select(model_like, OptimizerConfig().no_decay)
+    assert {p.split("/")[1] for p in spared} == {"scale", "bias", "bias_0", "opening", "newline", "embedding"}
+
+
+def test_the_first_adam_step_is_the_rate_in_the_direction_of_the_sign():
+    updates = updates_of(config(weight_decay=0.0), jax.tree.map(lambda x: -3 * x, ONES))
+    for path, update in updates.items():
+        np.testing.assert_allclose(update, 0.1, rtol=1e-5, err_msg=path)
+
+
+def test_a_group_moves_at_its_multiple_of_the_rate():
+    updates = updates_of(config(weight_decay=0.0, rates=(("a/.*", 0.25), ("a/bias", 2.0))), ONES)
+    expected = {"a/kernel": -0.025, "a/scale": -0.025, "a/bias": -0.2, "b/kernel": -0.1, "b/embedding": -0.1}
+    for path, update in updates.items():
+        np.testing.assert_allclose(update, expected[path], rtol=1e-5, err_msg=path)
+
+
+def test_a_group_may_name_leaves_that_this_stage_freezes():
+    updates = updates_of(config(rates=(("b/.*", 0.5),)), ONES, paths={"a/kernel"})
+    assert updates.keys() == {"a/kernel"}
+
+
+def test_long_gradients_are_clipped_together_and_short_ones_are_not():
+    # Adam divides its first step by the gradient's size; an epsilon far above it leaves the size visible.
+    options = config(weight_decay=0.0, clip_norm=1.0, epsilon=1e6)
+    norm = math.sqrt(sum(x.size for x in jax.tree.leaves(ONES)))
+    for factor, clipped in ((100.0, 1 / norm), (0.01, 0.01)):
+        updates = updates_of(options, jax.tree.map(lambda x, f=factor: x * f, ONES))
+        np.testing.assert_allclose(updates["a/kernel"], -0.1 * clipped / 1e6, rtol=1e-3)
+
+
+@pytest.mark.parametrize("options", [{"no_decay": ("nothing",)}, {"rates": (("nothing", 2.0),)}])
+def test_a_pattern_that_matches_nothing_is_one_line(options):
+    with pytest.raises(ValueError, match="pattern 'nothing' matches no parameter; top-level names: a, b"):
+        make_optimizer(config(**options), 10, PATHS, PATHS)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"learning_rate": 0.0}, "learning_rate=0.0"),
+        ({"clip_norm": -1.0}, "clip_norm=-1.0"),
+        ({"warmup_steps": -1}, "warmup_steps=-1 must be >= 0"),
+        ({"final_fraction": 1.5}, "final_fraction=1.5 in 0..1"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        OptimizerConfig(**options)

@@ -1,0 +1,193 @@
+"""A run that was stopped or killed, at any moment, ends with the log of a run that never was."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from vl_jax import cli, experiment
+from vl_jax.config import from_json, load, to_json
+from vl_jax.metrics import METRICS_FILE, read_metrics, without_timings
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = str(ROOT / "tests" / "tiny_experiment.py")
+STEPS = 16
+
+
+def log(workdir: Path) -> list[dict]:
+    return [without_timings(line) for line in read_metrics(workdir / METRICS_FILE)]
+
+
+def train(workdir: Path) -> int:
+    return cli.main(["train", f"--config={TINY}", f"--workdir={workdir}"])
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    assert train(workdir) == 0
+    return workdir
+
+
+class Interruption:
+    """Wraps the streams of a run; before the batch of step ``at`` it does ``action``, once."""
+
+    def __init__(self, monkeypatch, at: int, action):
+        self.left, self.action = at, action
+        original = experiment.open_stream
+
+        def open_stream(*args):
+            stream = original(*args)
+            following = stream.__next__
+
+            class Wrapped:
+                skipped = property(lambda _: stream.skipped)
+                get_state, set_state, close = stream.get_state, stream.set_state, stream.close
+
+                def __next__(_):
+                    self.left -= 1
+                    if self.left == 0:
+                        self.action()
+                    return following()
+
+            return Wrapped()
+
+        monkeypatch.setattr(experiment, "open_stream", open_stream)
+
+
+def test_the_log_has_every_step_of_both_stages_once(uninterrupted):
+    lines = log(uninterrupted)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert [line["stage"] for line in lines] == ["first"] * 9 + ["second"] * 7
+    assert all(np.isfinite(line["loss"]) for line in lines)
+    assert (uninterrupted / "report.html").exists()
+    assert (uninterrupted / "eval" / "heldout" / f"{STEPS}.json").exists()
+
+
+class Crash(RuntimeError):
+    """Stands for whatever may end a process."""
+
+
+def test_a_run_that_crashed_again_and_again_has_the_same_log(uninterrupted, tmp_path, monkeypatch):
+    def crash():
+        raise Crash
+
+    # Batches read before each crash: before any checkpoint, behind the one of step 4, at the last step of the
+    # first stage (from step 4), and at the first of the second (from step 8).
+    for moment in (3, 6, 5, 2):
+        with monkeypatch.context() as patch:
+            Interruption(patch, moment, crash)
+            with pytest.raises(Crash):
+                train(tmp_path)
+    assert train(tmp_path) == 0
+    assert log(tmp_path) == log(uninterrupted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_a_signal_saves_the_state_and_ends_with_a_message(
+    uninterrupted, tmp_path, monkeypatch, capsys, number
+):
+    with monkeypatch.context() as patch:
+        Interruption(patch, 6, lambda: os.kill(os.getpid(), number))
+        assert train(tmp_path) == 128 + number
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == f"stopped at step 6 by {number.name}; state is saved, run again to resume"
+    assert len(log(tmp_path)) == 6
+    assert train(tmp_path) == 0
+    assert log(tmp_path) == log(uninterrupted)
+
+
+def test_launching_a_finished_run_again_changes_nothing(uninterrupted):
+    before = (uninterrupted / METRICS_FILE).read_bytes()
+    assert train(uninterrupted) == 0
+    assert (uninterrupted / METRICS_FILE).read_bytes() == before
+
+
+@pytest.mark.slow
+def test_another_number_of_devices_resumes_the_same_run(uninterrupted, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        Interruption(patch, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert train(tmp_path) == 128 + signal.SIGTERM
+    with monkeypatch.context() as patch:
+        two = jax.devices()[:2]
+        patch.setattr(jax, "devices", lambda: two)
+        assert train(tmp_path) == 0
+    lines, expected = log(tmp_path), log(uninterrupted)
+    assert [line["step"] for line in lines] == [line["step"] for line in expected]
+    np.testing.assert_allclose([x["loss"] for x in lines], [x["loss"] for x in expected], rtol=1e-4)
+
+
+@contextlib.contextmanager
+def launch(workdir: Path) -> Iterator[subprocess.Popen]:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "JAX_NUMPY_DTYPE_PROMOTION": "strict",
+    }
+    command = [sys.executable, "-m", "vl_jax", "train", f"--config={TINY}", f"--workdir={workdir}"]
+    with output_of(workdir).open("a", encoding="utf-8") as output:
+        with subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT) as process:
+            yield process
+
+
+def output_of(workdir: Path) -> Path:
+    return workdir.with_suffix(".output")
+
+
+def interrupt(workdir: Path, *, step: int, number: int, delay: float = 0.0) -> int:
+    """Launches the run and sends a signal some seconds after its log has reached a step; its exit status."""
+    with launch(workdir) as process:
+        while process.poll() is None:
+            lines = read_metrics(workdir / METRICS_FILE)
+            if lines and lines[-1]["step"] >= step:
+                time.sleep(delay)
+                process.send_signal(number)
+                return process.wait()
+            time.sleep(0.005)
+        return process.returncode
+
+
+def finish(workdir: Path) -> None:
+    with launch(workdir) as process:
+        assert process.wait() == 0, output_of(workdir).read_text(encoding="utf-8")
+
+
+def test_a_killed_process_resumes_with_the_same_log(uninterrupted, tmp_path):
+    assert interrupt(tmp_path / "run", step=6, number=signal.SIGKILL) == -signal.SIGKILL
+    finish(tmp_path / "run")
+    assert log(tmp_path / "run") == log(uninterrupted)
+
+
+@pytest.mark.slow
+def test_a_process_killed_at_many_moments_resumes_with_the_same_log(uninterrupted, tmp_path):
+    for step, delay in [(1, 0.0), (4, 0.0), (4, 0.05), (8, 0.01), (8, 0.1), (9, 0.0), (12, 0.02), (16, 0.0)]:
+        interrupt(tmp_path / "run", step=step, number=signal.SIGKILL, delay=delay)
+    finish(tmp_path / "run")
+    assert log(tmp_path / "run") == log(uninterrupted)
+
+
+@pytest.mark.slow
+def test_a_process_asked_to_stop_exits_with_the_number_of_the_signal(uninterrupted, tmp_path):
+    status = interrupt(tmp_path / "run", step=5, number=signal.SIGTERM)
+    assert status == 128 + signal.SIGTERM
+    assert "state is saved, run again to resume" in output_of(tmp_path / "run").read_text(encoding="utf-8")
+    finish(tmp_path / "run")
+    assert log(tmp_path / "run") == log(uninterrupted)
+
+
+def test_the_tiny_experiment_survives_its_own_json():
+    built = load(TINY)
+    assert from_json(to_json(built)) == built

@@ -1,0 +1,253 @@
+"""Routing schemes, their losses and statistics: hand-worked values and what must hold for every scheme."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vl_jax.batch import TEXT, VISION
+from vl_jax.moe import balance, routing
+from vl_jax.moe.layer import sparse_mlp
+from vl_jax.moe.routing import ExpertChoice, MoEConfig, RoutingContext, RoutingStats
+
+G, T, D, E, K, F = 3, 8, 4, 4, 2, 4
+CONFIGS = {
+    "softmax_top_k": MoEConfig("softmax_top_k", E, K, F, num_shared=0, balance_weight=0.1, z_weight=0.01),
+    "loss_free": MoEConfig("loss_free", E, K, F, num_shared=0, normalize_gates=True, gate_scale=2.5),
+    "expert_choice": MoEConfig("expert_choice", E, K, F, num_shared=0, z_weight=0.01),
+}
+every_scheme = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+
+
+def weights():
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = ((D, E), (E, D, 2, F), (E, F, D))
+    return [jax.random.normal(k, shape) for k, shape in zip(keys, shapes, strict=True)]
+
+
+def tokens(seed: int = 1, groups: int = G) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), (groups, T, D))
+
+
+def context(valid: int | None = None, groups: int = G) -> RoutingContext:
+    """The first ``valid`` tokens of each group; every third one is of a picture."""
+    index = jnp.broadcast_to(jnp.arange(T), (groups, T))
+    return RoutingContext(index < (T if valid is None else valid), (index % 3 == 0).astype(jnp.int32))
+
+
+def run(config, x, where, state=None):
+    state = routing.SCHEMES[config.scheme].init_state(config) if state is None else state
+    return sparse_mlp(x, *weights(), context=where, state=state, config=config)
+
+
+def assign(config, logits, where=None, state=None):
+    state = routing.SCHEMES[config.scheme].init_state(config) if state is None else state
+    return routing.route(logits, where or context(groups=logits.shape[0]), state, config)
+
+
+def test_every_scheme_of_the_config_exists_and_no_other():
+    named = typing.get_args(typing.get_type_hints(MoEConfig)["scheme"])
+    assert set(named) == routing.SCHEMES.keys() == CONFIGS.keys()
+
+
+@every_scheme
+def test_permuting_the_tokens_permutes_the_output(config):
+    order = np.random.default_rng(0).permutation(T)
+    x, where = tokens(), context()
+    y, output = run(config, x, where)
+    shuffled = RoutingContext(where.valid[:, order], where.modality[:, order])
+    z, again = run(config, x[:, order], shuffled)
+    np.testing.assert_allclose(z, y[:, order], rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(again.stats.load, output.stats.load)
+
+
+@every_scheme
+def test_masked_tokens_choose_nothing_and_change_nothing(config):
+    x, where = tokens(), context(valid=5)
+    y, output = run(config, x, where)
+    other, again = run(config, x.at[:, 5:].set(7.0), where)
+    np.testing.assert_array_equal(y[:, 5:], 0.0)
+    np.testing.assert_array_equal(y, other)
+    jax.tree.map(np.testing.assert_array_equal, output, again)
+    np.testing.assert_array_equal(output.stats.tokens, [3 * G, 2 * G])
+    # Five tokens with K choices each; or E experts with ceil(5 K / E) tokens each.
+    assert output.stats.load.sum() == G * (E * 3 if config.scheme == "expert_choice" else 5 * K)
+
+
+@every_scheme
+def test_load_is_split_by_the_modality_of_the_token(config):
+    one_kind = context().replace(modality=jnp.full((G, T), VISION))
+    both, vision = run(config, tokens(), context())[1].stats, run(config, tokens(), one_kind)[1].stats
+    np.testing.assert_array_equal(vision.load[TEXT], 0)
+    np.testing.assert_array_equal(both.load.sum(0), vision.load[VISION])
+    np.testing.assert_allclose(both.importance.sum(), G * T, rtol=1e-5)
+
+
+@every_scheme
+def test_gradient_of_the_output_reaches_the_router(config):
+    router, w_in, w_out = weights()
+    state = routing.SCHEMES[config.scheme].init_state(config)
+
+    def total(router):
+        return jnp.sum(
+            sparse_mlp(tokens(), router, w_in, w_out, context=context(), state=state, config=config)[0] ** 2
+        )
+
+    assert jnp.abs(jax.grad(total)(router)).max() > 1e-3
+
+
+def test_softmax_top_k_of_hand_worked_scores():
+    logits = jnp.log(jnp.array([[[0.1, 0.4, 0.3, 0.2]]]))
+    plain = dataclasses.replace(CONFIGS["softmax_top_k"], balance_weight=0.0, z_weight=0.0)
+    where = RoutingContext(jnp.ones((1, 1), bool), jnp.zeros((1, 1), jnp.int32))
+    choice, losses = assign(plain, logits, where)
+    np.testing.assert_array_equal(choice.experts, [[[1, 2]]])
+    np.testing.assert_allclose(choice.gates, [[[0.4, 0.3]]], rtol=1e-6)
+    assert losses == {}
+    scaled = dataclasses.replace(plain, normalize_gates=True, gate_scale=7.0)
+    np.testing.assert_allclose(assign(scaled, logits, where)[0].gates, [[[4.0, 3.0]]], rtol=1e-6)
+
+
+def test_the_bias_selects_but_does_not_weigh():
+    config = dataclasses.replace(CONFIGS["loss_free"], normalize_gates=False, gate_scale=1.0)
+    logits = jnp.array([[[2.0, 1.0, 0.0, -1.0]]])
+    where = RoutingContext(jnp.ones((1, 1), bool), jnp.zeros((1, 1), jnp.int32))
+    choice, _ = assign(config, logits, where, {"bias": jnp.array([0.0, 0.0, 0.0, 5.0])})
+    np.testing.assert_array_equal(choice.experts, [[[3, 0]]])
+    np.testing.assert_allclose(choice.gates, jax.nn.sigmoid(jnp.array([[[-1.0, 2.0]]])), rtol=1e-6)
+
+
+def stats(load) -> RoutingStats:
+    load = jnp.array([load, [0] * len(load)], jnp.int32)
+    zeros = jnp.zeros((2,), jnp.int32)
+    return RoutingStats(load, load.astype(jnp.float32), zeros, zeros)
+
+
+def test_the_bias_moves_by_its_rate_towards_balance():
+    config = dataclasses.replace(CONFIGS["loss_free"], bias_rate=0.5)
+    moved = routing.update_bias({"bias": jnp.array([1.0, 0.0, 0.0, 0.0])}, stats([6, 1, 3, 2]), config)
+    np.testing.assert_allclose(moved["bias"], [0.5, 0.5, 0.0, 0.5])
+
+
+def test_repeated_updates_of_the_bias_balance_the_load():
+    config = dataclasses.replace(CONFIGS["loss_free"], bias_rate=0.01)
+    skew = jnp.array([1.5, 0.5, 0.0, -1.5])
+    logits = jax.random.normal(jax.random.key(3), (64, T, E)) + skew[None, None]
+    where, state = context(groups=64), routing.init_bias(config)
+
+    @jax.jit
+    def step(state):
+        assignment, _ = routing.route(logits, where, state, config)
+        counted = balance.count(assignment, jnp.zeros((64, T, K), bool), jax.nn.softmax(logits), where)
+        return routing.update_bias(state, counted, config), balance.max_violation(counted.load.sum(0))
+
+    state, first = step(state)
+    for _ in range(150):
+        state, last = step(state)
+    assert first > 0.5 and last < 0.1
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 1000), st.integers(1, T), st.sampled_from([0.5, 1.0, 2.0]))
+def test_expert_choice_gives_every_expert_the_same_number_of_valid_tokens(seed, valid, factor):
+    config = dataclasses.replace(CONFIGS["expert_choice"], capacity_factor=factor)
+    logits = jax.random.normal(jax.random.key(seed), (1, T, E))
+    choice, _ = assign(config, logits, context(valid, groups=1))
+    assert isinstance(choice, ExpertChoice)
+    slots = min(valid, int(np.ceil(K * factor / E * valid)))
+    np.testing.assert_array_equal((choice.gates[0] > 0).sum(-1), [slots] * E)
+    assert (np.asarray(choice.tokens)[choice.gates > 0] < valid).all()
+
+
+def test_expert_choice_takes_the_highest_scores():
+    scores = jnp.array(
+        [[0.7, 0.1, 0.1, 0.1], [0.1, 0.7, 0.1, 0.1], [0.4, 0.4, 0.1, 0.1], [0.1, 0.1, 0.4, 0.4]]
+    )
+    config = MoEConfig("expert_choice", E, 2, F)
+    where = RoutingContext(jnp.ones((1, 4), bool), jnp.zeros((1, 4), jnp.int32))
+    choice, _ = assign(config, jnp.log(scores)[None], where)
+    np.testing.assert_array_equal(choice.tokens[0, :2], [[0, 2], [1, 2]])
+    np.testing.assert_allclose(choice.gates[0, :2], [[0.7, 0.4], [0.7, 0.4]], rtol=1e-6)
+
+
+def test_balance_loss_is_one_when_balanced_and_the_number_of_experts_when_collapsed():
+    valid = jnp.ones(4, bool)
+    even = routing.sequence_balance(jnp.full((4, 4), 0.25), jnp.arange(4)[:, None], valid)
+    collapsed = routing.sequence_balance(jnp.eye(4)[jnp.zeros(4, int)], jnp.zeros((4, 1), int), valid)
+    np.testing.assert_allclose([even, collapsed], [1.0, 4.0], rtol=1e-6)
+
+
+def test_balance_loss_of_hand_worked_scores():
+    # Two valid tokens: both choose expert 0, one also 1 and one also 2; mean scores 0.5, 0.25, 0.25.
+    scores = jnp.array([[0.6, 0.3, 0.1], [0.4, 0.2, 0.4], [0.0, 0.0, 1.0]])
+    experts = jnp.array([[0, 1], [0, 2], [2, 1]])
+    loss = routing.sequence_balance(scores, experts, jnp.array([True, True, False]))
+    np.testing.assert_allclose(loss, 3 / (2 * 2) * (2 * 0.5 + 1 * 0.25 + 1 * 0.25), rtol=1e-6)
+
+
+def test_balance_loss_moves_the_router_against_the_overloaded_expert():
+    config = dataclasses.replace(CONFIGS["softmax_top_k"], z_weight=0.0)
+    logits = jnp.zeros((G, T, E)).at[:, :, 0].set(1.0).at[:, :, 1].set(0.5)
+    gradient = jax.grad(lambda x: assign(config, x)[1]["balance"])(logits)
+    assert (gradient[..., 0] > 0).all() and (gradient[..., 3] < 0).all()
+
+
+def test_z_loss_is_the_mean_square_of_the_normaliser_over_valid_tokens():
+    config = dataclasses.replace(CONFIGS["softmax_top_k"], balance_weight=0.0, z_weight=0.5)
+    logits = jnp.full((1, T, E), 2.0).at[:, 3:].set(100.0)
+    losses = assign(config, logits, context(3, groups=1))[1]
+    np.testing.assert_allclose(losses["z"], 0.5 * (2 + np.log(4)) ** 2, rtol=1e-6)
+
+
+def test_max_violation_and_dead_experts_of_hand_worked_loads():
+    loads = jnp.array([[2, 2, 2, 2], [8, 0, 0, 0], [4, 0, 3, 1], [0, 0, 0, 0]])
+    np.testing.assert_allclose(balance.max_violation(loads), [0.0, 3.0, 1.0, -1.0])
+    np.testing.assert_array_equal(balance.dead_experts(loads), [0, 3, 1, 4])
+
+
+def test_summary_has_shares_within_each_modality_and_the_drop_rate():
+    one = RoutingStats(
+        load=jnp.array([[[3, 1], [0, 4]]]),
+        importance=jnp.zeros((1, 2, 2)),
+        tokens=jnp.array([[4, 4]]),
+        dropped=jnp.array([[1, 1]]),
+    )
+    figures = balance.summarize(one)
+    np.testing.assert_allclose(figures["routing/load"], [[[0.75, 0.25], [0.0, 1.0]]])
+    np.testing.assert_allclose(figures["routing/maxvio"], [0.25])
+    np.testing.assert_allclose(figures["routing/drop_rate"], [0.25])
+
+
+def test_dropped_choices_are_counted_by_modality():
+    config = dataclasses.replace(CONFIGS["softmax_top_k"], capacity_factor=0.5)
+    counted = run(config, tokens(), context())[1].stats
+    full = run(CONFIGS["softmax_top_k"], tokens(), context())[1].stats
+    np.testing.assert_array_equal(counted.load, full.load)  # load is what was asked for
+    slots = int(np.ceil(0.5 * K / E * T))
+    per_group = [
+        run(CONFIGS["softmax_top_k"], tokens()[i : i + 1], context(groups=1))[1].stats.load.sum(0)
+        for i in range(G)
+    ]
+    assert counted.dropped.sum() == sum(np.maximum(np.asarray(load) - slots, 0).sum() for load in per_group)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"top_k": 0}, "top_k=0 must be from 1 to num_experts=64"),
+        ({"num_experts": 2, "top_k": 3}, "top_k=3 must be from 1 to num_experts=2"),
+        ({"capacity_factor": 0.0}, "capacity_factor=0.0 must be > 0"),
+        ({"scheme": "expert_choice", "priority": "gate"}, "priority='gate' has no meaning"),
+        ({"expert_dim": 0}, "expert_dim=0 must be >= 1"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        MoEConfig(**options)

@@ -1,0 +1,112 @@
+"""Mesh, rules and placement: what cannot be laid out is said, and what is asked reaches the compiler."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny
+from jax.sharding import PartitionSpec as P
+
+from vl_jax import params as params_lib
+from vl_jax import sharding
+from vl_jax.sharding import AxisRules, MeshConfig, constrain, make_mesh
+
+
+def test_one_axis_takes_the_devices_that_remain():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=-1, expert=2))
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "expert": 2, "tensor": 1}
+
+
+@pytest.mark.parametrize("sizes", [{"data": 3}, {"data": 4}, {"data": -1, "expert": 3}, {"data": 16}])
+def test_a_mesh_that_does_not_divide_the_devices_is_refused(sizes):
+    with pytest.raises(
+        ValueError, match=r"config.mesh: .* does not divide the 8 device\(s\) here; .* must be 8"
+    ):
+        make_mesh(MeshConfig(**sizes))
+
+
+@pytest.mark.parametrize("sizes", [{"data": 0}, {"tensor": -2}, {"data": -1, "fsdp": -1}])
+def test_mesh_sizes_without_a_meaning_are_refused(sizes):
+    with pytest.raises(ValueError, match="each must be >= 1, at most one may be -1"):
+        MeshConfig(**sizes)
+
+
+def test_rules_translate_names_to_mesh_axes():
+    assert AxisRules().spec(("experts", "embed", None, "mlp")) == P("expert", "fsdp", None, "tensor")
+    assert AxisRules().spec(("batch", None)) == P(("data", "fsdp", "expert"), None)
+    assert AxisRules().spec(("layers", "embed")) == P(None, "fsdp")
+
+
+def test_a_mesh_axis_used_twice_is_refused():
+    with pytest.raises(ValueError, match=r"dimensions \('embed', 'embed'\) would use mesh axis fsdp twice"):
+        AxisRules().spec(("embed", "embed"))
+    with pytest.raises(ValueError, match="would use mesh axis expert, fsdp twice"):
+        AxisRules(experts=("expert", "fsdp")).spec(("batch", "experts"))
+
+
+def test_an_unknown_name_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="logical axis 'width' is not one of batch, embed, experts, heads"):
+        AxisRules().spec(("width",))
+
+
+@pytest.mark.parametrize("fusion", tiny.FUSIONS)
+def test_every_parameter_has_a_name_for_each_dimension_and_divides(fusion):
+    layout = tiny.layout_of(tiny.config(fusion=fusion), MeshConfig(1, 2, 2, 2), devices=8)
+    leaves = params_lib.flatten(layout.params)
+    assert leaves.keys() == layout.placements.keys()
+    for path, placement in layout.placements.items():
+        assert len(placement.names) == len(placement.spec) == leaves[path].ndim, path
+        assert placement.whole == (), path
+        # A matrix that is nowhere cut would be whole on every device, however many there are.
+        if leaves[path].size >= 16 * 16:
+            assert any(placement.spec), path
+
+
+def test_a_dimension_that_does_not_divide_is_kept_whole_and_named():
+    layout = tiny.layout_of(tiny.config(), MeshConfig(1, 2, 1, 4), devices=8)
+    placement = layout.placements["language/moe_layers/attention/query"]
+    assert placement.whole == ("heads=2",)
+    assert placement.spec == P(None, "fsdp", None, None)
+    assert layout.placements["language/moe_layers/moe/w_in"].whole == ()
+
+
+def test_the_wrong_number_of_names_is_refused():
+    import flax.linen as nn
+
+    boxed = {
+        "layer": {"kernel": nn.LogicallyPartitioned(jax.ShapeDtypeStruct((2, 3), jnp.float32), ("embed",))}
+    }
+    with pytest.raises(ValueError, match=r"parameter layer/kernel: 1 logical names for shape \(2, 3\)"):
+        sharding.place(boxed, make_mesh(MeshConfig()), AxisRules())
+
+
+def test_a_constraint_is_in_the_program():
+    def double(x):
+        return constrain(x * 2, "batch", "mlp")
+
+    x = jax.ShapeDtypeStruct((8, 4), jnp.float32)
+    with sharding.use_mesh(make_mesh(MeshConfig(data=4, tensor=2))):
+        text = jax.jit(double).lower(x).as_text()
+    assert "sharding_constraint" in text and '{"tensor"}' in text
+    assert "sharding_constraint" not in jax.jit(lambda x: double(x)).lower(x).as_text()
+
+
+def test_rules_are_those_of_the_innermost_mesh():
+    other = dataclasses.replace(AxisRules(), mlp=())
+    mesh = make_mesh(MeshConfig())
+    with sharding.use_mesh(mesh):
+        with sharding.use_mesh(mesh, other):
+            assert sharding.current_rules() == other
+        assert sharding.current_rules() == AxisRules()
+
+
+def test_one_device_is_no_mesh():
+    with sharding.use_mesh(make_mesh(MeshConfig(), devices=jax.devices()[:1])):
+        assert sharding.current_mesh() is None
+
+
+def test_the_batch_is_cut_by_all_axes_but_tensor():
+    assert sharding.batch_axes(make_mesh(MeshConfig(2, 1, 2, 2))) == 4

@@ -1,0 +1,56 @@
+"""An experiment of seconds: two stages of ten steps on procedural scenes, a checkpoint every four steps."""
+
+from vl_jax import config
+from vl_jax.adapter import AdapterConfig
+from vl_jax.data.encode import DataConfig
+from vl_jax.data.images import TilingConfig
+from vl_jax.data.scenes import ScenesConfig
+from vl_jax.encoders.vit import ViTConfig
+from vl_jax.evaluate.runner import EvaluationConfig
+from vl_jax.experiment import Experiment
+from vl_jax.language.decoder import DecoderConfig
+from vl_jax.language.mla import MLAConfig
+from vl_jax.model import VisionLanguageConfig
+from vl_jax.moe.routing import MoEConfig
+from vl_jax.train.loop import LoopConfig
+from vl_jax.train.stages import Stage
+
+
+def get_config(arg: str = ""):
+    return config.view(
+        Experiment(
+            name="tiny",
+            model=VisionLanguageConfig(
+                encoder=ViTConfig(
+                    image_size=32, patch_size=8, embed_dim=16, mlp_dim=32, num_layers=1, num_heads=2
+                ),
+                adapter=AdapterConfig(num_layers=1),
+                language=DecoderConfig(
+                    vocab_size=2048,
+                    embed_dim=16,
+                    mlp_dim=32,
+                    num_layers=2,
+                    num_dense_layers=1,
+                    attention=MLAConfig(
+                        num_heads=2, kv_lora_rank=8, qk_nope_dim=4, qk_rope_dim=4, v_head_dim=4
+                    ),
+                ),
+                moe=MoEConfig(scheme="loss_free", num_experts=4, top_k=2, expert_dim=8, num_shared=1),
+            ),
+            data=DataConfig(
+                sources=(ScenesConfig("scenes", num_examples=1000),),
+                evaluation=(ScenesConfig("heldout", num_examples=4, seed=1),),
+                max_tokens=96,
+                max_turns=2,
+                turn_sampling="uniform",
+                image_dropout_rate=0.1,
+                tiling=TilingConfig(tile_size=32, views="global"),
+            ),
+            stages=(
+                Stage("first", steps=9, batch_size=8, targets="all", trainable=("adapter/.*", "language/.*")),
+                Stage("second", steps=7, batch_size=8),
+            ),
+            loop=LoopConfig(log_every=1, routing_every=2, checkpoint_every=4),
+            evaluation=EvaluationConfig(batch_size=8, limit=8, max_new_tokens=4, prior_samples=10),
+        )
+    )
