@@ -1,7 +1,7 @@
 """Captions of photographs in English and Chinese: real JPEG files with tiles of 96 pixels and dynamic tiling.
 
-    python -m vl_jax train --config=experiments/flickr8k.py --config.data.root=../shared/data/flickr8k_bilingual \
-        --workdir=runs/flickr8k
+    python -m vl_jax train --config=experiments/flickr8k.py \
+        --config.data.root=../shared/data/flickr8k_bilingual --workdir=runs/flickr8k
 
 A format and machinery check at this scale, not a captioner: 623 photographs cannot teach one from scratch.
 """

@@ -1,4 +1,4 @@
-"""Quickstart: a small, complete MoE vision-language model learns procedural scenes in minutes on two CPU cores.
+"""Quickstart: a small, complete MoE vision-language model learns procedural scenes in minutes on a CPU.
 
     python -m vl_jax train --config=experiments/quickstart.py --workdir=runs/quickstart
 
@@ -42,7 +42,7 @@ MODEL = VisionLanguageConfig(
         vocab_size=2048,
         embed_dim=96,
         mlp_dim=256,
-        num_layers=2,
+        num_layers=3,
         num_dense_layers=1,
         attention=MLAConfig(num_heads=4, kv_lora_rank=48, qk_nope_dim=24, qk_rope_dim=16, v_head_dim=24),
     ),
@@ -97,10 +97,10 @@ def get_config():
                     trainable=("encoder/.*", "adapter/.*"),
                     optimizer=rate,
                 ),
-                Stage("pretraining", steps=330, batch_size=32, sources=("single",), optimizer=rate),
+                Stage("pretraining", steps=220, batch_size=32, sources=("single",), optimizer=rate),
                 Stage(
                     "sft",
-                    steps=950,
+                    steps=880,
                     batch_size=32,
                     sources=("scenes",),
                     optimizer=OptimizerConfig(learning_rate=1e-3, final_fraction=0.03),

@@ -81,6 +81,16 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "report", _report, "Write report.html anew from a run's files.", "report --workdir=runs/quickstart"
     )
     report.add_argument("--workdir", required=True, type=Path)
+    generate = command(
+        "generate",
+        _generate,
+        "Answer a prompt about an image with the newest checkpoint of a run.",
+        "generate --workdir=runs/quickstart --image=scene.png --prompt='what colour is the circle?'",
+    )
+    generate.add_argument("--workdir", required=True, type=Path)
+    generate.add_argument("--image", type=Path, help="without one, the prompt stands alone")
+    generate.add_argument("--prompt", required=True)
+    generate.add_argument("--max-new-tokens", type=int, default=32)
     tokenizer = command(
         "tokenizer",
         _tokenizer,
@@ -119,6 +129,8 @@ def _set_up_process() -> None:
     logging.getLogger("vl_jax").setLevel(logging.INFO)
     import jax
 
+    if os.environ.get("VL_JAX_DISTRIBUTED"):  # set by the launchers in tpu_scripts
+        jax.distributed.initialize()
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vl_jax" / "xla"
     if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(default))
@@ -157,6 +169,19 @@ def _report(arguments: argparse.Namespace) -> None:
     from vl_jax import report
 
     print(report.write_report(arguments.workdir))
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    from vl_jax import experiment
+
+    print(
+        experiment.answer(
+            arguments.workdir,
+            prompt=arguments.prompt,
+            image=arguments.image,
+            max_new_tokens=arguments.max_new_tokens,
+        )
+    )
 
 
 def _tokenizer(arguments: argparse.Namespace) -> None:

@@ -17,13 +17,15 @@ import numpy as np
 
 import vl_jax
 from vl_jax import config as config_lib
+from vl_jax import generation, report, sharding
 from vl_jax import params as params_lib
-from vl_jax import report, sharding
 from vl_jax.batch import Batch
+from vl_jax.checkpoint import Checkpointer
 from vl_jax.data.encode import DataConfig, ModelSpec, make_encoder
+from vl_jax.data.sample import IMAGE_PLACEHOLDER, FileImage, Sample, Turn
 from vl_jax.data.sources import open_source
 from vl_jax.evaluate.runner import EvaluationConfig, evaluate
-from vl_jax.layout import Layout, plan_layout
+from vl_jax.layout import Layout, plan_layout, put_batch
 from vl_jax.model import VisionLanguage, VisionLanguageConfig
 from vl_jax.sharding import MeshConfig
 from vl_jax.train import loop
@@ -129,9 +131,10 @@ def run(experiment: Experiment, workdir: Path) -> dict[str, Any]:
         seed=experiment.seed,
     )
     results = evaluate_all(experiment, layout, state, workdir)
-    facts = {"wall_time_s": round(time.time() - start, 1), **_facts(layout)}
-    (workdir / "run.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    report.write_report(workdir)
+    if jax.process_index() == 0:
+        facts = {"wall_time_s": round(time.time() - start, 1), **_facts(layout)}
+        (workdir / "run.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        report.write_report(workdir)
     return results
 
 
@@ -156,6 +159,48 @@ def evaluate_all(experiment: Experiment, layout: Layout, state: TrainState, work
             workdir=workdir,
         )
     return results
+
+
+def restore(workdir: Path) -> tuple[Experiment, Layout, TrainState]:
+    """The experiment of a run, and its newest state on the devices here.
+
+    Raises:
+      ValueError: the folder holds no run, or no sound checkpoint.
+    """
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise ValueError(f"--workdir={workdir} holds no run: there is no config.json")
+    experiment = config_lib.from_json(path.read_text(encoding="utf-8"))
+    layout = plan(experiment)
+    checkpointer = Checkpointer(workdir / "checkpoints")
+    try:
+        restored = loop.restore(checkpointer, layout, experiment.stages)
+    finally:
+        checkpointer.close()
+    if restored is None:
+        raise ValueError(f"--workdir={workdir} holds no checkpoint yet")
+    return experiment, layout, restored[0]
+
+
+def answer(workdir: Path, *, prompt: str, image: Path | None, max_new_tokens: int) -> str:
+    """What the model of a run says to one prompt about one image (or none)."""
+    experiment, layout, state = restore(workdir)
+    encoder = make_encoder(experiment.data, model_spec(experiment))
+    question = f"{IMAGE_PLACEHOLDER}\n{prompt}" if image else prompt
+    pictures = (FileImage(image, where="--image"),) if image else ()
+    sample = Sample(id=str(image or "prompt"), turns=(Turn(question, ""),), images=pictures)
+    rows = [[encoder.prompt(sample)]] * sharding.batch_axes(layout.mesh)
+    stop = encoder.tokenizer.eos
+    with sharding.use_mesh(layout.mesh, layout.rules):
+        tokens = generation.greedy(
+            state.params,
+            state.routing,
+            put_batch(encoder.collate(rows, pad_left=True), layout),
+            model=layout.model,
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+        )
+    return encoder.tokenizer.decode(generation.answer_ids(tokens, stop=stop)[0])
 
 
 def open_stream(experiment: Experiment, stage: Stage) -> loop.Stream:
@@ -189,6 +234,8 @@ def _claim(experiment: Experiment, workdir: Path) -> None:
             f"--workdir={workdir} holds a run with another configuration "
             f"(differs at {', '.join(changed[:3])}); resume it with the same options or choose another folder"
         )
+    if jax.process_index() != 0:
+        return
     workdir.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text, encoding="utf-8")

@@ -248,7 +248,7 @@ class Encoder:
         if any(f > limit for f, limit in zip(found, limits, strict=True)):
             names = ", ".join(e.id for e in examples)
             raise ValueError(
-                f"row of {names}: (tokens, tiles, visual tokens, targets) = {found} exceed the limits {limits}"
+                f"row of {names}: tokens, tiles, visual tokens, targets {found} exceed the limits {limits}"
             )
         start, tile, slot, target = tokens - used if pad_left else 0, 0, 0, 0
         tile_tokens = self.spec.tile_tokens_side**2

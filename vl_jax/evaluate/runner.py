@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+from jax.experimental import multihost_utils
 from PIL import Image as PilImage
 from rich.progress import track
 
@@ -24,7 +26,7 @@ from vl_jax.evaluate.answers import Answer, Prior, summarize
 from vl_jax.layout import Layout, put_batch
 
 # Samples whose image is kept beside the predictions, for the report and for a person to look at.
-NUM_PICTURES = 24
+NUM_PICTURES = 120
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +95,8 @@ def evaluate(
         )
         pictures.append((record["image"] if len(pictures) < NUM_PICTURES else None, record["boxes"]))
     result = {"task": task, "step": step, **summarize(answers)}
-    _write(workdir / "eval" / task, step, result, answers, pictures)
+    if jax.process_index() == 0:
+        _write(workdir / "eval" / task, step, result, answers, pictures)
     return result
 
 
@@ -114,6 +117,7 @@ def _generate(
             max_new_tokens=config.max_new_tokens,
             stop=tokenizer.eos,
         )
+    tokens = multihost_utils.process_allgather(tokens, tiled=True)
     return [tokenizer.decode(ids) for ids in generation.answer_ids(tokens, stop=tokenizer.eos)]
 
 

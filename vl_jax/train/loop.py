@@ -80,7 +80,7 @@ class Run:
     layout: Layout
     config: LoopConfig
     checkpointer: Checkpointer
-    writer: MetricsWriter
+    writer: MetricsWriter | None  # None on all processes but one
     progress: Progress
     stop: Callable[[], int | None]  # number of the signal that asked to stop, if any
 
@@ -112,11 +112,12 @@ def train(
     """
     checkpointer = Checkpointer(workdir / "checkpoints", keep=config.keep_checkpoints)
     try:
-        state, position = _restore_or_init(checkpointer, layout, stages, example=example, seed=seed)
+        state, position = restore(checkpointer, layout, stages) or _begin(layout, stages, example, seed)
         total = sum(stage.steps for stage in stages)
+        lead = jax.process_index() == 0  # the one process that writes the log and talks
         with (
-            MetricsWriter(workdir, resume_step=position.global_step) as writer,
-            Progress(total, position.global_step) as progress,
+            _writer(workdir, position.global_step, lead=lead) as writer,
+            Progress(total, position.global_step, quiet=not lead) as progress,
             _signals() as stop,
         ):
             run = Run(layout, config, checkpointer, writer, progress, stop)
@@ -161,10 +162,22 @@ def _begin_stage(layout: Layout, stage: Stage, params: Any, routing: Any) -> Tra
     return TrainState(step, params, state, jax.device_put(routing, layout.replicated))
 
 
-def _restore_or_init(
-    checkpointer: Checkpointer, layout: Layout, stages: tuple[Stage, ...], *, example: Batch, seed: int
+def _begin(
+    layout: Layout, stages: tuple[Stage, ...], example: Batch, seed: int
 ) -> tuple[TrainState, Position]:
-    """The newest checkpoint's state and position, or fresh ones at the beginning of the first stage."""
+    """Fresh parameters at the beginning of the first stage."""
+    routing = init_routing_state(layout.model.config)
+    return _begin_stage(layout, stages[0], init_params(layout, example, seed), routing), Position()
+
+
+def restore(
+    checkpointer: Checkpointer, layout: Layout, stages: tuple[Stage, ...]
+) -> tuple[TrainState, Position] | None:
+    """State and position of the newest sound checkpoint, or None if there is no checkpoint.
+
+    Raises:
+      CheckpointError: there are checkpoints, and none of them can be used.
+    """
     routing = init_routing_state(layout.model.config)
 
     def abstract(record: dict[str, Any]) -> Any:
@@ -179,7 +192,7 @@ def _restore_or_init(
 
     restored = checkpointer.restore(params=layout.params, training_of=abstract)
     if restored is None:
-        return _begin_stage(layout, stages[0], init_params(layout, example, seed), routing), Position()
+        return None
     step, params, training, record = restored
     logger.info("resumed from checkpoint %d", step)
     state = TrainState(training["step"], params, training["optimizer"], training["routing"])
@@ -295,8 +308,15 @@ def _report(
         arrays = {}
         if step % run.config.routing_every == 0 or last:
             arrays = {k: np.asarray(v).tolist() for k, v in fetched.items() if np.ndim(v) > 0}
-        run.writer.write(step, scalars, arrays, stage=stage.name)
+        if run.writer is not None:
+            run.writer.write(step, scalars, arrays, stage=stage.name)
     run.progress.update(step, scalars)
+
+
+def _writer(
+    workdir: Path, step: int, *, lead: bool
+) -> contextlib.AbstractContextManager[MetricsWriter | None]:
+    return MetricsWriter(workdir, resume_step=step) if lead else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

@@ -15,8 +15,8 @@ PLAIN_INTERVAL_S = 10.0
 class Progress:
     """Shows stage, step, loss, speed and time remaining."""
 
-    def __init__(self, total: int, done: int):
-        self._console = Console()
+    def __init__(self, total: int, done: int, *, quiet: bool = False):
+        self._console = Console(quiet=quiet)
         self._total, self._first, self._stage = total, done, ""
         self._start = self._last = time.monotonic()
         self._figures = ""

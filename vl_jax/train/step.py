@@ -53,7 +53,7 @@ def loss_sums(
 
 
 def split_rows(batch: Batch, parts: int) -> Batch:
-    """Micro-batches on a new leading axis; part i takes rows i, i + parts, ... so that no row changes device."""
+    """Micro-batches on a new leading axis; part i takes rows i, i + parts, ...: no row changes device."""
 
     def split(x: jax.Array) -> jax.Array:
         return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
