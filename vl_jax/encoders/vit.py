@@ -81,7 +81,7 @@ def convolve(
 
 
 # Of the initial position table: comparable to what a stem gives, so that place counts from the first step.
-POSITION_STD = 0.5
+POSITION_STD = 0.3
 
 # Halvings from pixels to patches; the remaining ones of the five convolutions keep the size.
 HALVINGS = {4: 2, 8: 3, 16: 4}
@@ -107,8 +107,7 @@ class ConvStem(nn.Module):
             bias = self.param(f"bias_{i}", named(nn.initializers.zeros, None), (width,)).astype(x.dtype)
             y = convolve(y, kernel, bias, stride=2 if i < halvings else 1)
             x = x + y if y.shape == x.shape else y
-        # Convolutions grow as they learn; unnormalised they would bury the position table.
-        return LayerNorm(name="norm")(x.reshape(x.shape[0], -1, x.shape[-1]))
+        return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
 class Block(nn.Module):
