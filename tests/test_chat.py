@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import processor_folder
 from PIL import Image as PilImage
 
 from vl_jax.data.chat import encode_dialogue, encode_prompt
@@ -148,9 +149,7 @@ def test_images_must_match_and_come_first_in_the_independent_form():
 
 def recorded_cases(oracles):
     """(name, case, arrays, sample, image lengths) of every recorded conversation."""
-    folder = oracles / "deepseek_vl2" / "processor"
-    if not folder.is_dir():
-        pytest.skip(f"no folder {folder}")
+    folder = processor_folder(oracles)
     config = json.loads((folder / "processor_config.json").read_text())
     resolutions = config["candidate_resolutions"]
     patch, ratio = config["patch_size"], config["downsample_ratio"]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import processor_folder
 from PIL import Image as PilImage
 
 from vl_jax.batch import visual_sources
@@ -109,15 +110,8 @@ def test_a_bad_field_is_named(bad):
         TilingConfig(**bad)
 
 
-def processor(oracles):
-    folder = oracles / "deepseek_vl2" / "processor"
-    if not folder.is_dir():
-        pytest.skip(f"no folder {folder}")
-    return folder
-
-
-def test_grids_of_the_reference_processor(oracles):
-    recorded = json.loads((processor(oracles) / "best_resolution_384.json").read_text())
+def test_grids_of_the_reference_processor_folder(oracles):
+    recorded = json.loads((processor_folder(oracles) / "best_resolution_384.json").read_text())
     assert tuple(map(tuple, recorded["candidates_grid_w_h"])) == DEFAULT_GRIDS
     wide = TilingConfig(candidates=tuple((w // 384, h // 384) for w, h in recorded["candidates_ext18"]))
     for case in recorded["cases"]:
@@ -128,8 +122,8 @@ def test_grids_of_the_reference_processor(oracles):
         assert count == case["n_image_tokens"]
 
 
-def test_pixels_of_the_reference_processor(oracles):
-    folder = processor(oracles)
+def test_pixels_of_the_reference_processor_folder(oracles):
+    folder = processor_folder(oracles)
     settings_ = json.loads((folder / "processor_config.json").read_text())
     size = settings_["candidate_resolutions"][0][0]
     small = TilingConfig(

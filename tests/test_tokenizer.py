@@ -7,6 +7,7 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import processor_folder
 
 from vl_jax.data.scene_text import CHINESE, PLACES
 from vl_jax.data.scenes import CHINESE_WORDS, COLOURS, ENGLISH_WORDS
@@ -101,9 +102,7 @@ def test_a_vocabulary_without_the_special_tokens_is_refused(tmp_path):
 
 
 def test_recorded_texts_of_the_reference_processor(oracles):
-    folder = oracles / "deepseek_vl2" / "processor"
-    if not folder.is_dir():
-        pytest.skip(f"no folder {folder}")
+    folder = processor_folder(oracles)
     tokenizer = load_tokenizer(str(folder / "tokenizer"))
     for case in json.loads((folder / "tokenizer_cases.json").read_text()):
         assert tokenizer.encode(case["text"], allowed=SPECIAL) == case["ids"]
