@@ -34,6 +34,14 @@ def refusal(path: str, text: str, config=EXPERIMENT) -> str:
     return str(error.value)
 
 
+@pytest.mark.parametrize("names", [("a", "b"), ("b", "a"), ("z", "m", "a")])
+def test_stages_stay_in_the_order_in_which_they_were_written(names):
+    stages = tuple(dataclasses.replace(EXPERIMENT.stages[0], name=name) for name in names)
+    experiment = dataclasses.replace(EXPERIMENT, stages=stages)
+    assert [stage.name for stage in rebuild(view(experiment)).stages] == list(names)
+    assert [stage.name for stage in from_json(to_json(experiment)).stages] == list(names)
+
+
 def test_view_and_json_give_back_an_equal_config():
     assert rebuild(view(EXPERIMENT)) == EXPERIMENT
     assert from_json(to_json(EXPERIMENT)) == EXPERIMENT
@@ -114,10 +122,10 @@ def test_a_none_field_takes_a_value_and_back():
     [
         ("sede", "1", "config has no field 'sede'; did you mean 'seed'?"),
         ("model.moe.experts", "4", "config.model.moe has no field 'experts'; did you mean"),
-        ("model.moe.zzz", "4", "config.model.moe has no field 'zzz'; fields: balance_weight, bias_rate, "),
+        ("model.moe.zzz", "4", "config.model.moe has no field 'zzz'; fields: scheme, num_experts, "),
         ("model.moe._type", "4", "config.model.moe has no field '_type'"),
         ("seed.x", "4", "config.seed is a value, it has no field 'x'"),
-        ("model.moe", "4", "config.model.moe is a group, set one of its fields: balance_weight, "),
+        ("model.moe", "4", "config.model.moe is a group, set one of its fields: scheme, num_experts, "),
         ("seed", "1.5", "config.seed=1.5: expected int"),
         ("seed", "True", "config.seed=True: expected int"),
         ("seed", "None", "config.seed=None: expected int"),

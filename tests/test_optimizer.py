@@ -137,3 +137,69 @@ def test_a_pattern_that_matches_nothing_is_one_line(options):
 def test_options_that_make_no_sense_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         OptimizerConfig(**options)
+
+
+def muon_update(tree, gradients):
+    """The update of Muon at learning rate 1 and no decay, by path, sign turned."""
+    paths = set(params_lib.flatten(tree))
+    settings = config(method="muon", learning_rate=1.0, weight_decay=0.0, clip_norm=1e9, no_decay=())
+    optimizer = make_optimizer(settings, 10, paths, paths)
+    with jax.numpy_dtype_promotion("standard"):  # inside optax
+        updates, _ = optimizer.update(gradients, optimizer.init(tree), tree)
+    return {path: -np.asarray(u) for path, u in params_lib.flatten(updates).items()}
+
+
+def random_tree(shapes: dict[str, tuple[int, ...]]):
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    leaves = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes.values(), strict=True)]
+    return params_lib.unflatten(dict(zip(shapes, leaves, strict=True)))
+
+
+def test_muon_makes_the_update_of_a_matrix_orthogonal_and_as_large_as_adams():
+    tree = random_tree({"block/fc/kernel": (24, 48)})
+    update = muon_update(tree, tree)["block/fc/kernel"]
+    gradient = np.asarray(tree["block"]["fc"]["kernel"])
+    left, _, right = np.linalg.svd(gradient, full_matrices=False)
+    nearest = left @ right * 0.2 * math.sqrt(48)
+    # Five Newton-Schulz iterations leave the singular values within about 0.7 .. 1.2 (Jordan et al. 2024).
+    singular = np.linalg.svd(update, compute_uv=False) / (0.2 * math.sqrt(48))
+    assert 0.6 < singular.min() and singular.max() < 1.3
+    assert np.sum(update * nearest) / np.linalg.norm(update) / np.linalg.norm(nearest) > 0.97
+    np.testing.assert_allclose(np.sqrt(np.mean(update**2)), 0.2, rtol=0.2)
+
+
+def test_muon_treats_stacked_layers_experts_and_heads_as_matrices_of_their_own():
+    stacked = random_tree(
+        {
+            "layers/moe/w_in": (2, 3, 8, 2, 6),
+            "layers/attention/query": (2, 8, 2, 4),
+            "layers/attention/output": (2, 2, 4, 8),
+            "stem/kernel_0": (3, 3, 4, 8),
+        }
+    )
+    found = muon_update(stacked, stacked)
+    single = {
+        "layers/moe/w_in": lambda a: a[1, 2, :, 1],
+        "layers/attention/query": lambda a: a[1].reshape(8, 8),
+        "layers/attention/output": lambda a: a[1].reshape(8, 8),
+        "stem/kernel_0": lambda a: a.reshape(36, 8),
+    }
+    for path, cut in single.items():
+        tree = {"one": {"fc": {"kernel": cut(params_lib.flatten(stacked)[path])}}}
+        alone = muon_update(tree, tree)["one/fc/kernel"]
+        np.testing.assert_allclose(cut(found[path]), alone, rtol=1e-4, atol=1e-5)
+
+
+def test_muon_leaves_embedding_head_router_positions_norms_and_biases_to_adam():
+    shapes = {
+        "language/embedding": (16, 8),
+        "language/head/kernel": (8, 16),
+        "layers/moe/router": (2, 8, 4),
+        "encoder/positions": (4, 8),
+        "layers/norm/scale": (2, 8),
+        "layers/fc/bias": (2, 8),
+    }
+    tree = random_tree(shapes)
+    for path, update in muon_update(tree, tree).items():
+        # Adam's first step is the sign of the gradient.
+        np.testing.assert_allclose(update, np.sign(params_lib.flatten(tree)[path]), rtol=1e-4)

@@ -109,6 +109,18 @@ def test_an_object_is_only_named_when_the_name_fits_one_object():
             assert len(fitting) == 1, text
 
 
+def test_as_many_objects_as_asked_for_and_no_more_repeats_than_asked_for():
+    source = ScenesSource(ScenesConfig("s", 200, min_objects=2, max_objects=3, repeat_rate=0.0))
+    for index in range(200):
+        objects = scene_of(index, source).objects
+        assert 2 <= len(objects) <= 3
+        assert len({o.colour for o in objects}) == len({o.shape for o in objects}) == len(objects)
+    repeating = ScenesSource(ScenesConfig("s", 200, min_objects=2, repeat_rate=1.0))
+    for index in range(200):
+        objects = scene_of(index, repeating).objects
+        assert min(len({o.colour for o in objects}), len({o.shape for o in objects})) < len(objects)
+
+
 def test_answers_are_balanced_within_every_kind():
     answers = defaultdict(Counter)
     for index in range(len(SOURCE)):
@@ -159,7 +171,18 @@ def test_only_asked_kinds_and_languages_appear():
     assert {t.kind for t in turns} == {"word", "count"} and {t.language for t in turns} == {"zh"}
 
 
-@pytest.mark.parametrize("bad", [{"num_examples": 0}, {"max_objects": 7}, {"word_rate": 1.5}, {"first": -1}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"num_examples": 0},
+        {"max_objects": 7},
+        {"min_objects": 0},
+        {"max_objects": 2, "min_objects": 3},
+        {"word_rate": 1.5},
+        {"repeat_rate": -0.1},
+        {"first": -1},
+    ],
+)
 def test_a_bad_field_is_named(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         ScenesConfig("s", **bad)

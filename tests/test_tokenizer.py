@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import processor_folder
 
-from vl_jax.data.scene_text import CHINESE, PLACES
+from vl_jax.data.scene_text import CHINESE, COLOUR_NAMES, PLACES, SHAPE_NAMES, TEMPLATES
 from vl_jax.data.scenes import CHINESE_WORDS, COLOURS, ENGLISH_WORDS
 from vl_jax.data.tokenizer import GROUNDING, SPECIAL, load_tokenizer, train_tokenizer
 
@@ -54,6 +54,15 @@ def test_shipped_vocabulary_has_2048_entries_and_distinct_special_ids():
 def test_words_of_the_scenes_are_at_most_three_tokens():
     words = [*COLOURS, *CHINESE.values(), *PLACES["en"], *PLACES["zh"], *ENGLISH_WORDS, *CHINESE_WORDS]
     assert max(len(TOKENIZER.encode(w)) for w in words) <= 3
+
+
+def test_chinese_names_are_tokens_of_their_own_in_every_question():
+    tokenizer = load_tokenizer()
+    templates = [template for kind in TEMPLATES.values() for template in kind["zh"] if "{0}" in template]
+    for name in (CHINESE[word] for word in (*COLOUR_NAMES, *SHAPE_NAMES)):
+        for template in templates:
+            pieces = [tokenizer.decode([i]) for i in tokenizer.encode(template.format(name, name))]
+            assert pieces.count(name) == template.count("{"), (template, pieces)
 
 
 def test_training_twice_gives_the_same_bytes(tmp_path):

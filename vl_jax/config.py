@@ -49,7 +49,8 @@ def view(config: Any):
     from ml_collections import config_dict
 
     def convert(tree: Any, cls_hints: dict[str, Any]) -> Any:
-        result = config_dict.ConfigDict(type_safe=True)
+        # Order is meaning: it is that of the stages.
+        result = config_dict.ConfigDict(type_safe=True, sort_keys=False)
         for key, value in tree.items():
             hint = cls_hints.get(key)
             if isinstance(value, dict):

@@ -168,18 +168,10 @@ def _box(item: SceneObject, language: Language) -> Box:
     return Box(_describe(language, colour=item.colour, shape=item.shape), item.corners)
 
 
-def _names(scene: Scene) -> list[tuple[SceneObject, list[tuple[str, str]]]]:
-    """Each object with the (colour, shape) descriptions that fit no other object; "" leaves one out."""
-    result = []
-    for item in scene.objects:
-        others = [o for o in scene.objects if o is not item]
-        names = []
-        if all(o.shape != item.shape for o in others):
-            names.append(("", item.shape))
-        if all((o.colour, o.shape) != (item.colour, item.shape) for o in others):
-            names.append((item.colour, item.shape))
-        result.append((item, names))
-    return result
+def _named(scene: Scene) -> list[SceneObject]:
+    """The objects whose colour and shape together fit no other one: those a question can point at."""
+    looks = [(item.colour, item.shape) for item in scene.objects]
+    return [item for item, look in zip(scene.objects, looks, strict=True) if looks.count(look) == 1]
 
 
 def _colour(scene: Scene, languages: Sequence[Language], rng: random.Random) -> list[Turn]:
@@ -228,33 +220,24 @@ def _count(scene: Scene, languages: Sequence[Language], rng: random.Random) -> l
 
 def _position(scene: Scene, languages: Sequence[Language], rng: random.Random) -> list[Turn]:
     turns = []
-    for item, names in _names(scene):
-        if names:
-            language = rng.choice(languages)
-            colour, shape = rng.choice(names)
-            answer = PLACES[language][scene.place(item)]
-            name = _describe(language, colour=colour, shape=shape)
-            turns.append(_turn("position", language, rng, [name], answer, [_box(item, language)]))
+    for item in _named(scene):
+        language = rng.choice(languages)
+        answer, box = PLACES[language][scene.place(item)], _box(item, language)
+        turns.append(_turn("position", language, rng, [box.label], answer, [box]))
     return turns
 
 
 def _relation(scene: Scene, languages: Sequence[Language], rng: random.Random) -> list[Turn]:
     """Up to two ordered pairs in the same row or column of cells: one of four directions."""
-    named = [(item, names) for item, names in _names(scene) if names]
-    pairs = [
-        (a, b)
-        for a in named
-        for b in named
-        if (a[0].cell[0] == b[0].cell[0]) != (a[0].cell[1] == b[0].cell[1])
-    ]
+    named = _named(scene)
+    pairs = [(a, b) for a in named for b in named if (a.cell[0] == b.cell[0]) != (a.cell[1] == b.cell[1])]
     turns = []
-    for (item, names), (other, other_names) in rng.sample(pairs, min(2, len(pairs))):
+    for item, other in rng.sample(pairs, min(2, len(pairs))):
         language = rng.choice(languages)
         dx, dy = item.cell[0] - other.cell[0], item.cell[1] - other.cell[1]
         direction = ("left" if dx < 0 else "right") if dx else ("above" if dy < 0 else "below")
-        (c0, s0), (c1, s1) = rng.choice(names), rng.choice(other_names)
-        nouns = [_describe(language, colour=c0, shape=s0), _describe(language, colour=c1, shape=s1)]
         boxes = [_box(item, language), _box(other, language)]
+        nouns = [box.label for box in boxes]
         turns.append(_turn("relation", language, rng, nouns, say(direction, language), boxes))
     return turns
 

@@ -55,25 +55,30 @@ class ScenesConfig:
     seed: int = 0
     first: int = 0  # index of the first scene: ranges that do not meet are held out from one another
     image_size: int = 64  # pixels, square
+    min_objects: int = 1  # as far as there are free cells
     max_objects: int = 4
     grid: Literal[2, 3] = 3  # cells each way; with 2 everything is larger and has four places
     num_colours: int = 8  # of those in COLOURS, the first ones
     num_shapes: int = 6  # of those in SHAPE_NAMES, the first ones
     num_words: int = 16  # per language, the first ones
     word_rate: float = 0.85  # share of the scenes with a written word
+    repeat_rate: float = 0.7  # share of the scenes whose objects repeat a colour or a shape
     languages: tuple[Literal["en", "zh"], ...] = ("en", "zh")
     kinds: tuple[Kind, ...] = KINDS
 
     def __post_init__(self):
         if not self.name:
             raise ValueError("name='' of a source: must not be empty")
-        for field in ("num_examples", "image_size", "max_objects"):
+        for field in ("num_examples", "image_size", "min_objects"):
             if getattr(self, field) < 1:
                 raise ValueError(
                     f"{field}={getattr(self, field)} of source {self.name!r}: must be at least 1"
                 )
-        if self.max_objects > 6:
-            raise ValueError(f"max_objects={self.max_objects} of source {self.name!r}: must be at most 6")
+        if not self.min_objects <= self.max_objects <= 6:
+            raise ValueError(
+                f"max_objects={self.max_objects} of source {self.name!r}: must be from min_objects="
+                f"{self.min_objects} to 6"
+            )
         most = {"num_colours": len(COLOURS), "num_shapes": len(SHAPE_NAMES), "num_words": len(ENGLISH_WORDS)}
         for field, limit in most.items():
             least = 1 if field == "num_words" else self.max_objects
@@ -83,8 +88,9 @@ class ScenesConfig:
                 )
         if self.first < 0:
             raise ValueError(f"first={self.first} of source {self.name!r}: must not be negative")
-        if not 0 <= self.word_rate <= 1:
-            raise ValueError(f"word_rate={self.word_rate} of source {self.name!r}: must lie in 0..1")
+        for field in ("word_rate", "repeat_rate"):
+            if not 0 <= getattr(self, field) <= 1:
+                raise ValueError(f"{field}={getattr(self, field)} of source {self.name!r}: must lie in 0..1")
         if not self.languages or not self.kinds:
             raise ValueError(f"languages and kinds of source {self.name!r}: must not be empty")
         if set(self.kinds) == {"word"} and self.word_rate < 1:
@@ -136,7 +142,8 @@ def make_scene(config: ScenesConfig, rng: random.Random) -> Scene:
         word_cells = [(column + i, row) for i in range(width)]
         word_corners = _place_word(word, script, (column, row, width), cell, rng)
     free = [c for c in free if c not in word_cells]
-    places = rng.sample(free, rng.randint(1, min(config.max_objects, len(free))))
+    most = min(config.max_objects, len(free))
+    places = rng.sample(free, rng.randint(min(config.min_objects, most), most))
     looks = _choose_looks(config, len(places), rng)
     objects = tuple(_place(look, place, cell, rng) for look, place in zip(looks, places, strict=True))
     tint = rng.randint(222, 238)
@@ -150,9 +157,9 @@ def _choose_looks(config: ScenesConfig, count: int, rng: random.Random) -> list[
     shapes: list[str] = rng.sample(SHAPE_NAMES[: config.num_shapes], count)
     repeats = rng.randint(2, count) if count > 1 else 1
     theme = rng.random()
-    if theme < 0.35:
+    if theme < config.repeat_rate / 2:
         colours[:repeats] = [colours[0]] * repeats
-    elif theme < 0.7:
+    elif theme < config.repeat_rate:
         shapes[:repeats] = [shapes[0]] * repeats
     return list(zip(colours, shapes, strict=True))
 

@@ -187,13 +187,14 @@ def _json_texts(lines: Iterable[str], file: str | Path, without_sources: Sequenc
 
 
 def _scene_texts(num_scenes: int) -> Iterator[str]:
-    from vl_jax.data.scene_text import KINDS
+    from vl_jax.data.scene_text import CHINESE, KINDS, PLACES
     from vl_jax.data.scenes import ScenesConfig, ScenesSource
 
+    # Chinese has no spaces: unless its names stand alone here, merges glue them to the words around them.
+    names = re.compile("(" + "|".join((*CHINESE.values(), *PLACES["zh"])) + ")")
     if num_scenes:
         for sample in ScenesSource(ScenesConfig("vocabulary", num_scenes, kinds=(*KINDS, "caption"))):
             for turn in sample.turns:
-                yield turn.question.removeprefix("<image>")
-                yield turn.answer
-                yield f" {turn.answer}"
+                for text in (turn.question.removeprefix("<image>"), turn.answer, f" {turn.answer}"):
+                    yield from names.split(text)
             yield from _COMMON_ANSWERS

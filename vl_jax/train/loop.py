@@ -19,7 +19,6 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from vl_jax import params as params_lib
 from vl_jax import sharding
@@ -142,14 +141,16 @@ def _abstract_optimizer(layout: Layout, stage: Stage) -> Any:
     optimizer, paths = _optimizer_of(stage, layout.params)
     trained, _ = params_lib.split(layout.params, paths)
 
-    def placed(leaf: Any, like: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=like.sharding)
+    shardings = {path: leaf.sharding for path, leaf in params_lib.flatten(trained).items()}
 
-    def whole(leaf: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout.replicated)
+    def placed(path: tuple[Any, ...], leaf: Any) -> jax.ShapeDtypeStruct:
+        # A moment hangs in the state under the keys of its parameter, whatever stands before them.
+        keys = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
+        ends = ("/".join(keys[start:]) for start in range(len(keys)))
+        sharding = next((shardings[end] for end in ends if end in shardings), layout.replicated)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    state = jax.eval_shape(optimizer.init, trained)
-    return optax.tree_utils.tree_map_params(optimizer, placed, state, trained, transform_non_params=whole)
+    return jax.tree_util.tree_map_with_path(placed, jax.eval_shape(optimizer.init, trained))
 
 
 def _begin_stage(layout: Layout, stage: Stage, params: Any, routing: Any) -> TrainState:

@@ -1,21 +1,40 @@
-"""AdamW with the schedule, clipping, per-group rates and decay mask of the DeepSeek-VL recipes."""
+"""AdamW or Muon with the schedule, clipping, per-group rates and decay mask of the DeepSeek-VL recipes.
+
+Muon (Jordan et al. 2024) replaces the momentum of a weight matrix by the nearest orthogonal matrix, scaled
+as AdamW's updates are (Liu et al. 2025, arXiv 2502.16982, equation 4): both take the same learning rates.
+What is not a hidden matrix (embedding, head, router, positions, norms, biases) stays with AdamW.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+import re
+from typing import Any, Literal
 
 import jax
 import optax
+from optax import contrib
 
 from vl_jax import params as params_lib
+
+# The input and output axes of every kind of weight matrix, counted from the end: layers and experts may be
+# stacked in front. Leaves that no pattern matches are no matrices to Muon.
+_MATRICES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    r"(?!.*head/).*/kernel": ((-2,), (-1,)),
+    r".*/kernel_\d+": ((-4, -3, -2), (-1,)),
+    r".*/(query|kv_up)": ((-3,), (-2, -1)),
+    r".*/attention/output": ((-3, -2), (-1,)),
+    r".*/w_in": ((-3,), (-1,)),
+    r".*/w_out": ((-2,), (-1,)),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """Defaults follow DeepSeek-VL2, section 3 (AdamW 0.9 / 0.95, decay 0.1, clip 1.0)."""
 
+    method: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 4.5e-4  # peak
     schedule: Literal["constant", "cosine", "step"] = "cosine"  # step: / sqrt(10) at 50 % and at 75 %
     warmup_steps: int = 0
@@ -78,8 +97,46 @@ def make_optimizer(
 
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        optax.scale_by_adam(*config.betas, eps=config.epsilon),
+        _direction(config),
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
         optax.stateless(scale_groups),
         optax.scale_by_learning_rate(schedule(config, steps)),
     )
+
+
+def _direction(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Gradients to updates, before decay and learning rate."""
+    adam = optax.scale_by_adam(*config.betas, eps=config.epsilon)
+    if config.method == "adamw":
+        return adam
+
+    def dimensions(tree: optax.Params) -> optax.Params:
+        return jax.tree_util.tree_map_with_path(_matrix_of, tree)
+
+    def rescale(updates: optax.Updates, _: optax.Params | None) -> optax.Updates:
+        return jax.tree.map(_as_large_as_adam, updates, dimensions(updates))
+
+    def method_of(tree: optax.Params) -> optax.Params:
+        return jax.tree_util.tree_map_with_path(lambda p, x: "muon" if _matrix_of(p, x) else "adam", tree)
+
+    muon = optax.chain(
+        contrib.scale_by_muon(weight_dimension_numbers=dimensions),
+        optax.stateless(rescale),
+    )
+    return optax.partition({"muon": muon, "adam": adam}, method_of)
+
+
+def _matrix_of(path: tuple[Any, ...], leaf: jax.Array) -> contrib.MuonDimensionNumbers | None:
+    """Which axes of a parameter form the matrix Muon works on; None leaves it to AdamW."""
+    name = "/".join(str(key.key) for key in path)
+    for pattern, axes in _MATRICES.items():
+        if re.fullmatch(pattern, name):
+            inputs, outputs = (tuple(a % leaf.ndim for a in side) for side in axes)
+            return contrib.MuonDimensionNumbers(inputs, outputs)
+    return None
+
+
+def _as_large_as_adam(update: jax.Array, axes: Any) -> jax.Array:
+    """An orthogonal matrix to a root mean square of 0.2, which AdamW's updates have."""
+    sides = (math.prod(update.shape[a] for a in side) for side in (axes.reduction_axis, axes.output_axis))
+    return update * (0.2 * math.sqrt(max(sides)))
