@@ -49,7 +49,7 @@ def test_view_and_json_give_back_an_equal_config():
 
 MOES = st.fixed_dictionaries(
     {
-        "scheme": st.sampled_from(["softmax_top_k", "loss_free"]),
+        "scheme": st.sampled_from(["top_k", "loss_free"]),
         "num_experts": st.integers(4, 300),
         "top_k": st.integers(1, 4),
         "capacity_factor": st.none() | st.floats(0.1, 8.0),
@@ -135,7 +135,7 @@ def test_a_none_field_takes_a_value_and_back():
         (
             "model.moe.scheme",
             "hash",
-            "config.model.moe.scheme='hash': expected one of 'softmax_top_k', 'loss_free'",
+            "config.model.moe.scheme='hash': expected one of 'top_k', 'top_k_softmax', 'loss_free'",
         ),
         (
             "stages.second.optimizer.betas",

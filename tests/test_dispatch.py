@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vl_jax.kernels.activation import SWIGLU
+from vl_jax.kernels.grouped_matmul import ExpertWeights
 from vl_jax.moe import dispatch
 from vl_jax.moe.dispatch import apply_capacity, combine, make_plan, permute
 from vl_jax.moe.routing import ExpertChoice, MoEConfig, TokenChoice
@@ -60,8 +62,9 @@ def both(assignment, upstream):
         y, pullback = jax.vjp(apply, x, assignment.gates, w_in, w_out)
         return y, pullback(upstream)
 
-    def sparse(*args):
-        return dispatch.apply_experts(*args, kernel="reference")
+    def sparse(x, assignment, w_in, w_out):
+        experts = ExpertWeights(w_in, w_out)
+        return dispatch.apply_experts(x, assignment, experts, activation=SWIGLU, kernel="reference")
 
     return of(sparse), of(dense)
 

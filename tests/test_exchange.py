@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 
 from vl_jax import sharding
+from vl_jax.kernels.activation import SWIGLU
+from vl_jax.kernels.grouped_matmul import ExpertWeights
 from vl_jax.moe import dispatch, exchange
 from vl_jax.moe.routing import ExpertChoice, TokenChoice
 from vl_jax.sharding import MeshConfig, make_mesh
 
 G, T, D, E, K, F = 8, 6, 4, 4, 2, 4
+OPTIONS = {"activation": SWIGLU, "kernel": "blocked"}
 
 
 def assignments():
@@ -36,7 +39,7 @@ def test_experts_spread_over_devices_compute_what_one_device_computes(kind, size
     assignment = assignments()[kind]
 
     def objective(apply, x, gates, w_in, w_out):
-        y = apply(x, assignment.replace(gates=gates), w_in, w_out, kernel="blocked")
+        y = apply(x, assignment.replace(gates=gates), ExpertWeights(w_in, w_out), **OPTIONS)
         return jnp.sum(jnp.sin(y)), y
 
     x, w_in, w_out = weights()
@@ -65,7 +68,7 @@ def test_sizes_that_do_not_divide_are_named(sizes, message):
         sharding.use_mesh(make_mesh(MeshConfig(*sizes))),
         pytest.raises(ValueError, match=message),
     ):
-        exchange.apply_experts(x, assignments()["token choice"], w_in, w_out, kernel="blocked")
+        exchange.apply_experts(x, assignments()["token choice"], ExpertWeights(w_in, w_out), **OPTIONS)
 
 
 def test_rows_that_do_not_divide_are_named():
@@ -75,4 +78,4 @@ def test_rows_that_do_not_divide_are_named():
         sharding.use_mesh(make_mesh(MeshConfig(data=4, tensor=2))),
         pytest.raises(ValueError, match="batch rows=6 does not divide by mesh axes data.fsdp.expert=4"),
     ):
-        exchange.apply_experts(x[:6], few, w_in, w_out, kernel="blocked")
+        exchange.apply_experts(x[:6], few, ExpertWeights(w_in, w_out), **OPTIONS)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vl_jax.kernels.grouped_matmul import BLOCK_ROWS, grouped_swiglu
+from vl_jax.kernels.grouped_matmul import BLOCK_ROWS, ExpertWeights, grouped_mlp
 
 E, D, F = 4, 6, 5
 # More than two blocks, and no multiple of one.
@@ -31,7 +31,10 @@ def both(rows: jax.Array, upstream: jax.Array, sizes: jax.Array) -> tuple:
     """(output, gradients of rows and weights) of the two kernels."""
 
     def of(kernel: str) -> tuple:
-        y, pullback = jax.vjp(lambda x, a, b: grouped_swiglu(x, sizes, a, b, kernel=kernel), rows, *weights())
+        def mlp(x: jax.Array, w_in: jax.Array, w_out: jax.Array) -> jax.Array:
+            return grouped_mlp(x, sizes, ExpertWeights(w_in, w_out), kernel=kernel)
+
+        y, pullback = jax.vjp(mlp, rows, *weights())
         return y, pullback(upstream)
 
     return of("blocked"), of("reference")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
 from typing import Any
 
 import jax
@@ -13,7 +12,6 @@ import numpy as np
 import pytest
 import tiny
 
-from vl_jax import generation
 from vl_jax import params as params_lib
 from vl_jax.batch import TEXT, VISION, Batch
 from vl_jax.layout import init_params
@@ -24,14 +22,11 @@ from vl_jax.moe import routing
 # 1e-7; some tens of sums in a row lose two digits of it.
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
 T = 24
-SEQUENCE_FIELDS = ("tokens", "positions", "segment_ids", "branch_ids", "visual_slot")
 PER_TOKEN = ("tokens", "targets", "loss_weights", "positions", "branch_ids", "visual_slot")  # of an Example
 
 both_fusions = pytest.mark.parametrize("fusion", tiny.FUSIONS)
 dropless = pytest.mark.parametrize("scheme", tiny.DROPLESS)
-each_once = pytest.mark.parametrize(
-    ("scheme", "fusion"), [("loss_free", "prefix"), ("softmax_top_k", "gated")]
-)
+each_once = pytest.mark.parametrize(("scheme", "fusion"), [("loss_free", "prefix"), ("top_k", "gated")])
 all_schemes = pytest.mark.parametrize("scheme", tiny.SCHEMES)
 
 
@@ -60,7 +55,7 @@ def _influence(model, params: Any, state: Any, batch: Batch) -> tuple[jax.Array,
 
 
 @pytest.mark.parametrize(
-    ("scheme", "fusion"), [("loss_free", "prefix"), ("softmax_top_k", "gated"), ("capacity", "prefix")]
+    ("scheme", "fusion"), [("loss_free", "prefix"), ("top_k", "gated"), ("capacity", "prefix")]
 )
 def test_a_position_has_gradient_from_exactly_the_tokens_it_may_see(scheme, fusion):
     model = tiny.config(scheme, fusion=fusion)
@@ -98,7 +93,7 @@ def test_later_tokens_change_earlier_logits_only_if_the_scheme_says_so(scheme):
 @pytest.mark.parametrize(
     ("scheme", "fusion"),
     [
-        ("softmax_top_k", "gated"),
+        ("top_k", "gated"),
         ("loss_free", "prefix"),
         ("capacity", "prefix"),
         ("expert_choice", "prefix"),
@@ -199,7 +194,7 @@ def test_cached_decoding_equals_the_full_forward_pass(scheme, fusion):
     pieces = []
     # Prefill of ten tokens (it cuts through the picture of the prefix model), then one at a time.
     for begin, end in [(0, 10), *((i, i + 1) for i in range(10, T))]:
-        part = batch.replace(**{k: getattr(batch, k)[:, begin:end] for k in SEQUENCE_FIELDS})
+        part = batch.replace(**{k: getattr(batch, k)[:, begin:end] for k in tiny.SEQUENCE_FIELDS})
         logits, cache = _append(model, params, state, part, vision, cache)
         pieces.append(logits)
     valid = np.asarray(batch.segment_ids) > 0
@@ -256,64 +251,3 @@ def test_load_is_counted_once_per_choice_and_by_modality(scheme):
     np.testing.assert_array_equal(stats.tokens, [expected] * model.num_sparse_layers)
     np.testing.assert_array_equal(stats.load.sum(-1), 2 * np.array([expected] * model.num_sparse_layers))
     np.testing.assert_allclose(stats.importance.sum(-1), [expected] * model.num_sparse_layers, rtol=1e-5)
-
-
-def _prompts(fusion: str) -> Batch:
-    """Left-padded prompts of different lengths, and a row that holds none."""
-    rows = [[tiny.example(20 + i, fusion=fusion, text=3 + 3 * i)] for i in range(3)]
-    return tiny.batch([*rows, []], fusion=fusion, length=16, left=True)
-
-
-def _generate(model, batch: Batch, *, stop: int) -> np.ndarray:
-    params, state = tiny.build(model)
-    arrays = jax.tree.map(jnp.asarray, batch)
-    network = VisionLanguage(model)
-    return np.asarray(generation.greedy(params, state, arrays, model=network, max_new_tokens=8, stop=stop))
-
-
-@each_once
-def test_greedy_generation_equals_the_argmax_of_repeated_full_passes(scheme, fusion):
-    model, batch = tiny.config(scheme, fusion=fusion), _prompts(fusion)
-    length, real = batch.tokens.shape[1], slice(0, 3)
-    grown = batch.replace(**{k: np.pad(getattr(batch, k), ((0, 0), (0, 8))) for k in SEQUENCE_FIELDS})
-    grown.visual_slot[:, length:] = -1
-    expected = []
-    for i in range(length, length + 8):
-        expected.append(tiny.logits(model, grown)[:, i - 1].argmax(-1))
-        grown.tokens[:, i] = expected[-1]
-        grown.positions[:, i] = grown.positions[:, i - 1] + 1
-        grown.segment_ids[real, i] = 1
-    generated = _generate(model, batch, stop=-1)
-    np.testing.assert_array_equal(generated[real], np.stack(expected, axis=1)[real])
-    assert len({tuple(row) for row in generated[real]}) == 3, (
-        "the rows should differ, or the test shows little"
-    )
-
-
-def test_generation_ends_a_row_at_the_stop_token_and_leaves_the_others():
-    model, batch = tiny.config(), _prompts("prefix")
-    free = _generate(model, batch, stop=-1)
-    stop = int(free[0, 2])
-    stopped = _generate(model, batch, stop=stop)
-    for row, expected in zip(stopped[:3], free[:3], strict=True):
-        first = list(expected).index(stop) if stop in expected else 8
-        np.testing.assert_array_equal(row[:first], expected[:first])
-        np.testing.assert_array_equal(row[first:], stop)
-    np.testing.assert_array_equal(stopped[3], stop)
-    answers = generation.answer_ids(stopped, stop=stop)
-    assert answers[0] == list(free[0, : list(free[0]).index(stop)]) and answers[3] == []
-
-
-@pytest.mark.parametrize(
-    ("moe", "warns"),
-    [
-        ({"scheme": "loss_free"}, False),
-        ({"scheme": "softmax_top_k", "capacity_factor": 1.0}, False),
-        ({"scheme": "softmax_top_k", "capacity_factor": 1.0, "priority": "gate"}, True),
-        ({"scheme": "expert_choice"}, True),
-    ],
-)
-def test_a_model_that_looks_ahead_warns_before_generating(moe, warns, caplog):
-    with caplog.at_level(logging.WARNING):
-        generation.warn_if_not_causal(VisionLanguage(tiny.config(**moe)))
-    assert bool(caplog.records) == warns

@@ -13,13 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vl_jax.batch import TEXT, VISION
+from vl_jax.kernels.grouped_matmul import ExpertWeights
 from vl_jax.moe import balance, routing
-from vl_jax.moe.layer import sparse_mlp
+from vl_jax.moe.layer import MoEOutput, router_logits, sparse_mlp
 from vl_jax.moe.routing import ExpertChoice, MoEConfig, RoutingContext, RoutingStats
 
 G, T, D, E, K, F = 3, 8, 4, 4, 2, 4
 CONFIGS = {
-    "softmax_top_k": MoEConfig("softmax_top_k", E, K, F, num_shared=0, balance_weight=0.1, z_weight=0.01),
+    "top_k": MoEConfig("top_k", E, K, F, num_shared=0, balance_weight=0.1, z_weight=0.01),
+    "top_k_softmax": MoEConfig("top_k_softmax", E, K, F, num_shared=0, balance_weight=0.1),
     "loss_free": MoEConfig("loss_free", E, K, F, num_shared=0, normalize_gates=True, gate_scale=2.5),
     "expert_choice": MoEConfig("expert_choice", E, K, F, num_shared=0, z_weight=0.01),
 }
@@ -42,9 +44,14 @@ def context(valid: int | None = None, groups: int = G) -> RoutingContext:
     return RoutingContext(index < (T if valid is None else valid), (index % 3 == 0).astype(jnp.int32))
 
 
-def run(config, x, where, state=None):
+def run(config, x, where, state=None, router=None):
     state = routing.SCHEMES[config.scheme].init_state(config) if state is None else state
-    return sparse_mlp(x, *weights(), context=where, state=state, config=config)
+    router, w_in, w_out = weights() if router is None else (router, *weights()[1:])
+    logits = router_logits(x, router, None)
+    assignment, losses = routing.route(logits, where, state, config)
+    experts = ExpertWeights(w_in, w_out)
+    y, stats = sparse_mlp(x, logits, assignment, experts, context=where, config=config)
+    return y, MoEOutput(stats=stats, losses=losses)
 
 
 def assign(config, logits, where=None, state=None):
@@ -92,20 +99,15 @@ def test_load_is_split_by_the_modality_of_the_token(config):
 
 @every_scheme
 def test_gradient_of_the_output_reaches_the_router(config):
-    router, w_in, w_out = weights()
-    state = routing.SCHEMES[config.scheme].init_state(config)
-
     def total(router):
-        return jnp.sum(
-            sparse_mlp(tokens(), router, w_in, w_out, context=context(), state=state, config=config)[0] ** 2
-        )
+        return jnp.sum(run(config, tokens(), context(), router=router)[0] ** 2)
 
-    assert jnp.abs(jax.grad(total)(router)).max() > 1e-3
+    assert jnp.abs(jax.grad(total)(weights()[0])).max() > 1e-3
 
 
-def test_softmax_top_k_of_hand_worked_scores():
+def test_top_k_of_hand_worked_scores():
     logits = jnp.log(jnp.array([[[0.1, 0.4, 0.3, 0.2]]]))
-    plain = dataclasses.replace(CONFIGS["softmax_top_k"], balance_weight=0.0, z_weight=0.0)
+    plain = dataclasses.replace(CONFIGS["top_k"], balance_weight=0.0, z_weight=0.0)
     where = RoutingContext(jnp.ones((1, 1), bool), jnp.zeros((1, 1), jnp.int32))
     choice, losses = assign(plain, logits, where)
     np.testing.assert_array_equal(choice.experts, [[[1, 2]]])
@@ -179,8 +181,10 @@ def test_expert_choice_takes_the_highest_scores():
 
 def test_balance_loss_is_one_when_balanced_and_the_number_of_experts_when_collapsed():
     valid = jnp.ones(4, bool)
-    even = routing.sequence_balance(jnp.full((4, 4), 0.25), jnp.arange(4)[:, None], valid)
-    collapsed = routing.sequence_balance(jnp.eye(4)[jnp.zeros(4, int)], jnp.zeros((4, 1), int), valid)
+    even = routing.balance_loss(jnp.full((4, 4), 0.25), jnp.arange(4)[:, None], valid, scope="sequence")
+    collapsed = routing.balance_loss(
+        jnp.eye(4)[jnp.zeros(4, int)], jnp.zeros((4, 1), int), valid, scope="sequence"
+    )
     np.testing.assert_allclose([even, collapsed], [1.0, 4.0], rtol=1e-6)
 
 
@@ -188,19 +192,19 @@ def test_balance_loss_of_hand_worked_scores():
     # Two valid tokens: both choose expert 0, one also 1 and one also 2; mean scores 0.5, 0.25, 0.25.
     scores = jnp.array([[0.6, 0.3, 0.1], [0.4, 0.2, 0.4], [0.0, 0.0, 1.0]])
     experts = jnp.array([[0, 1], [0, 2], [2, 1]])
-    loss = routing.sequence_balance(scores, experts, jnp.array([True, True, False]))
+    loss = routing.balance_loss(scores, experts, jnp.array([True, True, False]), scope="sequence")
     np.testing.assert_allclose(loss, 3 / (2 * 2) * (2 * 0.5 + 1 * 0.25 + 1 * 0.25), rtol=1e-6)
 
 
 def test_balance_loss_moves_the_router_against_the_overloaded_expert():
-    config = dataclasses.replace(CONFIGS["softmax_top_k"], z_weight=0.0)
+    config = dataclasses.replace(CONFIGS["top_k"], z_weight=0.0)
     logits = jnp.zeros((G, T, E)).at[:, :, 0].set(1.0).at[:, :, 1].set(0.5)
     gradient = jax.grad(lambda x: assign(config, x)[1]["balance"])(logits)
     assert (gradient[..., 0] > 0).all() and (gradient[..., 3] < 0).all()
 
 
 def test_z_loss_is_the_mean_square_of_the_normaliser_over_valid_tokens():
-    config = dataclasses.replace(CONFIGS["softmax_top_k"], balance_weight=0.0, z_weight=0.5)
+    config = dataclasses.replace(CONFIGS["top_k"], balance_weight=0.0, z_weight=0.5)
     logits = jnp.full((1, T, E), 2.0).at[:, 3:].set(100.0)
     losses = assign(config, logits, context(3, groups=1))[1]
     np.testing.assert_allclose(losses["z"], 0.5 * (2 + np.log(4)) ** 2, rtol=1e-6)
@@ -226,13 +230,13 @@ def test_summary_has_shares_within_each_modality_and_the_drop_rate():
 
 
 def test_dropped_choices_are_counted_by_modality():
-    config = dataclasses.replace(CONFIGS["softmax_top_k"], capacity_factor=0.5)
+    config = dataclasses.replace(CONFIGS["top_k"], capacity_factor=0.5)
     counted = run(config, tokens(), context())[1].stats
-    full = run(CONFIGS["softmax_top_k"], tokens(), context())[1].stats
+    full = run(CONFIGS["top_k"], tokens(), context())[1].stats
     np.testing.assert_array_equal(counted.load, full.load)  # load is what was asked for
     slots = int(np.ceil(0.5 * K / E * T))
     per_group = [
-        run(CONFIGS["softmax_top_k"], tokens()[i : i + 1], context(groups=1))[1].stats.load.sum(0)
+        run(CONFIGS["top_k"], tokens()[i : i + 1], context(groups=1))[1].stats.load.sum(0)
         for i in range(G)
     ]
     assert counted.dropped.sum() == sum(np.maximum(np.asarray(load) - slots, 0).sum() for load in per_group)

@@ -85,7 +85,7 @@ def test_loss_gradients_and_statistics_are_those_of_one_device(scheme, mesh):
 
 
 def test_the_gated_model_on_a_mesh_equals_one_device():
-    model = tiny.config("softmax_top_k", fusion="gated")
+    model = tiny.config("top_k", fusion="gated")
     assert_same(results(model, MESHES["fsdp2-expert2-tensor2"]), results(model))
 
 
@@ -138,7 +138,7 @@ def test_micro_batches_take_every_row_once_and_none_changes_its_device():
 
 
 def test_the_loss_is_the_mean_over_weighted_targets():
-    model = tiny.config("softmax_top_k")
+    model = tiny.config("top_k")
     batch = tiny.varied_batch(ROWS)
     logits = np.take_along_axis(tiny.logits(model, batch), batch.target_index[..., None], axis=1)
     shifted = np.exp(logits - logits.max(-1, keepdims=True))

@@ -31,14 +31,16 @@ from vl_jax.sharding import MeshConfig, make_mesh
 VOCAB, TILES, TILE_SIZE, TILE_TOKENS_SIDE = 48, 2, 8, 2
 VISUAL = TILE_TOKENS_SIDE * (TILE_TOKENS_SIDE + 1)  # visual tokens of one tile, with their newlines
 FUSIONS = ("prefix", "gated")
+SEQUENCE_FIELDS = ("tokens", "positions", "segment_ids", "branch_ids", "visual_slot")
 # Name -> options of ``MoEConfig``. All are causal but ``expert_choice``.
 SCHEMES: dict[str, dict[str, Any]] = {
-    "softmax_top_k": {"scheme": "softmax_top_k", "balance_weight": 0.01, "z_weight": 0.001},
+    "top_k": {"scheme": "top_k", "balance_weight": 0.01, "z_weight": 0.001},
+    "top_k_softmax": {"scheme": "top_k_softmax", "balance_weight": 0.01},
     "loss_free": {"scheme": "loss_free", "normalize_gates": True, "gate_scale": 2.0, "balance_weight": 0.01},
-    "capacity": {"scheme": "softmax_top_k", "capacity_factor": 0.5},
+    "capacity": {"scheme": "top_k", "capacity_factor": 0.5},
     "expert_choice": {"scheme": "expert_choice", "z_weight": 0.001},
 }
-DROPLESS = ("softmax_top_k", "loss_free")
+DROPLESS = ("top_k", "loss_free")
 
 
 def config(

@@ -25,6 +25,7 @@ from vl_jax.data.encode import DataConfig, ModelSpec, make_encoder
 from vl_jax.data.sample import IMAGE_PLACEHOLDER, FileImage, Sample, Turn
 from vl_jax.data.sources import open_source
 from vl_jax.evaluate.runner import EvaluationConfig, evaluate
+from vl_jax.generation import GenerationConfig
 from vl_jax.layout import Layout, plan_layout, put_batch
 from vl_jax.model import VisionLanguage, VisionLanguageConfig
 from vl_jax.sharding import MeshConfig
@@ -190,14 +191,14 @@ def answer(workdir: Path, *, prompt: str, image: Path | None, max_new_tokens: in
     pictures = (FileImage(image, where="--image"),) if image else ()
     sample = Sample(id=str(image or "prompt"), turns=(Turn(question, ""),), images=pictures)
     rows = [[encoder.prompt(sample)]] * sharding.batch_axes(layout.mesh)
-    stop = encoder.tokenizer.eos
+    stop = (encoder.tokenizer.eos,)
     with sharding.use_mesh(layout.mesh, layout.rules):
-        tokens = generation.greedy(
+        tokens = generation.generate(
             state.params,
             state.routing,
             put_batch(encoder.collate(rows, pad_left=True), layout),
             model=layout.model,
-            max_new_tokens=max_new_tokens,
+            config=GenerationConfig(max_new_tokens=max_new_tokens),
             stop=stop,
         )
     return encoder.tokenizer.decode(generation.answer_ids(tokens, stop=stop)[0])

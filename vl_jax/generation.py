@@ -1,77 +1,326 @@
-"""Generation: one prefill over left-padded prompts, then greedy decoding over the latent cache."""
+"""Generation: prefill of left-padded prompts, then one token at a time over the cache.
+
+    prompts --prefill, in chunks if wanted--> cache, logits --choose: greedy, sampled, beams--> tokens
+
+``generate`` is one compiled loop; ``stream`` gives every token as it comes, from two compiled functions that
+serve all lengths up to the next multiple of ``SLOT_BUCKET``.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import logging
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from vl_jax.batch import Batch
 from vl_jax.model import VisionLanguage, init_cache
 from vl_jax.moe import routing
 from vl_jax.moe.routing import State
+from vl_jax.nn.cache import Cache
 
 logger = logging.getLogger(__name__)
 
+# Caches of ``stream`` have a multiple of so many slots, so that lengths that differ a little share a program.
+SLOT_BUCKET = 256
 
-@functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "stop"))
-def greedy(
-    params: Any, routing_state: State, batch: Batch, *, model: VisionLanguage, max_new_tokens: int, stop: int
+
+@dataclasses.dataclass(frozen=True)
+class GenerationConfig:
+    """How the next token is chosen, and for how long."""
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0  # 0: the most likely token
+    top_k: int | None = None  # sample among so many of the most likely tokens
+    top_p: float = 1.0  # ... and among the fewest that hold this probability (arXiv 1904.09751)
+    repetition_penalty: float = 1.0  # logits of tokens generated before are divided by it (arXiv 1909.05858)
+    num_beams: int = 1  # beam search keeps so many continuations
+    length_penalty: float = 1.0  # beams compete by log-probability / length ** length_penalty
+    prefill_chunk: int | None = None  # prompts are read so many tokens at a time; None: at once
+
+    def __post_init__(self):
+        for name in ("max_new_tokens", "num_beams"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        for name in ("top_k", "prefill_chunk"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1, or None")
+        if self.temperature < 0 or self.repetition_penalty <= 0:
+            raise ValueError(
+                f"temperature={self.temperature} must be >= 0, repetition_penalty="
+                f"{self.repetition_penalty} > 0"
+            )
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p}: must be above 0 and at most 1")
+        if self.num_beams > 1 and self.temperature:
+            raise ValueError(f"num_beams={self.num_beams} needs temperature=0: beams are not sampled")
+
+
+@functools.partial(jax.jit, static_argnames=("model", "config", "stop"))
+def generate(
+    params: Any,
+    routing_state: State,
+    batch: Batch,
+    key: jax.Array | None = None,
+    *,
+    model: VisionLanguage,
+    config: GenerationConfig,
+    stop: tuple[int, ...],
 ) -> Int[Array, "B new"]:
-    """The most likely continuation of every row.
+    """A continuation of every row.
 
     Args:
       batch: prompts, left-padded so that all rows end at the last index.
-      stop: id that ends a row; it and everything after it come back as ``stop``.
+      key: randomness; needed when the temperature is not 0.
+      stop: ids that end a row; what follows one comes back as ``stop[0]``.
     """
-    variables = {"params": params}
+    if config.num_beams > 1:
+        return _beam_search(params, routing_state, batch, model=model, config=config, stop=stop)
     rows, length = batch.tokens.shape
-    cache = init_cache(model.config, batch=rows, slots=length + max_new_tokens)
-    vision = model.apply(variables, batch, method="see")
-    output: Any = model.apply(variables, batch, routing_state, vision=vision, cache=cache)
-    one = jnp.ones((rows, 1), jnp.int32)
-    # Rows that hold no prompt at all (they fill up a batch) are finished from the start.
-    empty = jnp.max(batch.segment_ids, axis=1) == 0
-
-    def choose(hidden: jax.Array) -> jax.Array:
-        logits: Any = model.apply(variables, hidden[:, -1:], method="logits")
-        return jnp.argmax(logits[:, 0], axis=-1).astype(jnp.int32)
+    logits, cache, vision = prefill(
+        params,
+        routing_state,
+        batch,
+        model=model,
+        slots=length + config.max_new_tokens,
+        chunk=config.prefill_chunk,
+    )
+    used = jnp.zeros_like(logits, bool) if config.repetition_penalty != 1 else None
 
     def step(carry: tuple) -> tuple:
-        index, token, done, cache, written = carry
-        written = jax.lax.dynamic_update_slice_in_dim(
-            written, jnp.where(done, stop, token)[:, None], index, axis=1
-        )
-        done = done | (token == stop)
-        new = dataclasses.replace(
-            batch,
-            tokens=token[:, None],
-            positions=batch.positions[:, -1:] + 1 + index,
-            segment_ids=one,
-            branch_ids=0 * one,
-            visual_slot=-one,
-        )
-        output: Any = model.apply(variables, new, routing_state, vision=vision, cache=cache)
-        return index + 1, choose(output.hidden), done, output.cache, written
+        index, key, logits, done, used, cache, written = carry
+        key, now = (None, None) if key is None else jax.random.split(key)
+        token = jnp.where(done, stop[0], choose(logits, now, used, config=config))
+        written = jax.lax.dynamic_update_slice_in_dim(written, token[:, None], index, axis=1)
+        done = done | _is_any(token, stop)
+        if used is not None:
+            used = used.at[jnp.arange(rows), token].set(True)
+        logits, cache = decode(params, routing_state, batch, vision, token, index, cache, model=model)
+        return index + 1, key, logits, done, used, cache, written
 
     def unfinished(carry: tuple) -> jax.Array:
-        index, _, done, _, _ = carry
-        return (index < max_new_tokens) & ~jnp.all(done)
+        return (carry[0] < config.max_new_tokens) & ~jnp.all(carry[3])
 
-    written = jnp.full((rows, max_new_tokens), stop, jnp.int32)
-    carry = (jnp.zeros((), jnp.int32), choose(output.hidden), empty, output.cache, written)
+    written = jnp.full((rows, config.max_new_tokens), stop[0], jnp.int32)
+    carry = (jnp.zeros((), jnp.int32), key, logits, _empty_rows(batch), used, cache, written)
     return jax.lax.while_loop(unfinished, step, carry)[-1]
 
 
-def answer_ids(tokens: Any, *, stop: int) -> list[list[int]]:
-    """The generated ids of every row, up to the stop token."""
-    return [row[: row.index(stop)] if stop in row else row for row in np.asarray(tokens).tolist()]
+def stream(
+    params: Any,
+    routing_state: State,
+    batch: Batch,
+    key: jax.Array | None = None,
+    *,
+    model: VisionLanguage,
+    config: GenerationConfig,
+    stop: tuple[int, ...],
+) -> Iterator[list[int | None]]:
+    """The tokens of ``generate``, as they come: one id per row, None for rows that have ended.
+
+    Raises:
+      ValueError: beams cannot be streamed, for the best one is known at the end only.
+    """
+    if config.num_beams > 1:
+        raise ValueError(f"num_beams={config.num_beams}: only num_beams=1 can be streamed")
+    slots = -(-(batch.tokens.shape[1] + config.max_new_tokens) // SLOT_BUCKET) * SLOT_BUCKET
+    logits, cache, vision = _prefill(
+        params, routing_state, batch, model=model, slots=slots, chunk=config.prefill_chunk
+    )
+    done = np.asarray(_empty_rows(batch))
+    used = jnp.zeros_like(logits, bool) if config.repetition_penalty != 1 else None
+    for index in range(config.max_new_tokens):
+        key, now = (None, None) if key is None else jax.random.split(key)
+        token = _choose(logits, now, used, config=config)
+        ids = np.asarray(token).tolist()
+        done = done | np.isin(ids, stop)
+        yield [None if ended else i for i, ended in zip(ids, done, strict=True)]
+        if done.all():
+            return
+        if used is not None:
+            used = used.at[jnp.arange(len(ids)), token].set(True)
+        logits, cache = _decode(params, routing_state, batch, vision, token, index, cache, model=model)
+
+
+def prefill(
+    params: Any, routing_state: State, batch: Batch, *, model: VisionLanguage, slots: int, chunk: int | None
+) -> tuple[Float[Array, "B V"], Cache, Float[Array, "B S D"]]:
+    """Reads the prompts: logits of what follows them, the filled cache, and the visual tokens.
+
+    Args:
+      slots: tokens a row of the cache has room for.
+      chunk: tokens read at a time, which bounds the memory of long prompts; None: all at once.
+    """
+    variables = {"params": params}
+    rows, length = batch.tokens.shape
+    vision: Any = model.apply(variables, batch, method="see")
+    if chunk is None or chunk >= length:
+        cache = init_cache(model.config, batch=rows, slots=slots)
+        output: Any = model.apply(variables, batch, routing_state, vision=vision, cache=cache)
+        return _next_logits(model, variables, output.hidden), output.cache, vision
+    padding = -length % chunk
+    cache = init_cache(model.config, batch=rows, slots=slots + padding)
+    padded = jax.tree.map(
+        lambda a, fill: jnp.pad(a, ((0, 0), (padding, 0)), constant_values=fill), _along_time(batch), _PADDING
+    )
+    chunks = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(rows, -1, chunk), 1, 0), padded)
+    shifted = dataclasses.replace(batch, visual_start=batch.visual_start + padding)
+
+    def read(cache: Cache, part: dict[str, jax.Array]) -> tuple[Cache, jax.Array]:
+        part_batch = dataclasses.replace(shifted, **part)
+        output: Any = model.apply(variables, part_batch, routing_state, vision=vision, cache=cache)
+        return output.cache, output.hidden[:, -1:]
+
+    cache, hidden = jax.lax.scan(read, cache, chunks)
+    return _next_logits(model, variables, hidden[-1]), cache, vision
+
+
+def decode(
+    params: Any,
+    routing_state: State,
+    batch: Batch,
+    vision: Float[Array, "B S D"],
+    token: Int[Array, " B"],
+    index: Int[Array, ""] | int,
+    cache: Cache,
+    *,
+    model: VisionLanguage,
+) -> tuple[Float[Array, "B V"], Cache]:
+    """Appends one token to every row; gives the logits of the next.
+
+    Args:
+      batch: the prompts.
+      index: how many tokens were generated before this one.
+    """
+    one = jnp.ones_like(token)[:, None]
+    new = dataclasses.replace(
+        batch,
+        tokens=token[:, None],
+        positions=batch.positions[:, -1:] + 1 + index,
+        segment_ids=one,
+        branch_ids=0 * one,
+        visual_slot=-one,
+    )
+    variables = {"params": params}
+    output: Any = model.apply(variables, new, routing_state, vision=vision, cache=cache)
+    return _next_logits(model, variables, output.hidden), output.cache
+
+
+def choose(
+    logits: Float[Array, "B V"],
+    key: jax.Array | None,
+    used: Bool[Array, "B V"] | None = None,
+    *,
+    config: GenerationConfig,
+) -> Int[Array, " B"]:
+    """The next token of every row: the most likely, or one drawn from the filtered distribution.
+
+    Raises:
+      ValueError: a temperature without a key.
+    """
+    if used is not None:
+        penalty = config.repetition_penalty
+        logits = jnp.where(used, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+    if not config.temperature:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    if key is None:
+        raise ValueError(f"temperature={config.temperature} needs a random key; 0 does not")
+    return jax.random.categorical(key, keep_likely(logits / config.temperature, config)).astype(jnp.int32)
+
+
+def keep_likely(logits: Float[Array, "B V"], config: GenerationConfig) -> Float[Array, "B V"]:
+    """Sets all but the ``top_k`` and ``top_p`` most likely logits to the lowest number.
+
+    A token stays while the probability of the more likely ones is below ``top_p``: the most likely always.
+    """
+    if config.top_k is None and config.top_p == 1:
+        return logits
+    ranked = jnp.sort(logits, axis=-1, descending=True)
+    kept = min(config.top_k or logits.shape[-1], logits.shape[-1])
+    lowest = jnp.finfo(logits.dtype).min
+    ranked = jnp.where(jnp.arange(logits.shape[-1]) < kept, ranked, lowest)
+    probability = jax.nn.softmax(ranked, axis=-1)
+    before = jnp.cumsum(probability, axis=-1) - probability
+    threshold = jnp.min(jnp.where(before < config.top_p, ranked, jnp.inf), axis=-1, keepdims=True)
+    threshold = jnp.maximum(threshold, ranked[:, kept - 1 : kept])
+    return jnp.where(logits >= threshold, logits, lowest)
+
+
+def _beam_search(
+    params: Any,
+    routing_state: State,
+    batch: Batch,
+    *,
+    model: VisionLanguage,
+    config: GenerationConfig,
+    stop: tuple[int, ...],
+) -> Int[Array, "B new"]:
+    """The best of ``num_beams`` continuations by log-probability per length ** penalty.
+
+    Every row keeps K running continuations and the K best that have ended. Of the 2 K best extensions at most
+    K end (with one stop id), so K go on.
+    """
+    (rows, length), beams, new = batch.tokens.shape, config.num_beams, config.max_new_tokens
+    logits, cache, vision = prefill(
+        params, routing_state, batch, model=model, slots=length + new, chunk=config.prefill_chunk
+    )
+    repeat = functools.partial(jnp.repeat, repeats=beams, axis=0)
+    wide, vision, logits = jax.tree.map(repeat, (batch, vision, logits))
+    cache = _gather_rows(cache, jnp.repeat(jnp.arange(rows), beams))
+    low = jnp.finfo(jnp.float32).min
+    # At first all beams of a row are the same: only one of them may be extended.
+    running = jnp.where(jnp.arange(beams) == 0, 0.0, low) * jnp.ones((rows, 1))
+    blank = jnp.full((rows, beams, new), stop[0], jnp.int32)
+    candidates = beams * (1 + len(stop))
+
+    def step(carry: tuple) -> tuple:
+        index, running, tokens, ended, ended_tokens, logits, cache = carry
+        scores = running[..., None] + jax.nn.log_softmax(logits.reshape(rows, beams, -1), axis=-1)
+        best, flat = jax.lax.top_k(scores.reshape(rows, -1), candidates)
+        parent, token = flat // logits.shape[-1], (flat % logits.shape[-1]).astype(jnp.int32)
+        extended = jnp.take_along_axis(tokens, parent[..., None], axis=1).at[:, :, index].set(token)
+        ends = _is_any(token, stop)
+        reward = best / (index + 1).astype(jnp.float32) ** config.length_penalty
+        pool = jnp.concatenate([ended, jnp.where(ends, reward, low)], axis=1)
+        ended, kept = jax.lax.top_k(pool, beams)
+        ended_tokens = jnp.take_along_axis(
+            jnp.concatenate([ended_tokens, extended], axis=1), kept[..., None], axis=1
+        )
+        running, on = jax.lax.top_k(jnp.where(ends, low, best), beams)
+        tokens = jnp.take_along_axis(extended, on[..., None], axis=1)
+        parent, token = jnp.take_along_axis(parent, on, axis=1), jnp.take_along_axis(token, on, axis=1)
+        cache = _gather_rows(cache, (jnp.arange(rows)[:, None] * beams + parent).reshape(-1))
+        logits, cache = decode(
+            params, routing_state, wide, vision, token.reshape(-1), index, cache, model=model
+        )
+        return index + 1, running, tokens, ended, ended_tokens, logits, cache
+
+    def unfinished(carry: tuple) -> jax.Array:
+        index, running, _, ended, *_ = carry
+        # The best a running continuation can still reach, if every further token were certain.
+        longest = jnp.where(config.length_penalty > 0, new, index + 1).astype(jnp.float32)
+        hope = jnp.max(running, axis=1) / longest**config.length_penalty
+        return (index < new) & jnp.any((hope > jnp.min(ended, axis=1)) & ~_empty_rows(batch))
+
+    start = (jnp.zeros((), jnp.int32), running, blank, jnp.full((rows, beams), low), blank, logits, cache)
+    _, running, tokens, ended, ended_tokens, _, _ = jax.lax.while_loop(unfinished, step, start)
+    # Whoever ran out of room competes as if it had ended.
+    every = jnp.concatenate([ended, running / float(new) ** config.length_penalty], axis=1)
+    winner = jnp.argmax(every, axis=1)[:, None, None]
+    result = jnp.take_along_axis(jnp.concatenate([ended_tokens, tokens], axis=1), winner, axis=1)[:, 0]
+    return jnp.where(_empty_rows(batch)[:, None], stop[0], result)
+
+
+def answer_ids(tokens: Any, *, stop: Sequence[int]) -> list[list[int]]:
+    """The generated ids of every row, up to the first stop token."""
+    rows = np.asarray(tokens).tolist()
+    return [row[: next((i for i, t in enumerate(row) if t in stop), len(row))] for row in rows]
 
 
 def warn_if_not_causal(model: VisionLanguage) -> None:
@@ -84,3 +333,37 @@ def warn_if_not_causal(model: VisionLanguage) -> None:
             moe.scheme,
             moe.priority,
         )
+
+
+# What stands where a row has no token, by field.
+_PADDING = {"tokens": 0, "positions": 0, "segment_ids": 0, "branch_ids": 0, "visual_slot": -1}
+
+
+def _along_time(batch: Batch) -> dict[str, jax.Array]:
+    """The fields of a batch with an entry for every token, [B T]."""
+    return {name: getattr(batch, name) for name in _PADDING}
+
+
+def _next_logits(model: VisionLanguage, variables: Any, hidden: jax.Array) -> jax.Array:
+    logits: Any = model.apply(variables, hidden[:, -1:], method="logits")
+    return logits[:, 0]
+
+
+def _empty_rows(batch: Batch) -> jax.Array:
+    """Rows that hold no prompt at all (they fill up a batch); they are finished from the start."""
+    return jnp.max(batch.segment_ids, axis=1) == 0
+
+
+def _is_any(tokens: jax.Array, stop: tuple[int, ...]) -> jax.Array:
+    return jnp.any(tokens[..., None] == jnp.array(stop, jnp.int32), axis=-1)
+
+
+def _gather_rows(cache: Cache, rows: jax.Array) -> Cache:
+    return dataclasses.replace(
+        cache, layers=tuple(a[:, rows] for a in cache.layers), segment_ids=cache.segment_ids[rows]
+    )
+
+
+_prefill = functools.partial(jax.jit, static_argnames=("model", "slots", "chunk"))(prefill)
+_decode = functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("cache",))(decode)
+_choose = functools.partial(jax.jit, static_argnames=("config",))(choose)

@@ -27,7 +27,7 @@ from vl_jax.moe.layer import MoEOutput
 from vl_jax.moe.routing import MoEConfig, RoutingContext, State
 from vl_jax.nn import attention
 from vl_jax.nn import cache as cache_lib
-from vl_jax.nn.cache import LatentCache
+from vl_jax.nn.cache import Cache
 
 Leaf = Any
 
@@ -65,7 +65,7 @@ class VisionLanguageConfig:
 
     @property
     def num_sparse_layers(self) -> int:
-        return self.language.num_layers - self.language.num_dense_layers
+        return len(self.language.sparse_layers)
 
 
 @struct.dataclass
@@ -74,7 +74,7 @@ class ModelOutput:
 
     hidden: Leaf  # [B T D] after the final norm
     routed: MoEOutput | None  # stacked over sparse layers
-    cache: LatentCache | None
+    cache: Cache | None
 
 
 class VisionLanguage(nn.Module):
@@ -101,7 +101,7 @@ class VisionLanguage(nn.Module):
         routing_state: State,
         *,
         vision: Float[Array, "B S D"] | None = None,
-        cache: LatentCache | None = None,
+        cache: Cache | None = None,
     ) -> ModelOutput:
         """Hidden states for every position of the batch.
 
@@ -167,14 +167,12 @@ def update_routing_state(state: State, stats: Any, config: VisionLanguageConfig)
     return jax.vmap(lambda s, t: update(s, t, config.moe))(state, stats) if state else state
 
 
-def init_cache(config: VisionLanguageConfig, *, batch: int, slots: int) -> LatentCache:
-    """An empty latent cache for ``slots`` tokens a row."""
-    c = config.language
+def init_cache(config: VisionLanguageConfig, *, batch: int, slots: int) -> Cache:
+    """An empty cache for ``slots`` tokens a row."""
     return cache_lib.create(
-        layers=c.num_layers,
+        layers=config.language.num_layers,
         batch=batch,
         slots=slots,
-        rank=c.attention.kv_lora_rank,
-        rope_dim=c.attention.qk_rope_dim,
+        kept=config.language.attention.kept,
         dtype=jnp.dtype(config.dtype),
     )

@@ -23,6 +23,7 @@ from vl_jax.data.sample import BadSample
 from vl_jax.data.sources import open_source
 from vl_jax.data.tokenizer import Tokenizer, load_tokenizer
 from vl_jax.evaluate.answers import Answer, Prior, summarize
+from vl_jax.generation import GenerationConfig
 from vl_jax.layout import Layout, put_batch
 
 # Samples whose image is kept beside the predictions, for the report and for a person to look at.
@@ -109,16 +110,16 @@ def _generate(
     config: EvaluationConfig,
 ) -> list[str]:
     with sharding.use_mesh(layout.mesh, layout.rules):
-        tokens = generation.greedy(
+        tokens = generation.generate(
             params,
             routing_state,
             put_batch(batch, layout),
             model=layout.model,
-            max_new_tokens=config.max_new_tokens,
-            stop=tokenizer.eos,
+            config=GenerationConfig(max_new_tokens=config.max_new_tokens),
+            stop=(tokenizer.eos,),
         )
     tokens = multihost_utils.process_allgather(tokens, tiled=True)
-    return [tokenizer.decode(ids) for ids in generation.answer_ids(tokens, stop=tokenizer.eos)]
+    return [tokenizer.decode(ids) for ids in generation.answer_ids(tokens, stop=(tokenizer.eos,))]
 
 
 def _training_turns(data: DataConfig, count: int) -> Iterator[tuple[str, str, str]]:

@@ -1,4 +1,4 @@
-"""The language model: pre-norm decoder with latent attention, dense layers first, then sparse ones.
+"""The language model: pre-norm decoder, each layer dense or sparse.
 
     x -> [gate: + what vision says] -> + attention(norm) -> + SwiGLU or experts(norm) -> ... -> norm
 
@@ -9,6 +9,7 @@ layer axis, so compile time does not grow with depth.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -18,11 +19,14 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from vl_jax.fusion.gate import CrossModalGate, CrossModalGateConfig
+from vl_jax.kernels.activation import SWIGLU, Activation
+from vl_jax.language.gqa import GQA, GQAConfig
 from vl_jax.language.mla import MLA, MLAConfig
 from vl_jax.moe.layer import DynamicMoE, MoEOutput
 from vl_jax.moe.routing import MoEConfig, RoutingContext, State
-from vl_jax.nn.cache import LatentCache
-from vl_jax.nn.layers import Linear, RMSNorm, SwiGLU, named
+from vl_jax.nn.attention import within_window
+from vl_jax.nn.cache import Cache
+from vl_jax.nn.layers import GatedMLP, Linear, RMSNorm, named
 from vl_jax.sharding import constrain
 
 Leaf = Any
@@ -30,6 +34,15 @@ REMAT_POLICIES = {
     "full": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Consecutive layers of one kind, whose parameters are stacked under one name."""
+
+    name: str
+    sparse: bool
+    layers: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +54,13 @@ class DecoderConfig:
     mlp_dim: int = 12_288  # hidden width of the dense layers
     num_layers: int = 30
     num_dense_layers: int = 1  # the first layers, without experts
-    attention: MLAConfig = MLAConfig()
+    other_dense_layers: tuple[int, ...] = ()  # further layers without experts, by number
+    attention: MLAConfig | GQAConfig = MLAConfig()
+    windows: tuple[int, ...] = ()  # for every layer the tokens it looks back on, 0: all; (): all, everywhere
+    activation: Activation = SWIGLU  # of the dense layers
+    mlp_bias: bool = False
     norm_epsilon: float = 1e-6
+    tie_embeddings: bool = False  # the head is the embedding table
     remat: Literal["none", "full", "dots"] = "none"
 
     def __post_init__(self):
@@ -50,6 +68,31 @@ class DecoderConfig:
             raise ValueError(
                 f"num_dense_layers={self.num_dense_layers} must be from 0 to num_layers={self.num_layers}"
             )
+        if not all(0 <= i < self.num_layers for i in self.other_dense_layers):
+            raise ValueError(
+                f"other_dense_layers={self.other_dense_layers} must be from 0 to {self.num_layers - 1}"
+            )
+        if self.windows and (len(self.windows) != self.num_layers or min(self.windows) < 0):
+            raise ValueError(
+                f"windows={self.windows} must be num_layers={self.num_layers} numbers >= 0, or empty"
+            )
+
+    @property
+    def sparse_layers(self) -> tuple[int, ...]:
+        """The numbers of the layers with experts."""
+        dense = {*range(self.num_dense_layers), *self.other_dense_layers}
+        return tuple(i for i in range(self.num_layers) if i not in dense)
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """The layers in order; from the second run of a kind on, a number follows its name."""
+        sparse = set(self.sparse_layers)
+        runs: list[Run] = []
+        for is_sparse, group in itertools.groupby(range(self.num_layers), key=sparse.__contains__):
+            kind = "moe_layers" if is_sparse else "dense_layers"
+            earlier = sum(r.sparse == is_sparse for r in runs)
+            runs.append(Run(f"{kind}_{earlier}" if earlier else kind, is_sparse, tuple(group)))
+        return tuple(runs)
 
 
 @struct.dataclass
@@ -69,7 +112,8 @@ class LayerState:
     """What belongs to one layer and is not a parameter; stacked over layers outside the scan."""
 
     routing: State  # state of the routing scheme; empty for a dense layer
-    cache: Leaf | None  # (latent, key_rope) of this layer
+    kept: Leaf | None  # what the cache keeps for this layer
+    window: Leaf | None  # i32[] tokens the layer looks back on, 0: all
 
 
 class DecoderLayer(nn.Module):
@@ -87,21 +131,25 @@ class DecoderLayer(nn.Module):
         if self.gate is not None:
             assert context.vision is not None and context.vision_mask is not None
             x = x + CrossModalGate(self.gate, name="gate")(x, context.vision, context.vision_mask)
-        mixed, cache = MLA(c.attention, name="attention")(
+        mask, length = context.mask, context.length
+        if state.window is not None:
+            mask = within_window(mask, state.window, offset=0 if length is None else length)
+        attention = MLA if isinstance(c.attention, MLAConfig) else GQA
+        mixed, kept = attention(c.attention, name="attention")(  # pyright: ignore[reportArgumentType]
             RMSNorm(c.norm_epsilon, name="attention_norm")(x),
             positions=context.positions,
-            mask=context.mask,
-            cache=state.cache,
-            length=context.length,
+            mask=mask,
+            kept=state.kept,
+            length=length,
         )
         x = constrain(x + mixed, "batch", None, None)
         normed = RMSNorm(c.norm_epsilon, name="mlp_norm")(x)
         routed = None
         if self.moe is None:
-            y = SwiGLU(c.mlp_dim, name="mlp")(normed)
+            y = GatedMLP(c.mlp_dim, c.activation, c.mlp_bias, name="mlp")(normed)
         else:
             y, routed = DynamicMoE(self.moe, name="moe")(normed, context.routing, state.routing)
-        return constrain(x + y, "batch", None, None), (cache, routed)
+        return constrain(x + y, "batch", None, None), (kept, routed)
 
 
 class Decoder(nn.Module):
@@ -116,30 +164,24 @@ class Decoder(nn.Module):
         c = self.config
         init = named(nn.initializers.normal(0.02), "vocab", "embed")
         self.embedding = self.param("embedding", init, (c.vocab_size, c.embed_dim))
-        if c.num_dense_layers:
-            self.dense_layers = self._stack(c.num_dense_layers, None)
-        if self.num_sparse_layers:
-            self.moe_layers = self._stack(self.num_sparse_layers, self.moe)
+        self.stacks = [self._stack(run) for run in c.runs]
         self.norm = RMSNorm(c.norm_epsilon)
-        self.head = Linear(c.vocab_size, ("embed", "vocab"))
+        if not c.tie_embeddings:
+            self.head = Linear(c.vocab_size, ("embed", "vocab"))
 
-    @property
-    def num_sparse_layers(self) -> int:
-        return self.config.num_layers - self.config.num_dense_layers
-
-    def _stack(self, length: int, moe: MoEConfig | None) -> nn.Module:
+    def _stack(self, run: Run) -> nn.Module:
         layer = DecoderLayer
         if self.config.remat != "none":
             layer = nn.remat(layer, prevent_cse=False, policy=REMAT_POLICIES[self.config.remat])
         scanned = nn.scan(
             layer,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
-            length=length,
+            length=len(run.layers),
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        return scanned(self.config, moe, self.gate)
+        return scanned(self.config, self.moe if run.sparse else None, self.gate, name=run.name)
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         # Gathered along the width first: a lookup in a table cut both ways makes the partitioner replicate.
@@ -148,34 +190,47 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Vocabulary scores in float32."""
-        return constrain(self.head(hidden).astype(jnp.float32), "batch", None, "vocab")
+        if self.config.tie_embeddings:
+            scores = hidden @ self.embedding.astype(hidden.dtype).T
+        else:
+            scores = self.head(hidden)
+        return constrain(scores.astype(jnp.float32), "batch", None, "vocab")
 
     def __call__(
         self,
         x: Float[Array, "B T D"],
         context: LayerContext,
         routing_state: State,
-        cache: LatentCache | None,
-    ) -> tuple[Float[Array, "B T D"], MoEOutput | None, LatentCache | None]:
+        cache: Cache | None,
+    ) -> tuple[Float[Array, "B T D"], MoEOutput | None, Cache | None]:
         """Runs the layers.
 
         Args:
           routing_state: state of the scheme, stacked over the sparse layers.
-          cache: latents of the tokens so far (their segments already appended), or None in training.
+          cache: what attention kept so far (segments of the new tokens appended), or None in training.
 
         Returns:
           Hidden states after the final norm, what the sparse layers returned (stacked), and the new cache.
         """
-        dense = self.config.num_dense_layers
-        kept = None if cache is None else (cache.latent, cache.key_rope)
-        first, rest = jax.tree.map(lambda a: a[:dense], kept), jax.tree.map(lambda a: a[dense:], kept)
-        routed = None
-        if dense:
-            x, (first, _) = self.dense_layers(x, LayerState({}, first), context)
-        if self.num_sparse_layers:
-            x, (rest, routed) = self.moe_layers(x, LayerState(routing_state, rest), context)
+        windows = jnp.array(self.config.windows, jnp.int32) if self.config.windows else None
+        kept, routed, first_sparse = [], [], 0
+        for run, stack in zip(self.config.runs, self.stacks, strict=True):
+            layers = slice(run.layers[0], run.layers[-1] + 1)
+            sparse = slice(first_sparse, first_sparse + len(run.layers) * run.sparse)
+            state = LayerState(
+                routing=jax.tree.map(lambda a, s=sparse: a[s], routing_state) if run.sparse else {},
+                kept=None if cache is None else tuple(a[layers] for a in cache.layers),
+                window=None if windows is None else windows[layers],
+            )
+            x, (kept_here, routed_here) = stack(x, state, context)
+            kept.append(kept_here)
+            routed += [routed_here] * run.sparse
+            first_sparse = sparse.stop
         if cache is not None:
-            latent, key_rope = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, rest)
-            length = cache.length + x.shape[1]
-            cache = dataclasses.replace(cache, latent=latent, key_rope=key_rope, length=length)
-        return self.norm(x), routed, cache
+            cache = dataclasses.replace(cache, layers=_stacked(kept), length=cache.length + x.shape[1])
+        return self.norm(x), _stacked(routed) if routed else None, cache
+
+
+def _stacked(trees: list[Any]) -> Any:
+    """Trees of several runs as one, joined along the layer axis."""
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *trees)

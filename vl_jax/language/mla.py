@@ -21,8 +21,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from vl_jax.nn import attention, rope
+from vl_jax.nn import attention, cache, rope
 from vl_jax.nn.layers import Linear, RMSNorm, fan_in, named
+from vl_jax.nn.rope import RopeConfig
 
 # The inner norms of DeepSeek-V2 keep this value whatever the epsilon of the outer norms.
 INNER_EPSILON = 1e-6
@@ -38,7 +39,8 @@ class MLAConfig:
     qk_nope_dim: int = 128
     qk_rope_dim: int = 64
     v_head_dim: int = 128
-    rope_theta: float = 10_000.0
+    rope: RopeConfig = RopeConfig(pairs="adjacent")
+    use_bias: bool = False  # of the projections down to the ranks, and of the output
 
     def __post_init__(self):
         if self.qk_rope_dim % 2:
@@ -46,26 +48,28 @@ class MLAConfig:
 
     @property
     def scale(self) -> float:
-        return (self.qk_nope_dim + self.qk_rope_dim) ** -0.5
+        """What scores are multiplied by before the softmax."""
+        return (self.qk_nope_dim + self.qk_rope_dim) ** -0.5 * self.rope.softmax_scale
+
+    @property
+    def kept(self) -> tuple[tuple[int, ...], ...]:
+        """What a cache keeps of one token: the normalised latent and the rotated shared key."""
+        return ((self.kv_lora_rank,), (self.qk_rope_dim,))
 
 
-def expanded_attention(
+def expand(
     q_nope: Float[Array, "B T N H"],
     q_rope: Float[Array, "B T N P"],
     latent: Float[Array, "B T R"],
     key_rope: Float[Array, "B T P"],
     kv_up: Float[Array, "R N HV"],
-    *,
-    mask: Bool[Array, "B T T"],
-    scale: float,
-) -> Float[Array, "B T N V"]:
-    """The training form: keys and values of every head are written out."""
+) -> tuple[Float[Array, "B T N HP"], Float[Array, "B T N HP"], Float[Array, "B T N V"]]:
+    """Query, key and value of every head, written out: the training form."""
     heads, nope = q_nope.shape[2:]
     kv = jnp.einsum("BTR,RNX->BTNX", latent, kv_up)
     shared = jnp.broadcast_to(key_rope[:, :, None], (*key_rope.shape[:2], heads, key_rope.shape[-1]))
     query = jnp.concatenate([q_nope, q_rope], axis=-1)
-    key = jnp.concatenate([kv[..., :nope], shared], axis=-1)
-    return attention.attend(query, key, kv[..., nope:], mask=mask, scale=scale)
+    return query, jnp.concatenate([kv[..., :nope], shared], axis=-1), kv[..., nope:]
 
 
 def absorbed_attention(
@@ -100,38 +104,45 @@ class MLA(nn.Module):
         *,
         positions: Int[Array, "B T"],
         mask: Bool[Array, "B T S"],
-        cache: tuple[Float[Array, "B S R"], Float[Array, "B S P"]] | None,
+        kept: tuple[Float[Array, "B S R"], Float[Array, "B S P"]] | None,
         length: Int[Array, ""] | None,
     ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B S R"], Float[Array, "B S P"]] | None]:
-        c, width = self.config, x.shape[-1]
-        head_dim = c.qk_nope_dim + c.qk_rope_dim
-        source, names = x, "embed"
-        if c.q_lora_rank is not None:
-            source = Linear(c.q_lora_rank, ("embed", None), name="query_down")(x)
-            source, names = RMSNorm(INNER_EPSILON, name="query_norm")(source), None
-        init = named(fan_in(), names, "heads", None)
-        kernel = self.param("query", init, (source.shape[-1], c.num_heads, head_dim))
-        query = jnp.einsum("BTD,DNH->BTNH", source, kernel.astype(x.dtype))
-
-        down = Linear(c.kv_lora_rank + c.qk_rope_dim, ("embed", None), name="kv_down")(x)
+        c = self.config
+        angle = rope.angles(positions, dim=c.qk_rope_dim, config=c.rope)
+        q_nope, q_rope = self._query(x, angle)
+        down = Linear(c.kv_lora_rank + c.qk_rope_dim, ("embed", None), use_bias=c.use_bias, name="kv_down")(x)
         latent = RMSNorm(INNER_EPSILON, name="kv_norm")(down[..., : c.kv_lora_rank])
-        angle = rope.angles(positions, dim=c.qk_rope_dim, theta=c.rope_theta)
-        key_rope = rope.rotate_interleaved(down[..., None, c.kv_lora_rank :], angle)[:, :, 0]
-        q_rope = rope.rotate_interleaved(query[..., c.qk_nope_dim :], angle)
-        q_nope = query[..., : c.qk_nope_dim]
-
+        key_rope = rope.rotate(down[..., None, c.kv_lora_rank :], angle, c.rope)[:, :, 0]
         init = named(fan_in(), None, "heads", None)
         kv_up = self.param("kv_up", init, (c.kv_lora_rank, c.num_heads, c.qk_nope_dim + c.v_head_dim))
         kv_up = kv_up.astype(x.dtype)
-        if cache is None:
-            mixed = expanded_attention(q_nope, q_rope, latent, key_rope, kv_up, mask=mask, scale=c.scale)
+        if kept is None:
+            query, key, value = expand(q_nope, q_rope, latent, key_rope, kv_up)
+            if self.is_mutable_collection("intermediates"):
+                weights = attention.attention_weights(query, key, mask=mask, scale=c.scale)
+                self.sow("intermediates", "weights", weights)
+                self.sow("intermediates", "key_value", jnp.einsum("BTR,RNX->BTNX", latent, kv_up))
+            mixed = attention.attend(query, key, value, mask=mask, scale=c.scale)
         else:
             assert length is not None
-            cache = (
-                jax.lax.dynamic_update_slice_in_dim(cache[0], latent, length, axis=1),
-                jax.lax.dynamic_update_slice_in_dim(cache[1], key_rope, length, axis=1),
-            )
-            mixed = absorbed_attention(q_nope, q_rope, *cache, kv_up, mask=mask, scale=c.scale)
+            latents, keys = kept = cache.append(kept, (latent, key_rope), length)
+            mixed = absorbed_attention(q_nope, q_rope, latents, keys, kv_up, mask=mask, scale=c.scale)
         init = named(fan_in(in_axis=(0, 1)), "heads", None, "embed")
-        out = self.param("output", init, (c.num_heads, c.v_head_dim, width))
-        return jnp.einsum("BTNV,NVD->BTD", mixed, out.astype(x.dtype)), cache
+        output = self.param("output", init, (c.num_heads, c.v_head_dim, x.shape[-1]))
+        y = jnp.einsum("BTNV,NVD->BTD", mixed, output.astype(x.dtype))
+        if c.use_bias:
+            bias = self.param("output_bias", named(nn.initializers.zeros, None), (x.shape[-1],))
+            y = y + bias.astype(x.dtype)
+        return y, kept
+
+    def _query(self, x: jax.Array, angle: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The content part of every head's query, and its rotated part."""
+        c, source, name = self.config, x, "embed"
+        if c.q_lora_rank is not None:
+            source = Linear(c.q_lora_rank, ("embed", None), use_bias=c.use_bias, name="query_down")(x)
+            source, name = RMSNorm(INNER_EPSILON, name="query_norm")(source), None
+        shape = (source.shape[-1], c.num_heads, c.qk_nope_dim + c.qk_rope_dim)
+        kernel = self.param("query", named(fan_in(), name, "heads", None), shape)
+        query = jnp.einsum("BTD,DNH->BTNH", source, kernel.astype(x.dtype))
+        self.sow("intermediates", "projected_query", query)
+        return query[..., : c.qk_nope_dim], rope.rotate(query[..., c.qk_nope_dim :], angle, c.rope)

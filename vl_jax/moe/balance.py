@@ -42,6 +42,23 @@ def count(
     )
 
 
+def pooled_loss(
+    logits: Float[Array, "*L T E"], valid: Bool[Array, "*L T"], *, top_k: int
+) -> Float[Array, ""]:
+    """The balance loss of Mixtral: layers are pooled before load and probability are multiplied.
+
+    ``E * sum_e f_e P_e`` with f_e the choices of e per token (all K of them, so that perfect balance gives
+    K) and P_e its mean softmax probability, over the valid tokens of all layers.
+    """
+    probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+    num_experts = logits.shape[-1]
+    experts = jax.lax.top_k(probabilities, top_k)[1]
+    mask = valid[..., None].astype(jnp.float32)
+    chosen = jax.nn.one_hot(experts, num_experts, dtype=jnp.float32).sum(axis=-2)
+    load, probability = ((v * mask).reshape(-1, num_experts).sum(axis=0) for v in (chosen, probabilities))
+    return num_experts * jnp.sum(load * probability) / jnp.sum(mask) ** 2
+
+
 def max_violation(load: Int[Array, "*L E"]) -> Float[Array, "*L"]:
     """MaxVio: largest load over mean load, minus one (arXiv 2408.15664, eq. 4). 0 is perfect balance."""
     load = load.astype(jnp.float32)

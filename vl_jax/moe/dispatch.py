@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from vl_jax.kernels import grouped_matmul
+from vl_jax.kernels.activation import Activation
+from vl_jax.kernels.grouped_matmul import ExpertWeights, grouped_mlp
 from vl_jax.moe.routing import Assignment, ExpertChoice, MoEConfig, TokenChoice
 
 Leaf = Any
@@ -36,16 +37,19 @@ def apply_capacity(
 ) -> tuple[Assignment, Bool[Array, "G T K"]]:
     """Turns choices that find no slot into unused ones; returns also which were dropped.
 
-    Every expert has ceil(capacity_factor * valid tokens * K / E) slots per group. Slots are filled in order
-    of position (causal: a token never loses to a later one), or of gate, highest first (V-MoE's batch
-    priority, arXiv 2106.05974).
+    Every expert has ``capacity`` slots per group, or ceil(capacity_factor * valid tokens * K / E). They are
+    filled in order of position (causal: a token never loses to a later one), or of gate, highest first
+    (V-MoE's batch priority, arXiv 2106.05974).
     """
     if isinstance(assignment, ExpertChoice):
         return assignment, jnp.zeros((*valid.shape, 1), bool)
-    if config.capacity_factor is None:
+    if config.is_dropless:
         return assignment, jnp.zeros(assignment.experts.shape, bool)
-    factor = config.capacity_factor * config.top_k / config.num_experts
-    slots = jnp.ceil(factor * jnp.sum(valid, axis=1, dtype=jnp.float32)).astype(jnp.int32)
+    if config.capacity is not None:
+        slots = jnp.full(valid.shape[:1], config.capacity, jnp.int32)
+    else:
+        factor = (config.capacity_factor or 0.0) * config.top_k / config.num_experts
+        slots = jnp.ceil(factor * jnp.sum(valid, axis=1, dtype=jnp.float32)).astype(jnp.int32)
 
     def kept(experts: jax.Array, gates: jax.Array, slots: jax.Array) -> jax.Array:
         flat = experts.reshape(-1)
@@ -169,15 +173,15 @@ def _rows_of_tokens(rows: Float[Array, "R D"], inverse: Int[Array, "T K"]) -> Fl
 def apply_experts(
     x: Float[Array, "G T D"],
     assignment: Assignment,
-    w_in: Float[Array, "E D 2 F"],
-    w_out: Float[Array, "E F D"],
+    weights: ExpertWeights,
     *,
+    activation: Activation,
     kernel: str,
 ) -> Float[Array, "G T D"]:
     """Sends every token through its experts on this device: plan, permute, grouped FFN, combine."""
     groups, length, width = x.shape
-    plan = make_plan(assignment, num_experts=w_in.shape[0], length=length)
+    plan = make_plan(assignment, num_experts=weights.w_in.shape[0], length=length)
     rows = permute(x.reshape(-1, width), plan)
-    rows = grouped_matmul.grouped_swiglu(rows, plan.group_sizes, w_in, w_out, kernel=kernel)
+    rows = grouped_mlp(rows, plan.group_sizes, weights, activation=activation, kernel=kernel)
     out = combine(rows, assignment.gates.reshape(-1), plan, length=groups * length)
     return out.reshape(x.shape)

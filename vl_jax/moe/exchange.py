@@ -10,11 +10,15 @@ copies of the tokens over N shards, less than an all-to-all for N below about 6 
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
+from vl_jax.kernels.activation import Activation
+from vl_jax.kernels.grouped_matmul import ExpertWeights
 from vl_jax.moe import dispatch
 from vl_jax.moe.routing import Assignment, ExpertChoice, TokenChoice
 from vl_jax.sharding import current_mesh, current_rules
@@ -23,9 +27,9 @@ from vl_jax.sharding import current_mesh, current_rules
 def apply_experts(
     x: Float[Array, "G T D"],
     assignment: Assignment,
-    w_in: Float[Array, "E D 2 F"],
-    w_out: Float[Array, "E F D"],
+    weights: ExpertWeights,
     *,
+    activation: Activation,
     kernel: str,
 ) -> Float[Array, "G T D"]:
     """``dispatch.apply_experts`` over the current mesh; without one, simply that.
@@ -35,24 +39,32 @@ def apply_experts(
     """
     mesh = current_mesh()
     if mesh is None:
-        return dispatch.apply_experts(x, assignment, w_in, w_out, kernel=kernel)
+        return dispatch.apply_experts(x, assignment, weights, activation=activation, kernel=kernel)
     rules = current_rules()
     batch = rules.spec(("batch",))
-    _check(x, w_in, dict(mesh.shape), rules.batch)
+    _check(x, weights.w_in, dict(mesh.shape), rules.batch)
 
-    def local(x: jax.Array, assignment: Assignment, w_in: jax.Array, w_out: jax.Array) -> jax.Array:
+    def local(x: jax.Array, assignment: Assignment, weights: ExpertWeights) -> jax.Array:
         gathered = jax.tree.map(
             lambda a: jax.lax.all_gather(a, "expert", axis=0, tiled=True), (x, assignment)
         )
-        mine = _own_experts(gathered[1], w_in.shape[0], jax.lax.axis_index("expert"))
-        out = dispatch.apply_experts(gathered[0], mine, w_in, w_out, kernel=kernel)
+        mine = _own_experts(gathered[1], weights.w_in.shape[0], jax.lax.axis_index("expert"))
+        if weights.b_out is not None:  # added once, not by every shard of the hidden units
+            first = jax.lax.axis_index("tensor") == 0
+            weights = dataclasses.replace(weights, b_out=jnp.where(first, weights.b_out, 0))
+        out = dispatch.apply_experts(gathered[0], mine, weights, activation=activation, kernel=kernel)
         out = jax.lax.psum(out.astype(jnp.float32), "tensor")
         return jax.lax.psum_scatter(out, "expert", scatter_dimension=0, tiled=True).astype(x.dtype)
 
-    weights = (P("expert", None, None, "tensor"), P("expert", "tensor", None))
-    return jax.shard_map(
-        local, mesh=mesh, in_specs=(batch, batch, *weights), out_specs=batch, check_vma=False
-    )(x, assignment, w_in, w_out)
+    specs = ExpertWeights(
+        w_in=P("expert", None, None, "tensor"),
+        w_out=P("expert", "tensor", None),
+        b_in=None if weights.b_in is None else P("expert", None, "tensor"),
+        b_out=None if weights.b_out is None else P("expert", None),
+    )
+    return jax.shard_map(local, mesh=mesh, in_specs=(batch, batch, specs), out_specs=batch, check_vma=False)(
+        x, assignment, weights
+    )
 
 
 def _own_experts(assignment: Assignment, num_local: int, shard: jax.Array) -> Assignment:

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
 
+from vl_jax.kernels.grouped_matmul import ExpertWeights
 from vl_jax.moe import balance, dispatch, exchange, routing
 from vl_jax.moe.routing import MoEConfig, RoutingContext, RoutingStats, State
-from vl_jax.nn.layers import SwiGLU, fan_in, named
+from vl_jax.nn.layers import GatedMLP, Linear, fan_in, named
 
 Leaf = Any
 
@@ -34,36 +35,63 @@ class DynamicMoE(nn.Module):
     def __call__(
         self, x: Float[Array, "B T D"], context: RoutingContext, state: State
     ) -> tuple[Float[Array, "B T D"], MoEOutput]:
-        c, width = self.config, x.shape[-1]
-        router = self.param("router", named(fan_in(), "embed", None), (width, c.num_experts))
+        c = self.config
+        logits = router_logits(x, *self._router(x.shape[-1]))
+        assignment, losses = routing.route(logits, context, state, c)
+        self.sow("intermediates", "logits", logits)
+        self.sow("intermediates", "assignment", assignment)
+        weights = jax.tree.map(lambda w: w.astype(x.dtype), self._experts(x.shape[-1]))
+        y, stats = sparse_mlp(x, logits, assignment, weights, context=context, config=c)
+        self.sow("intermediates", "routed", y)
+        if c.shared_width:
+            shared = GatedMLP(c.shared_width, c.activation, name="shared")(x)
+            if c.shared_gate:
+                gate = Linear(1, ("embed", None), name="shared_gate")(x)
+                shared = jax.nn.sigmoid(gate) * shared
+            y = y + shared
+        return y, MoEOutput(stats=stats, losses=losses)
+
+    def _router(self, width: int) -> tuple[jax.Array, jax.Array | None]:
+        kernel = self.param("router", named(fan_in(), "embed", None), (width, self.config.num_experts))
+        if not self.config.router_bias:
+            return kernel, None
+        return kernel, self.param("router_bias", named(nn.initializers.zeros, None), (kernel.shape[1],))
+
+    def _experts(self, width: int) -> ExpertWeights:
+        c, zeros = self.config, nn.initializers.zeros
+        experts, inputs, hidden = c.num_experts, c.activation.inputs, c.expert_dim
         init = named(fan_in(in_axis=1, batch_axis=(0,)), "experts", "embed", None, "mlp")
-        w_in = self.param("w_in", init, (c.num_experts, width, 2, c.expert_dim))
+        w_in = self.param("w_in", init, (experts, width, inputs, hidden))
         init = named(fan_in(in_axis=1, batch_axis=(0,)), "experts", "mlp", "embed")
-        w_out = self.param("w_out", init, (c.num_experts, c.expert_dim, width))
-        y, output = sparse_mlp(
-            x, router, w_in.astype(x.dtype), w_out.astype(x.dtype), context=context, state=state, config=c
+        w_out = self.param("w_out", init, (experts, hidden, width))
+        if not c.expert_bias:
+            return ExpertWeights(w_in, w_out)
+        b_in = self.param("b_in", named(zeros, "experts", None, "mlp"), (experts, inputs, hidden))
+        return ExpertWeights(
+            w_in, w_out, b_in, self.param("b_out", named(zeros, "experts", None), (experts, width))
         )
-        if c.num_shared:
-            y = y + SwiGLU(c.num_shared * c.expert_dim, name="shared")(x)
-        return y, output
+
+
+def router_logits(
+    x: Float[Array, "B T D"], router: Float[Array, "D E"], bias: Float[Array, " E"] | None
+) -> Float[Array, "B T E"]:
+    """The logits of every token, in float32 whatever the dtype of ``x``."""
+    x, router = x.astype(jnp.float32), router.astype(jnp.float32)
+    logits = jnp.einsum("BTD,DE->BTE", x, router, precision=jax.lax.Precision.HIGHEST)
+    return logits if bias is None else logits + bias.astype(jnp.float32)
 
 
 def sparse_mlp(
     x: Float[Array, "B T D"],
-    router: Float[Array, "D E"],
-    w_in: Float[Array, "E D 2 F"],
-    w_out: Float[Array, "E F D"],
+    logits: Float[Array, "B T E"],
+    assignment: routing.Assignment,
+    weights: ExpertWeights,
     *,
     context: RoutingContext,
-    state: State,
     config: MoEConfig,
-) -> tuple[Float[Array, "B T D"], MoEOutput]:
+) -> tuple[Float[Array, "B T D"], RoutingStats]:
     """The routed experts as a pure function; every row of the batch is one routing group."""
-    logits = jnp.einsum(
-        "BTD,DE->BTE", x.astype(jnp.float32), router.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
-    )
-    assignment, losses = routing.route(logits, context, state, config)
     kept, dropped = dispatch.apply_capacity(assignment, context.valid, config)
     stats = balance.count(assignment, dropped, jax.nn.softmax(logits, axis=-1), context)
-    y = exchange.apply_experts(x, kept, w_in, w_out, kernel=config.kernel)
-    return y, MoEOutput(stats=jax.lax.stop_gradient(stats), losses=losses)
+    y = exchange.apply_experts(x, kept, weights, activation=config.activation, kernel=config.kernel)
+    return y, jax.lax.stop_gradient(stats)

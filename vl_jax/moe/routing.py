@@ -22,24 +22,39 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from vl_jax.kernels.activation import SWIGLU, Activation
+
 Leaf = Any
+# The name of the axis over routing groups, for schemes and losses that sum over all of them.
+GROUPS = "groups"
 
 
 @dataclasses.dataclass(frozen=True)
 class MoEConfig:
     """One sparse layer: router, routed experts, shared experts, and how tokens move."""
 
-    scheme: Literal["softmax_top_k", "loss_free", "expert_choice"] = "softmax_top_k"
+    scheme: Literal["top_k", "top_k_softmax", "loss_free", "expert_choice"] = "top_k"
     num_experts: int = 64
     top_k: int = 6
     expert_dim: int = 1408  # hidden width of one routed expert
-    num_shared: int = 2  # shared experts, fused into one block of num_shared * expert_dim
+    num_shared: int = 2  # shared experts, fused into one block
+    shared_dim: int | None = None  # width of that block; None: num_shared * expert_dim
+    shared_gate: bool = False  # multiply its output by a learned sigmoid of the token (Qwen2-MoE)
+    score: Literal["softmax", "sigmoid"] | None = None  # None: sigmoid for loss_free, else softmax
+    num_groups: int = 1  # experts are cut into groups of equal size ...
+    top_groups: int = 1  # ... of which a token may use this many
+    excluded: Literal["lowest", "zero"] = "lowest"  # selection score of experts in the other groups
     normalize_gates: bool = False  # divide the chosen gates by their sum
     gate_scale: float = 1.0
-    balance_weight: float = 1e-3  # sequence-wise balance loss (0: none)
+    router_bias: bool = False  # a learned bias of the logits
+    expert_bias: bool = False  # biases of both projections of every routed expert
+    activation: Activation = SWIGLU
+    balance_weight: float = 1e-3  # balance loss (0: none)
+    balance_scope: Literal["sequence", "batch"] = "sequence"  # tokens over which load is to be even
     z_weight: float = 0.0  # router z-loss (ST-MoE, arXiv 2202.08906)
     bias_rate: float = 1e-3  # step of the loss-free bias (arXiv 2408.15664)
     capacity_factor: float | None = None  # None: dropless; else slots per expert over the mean load
+    capacity: int | None = None  # slots per expert and row, as a number
     priority: Literal["position", "gate"] = "position"  # who keeps a slot when capacity runs out
     kernel: Literal["blocked", "reference"] = "blocked"
 
@@ -48,12 +63,40 @@ class MoEConfig:
             raise ValueError(f"top_k={self.top_k} must be from 1 to num_experts={self.num_experts}")
         if self.expert_dim < 1 or self.num_shared < 0:
             raise ValueError(f"expert_dim={self.expert_dim} must be >= 1, num_shared={self.num_shared} >= 0")
+        if self.num_groups < 1 or self.num_experts % self.num_groups:
+            raise ValueError(
+                f"num_groups={self.num_groups} must divide num_experts={self.num_experts} into equal groups"
+            )
+        if not 1 <= self.top_groups <= self.num_groups:
+            raise ValueError(f"top_groups={self.top_groups} must be from 1 to num_groups={self.num_groups}")
+        if self.top_k > self.top_groups * self.group_size:
+            raise ValueError(
+                f"top_k={self.top_k} must be at most the {self.top_groups * self.group_size} experts of "
+                f"top_groups={self.top_groups}"
+            )
         if self.capacity_factor is not None and self.capacity_factor <= 0:
             raise ValueError(f"capacity_factor={self.capacity_factor} must be > 0 (None: dropless)")
+        if self.capacity is not None and (self.capacity < 1 or self.capacity_factor is not None):
+            raise ValueError(f"capacity={self.capacity} must be >= 1, and excludes capacity_factor")
         if self.scheme == "expert_choice" and self.priority == "gate":
             raise ValueError(
                 "priority='gate' has no meaning for scheme='expert_choice': experts never overflow"
             )
+
+    @property
+    def group_size(self) -> int:
+        return self.num_experts // self.num_groups
+
+    @property
+    def shared_width(self) -> int:
+        """Hidden width of the fused shared experts; 0 without any."""
+        if not self.num_shared:
+            return 0
+        return self.num_shared * self.expert_dim if self.shared_dim is None else self.shared_dim
+
+    @property
+    def is_dropless(self) -> bool:
+        return self.capacity_factor is None and self.capacity is None
 
 
 @struct.dataclass
@@ -107,24 +150,57 @@ class Scheme:
     causal: bool = True
 
 
-def softmax_top_k(
+def top_k(
     logits: Float[Array, "T E"], context: RoutingContext, state: State, config: MoEConfig
 ) -> tuple[TokenChoice, Losses]:
-    """Greedy top-k of softmax scores (DeepSeekMoE, arXiv 2401.06066)."""
-    scores = jax.nn.softmax(logits, axis=-1)
-    gates, experts = jax.lax.top_k(scores, config.top_k)
+    """The best experts by score (DeepSeekMoE, arXiv 2401.06066), of the best groups if there are several.
+
+    A group is as good as its best expert (DeepSeek-V2, section 2.2.2).
+    """
+    scores = _scores(logits, config.score or "softmax")
+    experts = jax.lax.top_k(_within_groups(scores, config, best=1), config.top_k)[1]
+    gates = jnp.take_along_axis(scores, experts, axis=-1)
+    return _choose(experts, gates, context, config), _losses(logits, scores, experts, context, config)
+
+
+def top_k_softmax(
+    logits: Float[Array, "T E"], context: RoutingContext, state: State, config: MoEConfig
+) -> tuple[TokenChoice, Losses]:
+    """The best experts by logit; gates are the softmax over the chosen logits alone (GPT-OSS)."""
+    chosen, experts = jax.lax.top_k(_within_groups(logits, config, best=1), config.top_k)
+    gates, scores = jax.nn.softmax(chosen, axis=-1), jax.nn.softmax(logits, axis=-1)
     return _choose(experts, gates, context, config), _losses(logits, scores, experts, context, config)
 
 
 def loss_free(
     logits: Float[Array, "T E"], context: RoutingContext, state: State, config: MoEConfig
 ) -> tuple[TokenChoice, Losses]:
-    """Sigmoid scores, selected with a per-expert bias that is moved towards balance (arXiv 2408.15664)."""
-    scores = jax.nn.sigmoid(logits)
-    experts = jax.lax.top_k(scores + state["bias"], config.top_k)[1]
+    """Selection by score plus a per-expert bias that is moved towards balance (arXiv 2408.15664).
+
+    The bias chooses, but does not weigh. A group is as good as its two best experts (DeepSeek-V3, 2.1.2).
+    """
+    scores = _scores(logits, config.score or "sigmoid")
+    choice = _within_groups(scores + state["bias"], config, best=2)
+    experts = jax.lax.top_k(choice, config.top_k)[1]
     gates = jnp.take_along_axis(scores, experts, axis=-1)
     probabilities = scores / jnp.sum(scores, axis=-1, keepdims=True)
     return _choose(experts, gates, context, config), _losses(logits, probabilities, experts, context, config)
+
+
+def _scores(logits: Float[Array, "T E"], score: str) -> Float[Array, "T E"]:
+    return jax.nn.softmax(logits, axis=-1) if score == "softmax" else jax.nn.sigmoid(logits)
+
+
+def _within_groups(choice: Float[Array, "T E"], config: MoEConfig, *, best: int) -> Float[Array, "T E"]:
+    """Leaves the selection scores of the best groups; a group's score is the sum of its ``best`` highest."""
+    if config.top_groups == config.num_groups:
+        return choice
+    grouped = choice.reshape(-1, config.num_groups, config.group_size)
+    highest = jax.lax.top_k(grouped, min(best, config.group_size))[0]
+    groups = jax.lax.top_k(jnp.sum(highest, axis=-1), config.top_groups)[1]
+    kept = jax.nn.one_hot(groups, config.num_groups, dtype=jnp.bool_).any(axis=1)
+    fill = 0.0 if config.excluded == "zero" else jnp.finfo(choice.dtype).min
+    return jnp.where(kept[..., None], grouped, fill).reshape(choice.shape)
 
 
 def init_bias(config: MoEConfig) -> State:
@@ -156,7 +232,8 @@ def expert_choice(
 
 
 SCHEMES: dict[str, Scheme] = {
-    "softmax_top_k": Scheme(softmax_top_k),
+    "top_k": Scheme(top_k),
+    "top_k_softmax": Scheme(top_k_softmax),
     "loss_free": Scheme(loss_free, init_bias, update_bias),
     "expert_choice": Scheme(expert_choice, causal=False),
 }
@@ -164,7 +241,7 @@ SCHEMES: dict[str, Scheme] = {
 
 def is_causal(config: MoEConfig) -> bool:
     """Whether a token's experts depend on no later token; without that, decoding differs from training."""
-    by_gate = config.capacity_factor is not None and config.priority == "gate"
+    by_gate = not config.is_dropless and config.priority == "gate"
     return SCHEMES[config.scheme].causal and not by_gate
 
 
@@ -177,7 +254,7 @@ def route(
     def one_group(logits: jax.Array, context: RoutingContext) -> tuple[Assignment, Losses]:
         return scheme.route(logits, context, state, config)
 
-    assignment, losses = jax.vmap(one_group)(logits.astype(jnp.float32), context)
+    assignment, losses = jax.vmap(one_group, axis_name=GROUPS)(logits.astype(jnp.float32), context)
     return assignment, {name: jnp.mean(value) for name, value in losses.items()}
 
 
@@ -202,7 +279,7 @@ def _losses(
 ) -> Losses:
     losses = _z_loss(logits, context, config)
     if config.balance_weight:
-        loss = sequence_balance(scores, experts, context.valid)
+        loss = balance_loss(scores, experts, context.valid, scope=config.balance_scope)
         losses["balance"] = config.balance_weight * loss
     return losses
 
@@ -214,15 +291,23 @@ def _z_loss(logits: Float[Array, "T E"], context: RoutingContext, config: MoECon
     return {"z": config.z_weight * _masked_mean(squared, context.valid)}
 
 
-def sequence_balance(
-    scores: Float[Array, "T E"], experts: Int[Array, "T K"], valid: Bool[Array, " T"]
+def balance_loss(
+    scores: Float[Array, "T E"], experts: Int[Array, "T K"], valid: Bool[Array, " T"], *, scope: str
 ) -> Float[Array, ""]:
-    """``sum_e f_e P_e``, f_e = E / (K T) * choices of e, P_e = mean score of e (DeepSeek-V2, eq. 23-25)."""
+    """``sum_e f_e P_e``, f_e = E / (K T) * choices of e, P_e = mean score of e (DeepSeek-V2, eq. 23-25).
+
+    Args:
+      scope: whether f and P are those of the ``sequence`` (one group), or of the whole ``batch``; the latter
+        needs the axis over groups that ``route`` names.
+    """
     num_experts, top_k = scores.shape[-1], experts.shape[-1]
     chosen = jax.nn.one_hot(experts, num_experts, dtype=jnp.float32).sum(axis=1)
-    fraction = jax.vmap(_masked_mean, in_axes=(1, None))(chosen, valid) * num_experts / top_k
-    mean_score = jax.vmap(_masked_mean, in_axes=(1, None))(scores, valid)
-    return jnp.sum(fraction * mean_score)
+    mask = valid[:, None].astype(jnp.float32)
+    load, score, tokens = jnp.sum(chosen * mask, axis=0), jnp.sum(scores * mask, axis=0), jnp.sum(mask)
+    if scope == "batch":
+        load, score, tokens = jax.lax.psum((load, score, tokens), GROUPS)
+    tokens = jnp.maximum(tokens, 1.0)
+    return jnp.sum(load * score) / tokens**2 * (num_experts / top_k)
 
 
 def _masked_mean(values: Float[Array, " T"], valid: Bool[Array, " T"]) -> Float[Array, ""]:

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from vl_jax.kernels.activation import SWIGLU, Activation
+
 Init = jax.nn.initializers.Initializer
 
 
@@ -96,23 +98,24 @@ class Linear(nn.Module):
         return y
 
 
-def swiglu(
-    x: Float[Array, "*batch D"], w_in: Float[Array, "D 2 F"], w_out: Float[Array, "F D"]
-) -> Float[Array, "*batch D"]:
-    """``(silu(x @ w_in[:, 0]) * (x @ w_in[:, 1])) @ w_out`` (Shazeer 2020, arXiv 2002.05202)."""
-    both = x @ w_in.reshape(w_in.shape[0], -1)
-    gate, up = jnp.split(both, 2, axis=-1)
-    return (jax.nn.silu(gate) * up) @ w_out
-
-
-class SwiGLU(nn.Module):
-    """Gated feed-forward block without biases; ``w_in`` stacks the gate and the up projection."""
+class GatedMLP(nn.Module):
+    """Feed-forward block; ``w_in`` stacks the projections that the activation takes (gate and up)."""
 
     mlp_dim: int
+    activation: Activation = SWIGLU
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-        width = x.shape[-1]
-        w_in = self.param("w_in", named(fan_in(), "embed", None, "mlp"), (width, 2, self.mlp_dim))
+        width, inputs = x.shape[-1], self.activation.inputs
+        w_in = self.param("w_in", named(fan_in(), "embed", None, "mlp"), (width, inputs, self.mlp_dim))
         w_out = self.param("w_out", named(fan_in(), "mlp", "embed"), (self.mlp_dim, width))
-        return swiglu(x, w_in.astype(x.dtype), w_out.astype(x.dtype))
+        hidden = x @ w_in.reshape(width, -1).astype(x.dtype)
+        if self.use_bias:
+            b_in = self.param("b_in", named(nn.initializers.zeros, None, "mlp"), w_in.shape[1:])
+            hidden = hidden + b_in.reshape(-1).astype(x.dtype)
+        y = self.activation(hidden) @ w_out.astype(x.dtype)
+        if self.use_bias:
+            b_out = self.param("b_out", named(nn.initializers.zeros, None), (width,))
+            y = y + b_out.astype(x.dtype)
+        return y

@@ -1,0 +1,304 @@
+"""Runs published language models on recorded inputs and gives every value that was recorded of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from vl_jax import params as params_lib
+from vl_jax.interop import rules
+from vl_jax.interop.language import NAMES, LanguageConfig, Names, language_rules, language_stacks, read_language
+from vl_jax.language.decoder import Decoder, LayerContext
+from vl_jax.language.mla import MLAConfig
+from vl_jax.moe import balance
+from vl_jax.moe.routing import RoutingContext, TokenChoice
+from vl_jax.nn import cache as cache_lib
+from vl_jax.nn import rope
+
+Arrays = Mapping[str, np.ndarray]
+
+
+class Language:
+    """A decoder with the weights of a fixture."""
+
+    def __init__(self, fixture: Any):
+        self.config: LanguageConfig = read_language(fixture.config)
+        self.decoder = Decoder(self.config.decoder, self.config.moe, None)
+        names = NAMES.get(fixture.config["model_type"], Names())
+        self.rules = language_rules(self.config.decoder, names)
+        self.stacks = language_stacks(self.config.decoder)
+        shapes = {"language": abstract_params(self.decoder)}
+        if self.config.moe.scheme == "loss_free":
+            sparse = len(self.config.decoder.sparse_layers)
+            shapes["routing"] = {"bias": jax.ShapeDtypeStruct((sparse, self.config.moe.num_experts), jnp.float32)}
+        tree = rules.read(self.plan(shapes), fixture.weights, shapes)
+        self.params, self.state = tree["language"], tree.get("routing", {})
+
+    def plan(self, tree: Any) -> rules.Plan:
+        shapes = {path: tuple(leaf.shape) for path, leaf in params_lib.flatten(tree).items()}
+        return rules.plan(self.rules, shapes, self.stacks)
+
+    def forward(
+        self, params: Any, tokens: jax.Array, keys: jax.Array, cache: Any = None, **options: Any
+    ) -> tuple[tuple, Any]:
+        """((hidden, logits, cache), intermediates) for tokens [B T], of which ``keys`` [B T] may be attended to.
+
+        All tokens are routed, padding too, as in the recorded models.
+        """
+        length = tokens.shape[1]
+        if cache is None:
+            causal = jnp.tril(jnp.ones((length, length), bool))
+            mask, positions = causal & (keys > 0)[:, None, :], jnp.arange(length)
+        else:
+            cache = cache_lib.append_segments(cache, jnp.ones_like(tokens))
+            mask = cache_lib.causal_mask(cache, jnp.ones_like(tokens))
+            positions = jnp.arange(length) + cache.length
+        context = LayerContext(
+            positions=jnp.broadcast_to(positions, tokens.shape),
+            mask=mask,
+            routing=RoutingContext(jnp.ones(tokens.shape, bool), jnp.zeros(tokens.shape, jnp.int32)),
+            vision=None,
+            vision_mask=None,
+            length=None if cache is None else cache.length,
+        )
+
+        def run(decoder: Decoder) -> tuple:
+            hidden, _, new = decoder(decoder.embed(tokens), context, self.state, cache)
+            return hidden, decoder.logits(hidden), new
+
+        return self.decoder.apply(
+            {"params": params}, method=run, mutable=["intermediates"], capture_intermediates=True, **options
+        )  # pyright: ignore[reportReturnType]
+
+    def empty_cache(self, slots: int) -> Any:
+        d = self.config.decoder
+        return cache_lib.create(
+            layers=d.num_layers, batch=1, slots=slots, kept=d.attention.kept, dtype=jnp.float32
+        )
+
+
+def abstract_params(decoder: Decoder) -> Any:
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    context = LayerContext(
+        positions=tokens,
+        mask=jnp.ones((1, 2, 2), bool),
+        routing=RoutingContext(tokens == 0, tokens),
+        vision=None,
+        vision_mask=None,
+        length=None,
+    )
+    sparse, experts = len(decoder.config.sparse_layers), decoder.moe.num_experts
+    state = {"bias": jnp.zeros((sparse, experts))} if decoder.moe.scheme == "loss_free" else {}
+
+    def touch(module: Decoder) -> jax.Array:
+        return module.logits(module(module.embed(tokens), context, state, None)[0])
+
+    boxed = jax.eval_shape(lambda: decoder.init(jax.random.key(0), method=touch)["params"])
+    return jax.tree.map(lambda b: b.value, boxed, is_leaf=lambda b: hasattr(b, "value"))
+
+
+def run(fixture: Any) -> dict[str, Any]:
+    """Every recorded value of a causal language model."""
+    model, arrays = Language(fixture), fixture.arrays
+    tokens, keys = jnp.asarray(arrays["in_input_ids"]), jnp.asarray(arrays["in_attention_mask"])
+    forward = jax.jit(lambda p: model.forward(p, tokens, keys))
+    (hidden, logits, _), captured = forward(model.params)
+    seen = Seen(model, captured["intermediates"])
+    embedded = model.decoder.apply({"params": model.params}, tokens, method="embed")
+    found: dict[str, Any] = {"out_logits": logits, **seen.layers(embedded, hidden)}
+    ends = {"model.embed_tokens": embedded, "model.norm": hidden}
+    for name in arrays:
+        module = name.removeprefix("mid/")
+        if module != name:
+            value = ends[module] if module in ends else seen.submodule(module, arrays[name].shape)
+            if value is not None:
+                found[name] = np.asarray(value).reshape(arrays[name].shape)
+    found |= losses(model, fixture, tokens, keys, seen)
+    found |= decoding(model, arrays)
+    return found
+
+
+class Seen:
+    """What the layers showed on the way, looked up by layer number."""
+
+    def __init__(self, model: Language, captured: Any):
+        self.config = model.config
+        self.flat = {path: _first(leaf) for path, leaf in params_lib.flatten(captured).items()}
+        self.place = {
+            layer: (run.name, i) for run in model.config.decoder.runs for i, layer in enumerate(run.layers)
+        }
+
+    def __call__(self, layer: int, path: str) -> Any:
+        name, index = self.place[layer]
+        for full in (f"{name}/{path}", f"{name}/{path}/__call__".replace("//", "/")):
+            if full in self.flat:
+                return jax.tree.map(lambda a: a[index], self.flat[full])
+        return None
+
+    def choice(self, layer: int) -> TokenChoice:
+        return self(layer, "moe/assignment")
+
+    def router_logits(self) -> jax.Array:
+        """[L B T E] of the sparse layers."""
+        return jnp.stack([self(i, "moe/logits") for i in self.config.decoder.sparse_layers])
+
+    def layers(self, embedded: Any, hidden: Any) -> dict[str, Any]:
+        count = self.config.decoder.num_layers
+        states = [embedded, *(self(i, "__call__") for i in range(count - 1)), hidden]
+        found = {f"out_hidden_states.{i}": state for i, state in enumerate(states)}
+        found |= {f"out_attentions.{i}": self(i, "attention/weights") for i in range(count)}
+        for i, layer in enumerate(self.config.decoder.sparse_layers):
+            logits = self(layer, "moe/logits")
+            found[f"out_router_logits.{i}"] = logits.reshape(-1, logits.shape[-1])
+        return found
+
+    def submodule(self, name: str, shape: tuple[int, ...]) -> Any:
+        """The output of a module of the recorded model, or None if it is not known here."""
+        if rotary := re.fullmatch(r"model\.rotary_emb(?:\.([01]))?", name):
+            return self._rotary(shape, rotary.group(1))
+        match = re.fullmatch(r"model\.layers\.(\d+)(?:\.(.*))?", name)
+        if not match:
+            return None
+        layer, rest = int(match.group(1)), match.group(2) or ""
+        if router := re.fullmatch(r"mlp\.(?:gate|router)(?:\.([012]))?|mlp\.(1)", rest):
+            which = router.group(1) or router.group(2) or "0"
+            choice = self.choice(layer)
+            return (self(layer, "moe/logits"), choice.gates, choice.experts)[int(which)]
+        for path in PATHS.get(rest, ()):
+            if (value := self(layer, path)) is not None:
+                return value
+        return None
+
+    def _rotary(self, shape: tuple[int, ...], which: str | None) -> Any:
+        """Cosines (0) and sines (1), of each pair once or twice; or both as a complex number."""
+        attention = self.config.decoder.attention
+        dim = attention.qk_rope_dim if isinstance(attention, MLAConfig) else attention.head_dim
+        angle = rope.angles(jnp.arange(shape[1])[None], dim=dim, config=attention.rope)
+        both = jnp.stack([jnp.cos(angle), jnp.sin(angle)]) * attention.rope.amplitude
+        if which is None:
+            return jnp.moveaxis(both, 0, -1)
+        one = both[int(which)]
+        return one if shape[-1] == one.shape[-1] else jnp.concatenate([one, one], axis=-1)
+
+
+# Module of the recorded model below a layer -> places among ours, the first that exists.
+PATHS: dict[str, tuple[str, ...]] = {
+    "": ("__call__",),
+    "input_layernorm": ("attention_norm",),
+    "post_attention_layernorm": ("mlp_norm",),
+    "self_attn.0": ("attention",),
+    "self_attn.1": ("attention/weights",),
+    "self_attn.q_proj": ("attention/projected_query",),
+    "self_attn.q_a_proj": ("attention/query_down",),
+    "self_attn.q_a_layernorm": ("attention/query_norm",),
+    "self_attn.q_b_proj": ("attention/projected_query",),
+    "self_attn.kv_a_proj_with_mqa": ("attention/kv_down",),
+    "self_attn.kv_a_layernorm": ("attention/kv_norm",),
+    "self_attn.kv_b_proj": ("attention/key_value",),
+    "self_attn.q_norm": ("attention/query_norm",),
+    "self_attn.k_norm": ("attention/key_norm",),
+    "mlp": ("mlp", "moe"),
+    "mlp.0": ("moe",),
+    "mlp.experts": ("moe/routed",),
+    "mlp.shared_experts": ("moe/shared",),
+    "mlp.shared_expert": ("moe/shared",),
+    "mlp.shared_expert_gate": ("moe/shared_gate",),
+}
+
+
+def _first(leaf: Any) -> Any:
+    """A captured value: modules may return a tuple, whose first member is their output."""
+    value = leaf[0]
+    return value[0] if isinstance(value, tuple) else value
+
+
+def losses(model: Language, fixture: Any, tokens: Any, keys: Any, seen: Seen) -> dict[str, Any]:
+    """The loss, its parts, its gradient by tensor, and four optimiser steps."""
+    arrays, moe = fixture.arrays, model.config.moe
+    labels = jnp.asarray(arrays["in_labels"])
+    weight = fixture.config.get("router_aux_loss_coef", 0.0) if "out_aux_loss" in arrays else 0.0
+
+    def loss(params: Any) -> jax.Array:
+        (_, logits, _), captured = model.forward(params, tokens, keys)
+        total = cross_entropy(logits, labels)
+        if weight:
+            total = total + weight * pooled(Seen(model, captured["intermediates"]).router_logits(), keys)
+        return total
+
+    def pooled(logits: jax.Array, valid: jax.Array) -> jax.Array:
+        mask = jnp.broadcast_to(valid > 0, logits.shape[:-1])
+        return balance.pooled_loss(logits, mask, top_k=moe.top_k)
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(model.params)
+    found: dict[str, Any] = {"out_loss": value, "out_objective": value}
+    if model.config.decoder.sparse_layers:
+        logits = seen.router_logits()
+        found["out_aux_loss"] = found["out_aux_lb_masked"] = pooled(logits, keys)
+        found["out_aux_lb_all_tokens"] = pooled(logits, jnp.ones_like(keys))
+        found["out_aux_router_z"] = jnp.mean(jax.nn.logsumexp(logits, axis=-1) ** 2, axis=(1, 2))
+    exported = rules.export(model.plan({"language": gradient}), {"language": gradient})
+    found |= {f"grad/{key}": array for key, array in exported}
+    return found | training(loss, model.params)
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Position t against label t + 1, mean over labels that are not -100."""
+    wanted = labels[:, 1:]
+    scores = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], jnp.maximum(wanted, 0))
+    valid = wanted != -100
+    return jnp.sum(jnp.where(valid, scores, 0)) / jnp.sum(valid)
+
+
+def training(loss: Callable[[Any], jax.Array], params: Any, steps: int = 4) -> dict[str, np.ndarray]:
+    """Losses and gradient norms of the recorded recipe: clipping at 1, AdamW at 2e-3 on every parameter."""
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(2e-3, 0.9, 0.95, eps=1e-8, weight_decay=0.1)
+    )
+
+    @jax.jit
+    def step(params: Any, state: Any) -> tuple:
+        value, gradient = jax.value_and_grad(loss)(params)
+        updates, state = optimizer.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state, value, optax.global_norm(gradient)
+
+    state, values, norms = optimizer.init(params), [], []
+    for _ in range(steps):
+        params, state, value, norm = step(params, state)
+        values.append(value)
+        norms.append(norm)
+    return {"out_train_losses": np.array(values), "out_train_grad_norms": np.array(norms)}
+
+
+def decoding(model: Language, arrays: Arrays) -> dict[str, Any]:
+    """Logits token by token over the cache, and greedy continuation of the first row."""
+    if "in_decode_input_ids" not in arrays:
+        return {}
+    tokens, prefill = jnp.asarray(arrays["in_decode_input_ids"]), int(arrays["out_decode_prefill_len"])
+    new = arrays["out_greedy_tokens"].shape[1]
+
+    @jax.jit
+    def append(tokens: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+        (_, logits, cache), _ = model.forward(model.params, tokens, tokens, cache)
+        return logits[:, -1], cache
+
+    length = tokens.shape[1]
+    logits, cache = append(tokens[:, :prefill], model.empty_cache(length + new))
+    steps = [logits]  # of the next position, beginning with the one after the prefill
+    for i in range(prefill, length):
+        logits, cache = append(tokens[:, i : i + 1], cache)
+        steps.append(logits)
+    greedy = []
+    for _ in range(new):
+        greedy.append(jnp.argmax(logits, axis=-1))
+        logits, cache = append(greedy[-1][:, None], cache)
+    recorded = arrays["out_decode_logits"]
+    return {
+        "out_decode_logits": np.stack(steps, axis=1).reshape(recorded.shape),
+        "out_greedy_tokens": np.stack(greedy, axis=1),
+    }

@@ -1,0 +1,1 @@
+"""Published checkpoints: weight files, the folders that hold them, and rules that map them to our trees."""
