@@ -19,6 +19,8 @@ import pytest  # noqa: E402
 from absl import flags  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
+pytest_plugins = ["parity"]  # prints the table of test_parity.py
+
 ROOT = Path(__file__).resolve().parent.parent
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -13,7 +13,14 @@ import optax
 
 from vl_jax import params as params_lib
 from vl_jax.interop import rules
-from vl_jax.interop.language import NAMES, LanguageConfig, Names, language_rules, language_stacks, read_language
+from vl_jax.interop.language import (
+    NAMES,
+    LanguageConfig,
+    Names,
+    language_rules,
+    language_stacks,
+    read_language,
+)
 from vl_jax.language.decoder import Decoder, LayerContext
 from vl_jax.language.mla import MLAConfig
 from vl_jax.moe import balance
@@ -36,7 +43,8 @@ class Language:
         shapes = {"language": abstract_params(self.decoder)}
         if self.config.moe.scheme == "loss_free":
             sparse = len(self.config.decoder.sparse_layers)
-            shapes["routing"] = {"bias": jax.ShapeDtypeStruct((sparse, self.config.moe.num_experts), jnp.float32)}
+            shape = (sparse, self.config.moe.num_experts)
+            shapes["routing"] = {"bias": jax.ShapeDtypeStruct(shape, jnp.float32)}
         tree = rules.read(self.plan(shapes), fixture.weights, shapes)
         self.params, self.state = tree["language"], tree.get("routing", {})
 
@@ -47,10 +55,7 @@ class Language:
     def forward(
         self, params: Any, tokens: jax.Array, keys: jax.Array, cache: Any = None, **options: Any
     ) -> tuple[tuple, Any]:
-        """((hidden, logits, cache), intermediates) for tokens [B T], of which ``keys`` [B T] may be attended to.
-
-        All tokens are routed, padding too, as in the recorded models.
-        """
+        """((hidden, logits, cache), intermediates) for tokens [B T]; ``keys`` [B T] may be attended to."""
         length = tokens.shape[1]
         if cache is None:
             causal = jnp.tril(jnp.ones((length, length), bool))
@@ -62,7 +67,7 @@ class Language:
         context = LayerContext(
             positions=jnp.broadcast_to(positions, tokens.shape),
             mask=mask,
-            routing=RoutingContext(jnp.ones(tokens.shape, bool), jnp.zeros(tokens.shape, jnp.int32)),
+            routing=routed_everywhere(tokens.shape),
             vision=None,
             vision_mask=None,
             length=None if cache is None else cache.length,
@@ -129,7 +134,7 @@ class Seen:
 
     def __init__(self, model: Language, captured: Any):
         self.config = model.config
-        self.flat = {path: _first(leaf) for path, leaf in params_lib.flatten(captured).items()}
+        self.flat = {path: first_of(leaf) for path, leaf in params_lib.flatten(captured).items()}
         self.place = {
             layer: (run.name, i) for run in model.config.decoder.runs for i, layer in enumerate(run.layers)
         }
@@ -212,7 +217,12 @@ PATHS: dict[str, tuple[str, ...]] = {
 }
 
 
-def _first(leaf: Any) -> Any:
+def routed_everywhere(shape: tuple[int, ...]) -> RoutingContext:
+    """All tokens are routed, padding too, as in the recorded models."""
+    return RoutingContext(jnp.ones(shape, bool), jnp.zeros(shape, jnp.int32))
+
+
+def first_of(leaf: Any) -> Any:
     """A captured value: modules may return a tuple, whose first member is their output."""
     value = leaf[0]
     return value[0] if isinstance(value, tuple) else value
@@ -252,7 +262,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     wanted = labels[:, 1:]
     scores = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], jnp.maximum(wanted, 0))
     valid = wanted != -100
-    return jnp.sum(jnp.where(valid, scores, 0)) / jnp.sum(valid)
+    return jnp.sum(jnp.where(valid, scores, 0)) / jnp.sum(valid, dtype=scores.dtype)
 
 
 def training(loss: Callable[[Any], jax.Array], params: Any, steps: int = 4) -> dict[str, np.ndarray]:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from oracle import processor_folder
 from PIL import Image as PilImage
 
-from vl_jax.data.chat import encode_dialogue, encode_prompt
+from vl_jax.data.chat import encode_dialogue, encode_prompt, encode_text
 from vl_jax.data.images import TilingConfig, best_grid, num_visual_tokens
 from vl_jax.data.sample import BadSample, FileImage, Sample, Turn, standalone_questions
 from vl_jax.data.tokenizer import load_tokenizer
@@ -111,6 +111,49 @@ def test_all_targets_are_the_text_that_follows_text():
     supervised = [False, *(w > 0 for w in d.loss_weights[:-1])]
     is_text = [t != TOKENIZER.image for t in d.tokens]
     assert supervised == [i > 0 and is_text[i] and is_text[i - 1] for i in range(len(d.tokens))]
+
+
+def test_text_targets_are_all_text_but_the_first_token():
+    d = encode(conversation(("<image>\nWhat?", "red")), targets="text")
+    supervised = [False, *(w > 0 for w in d.loss_weights[:-1])]
+    assert supervised == [i > 0 and t != TOKENIZER.image for i, t in enumerate(d.tokens)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(texts, texts), min_size=1, max_size=3))
+def test_answer_runs_hold_the_answers_and_their_ends(pairs):
+    sample = conversation(*pairs)
+    answers = [a.strip() + "<｜end▁of▁sentence｜>" for _, a in pairs]
+    whole, prompt = encode(sample), encode_prompt(sample, TOKENIZER, image_lengths=[])
+    for dialogue, count in ((whole, len(pairs)), (prompt, len(pairs) - 1)):
+        found = [TOKENIZER.decode([dialogue.tokens[i] for i in run]) for run in dialogue.answer_runs]
+        assert found == answers[:count]
+
+
+def raw(text: str, system: str = "", **options):
+    sample = conversation((text, ""), system=system)
+    return encode_text(sample, TOKENIZER, image_lengths=[3] * len(sample.images), **options)
+
+
+def test_a_raw_text_is_taken_verbatim_with_every_text_token_a_target():
+    text = " a <image>b <|User|> "
+    whole = raw(text, wrapped=False, complete=True)
+    image, e = TOKENIZER.image, TOKENIZER.encode
+    body = [*e(" a "), image, image, image, *e("b "), TOKENIZER.user, *e(" ")]
+    assert whole.tokens == [TOKENIZER.bos, *body, TOKENIZER.eos]
+    assert targets_of(whole) == " a b <|User|> <｜end▁of▁sentence｜>"
+    open_ended = raw(text, wrapped=False, complete=False)
+    assert open_ended.tokens == whole.tokens[:-1] and not any(open_ended.loss_weights)
+
+
+def test_a_wrapped_text_is_a_users_turn():
+    wrapped = raw(" <image>What? ", wrapped=True, complete=False)
+    sample = conversation((" <image>What? ", ""))
+    assert wrapped.tokens == encode_prompt(sample, TOKENIZER, image_lengths=[3]).tokens
+    told = raw("What?", system="Look.", wrapped=True, complete=True)
+    assert TOKENIZER.decode(told.tokens) == (
+        "<｜begin▁of▁sentence｜>Look.\n\n<|User|>: What?\n\n<|Assistant|>:<｜end▁of▁sentence｜>"
+    )
 
 
 def test_a_prompt_is_the_beginning_of_the_dialogue():

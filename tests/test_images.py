@@ -44,6 +44,15 @@ def test_the_global_view_alone_has_row_ends_and_no_separator():
     assert got.tolist() == [4, 5, 16, 6, 7, 16]
 
 
+def test_the_local_view_may_be_read_first():
+    options = {"tile_tokens_side": 2, "first_tile": 1, "num_tiles": 9}
+    last = layout((2, 3), views="local_global", **options)
+    first = layout((2, 3), views="global_local", **options)
+    assert last.tolist() == [*first[7:], first[6], *first[:6]]
+    for counted in (num_visual_tokens((2, 3), tile_tokens_side=2, views="local_global"), len(last)):
+        assert counted == len(first)
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.sampled_from(DEFAULT_GRIDS), st.integers(1, 5), st.integers(0, 3))
 def test_every_token_of_every_tile_appears_exactly_once(grid, side, first):
@@ -102,9 +111,15 @@ def test_a_picture_is_centred_on_grey():
         PilImage.new("RGB", (8, 4)), grid=(1, 1), config=TilingConfig(tile_size=8, views="global")
     )
     assert (tiles[0, :2] == 127).all() and (tiles[0, 6:] == 127).all() and (tiles[0, 2:6] == 0).all()
+    coloured = TilingConfig(tile_size=8, views="local_global", padding_colour=(1, 2, 3))
+    both = make_tiles(PilImage.new("RGB", (8, 4)), grid=(1, 1), config=coloured)
+    assert both.shape[0] == 2 and (both[:, :2] == (1, 2, 3)).all() and (both[:, 2:6] == 0).all()
 
 
-@pytest.mark.parametrize("bad", [{"tile_size": 0}, {"candidates": ()}, {"candidates": ((0, 1),)}])
+@pytest.mark.parametrize(
+    "bad",
+    [{"tile_size": 0}, {"candidates": ()}, {"candidates": ((0, 1),)}, {"padding_colour": (0, 0, 256)}],
+)
 def test_a_bad_field_is_named(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         TilingConfig(**bad)

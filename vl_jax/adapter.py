@@ -21,15 +21,18 @@ from vl_jax.sharding import constrain
 
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
-    """The projector of DeepSeek-VL2 (``downsample_mlp_gelu``)."""
+    """The projector; defaults are DeepSeek-VL2's (``downsample_mlp_gelu``)."""
 
     downsample: int = 2  # side of the window of patches that becomes one token
-    num_layers: int = 2
+    num_layers: int = 2  # 0 passes patches on as they are, 1 is a linear map
     mlp_ratio: int = 1  # hidden width as a multiple of the language model's
 
     def __post_init__(self):
-        if min(self.downsample, self.num_layers, self.mlp_ratio) < 1:
-            raise ValueError(f"downsample={self.downsample}, num_layers={self.num_layers}: must be >= 1")
+        if min(self.downsample, self.mlp_ratio) < 1 or self.num_layers < 0:
+            raise ValueError(
+                f"downsample={self.downsample}, mlp_ratio={self.mlp_ratio}: must be >= 1, num_layers="
+                f"{self.num_layers} >= 0"
+            )
 
     def tokens_side(self, grid: int) -> int:
         """Tokens on the side of a tile whose patch grid has ``grid`` patches on a side."""
@@ -71,20 +74,33 @@ class Adapter(nn.Module):
     config: AdapterConfig
     embed_dim: int
 
-    @nn.compact
+    def setup(self):
+        c = self.config
+        widths = [
+            *[self.embed_dim * c.mlp_ratio] * (c.num_layers - 1),
+            *[self.embed_dim] * (c.num_layers > 0),
+        ]
+        last = len(widths) - 1
+        self.layer = [
+            Linear(width, ("mlp", "embed") if i == last else ("embed", "mlp"), use_bias=True)
+            for i, width in enumerate(widths)
+        ]
+        init = named(nn.initializers.normal(self.embed_dim**-0.5), None)
+        self.newline = self.param("newline", init, (self.embed_dim,))
+        self.separator = self.param("separator", init, (self.embed_dim,))
+
+    def project(self, patches: Float[Array, "M P W"]) -> Float[Array, "M n D"]:
+        """The tokens of every tile."""
+        x = pixel_shuffle(patches, ratio=self.config.downsample)
+        for i, layer in enumerate(self.layer):
+            x = layer(jax.nn.gelu(x, approximate=False) if i else x)
+        return x
+
     def __call__(
         self, patches: Float[Array, "B M P W"], visual_index: Int[Array, "B S"]
     ) -> Float[Array, "B S D"]:
-        c, (batch, tiles) = self.config, patches.shape[:2]
-        x = pixel_shuffle(patches.reshape(batch * tiles, *patches.shape[2:]), ratio=c.downsample)
-        for i in range(c.num_layers):
-            last = i == c.num_layers - 1
-            width = self.embed_dim * (1 if last else c.mlp_ratio)
-            names = ("mlp", "embed") if last else ("embed", "mlp")
-            x = Linear(width, names, use_bias=True, name=f"layer_{i}")(x)
-            x = x if last else jax.nn.gelu(x, approximate=False)
-        init = named(nn.initializers.normal(self.embed_dim**-0.5), None)
-        newline = self.param("newline", init, (self.embed_dim,)).astype(x.dtype)
-        separator = self.param("separator", init, (self.embed_dim,)).astype(x.dtype)
+        batch, tiles = patches.shape[:2]
+        x = self.project(patches.reshape(batch * tiles, *patches.shape[2:]))
+        newline, separator = self.newline.astype(x.dtype), self.separator.astype(x.dtype)
         tile_tokens = x.reshape(batch, tiles, -1, self.embed_dim)
         return constrain(gather_visual(tile_tokens, newline, separator, visual_index), "batch", None, None)

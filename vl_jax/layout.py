@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from vl_jax import sharding
 from vl_jax.batch import Batch
-from vl_jax.model import VisionLanguage, init_routing_state
+from vl_jax.model import VisionLanguage, VisionLanguageConfig, init_routing_state
 from vl_jax.sharding import AxisRules, Placement
 
 
@@ -30,6 +30,36 @@ class Layout:
     @property
     def replicated(self) -> NamedSharding:
         return NamedSharding(self.mesh, P())
+
+
+def smallest_batch(config: VisionLanguageConfig) -> Batch:
+    """A batch of one row and two tokens: enough to learn the shapes of the parameters."""
+    zeros, encoder = np.zeros((1, 2), np.int32), config.encoder
+    pixels = (0, 1, 1, 3) if encoder is None else (1, *encoder.pixels)
+    return Batch(
+        tokens=zeros,
+        positions=zeros,
+        segment_ids=zeros + 1,
+        branch_ids=zeros,
+        visual_slot=zeros - 1,
+        target_index=zeros,
+        targets=zeros,
+        loss_weights=zeros.astype(np.float32),
+        tiles=np.zeros((1, *pixels), np.uint8),
+        visual_index=zeros - 1,
+        visual_start=zeros,
+        visual_segment_ids=zeros,
+    )
+
+
+def abstract(model: VisionLanguage) -> Any:
+    """Shapes and dtypes of every parameter, without sharding."""
+    routing = init_routing_state(model.config)
+
+    def init(key: jax.Array, batch: Batch) -> Any:
+        return model.init(key, batch, routing, method="initialize")["params"]
+
+    return nn.meta.unbox(jax.eval_shape(init, jax.random.key(0), smallest_batch(model.config)))
 
 
 def plan_layout(model: VisionLanguage, example: Batch, mesh: Mesh, rules: AxisRules | None = None) -> Layout:

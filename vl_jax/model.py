@@ -44,7 +44,7 @@ class FusionConfig:
 class VisionLanguageConfig:
     """The whole model. Defaults are DeepSeek-VL2 (base)."""
 
-    encoder: ViTConfig = ViTConfig()
+    encoder: ViTConfig | None = ViTConfig()  # None: a language model
     adapter: AdapterConfig = AdapterConfig()
     fusion: FusionConfig = FusionConfig()
     language: DecoderConfig = DecoderConfig()
@@ -60,8 +60,8 @@ class VisionLanguageConfig:
 
     @property
     def tile_tokens_side(self) -> int:
-        """Visual tokens on the side of one tile."""
-        return self.adapter.tokens_side(self.encoder.grid)
+        """Visual tokens on the side of one tile; 0 for a language model."""
+        return self.adapter.tokens_side(self.encoder.grid) if self.encoder else 0
 
     @property
     def num_sparse_layers(self) -> int:
@@ -84,14 +84,17 @@ class VisionLanguage(nn.Module):
 
     def setup(self):
         c, dtype = self.config, jnp.dtype(self.config.dtype)
-        self.encoder = ViT(c.encoder, dtype, remat=c.language.remat != "none")
-        self.adapter = Adapter(c.adapter, c.language.embed_dim)
+        if c.encoder is not None:
+            self.encoder = ViT(c.encoder, dtype, remat=c.language.remat != "none")
+            self.adapter = Adapter(c.adapter, c.language.embed_dim)
         gate = c.fusion.gate if c.fusion.kind == "gated" else None
         self.language = Decoder(c.language, c.moe, gate, dtype)
 
     def see(self, batch: Batch) -> Float[Array, "B S D"]:
         """The visual tokens of every row, in reading order; zeros where a row has none."""
         rows, tiles = batch.tiles.shape[:2]
+        if self.config.encoder is None:
+            return jnp.zeros((*batch.visual_index.shape, self.config.language.embed_dim), self.config.dtype)
         patches = self.encoder(batch.tiles.reshape(rows * tiles, *batch.tiles.shape[2:]))
         return self.adapter(patches.reshape(rows, tiles, *patches.shape[1:]), batch.visual_index)
 
@@ -111,10 +114,8 @@ class VisionLanguage(nn.Module):
           cache: if given, the batch is appended to it (a row's segment must not begin before).
         """
         vision = self.see(batch) if vision is None else vision
-        x = self.language.embed(batch.tokens)
+        x = self.embed(batch, vision)
         gated = self.config.fusion.kind == "gated"
-        if not gated:
-            x = merge_visual(x, vision, batch.visual_slot)
         if cache is None:
             mask, offset = attention.causal_mask(batch.segment_ids, batch.branch_ids), 0
         else:
@@ -130,6 +131,13 @@ class VisionLanguage(nn.Module):
         )
         hidden, routed, cache = self.language(x, context, routing_state, cache)
         return ModelOutput(hidden, routed, cache)
+
+    def embed(self, batch: Batch, vision: Float[Array, "B S D"]) -> Float[Array, "B T D"]:
+        """What enters the decoder: embeddings of text, and with ``prefix`` fusion visual tokens among them."""
+        x = self.language.embed(batch.tokens)
+        if self.config.fusion.kind == "gated" or self.config.encoder is None:
+            return x
+        return merge_visual(x, vision, batch.visual_slot)
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Vocabulary scores, float32."""

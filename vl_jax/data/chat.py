@@ -20,10 +20,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from vl_jax.data.sample import IMAGE_PLACEHOLDER, BadSample, Sample, standalone_questions
-from vl_jax.data.tokenizer import GROUNDING, Tokenizer
+from vl_jax.data.tokenizer import GROUNDING, SPECIAL, Tokenizer
 
 Turns = Literal["dialogue", "independent"]
-Targets = Literal["all", "answers"]
+Targets = Literal["all", "answers", "text"]
+
+# What a raw text may hold as single tokens: all but the image mark, which stands for a run of its own.
+_VERBATIM = tuple(s for s in SPECIAL if s != IMAGE_PLACEHOLDER)
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Dialogue:
     positions: list[int] = field(default_factory=list)
     branch_ids: list[int] = field(default_factory=list)
     visual_runs: list[VisualRun] = field(default_factory=list)
+    answer_runs: list[range] = field(default_factory=list)  # where the answers stand, their EOS included
     num_turns: int = 0
 
     def _append(self, ids: Sequence[int], *, branch: int, position: int, supervised: Sequence[bool]) -> None:
@@ -79,7 +83,8 @@ def encode_dialogue(
       image_lengths: sequence positions each image takes (all of them hold the ``<image>`` id).
       turns: whether later turns see earlier ones.
       targets: ``answers`` supervises each answer and its EOS; ``all`` every text token that follows a
-        text token of the same branch. Images and the first token of a branch are never targets.
+        text token of the same branch; ``text`` every text token, also the first one after an image (as the
+        published processor does). Images and the first token of a branch are never targets.
       max_tokens: turns from the first one that does not fit are left out.
 
     Raises:
@@ -120,13 +125,40 @@ def encode_prompt(sample: Sample, tokenizer: Tokenizer, *, image_lengths: Sequen
       BadSample: placeholders and images do not match.
     """
     _check(sample, image_lengths)
-    ids: list[int | None] = [tokenizer.bos, *_encode(tokenizer, sample.system.strip())]
+    parts: list[_Part] = [([tokenizer.bos, *_encode(tokenizer, sample.system.strip())], False)]
     for index, turn in enumerate(sample.turns):
-        ids += _user(tokenizer, turn.question)
+        parts.append((_user(tokenizer, turn.question), False))
         if index < len(sample.turns) - 1:
-            ids += [*_encode(tokenizer, turn.answer.strip()), tokenizer.eos]
+            parts.append(([*_encode(tokenizer, turn.answer.strip()), tokenizer.eos], True))
     result = Dialogue(num_turns=len(sample.turns))
-    _extend(result, [(ids, False)], 0, image_lengths, tokenizer.image, "answers")
+    _extend(result, parts, 0, image_lengths, tokenizer.image, None)
+    return result
+
+
+def encode_text(
+    sample: Sample, tokenizer: Tokenizer, *, image_lengths: Sequence[int], wrapped: bool, complete: bool
+) -> Dialogue:
+    """Encodes one text the way pre-training reads it: BOS, the text, EOS, with every text token a target.
+
+    Args:
+      sample: its only turn's question is the text. ``Sample.system`` is read in the wrapped form only.
+      wrapped: the text becomes a user's turn, up to where the answer begins (behind the system text and an
+        empty line); otherwise it is taken verbatim, and role marks written in it become their tokens.
+      complete: False leaves the EOS out, so that the text can be continued; nothing is a target then.
+
+    Raises:
+      BadSample: placeholders and images do not match.
+    """
+    _check(sample, image_lengths)
+    (turn,) = sample.turns
+    if wrapped:
+        system = f"{sample.system}\n\n" if sample.system else ""
+        text = [*_encode(tokenizer, system), *_user(tokenizer, turn.question)]
+    else:
+        text = _pieces(tokenizer, turn.question, _VERBATIM)
+    parts: list[_Part] = [([tokenizer.bos], False), ([*text, *([tokenizer.eos] * complete)], True)]
+    result = Dialogue(num_turns=1)
+    _extend(result, parts, 0, image_lengths, tokenizer.image, "text" if complete else None)
     return result
 
 
@@ -162,12 +194,12 @@ def _tail(tokenizer: Tokenizer, text: str) -> list[int | None]:
     return [*_encode(tokenizer, text), tokenizer.assistant, *_encode(tokenizer, ":")]
 
 
-def _pieces(tokenizer: Tokenizer, text: str) -> list[int | None]:
+def _pieces(tokenizer: Tokenizer, text: str, allowed: Sequence[str] = GROUNDING) -> list[int | None]:
     """Encodes text around its image placeholders; each placeholder becomes None."""
     first, *rest = re.split(re.escape(IMAGE_PLACEHOLDER), text)
-    ids: list[int | None] = list(_encode(tokenizer, first))
+    ids: list[int | None] = list(tokenizer.encode(first, allowed=allowed))
     for piece in rest:
-        ids += [None, *_encode(tokenizer, piece)]
+        ids += [None, *tokenizer.encode(piece, allowed=allowed)]
     return ids
 
 
@@ -182,15 +214,17 @@ def _extend(
     branch: int,
     image_lengths: Sequence[int],
     image_id: int,
-    targets: Targets,
+    targets: Targets | None,
 ) -> None:
     """Appends parts of one branch, opening image runs; positions go on from the branch or the trunk."""
+    every, adjacent, answers = targets == "text", targets == "all", targets is not None
     if result.branch_ids and result.branch_ids[-1] == branch:
         position = result.positions[-1] + 1
     else:
         position = result.branch_ids.count(0)
     after_text = bool(result.tokens)  # The first piece of a branch has its supervision cut by ``_append``.
     for ids, is_answer in parts:
+        start = len(result.tokens)
         for token in ids:
             if token is None:
                 length = image_lengths[len(result.visual_runs)]
@@ -201,7 +235,9 @@ def _extend(
                 position += length
                 after_text = False
                 continue
-            supervised = is_answer or (targets == "all" and after_text)
+            supervised = (is_answer and answers) or every or (adjacent and after_text)
             result._append([token], branch=branch, position=position, supervised=[supervised])
             position += 1
             after_text = True
+        if is_answer:
+            result.answer_runs.append(range(start, len(result.tokens)))

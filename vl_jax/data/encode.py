@@ -86,6 +86,17 @@ class Example:
     visual_index: np.ndarray  # i32[s]
     visual_start: np.ndarray  # i32[s]
     num_turns: int = 1  # turns that fitted
+    grids: tuple[images.Grid, ...] = ()  # of the local view of each image
+    answer_runs: tuple[range, ...] = ()  # positions of the answers, their EOS included
+
+
+@dataclass(frozen=True)
+class _Pictures:
+    """All tiles of a sample, and each image's grid and layout."""
+
+    tiles: np.ndarray
+    grids: tuple[images.Grid, ...]
+    layouts: tuple[np.ndarray, ...]
 
 
 @dataclass(frozen=True)
@@ -121,16 +132,16 @@ class Encoder:
         Raises:
           BadSample: an image cannot be used, or the sample does not fit.
         """
-        tiles, layouts = self._tiles(sample)
+        pictures = self._pictures(sample)
         dialogue = chat.encode_dialogue(
             sample,
             self.tokenizer,
-            image_lengths=self._image_lengths(layouts),
+            image_lengths=self._image_lengths(pictures),
             turns=turns,
             targets=targets,
             max_tokens=self.max_tokens,
         )
-        example = self._assemble(sample, dialogue, tiles, layouts)
+        example = self._assemble(sample, dialogue, pictures)
         found = np.count_nonzero(example.loss_weights)
         if found > self.max_targets:
             message = f"sample {sample.id}: {found} tokens to predict, limit {self.max_targets}"
@@ -143,15 +154,26 @@ class Encoder:
         Raises:
           BadSample: an image cannot be used, or the prompt does not fit.
         """
-        tiles, layouts = self._tiles(sample)
-        lengths = self._image_lengths(layouts)
+        pictures = self._pictures(sample)
+        lengths = self._image_lengths(pictures)
         dialogue = chat.encode_prompt(sample, self.tokenizer, image_lengths=lengths)
-        if len(dialogue.tokens) > self.max_tokens:
-            message = (
-                f"sample {sample.id}: a prompt of {len(dialogue.tokens)} tokens, limit {self.max_tokens}"
-            )
-            raise BadSample("too_long", message)
-        return self._assemble(sample, dialogue, tiles, layouts)
+        return self._assemble(sample, self._fitting(sample, dialogue), pictures)
+
+    def text(self, sample: Sample, *, wrapped: bool = False, complete: bool = True) -> Example:
+        """Encodes a raw text (the question of the only turn); for the arguments see ``chat.encode_text``.
+
+        Raises:
+          BadSample: an image cannot be used, or the text does not fit.
+        """
+        pictures = self._pictures(sample)
+        dialogue = chat.encode_text(
+            sample,
+            self.tokenizer,
+            image_lengths=self._image_lengths(pictures),
+            wrapped=wrapped,
+            complete=complete,
+        )
+        return self._assemble(sample, self._fitting(sample, dialogue), pictures)
 
     def collate(self, rows: Sequence[Sequence[Example]], *, length: int = 0, pad_left: bool = False) -> Batch:
         """Lays rows of examples out as a batch of static shapes.
@@ -179,8 +201,15 @@ class Encoder:
             self._fill_row(batch, index, row, tokens, pad_left)
         return batch
 
-    def _tiles(self, sample: Sample) -> tuple[np.ndarray, list[np.ndarray]]:
-        """All tiles of a sample, and the layout of each image."""
+    def _fitting(self, sample: Sample, dialogue: chat.Dialogue) -> chat.Dialogue:
+        if len(dialogue.tokens) > self.max_tokens:
+            message = (
+                f"sample {sample.id}: a prompt of {len(dialogue.tokens)} tokens, limit {self.max_tokens}"
+            )
+            raise BadSample("too_long", message)
+        return dialogue
+
+    def _pictures(self, sample: Sample) -> _Pictures:
         pictures = [image() for image in sample.images]
         count = len(pictures)
         grids = [images.best_grid(*p.size, self.tiling, num_images=count) for p in pictures]
@@ -202,25 +231,24 @@ class Encoder:
             for i, grid in enumerate(grids)
         ]
         size = self.tiling.tile_size
-        return np.concatenate([np.zeros((0, size, size, 3), np.uint8), *stacks]), layouts
+        tiles = np.concatenate([np.zeros((0, size, size, 3), np.uint8), *stacks])
+        return _Pictures(tiles, tuple(grids), tuple(layouts))
 
-    def _image_lengths(self, layouts: Sequence[np.ndarray]) -> list[int]:
-        return [len(item) if self.spec.fusion == "prefix" else 1 for item in layouts]
+    def _image_lengths(self, pictures: _Pictures) -> list[int]:
+        return [len(item) if self.spec.fusion == "prefix" else 1 for item in pictures.layouts]
 
-    def _assemble(
-        self, sample: Sample, dialogue: chat.Dialogue, tiles: np.ndarray, layouts: Sequence[np.ndarray]
-    ) -> Example:
+    def _assemble(self, sample: Sample, dialogue: chat.Dialogue, pictures: _Pictures) -> Example:
         prefix = self.spec.fusion == "prefix"
         slots = np.full(len(dialogue.tokens), -1, np.int32)
         starts, index = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
         total = 0
         for run in dialogue.visual_runs:
-            count = len(layouts[run.image])
+            count = len(pictures.layouts[run.image])
             positions = np.arange(count, dtype=np.int32)
             if prefix:
                 slots[run.start : run.start + count] = total + positions
             starts.append((run.start + positions if prefix else np.full(count, run.start)).astype(np.int32))
-            index.append(layouts[run.image])
+            index.append(pictures.layouts[run.image])
             total += count
         return Example(
             id=sample.id,
@@ -230,10 +258,12 @@ class Encoder:
             positions=np.array(dialogue.positions, np.int32),
             branch_ids=np.array(dialogue.branch_ids, np.int32),
             visual_slot=slots,
-            tiles=tiles,
+            tiles=pictures.tiles,
             visual_index=np.concatenate(index),
             visual_start=np.concatenate(starts),
             num_turns=dialogue.num_turns,
+            grids=pictures.grids,
+            answer_runs=tuple(dialogue.answer_runs),
         )
 
     def _fill_row(

@@ -8,6 +8,8 @@ A picture is seen twice: whole (the *global* view, one tile) and in detail (the 
     separator                                   s
     local: one mosaic of (th*h) x (tw*h), rows  . . . . n    (grid 2 x 1)
            span tiles and end in a newline      . . . . n
+
+A model may also read the local view first; the tiles themselves always begin with the global view.
 """
 
 from __future__ import annotations
@@ -23,14 +25,13 @@ from PIL import ImageOps
 from vl_jax.batch import visual_sources
 
 Grid = tuple[int, int]  # tiles across, tiles down
-Views = Literal["global_local", "global"]
+Views = Literal["global_local", "local_global", "global"]  # what a picture shows, in reading order
 
 # The order decides exact ties only; it is that of the published processor.
 DEFAULT_GRIDS: tuple[Grid, ...] = (
     (1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (1, 4), (4, 1), (2, 2), (1, 5), (5, 1), (1, 6), (6, 1),
     (2, 3), (3, 2), (1, 7), (7, 1), (1, 8), (8, 1), (2, 4), (4, 2), (1, 9), (9, 1), (3, 3),
 )  # fmt: skip
-_PADDING_COLOUR = (127, 127, 127)  # int(255 * mean), with the mean 0.5 of the normalisation
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class TilingConfig:
     candidates: tuple[tuple[int, int], ...] = DEFAULT_GRIDS  # grids (across, down)
     max_tiled_images: int = 2  # a sample with more images keeps each in a single tile
     views: Views = "global_local"
+    padding_colour: tuple[int, int, int] = (127, 127, 127)  # int(255 * mean of the normalisation)
 
     def __post_init__(self):
         if self.tile_size < 1:
@@ -49,6 +51,8 @@ class TilingConfig:
             raise ValueError(f"candidates={self.candidates}: needs pairs of at least (1, 1)")
         if self.max_tiled_images < 0:
             raise ValueError(f"max_tiled_images={self.max_tiled_images}: must not be negative")
+        if any(not 0 <= level <= 255 for level in self.padding_colour):
+            raise ValueError(f"padding_colour={self.padding_colour}: grey levels must lie in 0..255")
 
 
 def best_grid(width: int, height: int, config: TilingConfig, *, num_images: int = 1) -> Grid:
@@ -82,14 +86,14 @@ def num_views_tiles(grid: Grid, views: Views) -> int:
 def make_tiles(image: PilImage.Image, *, grid: Grid, config: TilingConfig) -> np.ndarray:
     """The tiles of an RGB picture, global view first, then the grid row by row: ``u8[m, tile, tile, 3]``.
 
-    Each view is the picture resized (bicubic) to fit, centred on grey.
+    Each view is the picture resized (bicubic) to fit, centred on ``padding_colour``.
     """
     size = config.tile_size
-    overview = _fit(image, (size, size))[None]
+    overview = _fit(image, (size, size), config.padding_colour)[None]
     if config.views == "global":
         return overview
     across, down = grid
-    mosaic = _fit(image, (across * size, down * size))
+    mosaic = _fit(image, (across * size, down * size), config.padding_colour)
     local = mosaic.reshape(down, size, across, size, 3).swapaxes(1, 2).reshape(-1, size, size, 3)
     return np.concatenate([overview, local])
 
@@ -116,7 +120,8 @@ def layout(grid: Grid, *, tile_tokens_side: int, views: Views, first_tile: int, 
     across, down = grid
     tiles = (first_tile + 1 + np.arange(across * down, dtype=np.int32)).reshape(down, 1, across, 1)
     mosaic = (tiles * n + tokens[None, :, None, :]).reshape(down * tile_tokens_side, -1)
-    return np.concatenate([overview, np.array([separator], np.int32), _end_rows(mosaic, newline)])
+    parts = [overview, np.array([separator], np.int32), _end_rows(mosaic, newline)]
+    return np.concatenate(parts if views == "global_local" else parts[::-1])
 
 
 def num_visual_tokens(grid: Grid, *, tile_tokens_side: int, views: Views) -> int:
@@ -139,10 +144,10 @@ def max_visual_tokens(config: TilingConfig, *, tile_tokens_side: int, max_tiles:
     return most[max_tiles]
 
 
-def _fit(image: PilImage.Image, size: tuple[int, int]) -> np.ndarray:
+def _fit(image: PilImage.Image, size: tuple[int, int], colour: tuple[int, int, int]) -> np.ndarray:
     if image.size == size:
         return np.asarray(image)
-    padded = ImageOps.pad(image, size, method=PilImage.Resampling.BICUBIC, color=_PADDING_COLOUR)
+    padded = ImageOps.pad(image, size, method=PilImage.Resampling.BICUBIC, color=colour)
     return np.asarray(padded)
 
 

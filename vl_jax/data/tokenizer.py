@@ -34,18 +34,22 @@ _SHIPPED = Path(__file__).with_name("tokenizer.json")
 
 
 class Tokenizer:
-    """Text to ids and back; special ids never arise from text unless the caller allows them by name."""
+    """Text to ids and back; special ids never arise from text unless the caller allows them by name.
 
-    def __init__(self, text: str, *, source: str = "tokenizer.json"):
+    ``pad`` names the padding token where it is not the usual one.
+    """
+
+    def __init__(self, text: str, *, source: str = "tokenizer.json", pad: str = PAD):
+        special = tuple(pad if s == PAD else s for s in SPECIAL)
         try:
             description = json.loads(text)
             for token in description.get("added_tokens", []):
                 # Whatever the file says, the special strings are special: see ``encode``.
-                token["special"] = token["special"] or token["content"] in SPECIAL
+                token["special"] = token["special"] or token["content"] in special
             self._plain = tokenizers.Tokenizer.from_str(json.dumps(description, ensure_ascii=False))
         except Exception as error:  # The library raises bare ``Exception`` for a malformed file.
             raise ValueError(f"{source}: not a tokenizer file: {error}") from None
-        missing = [s for s in SPECIAL if self._plain.token_to_id(s) is None]
+        missing = [s for s in special if self._plain.token_to_id(s) is None]
         if missing:
             raise ValueError(f"{source}: the vocabulary lacks the special tokens {', '.join(missing)}")
         self._plain.encode_special_tokens = True
@@ -53,8 +57,8 @@ class Tokenizer:
         self._cached = functools.lru_cache(maxsize=1 << 14)(
             lambda piece: tuple(self._plain.encode(piece, add_special_tokens=False).ids)
         )
-        self._ids = {s: self.token_id(s) for s in SPECIAL}
-        self.bos, self.eos, self.pad = self._ids[BOS], self._ids[EOS], self._ids[PAD]
+        self._ids = {s: self.token_id(s) for s in special}
+        self.bos, self.eos, self.pad = self._ids[BOS], self._ids[EOS], self._ids[pad]
         self.image, self.user, self.assistant = self._ids[IMAGE], self._ids[USER], self._ids[ASSISTANT]
 
     @property
@@ -72,9 +76,9 @@ class Tokenizer:
         Raises:
           ValueError: ``allowed`` names a string that is not special.
         """
-        unknown = [s for s in allowed if s not in SPECIAL]
+        unknown = [s for s in allowed if s not in self._ids]
         if unknown:
-            raise ValueError(f"allowed={unknown}: not special tokens; known: {', '.join(SPECIAL)}")
+            raise ValueError(f"allowed={unknown}: not special tokens; known: {', '.join(self._ids)}")
         if not allowed:
             return self._encode_plain(text)
         ids: list[int] = []
@@ -119,6 +123,37 @@ def load_tokenizer(path: str = "") -> Tokenizer:
     if not file.is_file():
         raise ValueError(f"tokenizer={path!r}: no such file {file}")
     return Tokenizer(file.read_text(encoding="utf-8"), source=str(file))
+
+
+def load_published_tokenizer(folder: str | Path) -> Tokenizer:
+    """Loads the tokenizer of a published checkpoint (``tokenizer.json``, ``tokenizer_config.json``).
+
+    Marks that the file lacks get the next free ids, in the order in which the published processor adds
+    them: padding (unless the config names another padding token), image, grounding, roles.
+
+    Raises:
+      ValueError: a file is missing or malformed, or sequences begin or end with another token than ours.
+    """
+    file, config_file = Path(folder) / "tokenizer.json", Path(folder) / "tokenizer_config.json"
+    if not file.is_file():
+        raise ValueError(f"tokenizer={str(folder)!r}: no such file {file}")
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+        named = {name: config.get(f"{name}_token") for name in ("bos", "eos", "pad")}
+        named = {k: v["content"] if isinstance(v, dict) else v for k, v in named.items()}
+    except (ValueError, KeyError, AttributeError):
+        raise ValueError(f"{config_file}: not a tokenizer config") from None
+    for name, ours in (("bos", BOS), ("eos", EOS)):
+        if named[name] not in (None, ours):
+            raise ValueError(f"{config_file}: {name}_token={named[name]!r}: must be {ours!r}")
+    text, pad = file.read_text(encoding="utf-8"), named["pad"] or PAD
+    try:
+        published = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # The library raises bare ``Exception`` for a malformed file.
+        raise ValueError(f"{file}: not a tokenizer file: {error}") from None
+    marks = [pad] * (named["pad"] is None) + [IMAGE, *GROUNDING, USER, ASSISTANT]
+    published.add_special_tokens([tokenizers.AddedToken(m, normalized=False) for m in marks])
+    return Tokenizer(published.to_str(), source=str(file), pad=pad)
 
 
 def train_tokenizer(

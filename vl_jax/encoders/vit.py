@@ -1,9 +1,12 @@
-"""The vision transformer (SigLIP): one tile of pixels in, P patch tokens out.
+"""The vision transformer: an image in, patch tokens out, and one vector for the whole image if asked for.
 
-    tile [h w 3] -> stem -> patch grid [P D] + learned positions -> pre-norm blocks -> LayerNorm
+    image [h w c] -> stem -> patch grid [P D] (+ class token) + learned positions (-> pre_norm) -> blocks
+      -> norm -> tokens, or chosen hidden states       the features that a language model sees
+              -> pooling -> projection                 the image as one vector
 
-The ``patch`` stem is the published one, a single strided projection. The ``conv`` stem is five small strided
-convolutions (Xiao et al. 2021, arXiv 2106.14881): it learns far faster from few images.
+One config covers SigLIP (arXiv 2303.15343), CLIP (2103.00020) and the first ViT (2010.11929). The ``patch``
+stem is the published one, a single strided projection. The ``conv`` stem is five small strided convolutions
+(Xiao et al. 2021, arXiv 2106.14881): it learns far faster from few images.
 """
 
 from __future__ import annotations
@@ -16,58 +19,143 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
-from vl_jax.nn import attention
+from vl_jax.encoders.transformer import Attention, BlockConfig, Encoded, feed_forward, run_blocks
+from vl_jax.kernels.activation import FUNCTIONS, Kind
 from vl_jax.nn.layers import LayerNorm, Linear, fan_in, named
 from vl_jax.sharding import constrain
+
+Sides = int | tuple[int, int]  # height and width, or one number for both
+Levels = float | tuple[float, ...]  # by channel, or one number for all
+
+# Functions that a projected vector may go through.
+OUTPUTS = {"none": lambda x: x, "tanh": jnp.tanh, **FUNCTIONS}
 
 
 @dataclasses.dataclass(frozen=True)
 class ViTConfig:
-    """Defaults are SigLIP-SO400M-patch14-384."""
+    """Defaults are SigLIP-SO400M-patch14-384 as DeepSeek-VL2 uses it."""
 
-    image_size: int = 384  # pixels on the side of a tile
-    patch_size: int = 14  # pixels on the side of a patch; a rest smaller than a patch is never seen
+    image_size: Sides = 384  # pixels
+    patch_size: Sides = 14  # pixels; a rest smaller than a patch is never seen
+    num_channels: int = 3
     embed_dim: int = 1152
     mlp_dim: int = 4304
     num_layers: int = 27
     num_heads: int = 16
+    activation: Kind = "gelu_tanh"
+    norm_epsilon: float = 1e-6
+    qkv_bias: bool = True
     stem: Literal["patch", "conv"] = "patch"
-    pixel_mean: float = 0.5  # of pixel values scaled to 0..1
-    pixel_std: float = 0.5
+    stem_bias: bool = True  # of the patch stem
+    class_token: bool = False  # a learned token before the patches
+    pre_norm: bool = False  # one more norm before the first block (CLIP)
+    final_norm: Literal["tokens", "pooled"] = "tokens"  # pooled: of the class token alone (CLIP)
+    pooling: Literal["none", "class", "attention"] = "none"
+    projection_dim: int = 0  # of the pooled vector; 0 leaves it as it is
+    projection_bias: bool = False
+    projection_activation: Literal["none", "tanh"] | Kind = "none"
+    feature_layers: tuple[int, ...] = ()  # hidden states joined as features; 0 is what enters the first block
+    class_feature: bool = False  # the class token is among the features
+    pixel_mean: Levels = 0.5  # of pixel values scaled to 0..1
+    pixel_std: Levels = 0.5
 
     def __post_init__(self):
-        if self.image_size < self.patch_size:
+        (height, width), (rows, columns) = _pair(self.image_size), _pair(self.patch_size)
+        if min(rows, columns) < 1 or height < rows or width < columns:
             raise ValueError(f"image_size={self.image_size} < patch_size={self.patch_size}")
-        if self.embed_dim % self.num_heads:
-            raise ValueError(f"embed_dim={self.embed_dim} is not a multiple of num_heads={self.num_heads}")
+        _ = self.block  # checks its own fields
         if self.stem == "conv" and self.patch_size not in HALVINGS:
             raise ValueError(
                 f"patch_size={self.patch_size}: the conv stem allows {', '.join(map(str, HALVINGS))}"
             )
+        needs_class = {
+            "pooling='class'": self.pooling == "class",
+            "class_feature=True": self.class_feature,
+        }
+        for name, given in needs_class.items():
+            if given and not self.class_token:
+                raise ValueError(f"{name} needs class_token=True")
+        if self.final_norm == "pooled" and self.pooling != "class":
+            raise ValueError(f"final_norm='pooled' needs pooling='class', not {self.pooling!r}")
+        if self.projection_dim and self.pooling == "none":
+            raise ValueError(f"projection_dim={self.projection_dim} needs a pooling other than 'none'")
+        for layer in self.feature_layers:
+            if not -self.num_layers - 1 <= layer <= self.num_layers:
+                raise ValueError(
+                    f"feature_layers: {layer} is not one of the {self.num_layers + 1} hidden states"
+                )
+
+    @property
+    def block(self) -> BlockConfig:
+        return BlockConfig(
+            self.embed_dim, self.mlp_dim, self.num_heads, self.activation, self.norm_epsilon, self.qkv_bias
+        )
+
+    @property
+    def grid_shape(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        (height, width), (rows, columns) = _pair(self.image_size), _pair(self.patch_size)
+        return height // rows, width // columns
 
     @property
     def grid(self) -> int:
-        """Patches on the side of a tile."""
-        return self.image_size // self.patch_size
+        """Patches on the side of a tile.
+
+        Raises:
+          ValueError: the patches do not form a square.
+        """
+        rows, columns = self.grid_shape
+        if rows != columns:
+            raise ValueError(f"image_size={self.image_size} gives {rows} x {columns} patches, not a square")
+        return rows
+
+    @property
+    def pixels(self) -> tuple[int, int, int]:
+        """The shape of an image: height, width, channels."""
+        return (*_pair(self.image_size), self.num_channels)
+
+    @property
+    def num_tokens(self) -> int:
+        """Patches, and the class token if there is one."""
+        rows, columns = self.grid_shape
+        return rows * columns + self.class_token
+
+    @property
+    def pooled_dim(self) -> int:
+        """Width of the pooled vector."""
+        return self.projection_dim or self.embed_dim
 
 
-def normalize(pixels: UInt8[Array, "*batch"], *, mean: float, std: float) -> Float[Array, "*batch"]:
+def _pair(sides: Sides) -> tuple[int, int]:
+    return (sides, sides) if isinstance(sides, int) else sides
+
+
+def normalize(pixels: UInt8[Array, "*batch c"], *, mean: Levels, std: Levels) -> Float[Array, "*batch c"]:
     """Grey levels 0..255 to ``(v / 255 - mean) / std``; SigLIP's 0.5 and 0.5 give [-1, 1]."""
-    return (pixels.astype(jnp.float32) / 255.0 - mean) / std
+    shape = (1,) * (pixels.ndim - 1) + (-1,)
+    shift, spread = (jnp.asarray(v, jnp.float32).reshape(shape) for v in (mean, std))
+    return (pixels.astype(jnp.float32) / 255.0 - shift) / spread
 
 
 class PatchStem(nn.Module):
-    """Splits a tile into non-overlapping patches and projects each."""
+    """Splits an image into non-overlapping patches and projects each."""
 
     config: ViTConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "M h w 3"]) -> Float[Array, "M P D"]:
+    def __call__(self, x: Float[Array, "M h w c"]) -> Float[Array, "M P D"]:
         c = self.config
-        side = c.grid * c.patch_size
-        patches = x[:, :side, :side].reshape(x.shape[0], c.grid, c.patch_size, c.grid, c.patch_size, 3)
-        patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(x.shape[0], c.grid * c.grid, -1)
-        return Linear(c.embed_dim, (None, "embed"), use_bias=True, name="project")(patches)
+        (rows, columns), (height, width) = c.grid_shape, _pair(c.patch_size)
+        shape = (height, width, c.num_channels, c.embed_dim)
+        init = named(fan_in(in_axis=(0, 1, 2)), None, None, None, "embed")
+        kernel = self.param("kernel", init, shape).astype(x.dtype)
+        patches = x[:, : rows * height, : columns * width].reshape(-1, rows, height, columns, width, shape[2])
+        patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(x.shape[0], rows * columns, -1)
+        y = patches @ kernel.reshape(-1, c.embed_dim)
+        if c.stem_bias:
+            bias = self.param("bias", named(nn.initializers.zeros, "embed"), (c.embed_dim,))
+            y = y + bias.astype(x.dtype)
+        return y
 
 
 def convolve(
@@ -93,68 +181,94 @@ class ConvStem(nn.Module):
     config: ViTConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "M h w 3"]) -> Float[Array, "M P D"]:
+    def __call__(self, x: Float[Array, "M h w c"]) -> Float[Array, "M P D"]:
         c = self.config
-        side = c.grid * c.patch_size
-        x = x[:, :side, :side]
-        halvings = HALVINGS[c.patch_size]
+        (rows, columns), (height, width) = c.grid_shape, _pair(c.patch_size)
+        x = x[:, : rows * height, : columns * width]
         for i in range(5):
-            width = max(c.embed_dim >> max(0, 2 - i), 8)
+            features = max(c.embed_dim >> max(0, 2 - i), 8)
             y = x if i == 0 else jax.nn.gelu(x, approximate=True)
             # Variance 2 / fan-in: an activation passes about half of it on.
             init = named(fan_in(in_axis=(0, 1, 2), scale=2.0), None, None, None, None)
-            kernel = self.param(f"kernel_{i}", init, (3, 3, x.shape[-1], width)).astype(x.dtype)
-            bias = self.param(f"bias_{i}", named(nn.initializers.zeros, None), (width,)).astype(x.dtype)
-            y = convolve(y, kernel, bias, stride=2 if i < halvings else 1)
+            kernel = self.param(f"kernel_{i}", init, (3, 3, x.shape[-1], features)).astype(x.dtype)
+            bias = self.param(f"bias_{i}", named(nn.initializers.zeros, None), (features,)).astype(x.dtype)
+            y = convolve(y, kernel, bias, stride=2 if i < HALVINGS[height] else 1)
             x = x + y if y.shape == x.shape else y
         return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
-class Block(nn.Module):
-    """Pre-norm bidirectional transformer block with biases and tanh GELU."""
+class AttentionPooler(nn.Module):
+    """One learned probe attends to all tokens; then a residual feed-forward block (SigLIP)."""
 
-    config: ViTConfig
+    config: BlockConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "M P D"], _: None) -> tuple[Float[Array, "M P D"], None]:
+    def __call__(self, x: Float[Array, "M P D"]) -> Float[Array, "M D"]:
         c = self.config
-        heads = (*x.shape[:2], 3, c.num_heads, c.embed_dim // c.num_heads)
-        qkv = Linear(3 * c.embed_dim, ("embed", "heads"), use_bias=True, name="qkv")(
-            LayerNorm(name="norm1")(x)
-        )
-        query, key, value = jnp.moveaxis(qkv.reshape(heads), 2, 0)
-        mixed = attention.attend(query, key, value, mask=None, scale=heads[-1] ** -0.5)
-        project = Linear(c.embed_dim, ("heads", "embed"), use_bias=True, name="project")
-        x = x + project(mixed.reshape(x.shape))
-        hidden = Linear(c.mlp_dim, ("embed", "mlp"), use_bias=True, name="fc1")(LayerNorm(name="norm2")(x))
-        hidden = jax.nn.gelu(hidden, approximate=True)
-        x = x + Linear(c.embed_dim, ("mlp", "embed"), use_bias=True, name="fc2")(hidden)
-        return constrain(x, "batch", None, None), None
+        probe = self.param("probe", named(nn.initializers.normal(1.0), "embed"), (c.embed_dim,))
+        query = jnp.broadcast_to(probe.astype(x.dtype), (x.shape[0], 1, c.embed_dim))
+        y = Attention(c.num_heads, name="attention")(query, x)
+        y = y + feed_forward(LayerNorm(c.norm_epsilon, name="norm")(y), c)
+        return y[:, 0]
 
 
 class ViT(nn.Module):
-    """Vision transformer without class token; every patch token is returned after the final norm."""
+    """The encoder; calling it gives features, ``encode`` gives everything."""
 
     config: ViTConfig
     dtype: jnp.dtype = jnp.dtype(jnp.float32)
     remat: bool = False
 
+    def __call__(self, pixels: UInt8[Array, "M h w c"] | Float[Array, "M h w c"]) -> Float[Array, "M T F"]:
+        """The tokens that the config names as features; F is D times the number of layers it joins."""
+        return select_features(self.encode(pixels), self.config)
+
     @nn.compact
-    def __call__(self, tiles: UInt8[Array, "M h w 3"]) -> Float[Array, "M P D"]:
+    def encode(self, pixels: UInt8[Array, "M h w c"] | Float[Array, "M h w c"]) -> Encoded:
+        """Tokens, the pooled vector and chosen hidden states.
+
+        Args:
+          pixels: grey levels, or floats that are normalised already.
+        """
         c = self.config
-        stem = ConvStem(c, name="stem") if c.stem == "conv" else PatchStem(c, name="stem")
-        pixels = normalize(tiles, mean=c.pixel_mean, std=c.pixel_std)
-        x = stem(pixels.astype(self.dtype))
-        init = named(nn.initializers.normal(POSITION_STD), None, "embed")
-        x = x + self.param("positions", init, (c.grid * c.grid, c.embed_dim)).astype(x.dtype)
+        if pixels.dtype == jnp.uint8:
+            pixels = normalize(pixels, mean=c.pixel_mean, std=c.pixel_std)
+        x = self._embed(pixels.astype(self.dtype))
+        if c.pre_norm:
+            x = LayerNorm(c.norm_epsilon, name="pre_norm")(x)
         x = constrain(x, "batch", None, None)
-        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
-        blocks = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            length=c.num_layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
+        x, states = run_blocks(
+            x, None, c.block, num_layers=c.num_layers, states=c.feature_layers, remat=self.remat
         )
-        x, _ = blocks(c, name="blocks")(x, None)
-        return LayerNorm(name="norm")(x)
+        norm = LayerNorm(c.norm_epsilon, name="norm")
+        if c.final_norm == "tokens":
+            x = norm(x)
+        if c.pooling == "none":
+            return Encoded(x, None, states)
+        if c.pooling == "attention":
+            pooled = AttentionPooler(c.block, name="pooler")(x)
+        else:
+            pooled = norm(x[:, 0]) if c.final_norm == "pooled" else x[:, 0]
+        if c.projection_dim:
+            names = ("embed", None)
+            pooled = Linear(c.projection_dim, names, use_bias=c.projection_bias, name="projection")(pooled)
+        return Encoded(x, OUTPUTS[c.projection_activation](pooled), states)
+
+    def _embed(self, pixels: jax.Array) -> jax.Array:
+        """Patches, with the class token before them, at their positions."""
+        c = self.config
+        x = ConvStem(c, name="stem")(pixels) if c.stem == "conv" else PatchStem(c, name="stem")(pixels)
+        init = nn.initializers.normal(POSITION_STD)
+        if c.class_token:
+            token = self.param("class_token", named(init, "embed"), (c.embed_dim,)).astype(x.dtype)
+            x = jnp.concatenate([jnp.broadcast_to(token, (x.shape[0], 1, c.embed_dim)), x], axis=1)
+        positions = self.param("positions", named(init, None, "embed"), (c.num_tokens, c.embed_dim))
+        x = x + positions.astype(x.dtype)
+        self.sow("intermediates", "embedded", x)
+        return x
+
+
+def select_features(encoded: Encoded, config: ViTConfig) -> Float[Array, "M T F"]:
+    """The final tokens, or the chosen hidden states joined feature by feature, in the order of the config."""
+    x = jnp.concatenate(encoded.states, axis=-1) if config.feature_layers else encoded.tokens
+    return x[:, 1:] if config.class_token and not config.class_feature else x

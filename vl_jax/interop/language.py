@@ -51,6 +51,11 @@ def read_language(config: Fields) -> LanguageConfig:
     return family.read({**family.defaults, **config})
 
 
+def read_deepseek(config: Fields) -> LanguageConfig:
+    """Our configuration of the language model inside DeepSeek-VL2, whose class has defaults of its own."""
+    return _deepseek({**_DEEPSEEK_V2, **config})
+
+
 def _llama(c: Fields) -> LanguageConfig:
     decoder = _decoder(c, _gqa(c, qkv_bias=c["attention_bias"], output_bias=c["attention_bias"]))
     return LanguageConfig(decoder, MoEConfig())
@@ -58,7 +63,7 @@ def _llama(c: Fields) -> LanguageConfig:
 
 def _deepseek(c: Fields) -> LanguageConfig:
     """DeepSeek-V2 as released with DeepSeek-VL2, where ``use_mla`` false means plain multi-head attention."""
-    bias = c["topk_method"] == "noaux_tc"
+    biased = c["topk_method"] == "noaux_tc"
     if c["topk_method"] not in ("greedy", "group_limited_greedy", "noaux_tc"):
         raise ValueError(
             f"topk_method={c['topk_method']!r}: known are greedy, group_limited_greedy, noaux_tc"
@@ -68,7 +73,7 @@ def _deepseek(c: Fields) -> LanguageConfig:
     limited = c["topk_method"] != "greedy"
     moe = _deepseek_experts(
         c,
-        scheme="loss_free" if bias else "top_k",
+        scheme="loss_free" if biased else "top_k",
         score=c["scoring_func"],
         num_groups=(c["n_group"] or 1) if limited else 1,
         top_groups=(c["topk_group"] or 1) if limited else 1,
@@ -77,7 +82,8 @@ def _deepseek(c: Fields) -> LanguageConfig:
         balance_weight=c["aux_loss_alpha"],
         balance_scope="sequence" if c["seq_aux"] else "batch",
     )
-    attention = _mla(c) if c["use_mla"] else _gqa(c, qkv_bias=c["attention_bias"])
+    bias = c["attention_bias"]
+    attention = _mla(c) if c["use_mla"] else _gqa(c, qkv_bias=bias, output_bias=bias)
     return LanguageConfig(_decoder(c, attention), moe)
 
 
@@ -228,7 +234,7 @@ def _gqa(c: Fields, **options: Any) -> GQAConfig:
         num_heads=heads,
         num_kv_heads=c.get("num_key_value_heads") or heads,
         head_dim=c.get("head_dim") or c["hidden_size"] // heads,
-        rope=_rope(c),
+        rope=read_rope(c),
         norm_epsilon=c["rms_norm_eps"],
         **options,
     )
@@ -242,12 +248,12 @@ def _mla(c: Fields, *, pairs: str = "adjacent") -> MLAConfig:
         qk_nope_dim=c["qk_nope_head_dim"],
         qk_rope_dim=c["qk_rope_head_dim"],
         v_head_dim=c["v_head_dim"],
-        rope=_rope(c, pairs=pairs),
+        rope=read_rope(c, pairs=pairs),
         use_bias=c["attention_bias"],
     )
 
 
-def _rope(c: Fields, *, pairs: str = "halves") -> RopeConfig:
+def read_rope(c: Fields, *, pairs: str = "halves") -> RopeConfig:
     """Rotary options, in the new form (``rope_parameters``) or the old (``rope_theta``, ``rope_scaling``)."""
     options = {**(c.get("rope_scaling") or {}), **(c.get("rope_parameters") or {})}
     kind = options.get("rope_type", options.get("type", "default"))
@@ -311,7 +317,6 @@ _DEEPSEEK_V2 = {
 # Model type to the defaults of the official config class.
 FAMILIES: dict[str, LanguageFamily] = {
     "llama": LanguageFamily(_COMMON, _llama),
-    "deepseek": LanguageFamily(_DEEPSEEK_V2, _deepseek),
     "deepseek_v2": LanguageFamily(
         {
             **_DEEPSEEK_V2,

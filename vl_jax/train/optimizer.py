@@ -21,8 +21,10 @@ from vl_jax import params as params_lib
 # The input and output axes of every kind of weight matrix, counted from the end: layers and experts may be
 # stacked in front. Leaves that no pattern matches are no matrices to Muon.
 _MATRICES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    r".*stem/kernel(_\d+)?": ((-4, -3, -2), (-1,)),
     r"(?!.*head/).*/kernel": ((-2,), (-1,)),
-    r".*/kernel_\d+": ((-4, -3, -2), (-1,)),
+    r".*/qkv": ((-4,), (-3, -2, -1)),
+    r".*/project": ((-3, -2), (-1,)),
     r".*/(query|kv_up)": ((-3,), (-2, -1)),
     r".*/attention/output": ((-3, -2), (-1,)),
     r".*/w_in": ((-3,), (-1,)),
@@ -42,7 +44,9 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     epsilon: float = 1e-8
     weight_decay: float = 0.1
-    no_decay: tuple[str, ...] = (r".*/(scale|bias\w*|opening|newline|separator|positions|embedding)",)
+    no_decay: tuple[str, ...] = (
+        r".*/(scale|(\w+_)?bias\w*|opening|newline|separator|positions|class_token|probe|embedding)",
+    )
     clip_norm: float = 1.0
     rates: tuple[tuple[str, float], ...] = ()  # (pattern of paths, multiple of the learning rate)
 

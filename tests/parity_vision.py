@@ -1,0 +1,195 @@
+"""Runs published image encoders and image-text pairs on recorded inputs, for every value recorded of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vl_jax import params as params_lib
+from vl_jax.encoders.contrastive import Contrastive, ContrastiveOutput, pair_loss
+from vl_jax.encoders.transformer import Encoded
+from vl_jax.encoders.vit import ViT
+from vl_jax.interop import rules, vision
+from vl_jax.interop.rules import Rule
+
+# Module of a recorded encoder, and where ours shows the same value.
+_BLOCK = {
+    "": "__call__",
+    ".layer_norm1": "norm1/__call__",
+    ".layer_norm2": "norm2/__call__",
+    ".self_attn.0": "attention/__call__",
+    ".self_attn.1": "attention/weights",
+    ".mlp": "fc2/__call__",
+    ".mlp.fc1": "fc1/__call__",
+    ".mlp.fc2": "fc2/__call__",
+}
+_LAYERS = {"encoder.layers.{layer}" + name: f"blocks/{path}" for name, path in _BLOCK.items()}
+_CLIP_AND_SIGLIP = {
+    **_LAYERS,
+    "embeddings": "embedded",
+    "pre_layrnorm": "pre_norm/__call__",
+    "encoder": "encoded",
+    "post_layernorm": "norm/__call__",
+    "head": "pooler/__call__",
+    "head.attention.0": "pooler/attention/__call__",
+    "head.attention.1": "probe_weights",
+    "head.layernorm": "pooler/norm/__call__",
+    "head.mlp.fc1": "pooler/fc1/__call__",
+    "head.mlp": "pooler/fc2/__call__",
+}
+MODULES: dict[str, Mapping[str, str]] = {
+    "siglip_vision_model": _CLIP_AND_SIGLIP,
+    "clip_vision_model": _CLIP_AND_SIGLIP,
+    "vit": {
+        "embeddings": "embedded",
+        "embeddings.patch_embeddings": "stem/__call__",
+        "layers.{layer}": "blocks/__call__",
+        "layers.{layer}.layernorm_before": "blocks/norm1/__call__",
+        "layers.{layer}.layernorm_after": "blocks/norm2/__call__",
+        "layers.{layer}.attention.0": "blocks/attention/__call__",
+        "layers.{layer}.attention.1": "blocks/attention/weights",
+        "layers.{layer}.mlp": "blocks/fc2/__call__",
+        "layers.{layer}.mlp.fc1": "blocks/fc1/__call__",
+        "layernorm": "norm/__call__",
+        "pooler": "pooled",
+    },
+    "text": {
+        **_LAYERS,
+        "embeddings": "embedded",
+        "final_layer_norm": "norm/__call__",
+        "head": "projection/__call__",
+    },
+}
+
+
+def seen(captured: Any) -> dict[str, Any]:
+    """Captured values by path; of a module that returns several, the first."""
+    flat = {path: leaf[0] for path, leaf in params_lib.flatten(captured).items()}
+    return {path: leaf[0] if isinstance(leaf, tuple) else leaf for path, leaf in flat.items()}
+
+
+def hidden_states(captured: Mapping[str, Any]) -> list[Any]:
+    """What enters the first block, and what leaves each."""
+    first = captured.get("pre_norm/__call__", captured["embedded"])
+    return [first, *captured["blocks/__call__"]]
+
+
+def modules(kind: str, captured: Mapping[str, Any], encoded: Encoded, prefix: str) -> dict[str, Any]:
+    """The output of every known module of a recorded encoder, as ``mid/<prefix><module>``.
+
+    Args:
+      kind: a key of ``MODULES``.
+      captured: the encoder's own, from ``seen``.
+      prefix: of the module's names, with its dot.
+    """
+    states = hidden_states(captured)
+    whole = {"last_hidden_state": encoded.tokens, "pooler_output": encoded.pooled}
+    found = {name: value for name, value in whole.items() if value is not None}
+    found |= {f"hidden_states.{i}": state for i, state in enumerate(states)}
+    captured = {**captured, "encoded": states[-1], "pooled": encoded.pooled}
+    if "pooler/attention/weights" in captured:  # the recorded module gives their mean over heads
+        captured["probe_weights"] = jnp.mean(captured["pooler/attention/weights"], axis=1)
+    for name, path in MODULES[kind].items():
+        value = captured.get(path)
+        if value is None:
+            continue
+        if "{layer}" in name:
+            found |= {name.format(layer=i): layer for i, layer in enumerate(value)}
+        else:
+            found[name] = value
+    return {f"mid/{prefix}{name}": value for name, value in found.items()}
+
+
+def load(table: Sequence[Rule], shapes: Any, weights: Mapping[str, np.ndarray]) -> tuple[rules.Plan, Any]:
+    """The plan, and parameters read from a fixture."""
+    shapes = nn.meta.unbox(shapes)
+    flat = {path: tuple(leaf.shape) for path, leaf in params_lib.flatten(shapes).items()}
+    plan = rules.plan(table, flat)
+    return plan, rules.read(plan, weights, shapes, ignored=vision.IGNORED)
+
+
+def channels_last(pixels: np.ndarray) -> jax.Array:
+    return jnp.asarray(np.moveaxis(pixels, 1, -1))
+
+
+def gradients(objective: Callable[[Any], jax.Array], params: Any, plan: rules.Plan) -> dict[str, Any]:
+    """The objective, and its gradient by tensor."""
+    value, gradient = jax.jit(jax.value_and_grad(objective))(params)
+    exported = rules.export(plan, gradient)
+    return {"out_objective": value, **{f"grad/{key}": array for key, array in exported}}
+
+
+def run_vision(fixture: Any) -> dict[str, Any]:
+    """Every recorded value of an image encoder."""
+    kind, arrays = fixture.config["model_type"], fixture.arrays
+    model, pixels = ViT(vision.read_vision(fixture.config)), channels_last(arrays["in_pixel_values"])
+    table = vision.vision_rules(kind, source=vision.find_prefix(fixture.weights, kind))
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), pixels)["params"])
+    plan, params = load(table, shapes, fixture.weights)
+
+    @jax.jit
+    def forward(params: Any) -> tuple[Encoded, Any]:
+        return model.apply(
+            {"params": params}, pixels, method="encode", mutable=["intermediates"], capture_intermediates=True
+        )  # type: ignore[return-value]
+
+    def objective(params: Any) -> jax.Array:
+        return jnp.sum(results(model.apply({"params": params}, pixels, method="encode"))[main] * cotangent)
+
+    main, cotangent = fixture.meta["main_output"], jnp.asarray(arrays["in_cotangent"])
+    encoded, captured = forward(params)
+    captured = seen(captured["intermediates"])
+    states = hidden_states(captured)
+    return {
+        **results(encoded),
+        **{f"out_hidden_states.{i}": state for i, state in enumerate(states)},
+        **{f"out_attentions.{i}": w for i, w in enumerate(captured["blocks/attention/weights"])},
+        **modules(kind, captured, encoded, ""),
+        **gradients(objective, params, plan),
+    }
+
+
+def results(encoded: Any) -> dict[str, Any]:
+    found = {"out_last_hidden_state": encoded.tokens}
+    return found if encoded.pooled is None else {**found, "out_pooler_output": encoded.pooled}
+
+
+def run_pair(fixture: Any) -> dict[str, Any]:
+    """Every recorded value of an image-text pair."""
+    kind, arrays = fixture.config["model_type"], fixture.arrays
+    config = vision.read_contrastive(fixture.config)
+    model = Contrastive(config)
+    inputs = [channels_last(arrays["in_pixel_values"]), jnp.asarray(arrays["in_input_ids"], jnp.int32)]
+    if "in_attention_mask" in arrays:
+        inputs.append(jnp.asarray(arrays["in_attention_mask"] > 0))
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), *inputs)["params"])
+    plan, params = load(vision.contrastive_rules(kind), shapes, fixture.weights)
+
+    @jax.jit
+    def forward(params: Any) -> tuple[ContrastiveOutput, Any]:
+        return model.apply({"params": params}, *inputs, mutable=["intermediates"], capture_intermediates=True)  # type: ignore[return-value]
+
+    def objective(params: Any) -> jax.Array:
+        return pair_loss(model.apply({"params": params}, *inputs), config)  # type: ignore[arg-type]
+
+    output, captured = forward(params)
+    captured = captured["intermediates"]
+    return {
+        "out_loss": pair_loss(output, config),
+        "out_logits_per_image": output.logits,
+        "out_logits_per_text": output.logits.T,
+        "out_image_embeds": output.image_embeds,
+        "out_text_embeds": output.text_embeds,
+        "out_vision_model_output.last_hidden_state": output.image.tokens,
+        "out_vision_model_output.pooler_output": output.image.pooled,
+        "out_text_model_output.last_hidden_state": output.text.tokens,
+        "out_text_model_output.pooler_output": output.text.pooled,
+        **modules(f"{kind}_vision_model", seen(captured["vision"]), output.image, "vision_model."),
+        **modules("text", seen(captured["text"]), output.text, "text_model."),
+        **gradients(objective, params, plan),
+    }

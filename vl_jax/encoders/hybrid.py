@@ -1,0 +1,89 @@
+"""The two resolutions of DeepSeek-VL (Lu et al. 2024, arXiv 2403.05525, section 2.1), joined.
+
+    high-res pixels --SAM--> neck ----------------------.
+                      '--> first global layer --> neck --+--resize, 2 convolutions--> [P W]
+    low-res pixels --SigLIP-----------------------------------------------------> [P D]
+
+Both towers give P tokens, those of the low-resolution one; ``HybridAligner`` makes one sequence of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from vl_jax.encoders.sam import SAM, Neck, SAMConfig
+from vl_jax.nn.conv import Conv
+from vl_jax.nn.layers import Linear, named
+
+
+@dataclasses.dataclass(frozen=True)
+class HighResolutionConfig:
+    """Defaults are DeepSeek-VL 7B."""
+
+    encoder: SAMConfig = SAMConfig()
+    grid: int = 24  # cells on the side of the low-resolution tower
+
+    def __post_init__(self):
+        if not self.encoder.global_layers:
+            raise ValueError(
+                "encoder.global_layers=() must name a layer, whose output is one of two features"
+            )
+        if self.grid < 1:
+            raise ValueError(f"grid={self.grid} must be >= 1")
+
+    @property
+    def output_dim(self) -> int:
+        """Width of a token."""
+        return 4 * self.encoder.output_dim
+
+
+class Reduce(nn.Module):
+    """Resizes to four times the wanted grid, and reaches it by two strided convolutions."""
+
+    config: HighResolutionConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "M u v D"]) -> Float[Array, "M g g W"]:
+        side, width = 4 * self.config.grid, x.shape[-1]
+        x = jax.image.resize(x, (x.shape[0], side, side, width), "bilinear", antialias=False)
+        x = Conv(2 * width, size=3, stride=2, padding=1, name="conv1")(x)
+        return Conv(4 * width, size=3, stride=2, padding=1, name="conv2")(x)
+
+
+class HighResolution(nn.Module):
+    """Tokens of the high-resolution tower: fine features, plus a learned share of early ones."""
+
+    config: HighResolutionConfig
+    dtype: jnp.dtype = jnp.dtype(jnp.float32)
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, pixels: Float[Array, "M h w c"]) -> Float[Array, "M P W"]:
+        c = self.config
+        seen = SAM(c.encoder, self.dtype, self.remat, name="encoder")(pixels)
+        reduce = Reduce(c, name="reduce")
+        assert seen.first_global is not None
+        early = Neck(c.encoder.output_dim, name="neck")(seen.first_global)
+        share = self.param("share", named(nn.initializers.zeros), ()).astype(self.dtype)
+        tokens = reduce(seen.features) + reduce(early) * share
+        return tokens.reshape(tokens.shape[0], -1, tokens.shape[-1])
+
+
+class HybridAligner(nn.Module):
+    """Tokens of both towers to the width of the language model: half of the channels from each."""
+
+    embed_dim: int
+
+    @nn.compact
+    def __call__(self, low: Float[Array, "M P D"], high: Float[Array, "M P W"]) -> Float[Array, "M P E"]:
+        half = self.embed_dim // 2
+        low = Linear(half, ("embed", "mlp"), use_bias=True, name="low")(low)
+        high = Linear(half, ("embed", "mlp"), use_bias=True, name="high")(high)
+        hidden = jax.nn.gelu(jnp.concatenate([high, low], axis=-1), approximate=False)
+        self.sow("intermediates", "hidden", hidden)
+        return Linear(self.embed_dim, ("mlp", "embed"), use_bias=True, name="project")(hidden)
