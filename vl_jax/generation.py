@@ -166,14 +166,11 @@ def prefill(
         return _next_logits(model, variables, output.hidden), output.cache, vision
     padding = -length % chunk
     cache = init_cache(model.config, batch=rows, slots=slots + padding)
-    padded = jax.tree.map(
-        lambda a, fill: jnp.pad(a, ((0, 0), (padding, 0)), constant_values=fill), _along_time(batch), _PADDING
-    )
-    chunks = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(rows, -1, chunk), 1, 0), padded)
-    shifted = dataclasses.replace(batch, visual_start=batch.visual_start + padding)
+    padded = pad_prompts(batch, length + padding)
+    chunks = {name: jnp.moveaxis(getattr(padded, name).reshape(rows, -1, chunk), 1, 0) for name in _PADDING}
 
     def read(cache: Cache, part: dict[str, jax.Array]) -> tuple[Cache, jax.Array]:
-        part_batch = dataclasses.replace(shifted, **part)
+        part_batch = dataclasses.replace(padded, **part)
         output: Any = model.apply(variables, part_batch, routing_state, vision=vision, cache=cache)
         return output.cache, output.hidden[:, -1:]
 
@@ -339,9 +336,14 @@ def warn_if_not_causal(model: VisionLanguage) -> None:
 _PADDING = {"tokens": 0, "positions": 0, "segment_ids": 0, "branch_ids": 0, "visual_slot": -1}
 
 
-def _along_time(batch: Batch) -> dict[str, jax.Array]:
-    """The fields of a batch with an entry for every token, [B T]."""
-    return {name: getattr(batch, name) for name in _PADDING}
+def pad_prompts(batch: Batch, length: int) -> Batch:
+    """The prompts with more padding before them, ``length`` tokens in all."""
+    more = length - batch.tokens.shape[1]
+    padded = {
+        name: jnp.pad(getattr(batch, name), ((0, 0), (more, 0)), constant_values=fill)
+        for name, fill in _PADDING.items()
+    }
+    return dataclasses.replace(batch, **padded, visual_start=batch.visual_start + more)
 
 
 def _next_logits(model: VisionLanguage, variables: Any, hidden: jax.Array) -> jax.Array:

@@ -32,9 +32,9 @@ class Layout:
         return NamedSharding(self.mesh, P())
 
 
-def smallest_batch(config: VisionLanguageConfig) -> Batch:
-    """A batch of one row and two tokens: enough to learn the shapes of the parameters."""
-    zeros, encoder = np.zeros((1, 2), np.int32), config.encoder
+def smallest_batch(config: VisionLanguageConfig, *, rows: int = 1) -> Batch:
+    """A batch of two tokens a row: enough to learn the shapes of the parameters."""
+    zeros, encoder = np.zeros((rows, 2), np.int32), config.encoder
     pixels = (0, 1, 1, 3) if encoder is None else (1, *encoder.pixels)
     return Batch(
         tokens=zeros,
@@ -45,7 +45,7 @@ def smallest_batch(config: VisionLanguageConfig) -> Batch:
         target_index=zeros,
         targets=zeros,
         loss_weights=zeros.astype(np.float32),
-        tiles=np.zeros((1, *pixels), np.uint8),
+        tiles=np.zeros((rows, *pixels), np.uint8),
         visual_index=zeros - 1,
         visual_start=zeros,
         visual_segment_ids=zeros,

@@ -117,6 +117,7 @@ def write_folder(
     entries: Mapping[str, Entry],
     arrays: Iterable[tuple[str, np.ndarray]],
     *,
+    copies: Iterable[Path] = (),
     shard_bytes: int = 5_000_000_000,
 ) -> None:
     """Writes a folder that exists only once it is complete.
@@ -126,6 +127,7 @@ def write_folder(
       config: For ``config.json``.
       entries: Shape and dtype of every tensor.
       arrays: The tensors, in the order of the entries; each is let go once it is written.
+      copies: Files to copy beside them, e.g. a tokenizer's.
       shard_bytes: Most bytes of tensors in one file, unless one tensor alone is larger.
 
     Raises:
@@ -137,6 +139,8 @@ def write_folder(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
+        for file in copies:
+            shutil.copyfile(file, partial / file.name)
         _write_json(partial / CONFIG, config)
         _write_shards(partial, _split(entries, shard_bytes), iter(arrays))
         partial.rename(folder)

@@ -425,8 +425,8 @@ FAMILIES: dict[str, LanguageFamily] = {
 }
 
 
-# (name below a layer of the source, path below a layer of ours, axes without the layer, parts)
-_Row = tuple[str, str, str] | tuple[str, str, str, tuple[str, ...]]
+# (name below a layer of the source, path below a layer of ours, axes without the layer[, parts])
+_Row = tuple[Any, ...]
 
 
 def _experts(name: str, gate: str, up: str, down: str) -> tuple[_Row, ...]:

@@ -115,7 +115,7 @@ def _with_defaults(config: Fields, known: Iterable[str], model_type: str = "") -
     Raises:
       ValueError: the model type is not among the known ones.
     """
-    kind = model_type or config.get("model_type")
+    kind = model_type or str(config.get("model_type"))
     if kind not in known:
         raise ValueError(f"model_type={kind!r}: known are {', '.join(known)}")
     return {**DEFAULTS[kind], **config, "model_type": kind}

@@ -1,0 +1,269 @@
+"""Published checkpoints: read onto a mesh, asked, and written back.
+
+    folder --read_published--> config, rules --load_params--> parameters and routing state, where they live
+    folder --from_pretrained--> a model to ask            parameters --write_published--> folder
+
+What a checkpoint holds beyond our parameters (heads that are never run, buffers) is kept aside and written
+back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from vl_jax import generation, sharding
+from vl_jax import params as params_lib
+from vl_jax.batch import Batch
+from vl_jax.data.processor import Processor
+from vl_jax.generation import GenerationConfig
+from vl_jax.interop import rules
+from vl_jax.interop.deepseek_vl2 import deepseek_vl2_rules, read_deepseek_vl2
+from vl_jax.interop.folder import Weights, open_weights, read_config, write_folder
+from vl_jax.interop.language import FAMILIES as LANGUAGE
+from vl_jax.interop.language import NAMES, Names, language_rules, language_stacks, read_language
+from vl_jax.interop.rules import Rule
+from vl_jax.interop.safetensors import Entry
+from vl_jax.interop.vision import IGNORED
+from vl_jax.layout import Layout, plan_layout, put_batch, smallest_batch
+from vl_jax.model import VisionLanguage, VisionLanguageConfig, init_routing_state
+from vl_jax.moe.routing import State
+from vl_jax.sharding import MeshConfig, make_mesh
+
+# Prompts are padded to a multiple of so many tokens, so that lengths that differ a little share a program.
+PROMPT_BUCKET = 128
+# Files of a published folder that are not weights; they go where the weights go.
+SIDE_FILES = ("*.json", "*.txt", "*.model", "*.md", "LICENSE*")
+
+
+@dataclass(frozen=True)
+class Family:
+    """How checkpoints that share a ``model_type`` are read."""
+
+    config: Callable[[Mapping[str, Any]], VisionLanguageConfig]
+    rules: Callable[[VisionLanguageConfig, str], tuple[Rule, ...]]  # given the model type too
+
+
+def _language_config(fields: Mapping[str, Any]) -> VisionLanguageConfig:
+    language = read_language(fields)
+    return VisionLanguageConfig(encoder=None, language=language.decoder, moe=language.moe)
+
+
+FAMILIES: dict[str, Family] = {
+    "deepseek_vl_v2": Family(read_deepseek_vl2, lambda config, _: deepseek_vl2_rules(config)),
+    **dict.fromkeys(
+        LANGUAGE,
+        Family(
+            _language_config, lambda config, kind: language_rules(config.language, NAMES.get(kind, Names()))
+        ),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Published:
+    """A checkpoint's folder, opened: nothing of the weights is read yet."""
+
+    folder: Path
+    fields: Mapping[str, Any]  # its config.json
+    config: VisionLanguageConfig
+    rules: tuple[Rule, ...]
+    weights: Weights
+
+    def plan(self, tree: Any) -> rules.Plan:
+        """Which tensors make up which leaf of a tree of parameters and state."""
+        shapes = {path: tuple(leaf.shape) for path, leaf in params_lib.flatten(tree).items()}
+        return rules.plan(self.rules, shapes, language_stacks(self.config.language))
+
+
+def read_published(folder: str | Path) -> Published:
+    """Opens a checkpoint in the layout of the Hugging Face hub.
+
+    Raises:
+      ValueError: the model type is not known, an option is not supported, or files are missing or damaged.
+    """
+    folder = Path(folder)
+    fields = read_config(folder)
+    kind = fields.get("model_type")
+    if kind not in FAMILIES:
+        raise ValueError(f"{folder}: model_type={kind!r}: known are {', '.join(sorted(FAMILIES))}")
+    family = FAMILIES[kind]
+    try:
+        config = family.config(fields)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from None
+    return Published(folder, fields, config, family.rules(config, kind), open_weights(folder))
+
+
+def load_params(published: Published | str | Path, layout: Layout) -> tuple[Any, State]:
+    """Parameters in the dtypes and where the layout wants them, and the routing state.
+
+    One leaf at a time goes from the memory-mapped files to its devices, so host memory holds a leaf at most.
+
+    Raises:
+      WeightsError: lists every tensor without a place, parameter without a tensor, and wrong shape or dtype.
+    """
+    if not isinstance(published, Published):
+        published = read_published(published)
+    state = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=layout.replicated),
+        jax.eval_shape(lambda: init_routing_state(published.config)),
+    )
+    targets = _with_state(layout.params, state)
+    tree = rules.read(published.plan(targets), published.weights, targets, ignored=IGNORED)
+    state = tree.pop("routing", {})
+    return tree, state
+
+
+def write_published(folder: Path, params: Any, state: State, published: Published) -> None:
+    """Writes parameters in the layout, names and dtypes of the checkpoint they came from.
+
+    Args:
+      folder: must not exist; it appears when it is complete.
+
+    Raises:
+      WeightsError: the folder exists, or the parameters are not those of the checkpoint's model.
+    """
+    tree = _with_state(params, state)
+    plan = published.plan(tree)
+    entries = published.weights.entries
+    dtypes = {key: entry.dtype for key, entry in entries.items()}
+    ours = rules.layout(plan, tree, dtypes=dtypes)
+    kept: dict[str, Entry] = {key: entry for key, entry in entries.items() if key not in ours}
+    arrays = itertools.chain(
+        rules.export(plan, tree, dtypes=dtypes), ((key, published.weights[key]) for key in kept)
+    )
+    beside = sorted(
+        {file for pattern in SIDE_FILES for file in published.folder.glob(pattern)}
+        - {published.folder / name for name in ("config.json", "model.safetensors.index.json")}
+    )
+    write_folder(folder, published.fields, {**ours, **kept}, arrays, copies=beside)
+
+
+def _with_state(params: Any, state: Any) -> dict[str, Any]:
+    return {**params, "routing": state} if state else dict(params)
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A model with its weights and its processor, ready to be asked."""
+
+    layout: Layout
+    params: Any
+    routing_state: State
+    processor: Processor | None  # None: the folder has none, e.g. of a language model
+
+    @property
+    def model(self) -> VisionLanguage:
+        return self.layout.model
+
+    def generate(
+        self,
+        conversation: Sequence[Mapping[str, Any]],
+        images: Sequence[Any] | None = None,
+        *,
+        key: jax.Array | None = None,
+        **options: Any,
+    ) -> str:
+        """The answer to a conversation.
+
+        Args:
+          conversation: messages ``{"role", "content", "images"}``; ``<image>`` marks where an image stands.
+          images: files or pictures, if the messages do not name them.
+          key: randomness, for a temperature above 0.
+          options: of ``GenerationConfig``.
+
+        Raises:
+          ValueError: the conversation is malformed or too long, or the checkpoint has no processor.
+        """
+        config, processor = GenerationConfig(**options), self._processor()
+        stop = (processor.tokenizer.eos,)
+        with sharding.use_mesh(self.layout.mesh, self.layout.rules):
+            tokens = generation.generate(
+                self.params,
+                self.routing_state,
+                self._prompt(conversation, images),
+                key,
+                model=self.model,
+                config=config,
+                stop=stop,
+            )
+        return processor.tokenizer.decode(generation.answer_ids(tokens, stop=stop)[0])
+
+    def stream(
+        self,
+        conversation: Sequence[Mapping[str, Any]],
+        images: Sequence[Any] | None = None,
+        *,
+        key: jax.Array | None = None,
+        **options: Any,
+    ) -> Any:
+        """``generate``, piece by piece: an iterator over the text as it grows."""
+        config, processor = GenerationConfig(**options), self._processor()
+        batch, ids, shown = self._prompt(conversation, images), [], ""
+        with sharding.use_mesh(self.layout.mesh, self.layout.rules):
+            for token, *_ in generation.stream(
+                self.params,
+                self.routing_state,
+                batch,
+                key,
+                model=self.model,
+                config=config,
+                stop=(processor.tokenizer.eos,),
+            ):
+                if token is None:
+                    break
+                ids.append(token)
+                text = processor.tokenizer.decode(ids)
+                if not text.endswith("\ufffd"):  # a character of several tokens is not complete yet
+                    yield text[len(shown) :]
+                    shown = text
+
+    def _processor(self) -> Processor:
+        if self.processor is None:
+            raise ValueError(
+                "the checkpoint has no processor_config.json: ask the model itself, with token ids"
+            )
+        return self.processor
+
+    def _prompt(self, conversation: Sequence[Mapping[str, Any]], images: Sequence[Any] | None) -> Batch:
+        messages = list(conversation)
+        if messages and messages[-1]["role"].strip("<|>").lower() == "user":
+            messages.append({"role": "assistant", "content": ""})
+        batch = self._processor()(conversations=messages, images=images)
+        rows = sharding.batch_axes(self.layout.mesh)
+        batch = jax.tree.map(lambda a: a.repeat(rows, axis=0), batch)
+        length = -(-batch.tokens.shape[1] // PROMPT_BUCKET) * PROMPT_BUCKET
+        return put_batch(jax.device_get(generation.pad_prompts(batch, length)), self.layout)
+
+
+def from_pretrained(folder: str | Path, *, mesh: Mesh | None = None, dtype: str = "float32") -> Pretrained:
+    """Loads a published checkpoint.
+
+    Args:
+      folder: in the layout of the Hugging Face hub, with safetensors.
+      mesh: the devices to load onto; None: all of them, with parameters sharded over ``fsdp``.
+      dtype: of parameters and activations, float32 or bfloat16. Rotary angles stay float32 either way.
+
+    Raises:
+      ValueError: see ``read_published`` and ``load_params``.
+    """
+    published = read_published(folder)
+    config = dataclasses.replace(published.config, dtype=dtype)  # pyright: ignore[reportArgumentType]
+    mesh = mesh or make_mesh(MeshConfig(data=1, fsdp=-1))
+    example = smallest_batch(config, rows=sharding.batch_axes(mesh))
+    layout = plan_layout(VisionLanguage(config), example, mesh)
+    stored = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=leaf.sharding), layout.params
+    )
+    params, state = load_params(published, dataclasses.replace(layout, params=stored))
+    has_processor = (published.folder / "processor_config.json").is_file()
+    return Pretrained(layout, params, state, Processor.load(published.folder) if has_processor else None)
