@@ -82,14 +82,18 @@ def test_default_mask_spares_vectors_gates_and_embeddings():
                 "scale",
                 "bias",
                 "bias_0",
+                "qkv_bias",
                 "opening",
                 "newline",
+                "class_token",
+                "probe",
                 "embedding",
             )
         }
     }
     spared = params_lib.select(model_like, OptimizerConfig().no_decay)
-    assert {p.split("/")[1] for p in spared} == {"scale", "bias", "bias_0", "opening", "newline", "embedding"}
+    decayed = {"kernel", "w_in", "router"}
+    assert {p.split("/")[1] for p in spared} == model_like["x"].keys() - decayed
 
 
 def test_the_first_adam_step_is_the_rate_in_the_direction_of_the_sign():
@@ -174,6 +178,9 @@ def test_muon_treats_stacked_layers_experts_and_heads_as_matrices_of_their_own()
             "layers/moe/w_in": (2, 3, 8, 2, 6),
             "layers/attention/query": (2, 8, 2, 4),
             "layers/attention/output": (2, 2, 4, 8),
+            "encoder/blocks/attention/qkv": (2, 8, 3, 2, 4),
+            "encoder/blocks/attention/project": (2, 2, 4, 8),
+            "encoder/stem/kernel": (2, 2, 3, 8),
             "stem/kernel_0": (3, 3, 4, 8),
         }
     )
@@ -182,6 +189,9 @@ def test_muon_treats_stacked_layers_experts_and_heads_as_matrices_of_their_own()
         "layers/moe/w_in": lambda a: a[1, 2, :, 1],
         "layers/attention/query": lambda a: a[1].reshape(8, 8),
         "layers/attention/output": lambda a: a[1].reshape(8, 8),
+        "encoder/blocks/attention/qkv": lambda a: a[1].reshape(8, 24),
+        "encoder/blocks/attention/project": lambda a: a[1].reshape(8, 8),
+        "encoder/stem/kernel": lambda a: a.reshape(12, 8),
         "stem/kernel_0": lambda a: a.reshape(36, 8),
     }
     for path, cut in single.items():

@@ -14,6 +14,7 @@ import pytest
 import vl_jax
 from vl_jax import generation, sharding
 from vl_jax import params as params_lib
+from vl_jax.cli import main
 from vl_jax.interop import pretrained
 from vl_jax.interop.deepseek_vl2 import read_deepseek_vl2
 from vl_jax.interop.folder import open_weights, write_folder
@@ -70,6 +71,32 @@ def test_what_is_read_is_written_back_byte_for_byte(oracles, tmp_path, name):
         assert before[key].tobytes() == after[key].tobytes(), key
     config = json.loads((oracles / name / "config.json").read_text())
     assert json.loads((tmp_path / "back" / "config.json").read_text()) == config
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["deepseek_vl2/models/mla_noaux_sigmoid", "hf/mixtral"])
+def test_converted_there_and_back_nothing_differs(oracles, tmp_path, name, dtype):
+    given = {key: value.astype(dtype) for key, value in open_weights(oracles / name).items()}
+    config = json.loads((oracles / name / "config.json").read_text())
+    entries = {key: Entry(value.shape, value.dtype) for key, value in given.items()}
+    write_folder(tmp_path / "published", config, entries, given.items())
+    (tmp_path / "published" / "tokenizer.json").write_text("{}")
+    assert main(["convert", f"--from={tmp_path / 'published'}", f"--to={tmp_path / 'ours'}"]) == 0
+    assert main(["convert", f"--from={tmp_path / 'ours'}", f"--to={tmp_path / 'back'}"]) == 0
+    back = open_weights(tmp_path / "back")
+    assert set(back) == set(given)
+    for key, value in given.items():
+        assert back[key].dtype == value.dtype and back[key].tobytes() == value.tobytes(), key
+    assert json.loads((tmp_path / "back" / "config.json").read_text()) == config
+    assert (tmp_path / "back" / "tokenizer.json").read_text() == "{}"
+
+
+def test_a_failed_conversion_leaves_nothing_behind(checkpoint, tmp_path, capsys):
+    file = checkpoint / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert main(["convert", f"--from={checkpoint}", f"--to={tmp_path / 'ours'}"]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint"}
 
 
 # Published totals (README of the release); 15,238,352 of them are the vision head that is never run.

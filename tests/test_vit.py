@@ -1,4 +1,4 @@
-"""The vision transformer: what its options mean, where its parameters live, and published weights in and out."""
+"""The vision transformer: what its options mean, where parameters live, and published weights in and out."""
 
 from __future__ import annotations
 

@@ -108,6 +108,22 @@ class Checkpointer:
             raise CheckpointError("no checkpoint can be restored; " + "; ".join(problems))
         return None
 
+    def record(self) -> dict[str, Any]:
+        """The record of the newest step, without its arrays.
+
+        Raises:
+          CheckpointError: there is no step, or its record cannot be read.
+        """
+        step = self._manager.latest_step()
+        if step is None:
+            raise CheckpointError("the folder holds no checkpoint")
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))[
+                "record"
+            ]
+        except Exception as error:  # storage raises many kinds; each means "this step cannot be read"
+            raise CheckpointError(f"step {step}: {type(error).__name__}: {error}") from None
+
     def wait(self) -> None:
         """Returns when everything saved is on disk."""
         self._manager.wait_until_finished()

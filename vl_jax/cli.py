@@ -84,13 +84,23 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     generate = command(
         "generate",
         _generate,
-        "Answer a prompt about an image with the newest checkpoint of a run.",
+        "Answer a prompt about an image, with the newest checkpoint of a run or a published one.",
         "generate --workdir=runs/quickstart --image=scene.png --prompt='what colour is the circle?'",
     )
-    generate.add_argument("--workdir", required=True, type=Path)
+    where = generate.add_mutually_exclusive_group(required=True)
+    where.add_argument("--workdir", type=Path, help="folder of a run")
+    where.add_argument("--model", type=Path, help="folder of a published checkpoint")
     generate.add_argument("--image", type=Path, help="without one, the prompt stands alone")
     generate.add_argument("--prompt", required=True)
     generate.add_argument("--max-new-tokens", type=int, default=32)
+    convert = command(
+        "convert",
+        _convert,
+        "Convert a published folder (safetensors) to a checkpoint, or such a checkpoint back.",
+        "convert --from=deepseek-vl2-tiny --to=checkpoints/tiny",
+    )
+    convert.add_argument("--from", dest="source", required=True, type=Path, help="what to convert")
+    convert.add_argument("--to", dest="target", required=True, type=Path, help="must not exist")
     tokenizer = command(
         "tokenizer",
         _tokenizer,
@@ -172,6 +182,8 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
+    if arguments.model is not None:
+        return _stream(arguments)
     from vl_jax import experiment
 
     print(
@@ -182,6 +194,26 @@ def _generate(arguments: argparse.Namespace) -> None:
             max_new_tokens=arguments.max_new_tokens,
         )
     )
+
+
+def _stream(arguments: argparse.Namespace) -> None:
+    """Prints the answer of a published checkpoint as it grows."""
+    from vl_jax import from_pretrained
+
+    mark = "<image>\n" if arguments.image else ""
+    message = {"role": "user", "content": mark + arguments.prompt}
+    images = [arguments.image] if arguments.image else []
+    model = from_pretrained(arguments.model)
+    for piece in model.stream([message], images, max_new_tokens=arguments.max_new_tokens):
+        print(piece, end="", flush=True)
+    print()
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from vl_jax.interop.convert import convert
+
+    convert(arguments.source, arguments.target)
+    print(arguments.target)
 
 
 def _tokenizer(arguments: argparse.Namespace) -> None:

@@ -27,7 +27,7 @@ from vl_jax.data.processor import Processor
 from vl_jax.generation import GenerationConfig
 from vl_jax.interop import rules
 from vl_jax.interop.deepseek_vl2 import deepseek_vl2_rules, read_deepseek_vl2
-from vl_jax.interop.folder import Weights, open_weights, read_config, write_folder
+from vl_jax.interop.folder import CONFIG, INDEX, Weights, open_weights, read_config, write_folder
 from vl_jax.interop.language import FAMILIES as LANGUAGE
 from vl_jax.interop.language import NAMES, Names, language_rules, language_stacks, read_language
 from vl_jax.interop.rules import Rule
@@ -113,21 +113,34 @@ def load_params(published: Published | str | Path, layout: Layout) -> tuple[Any,
     """
     if not isinstance(published, Published):
         published = read_published(published)
-    state = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=layout.replicated),
-        jax.eval_shape(lambda: init_routing_state(published.config)),
-    )
-    targets = _with_state(layout.params, state)
+    targets = _with_state(layout.params, routing_targets(published, layout))
     tree = rules.read(published.plan(targets), published.weights, targets, ignored=IGNORED)
     state = tree.pop("routing", {})
     return tree, state
 
 
-def write_published(folder: Path, params: Any, state: State, published: Published) -> None:
+def routing_targets(published: Published, layout: Layout) -> Any:
+    """Shapes and places of the routing state, which is empty for most schemes."""
+    return jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=layout.replicated),
+        jax.eval_shape(lambda: init_routing_state(published.config)),
+    )
+
+
+def side_files(folder: Path) -> list[Path]:
+    """The files of a published folder that are neither its config nor its weights: tokenizer, licence."""
+    found = {file for pattern in SIDE_FILES for file in folder.glob(pattern)}
+    return sorted(found - {folder / name for name in (CONFIG, INDEX)})
+
+
+def write_published(
+    folder: Path, params: Any, state: State, published: Published, *, dtypes: Mapping[str, Any] | None = None
+) -> None:
     """Writes parameters in the layout, names and dtypes of the checkpoint they came from.
 
     Args:
       folder: must not exist; it appears when it is complete.
+      dtypes: of the tensors of a parameter or state, by its path; None: as in the checkpoint.
 
     Raises:
       WeightsError: the folder exists, or the parameters are not those of the checkpoint's model.
@@ -135,17 +148,15 @@ def write_published(folder: Path, params: Any, state: State, published: Publishe
     tree = _with_state(params, state)
     plan = published.plan(tree)
     entries = published.weights.entries
-    dtypes = {key: entry.dtype for key, entry in entries.items()}
-    ours = rules.layout(plan, tree, dtypes=dtypes)
+    by_key = {key: entry.dtype for key, entry in entries.items()}
+    if dtypes is not None:
+        by_key |= {key: dtypes[leaf.path] for leaf in plan.leaves for _, key in leaf.sources()}
+    ours = rules.layout(plan, tree, dtypes=by_key)
     kept: dict[str, Entry] = {key: entry for key, entry in entries.items() if key not in ours}
     arrays = itertools.chain(
-        rules.export(plan, tree, dtypes=dtypes), ((key, published.weights[key]) for key in kept)
+        rules.export(plan, tree, dtypes=by_key), ((key, published.weights[key]) for key in kept)
     )
-    beside = sorted(
-        {file for pattern in SIDE_FILES for file in published.folder.glob(pattern)}
-        - {published.folder / name for name in ("config.json", "model.safetensors.index.json")}
-    )
-    write_folder(folder, published.fields, {**ours, **kept}, arrays, copies=beside)
+    write_folder(folder, published.fields, {**ours, **kept}, arrays, copies=side_files(published.folder))
 
 
 def _with_state(params: Any, state: Any) -> dict[str, Any]:
