@@ -245,16 +245,15 @@ def losses(model: Language, fixture: Any, tokens: Any, keys: Any, seen: Seen) ->
         mask = jnp.broadcast_to(valid > 0, logits.shape[:-1])
         return balance.pooled_loss(logits, mask, top_k=moe.top_k)
 
-    value, gradient = jax.jit(jax.value_and_grad(loss))(model.params)
-    found: dict[str, Any] = {"out_loss": value, "out_objective": value}
+    gradient, found = training(loss, model.params)
+    found["out_loss"] = found["out_objective"] = found["out_train_losses"][0]
     if model.config.decoder.sparse_layers:
         logits = seen.router_logits()
         found["out_aux_loss"] = found["out_aux_lb_masked"] = pooled(logits, keys)
         found["out_aux_lb_all_tokens"] = pooled(logits, jnp.ones_like(keys))
         found["out_aux_router_z"] = jnp.mean(jax.nn.logsumexp(logits, axis=-1) ** 2, axis=(1, 2))
     exported = rules.export(model.plan({"language": gradient}), {"language": gradient})
-    found |= {f"grad/{key}": array for key, array in exported}
-    return found | training(loss, model.params)
+    return found | {f"grad/{key}": array for key, array in exported}
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -265,8 +264,13 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(valid, scores, 0)) / jnp.sum(valid, dtype=scores.dtype)
 
 
-def training(loss: Callable[[Any], jax.Array], params: Any, steps: int = 4) -> dict[str, np.ndarray]:
-    """Losses and gradient norms of the recorded recipe: clipping at 1, AdamW at 2e-3 on every parameter."""
+def training(
+    loss: Callable[[Any], jax.Array], params: Any, steps: int = 4
+) -> tuple[Any, dict[str, np.ndarray]]:
+    """The first gradient, and losses and gradient norms of the recorded recipe.
+
+    That is clipping at 1, and AdamW at 2e-3 on every parameter.
+    """
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(2e-3, 0.9, 0.95, eps=1e-8, weight_decay=0.1)
     )
@@ -274,15 +278,17 @@ def training(loss: Callable[[Any], jax.Array], params: Any, steps: int = 4) -> d
     @jax.jit
     def step(params: Any, state: Any) -> tuple:
         value, gradient = jax.value_and_grad(loss)(params)
-        updates, state = optimizer.update(gradient, state, params)
-        return optax.apply_updates(params, updates), state, value, optax.global_norm(gradient)
+        with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
+            updates, state = optimizer.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state, value, gradient
 
-    state, values, norms = optimizer.init(params), [], []
+    state, values, gradients = optimizer.init(params), [], []
     for _ in range(steps):
-        params, state, value, norm = step(params, state)
+        params, state, value, gradient = step(params, state)
         values.append(value)
-        norms.append(norm)
-    return {"out_train_losses": np.array(values), "out_train_grad_norms": np.array(norms)}
+        gradients.append(gradient)
+    norms = [optax.tree.norm(g) for g in gradients]
+    return gradients[0], {"out_train_losses": np.array(values), "out_train_grad_norms": np.array(norms)}
 
 
 def decoding(model: Language, arrays: Arrays) -> dict[str, Any]:
