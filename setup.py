@@ -27,6 +27,7 @@ REQUIRED = [
     "jax>=0.10.2,<0.13",
     "jaxtyping>=0.3.11",
     "ml-collections>=1.1.0",
+    "ml-dtypes>=0.6",
     "numpy>=2.4",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.8",
