@@ -63,6 +63,10 @@ RUNNERS: dict[str, str] = {
     **dict.fromkeys(("SiglipModel", "CLIPModel"), "parity_vision:run_pair"),
     "SamVisionModel": "parity_conv:run",
     "ResNetModel": "parity_conv:run",
+    "SwitchTransformersForConditionalGeneration": "parity_switch:run",
+    "DeepseekVLForConditionalGeneration": "parity_vision_language:run",
+    "DeepseekVLHybridForConditionalGeneration": "parity_vision_language:run",
+    "LlavaForConditionalGeneration": "parity_vision_language:run",
 }
 # A fixture of one of these fails where it has no runner; one of any other class is skipped, by name.
 SUPPORTED: frozenset[str] = frozenset()

@@ -25,7 +25,14 @@ from vl_jax.sharding import MeshConfig, make_mesh
 
 TEXT = jnp.arange(1, 13, dtype=jnp.int32)[None]
 # Of each model family one, with every kind of routing and attention among them.
-MODELS = ["deepseek_vl2/models/mla_noaux_sigmoid", "hf/deepseek_v3", "hf/qwen2_moe", "hf/gpt_oss"]
+MODELS = [
+    "deepseek_vl2/models/mla_noaux_sigmoid",
+    "hf/deepseek_v3",
+    "hf/qwen2_moe",
+    "hf/gpt_oss",
+    "hf/deepseek_vl_hybrid",
+    "hf/llava",
+]
 
 
 def text_logits(model: pretrained.Pretrained) -> np.ndarray:

@@ -1,9 +1,10 @@
 """From patch tokens to the width of the language model: pixel shuffle, projector, and the visual table.
 
-    patch tokens [M P W] --pixel shuffle--> [M n 4W] --MLP--> tile tokens [M n D]
+    patch tokens [M P W] --skip--> --pixel shuffle--> [M n 4W] --MLP--> tile tokens [M n D]
     [M * n tile tokens | newline | separator] --visual_index--> visual tokens of a row, in reading order
 
-The table is explained in ``batch.py``.
+The table is explained in ``batch.py``. In LLaVA and DeepSeek-VL nothing is shuffled, and the tokens of an
+image stand one after the other, without vectors between them.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ from __future__ import annotations
 import dataclasses
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from vl_jax.kernels.activation import FUNCTIONS, Kind
 from vl_jax.nn.layers import Linear, named
 from vl_jax.sharding import constrain
 
@@ -26,12 +27,16 @@ class AdapterConfig:
     downsample: int = 2  # side of the window of patches that becomes one token
     num_layers: int = 2  # 0 passes patches on as they are, 1 is a linear map
     mlp_ratio: int = 1  # hidden width as a multiple of the language model's
+    activation: Kind = "gelu"  # between layers
+    use_bias: bool = True
+    skip: int = 0  # leading tokens of the encoder that are left out, such as a class token
+    separators: bool = True  # learned vectors, newline and separator, may stand among the tokens
 
     def __post_init__(self):
-        if min(self.downsample, self.mlp_ratio) < 1 or self.num_layers < 0:
+        if min(self.downsample, self.mlp_ratio) < 1 or min(self.num_layers, self.skip) < 0:
             raise ValueError(
                 f"downsample={self.downsample}, mlp_ratio={self.mlp_ratio}: must be >= 1, num_layers="
-                f"{self.num_layers} >= 0"
+                f"{self.num_layers}, skip={self.skip}: >= 0"
             )
 
     def tokens_side(self, grid: int) -> int:
@@ -42,8 +47,11 @@ class AdapterConfig:
 def pixel_shuffle(patches: Float[Array, "M P W"], *, ratio: int) -> Float[Array, "M n F"]:
     """Joins windows of ratio x ratio patches into one token, after zero-padding bottom and right.
 
-    Features inside a window are channel-major: ``channel * ratio**2 + row * ratio + column``.
+    Features inside a window are channel-major: ``channel * ratio**2 + row * ratio + column``. Tokens need not
+    form a square where the ratio is 1.
     """
+    if ratio == 1:
+        return patches
     tiles, count, width = patches.shape
     side = round(count**0.5)
     padding = -side % ratio
@@ -56,20 +64,23 @@ def pixel_shuffle(patches: Float[Array, "M P W"], *, ratio: int) -> Float[Array,
 
 def gather_visual(
     tile_tokens: Float[Array, "B M n D"],
-    newline: Float[Array, " D"],
-    separator: Float[Array, " D"],
+    extra: Float[Array, "X D"],
     visual_index: Int[Array, "B S"],
 ) -> Float[Array, "B S D"]:
-    """Lays out a row's visual tokens in reading order (see ``batch.py``); padding becomes zero."""
+    """Lays out a row's visual tokens in reading order (see ``batch.py``); padding becomes zero.
+
+    Args:
+      extra: learned vectors that end the table: newline and separator, or none.
+    """
     batch, _, _, width = tile_tokens.shape
-    extra = jnp.broadcast_to(jnp.stack([newline, separator]), (batch, 2, width))
+    extra = jnp.broadcast_to(extra, (batch, *extra.shape))
     table = jnp.concatenate([tile_tokens.reshape(batch, -1, width), extra], axis=1)
     tokens = jnp.take_along_axis(table, jnp.maximum(visual_index, 0)[..., None], axis=1)
     return jnp.where((visual_index >= 0)[..., None], tokens, 0)
 
 
 class Adapter(nn.Module):
-    """Pixel shuffle and MLP with exact (erf) GELU, plus the learned newline and separator vectors."""
+    """Pixel shuffle and MLP, plus the learned vectors that may stand among the tokens."""
 
     config: AdapterConfig
     embed_dim: int
@@ -82,18 +93,23 @@ class Adapter(nn.Module):
         ]
         last = len(widths) - 1
         self.layer = [
-            Linear(width, ("mlp", "embed") if i == last else ("embed", "mlp"), use_bias=True)
+            Linear(width, ("mlp", "embed") if i == last else ("embed", "mlp"), use_bias=c.use_bias)
             for i, width in enumerate(widths)
         ]
-        init = named(nn.initializers.normal(self.embed_dim**-0.5), None)
-        self.newline = self.param("newline", init, (self.embed_dim,))
-        self.separator = self.param("separator", init, (self.embed_dim,))
+        if c.separators:
+            init = named(nn.initializers.normal(self.embed_dim**-0.5), None)
+            self.newline = self.param("newline", init, (self.embed_dim,))
+            self.separator = self.param("separator", init, (self.embed_dim,))
 
     def project(self, patches: Float[Array, "M P W"]) -> Float[Array, "M n D"]:
         """The tokens of every tile."""
-        x = pixel_shuffle(patches, ratio=self.config.downsample)
+        c = self.config
+        x = pixel_shuffle(patches[:, c.skip :], ratio=c.downsample)
         for i, layer in enumerate(self.layer):
-            x = layer(jax.nn.gelu(x, approximate=False) if i else x)
+            if i:
+                x = FUNCTIONS[c.activation](x)
+                self.sow("intermediates", "hidden", x)
+            x = layer(x)
         return x
 
     def __call__(
@@ -101,6 +117,8 @@ class Adapter(nn.Module):
     ) -> Float[Array, "B S D"]:
         batch, tiles = patches.shape[:2]
         x = self.project(patches.reshape(batch * tiles, *patches.shape[2:]))
-        newline, separator = self.newline.astype(x.dtype), self.separator.astype(x.dtype)
         tile_tokens = x.reshape(batch, tiles, -1, self.embed_dim)
-        return constrain(gather_visual(tile_tokens, newline, separator, visual_index), "batch", None, None)
+        extra = jnp.zeros((0, self.embed_dim), x.dtype)
+        if self.config.separators:
+            extra = jnp.stack([self.newline, self.separator]).astype(x.dtype)
+        return constrain(gather_visual(tile_tokens, extra, visual_index), "batch", None, None)

@@ -53,10 +53,15 @@ class Batch:
     target_index: Leaf  # i32[B Q] sequence positions to predict from, so that the head runs on these only
     targets: Leaf  # i32[B Q] the id that follows each of them
     loss_weights: Leaf  # f32[B Q] 0 is padding
-    tiles: Leaf  # u8[B M h w c] RGB pixels; unused tiles are zero and never referred to
+    tiles: (
+        Leaf  # u8[B M h w c] RGB pixels; unused tiles are zero and never referred to. Floats are normalised
+    )
     visual_index: Leaf  # i32[B S] source row in the table drawn above; -1 is padding
     visual_start: Leaf  # i32[B S] first sequence index that may see the visual token
     visual_segment_ids: Leaf  # i32[B S] segment of the visual token; 0 is padding
+    high_tiles: Leaf = (
+        None  # f32[B M h w c] normalised pixels of the tiles for a second, high-resolution tower
+    )
 
     @property
     def modality(self) -> Leaf:

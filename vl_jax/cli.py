@@ -96,7 +96,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     convert = command(
         "convert",
         _convert,
-        "Convert a published folder (safetensors) to a checkpoint, or such a checkpoint back.",
+        "Convert a published folder (safetensors) to a checkpoint; or back, or a fine-tuned run.",
         "convert --from=deepseek-vl2-tiny --to=checkpoints/tiny",
     )
     convert.add_argument("--from", dest="source", required=True, type=Path, help="what to convert")
@@ -149,12 +149,12 @@ def _set_up_process() -> None:
 
 
 def _load(arguments: argparse.Namespace) -> Any:
-    from vl_jax.experiment import Experiment
+    from vl_jax.experiment import Experiment, resolve
 
     experiment = load(arguments.config, arguments.overrides)
     if not isinstance(experiment, Experiment):
         raise ConfigError(f"--config={arguments.config}: get_config() gave no Experiment")
-    return experiment
+    return resolve(experiment)
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -210,9 +210,14 @@ def _stream(arguments: argparse.Namespace) -> None:
 
 
 def _convert(arguments: argparse.Namespace) -> None:
-    from vl_jax.interop.convert import convert
+    if (arguments.source / "metrics.jsonl").is_file():  # a run, whose model came from a published one
+        from vl_jax.experiment import export
 
-    convert(arguments.source, arguments.target)
+        export(arguments.source, arguments.target)
+    else:
+        from vl_jax.interop.convert import convert
+
+        convert(arguments.source, arguments.target)
     print(arguments.target)
 
 

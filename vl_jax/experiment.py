@@ -22,19 +22,35 @@ from vl_jax import params as params_lib
 from vl_jax.batch import Batch
 from vl_jax.checkpoint import Checkpointer
 from vl_jax.data.encode import DataConfig, ModelSpec, make_encoder
+from vl_jax.data.images import TilingConfig
+from vl_jax.data.processor import Processor
 from vl_jax.data.sample import IMAGE_PLACEHOLDER, FileImage, Sample, Turn
 from vl_jax.data.sources import open_source
 from vl_jax.evaluate.runner import EvaluationConfig, evaluate
 from vl_jax.generation import GenerationConfig
-from vl_jax.layout import Layout, plan_layout, put_batch
-from vl_jax.model import VisionLanguage, VisionLanguageConfig
+from vl_jax.interop import pretrained
+from vl_jax.layout import Layout, init_params, plan_layout, put_batch
+from vl_jax.model import VisionLanguage, VisionLanguageConfig, init_routing_state
+from vl_jax.moe.routing import State
 from vl_jax.sharding import MeshConfig
 from vl_jax.train import loop
 from vl_jax.train.loop import LoopConfig
-from vl_jax.train.stages import Stage, trainable_paths
+from vl_jax.train.stages import Stage, adapter_shapes, trainable_paths
 from vl_jax.train.step import TrainState
 
 logger = logging.getLogger(__name__)
+
+# What is no property of a published model, but of how it is run and trained here: see ``resolve``.
+MOE_SETTINGS = (
+    "balance_weight",
+    "balance_scope",
+    "z_weight",
+    "bias_rate",
+    "capacity_factor",
+    "capacity",
+    "priority",
+    "kernel",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,15 +61,15 @@ class Experiment:
     model: VisionLanguageConfig
     data: DataConfig
     stages: tuple[Stage, ...]
+    init: str = ""  # folder of a published checkpoint to begin with (see ``resolve``); empty: random weights
     mesh: MeshConfig = MeshConfig()
     loop: LoopConfig = LoopConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     seed: int = 0
 
     def __post_init__(self):
-        tile, image = self.data.tiling.tile_size, self.model.encoder.image_size
-        if tile != image:
-            raise ValueError(f"data.tiling.tile_size={tile} differs from model.encoder.image_size={image}")
+        if not self.init:
+            check_tiles(self.data, self.model)
         if not self.stages:
             raise ValueError("stages is empty; an experiment needs at least one")
         names = [source.name for source in self.data.sources]
@@ -63,6 +79,46 @@ class Experiment:
                 raise ValueError(
                     f"stages.{stage.name}.sources names {unknown[0]!r}; data.sources has {', '.join(names)}"
                 )
+
+
+def check_tiles(data: DataConfig, model: VisionLanguageConfig) -> None:
+    """Refuses tiles of another size than the encoder's images."""
+    if model.encoder is not None and data.tiling.tile_size != model.encoder.image_size:
+        raise ValueError(
+            f"data.tiling.tile_size={data.tiling.tile_size} differs from "
+            f"model.encoder.image_size={model.encoder.image_size}"
+        )
+
+
+def resolve(experiment: Experiment) -> Experiment:
+    """Fills in what ``init`` names: the model of the published checkpoint, its tokenizer and its tiling.
+
+    Of the experiment's model, compute dtype, rematerialisation and ``MOE_SETTINGS`` stay; of its data, a
+    tokenizer or a tiling other than the default. Resolving twice changes nothing.
+
+    Raises:
+      ValueError: the folder is no published checkpoint, or the tiling is not for its model.
+    """
+    if not experiment.init:
+        return experiment
+    folder, ours, data = Path(experiment.init), experiment.model, experiment.data
+    if not folder.is_dir():
+        raise ValueError(f"config.init={experiment.init}: no such folder")
+    model = pretrained.read_published(folder).config
+    settings = {name: getattr(ours.moe, name) for name in MOE_SETTINGS}
+    model = dataclasses.replace(
+        model,
+        language=dataclasses.replace(model.language, remat=ours.language.remat),
+        moe=dataclasses.replace(model.moe, **settings),
+        dtype=ours.dtype,
+    )
+    if not data.tokenizer:
+        data = dataclasses.replace(data, tokenizer=str(folder))
+    if data.tiling == TilingConfig() and (folder / "processor_config.json").is_file():
+        processor = Processor.load(folder)
+        data = dataclasses.replace(data, tiling=processor.config.tiling(processor.views))
+    check_tiles(data, model)
+    return dataclasses.replace(experiment, model=model, data=data)
 
 
 def model_spec(experiment: Experiment) -> ModelSpec:
@@ -103,6 +159,7 @@ def plan(experiment: Experiment) -> Layout:
     layout = plan_layout(VisionLanguage(experiment.model), example_batch(experiment, rows), mesh)
     for stage in experiment.stages:
         trainable_paths(stage, layout.params)
+        adapter_shapes(stage, layout.params)
     for path, placement in layout.placements.items():
         if placement.whole:
             logger.warning("%s: %s does not divide, kept whole on the mesh", path, ", ".join(placement.whole))
@@ -116,17 +173,16 @@ def run(experiment: Experiment, workdir: Path) -> dict[str, Any]:
       loop.Stopped: the run was asked to stop and saved its state.
       ValueError: the configuration does not fit the machine, the data or an earlier run of this folder.
     """
-    start = time.time()
+    start, experiment = time.time(), resolve(experiment)
     for source in (*experiment.data.sources, *experiment.data.evaluation):
         open_source(source, root=experiment.data.root)
     layout = plan(experiment)
     _claim(experiment, workdir)
-    example = example_batch(experiment, sharding.batch_axes(layout.mesh))
     state = loop.train(
         layout,
         experiment.stages,
         lambda stage: open_stream(experiment, stage),
-        example=example,
+        begin=lambda: first_weights(experiment, layout),
         workdir=workdir,
         config=experiment.loop,
         seed=experiment.seed,
@@ -137,6 +193,14 @@ def run(experiment: Experiment, workdir: Path) -> dict[str, Any]:
         (workdir / "run.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         report.write_report(workdir)
     return results
+
+
+def first_weights(experiment: Experiment, layout: Layout) -> tuple[Any, State]:
+    """Parameters and routing state that a run begins with: those of ``init``, or fresh ones."""
+    if experiment.init:
+        return pretrained.load_params(Path(experiment.init), layout)
+    example = example_batch(experiment, sharding.batch_axes(layout.mesh))
+    return init_params(layout, example, experiment.seed), init_routing_state(layout.model.config)
 
 
 def evaluate_all(experiment: Experiment, layout: Layout, state: TrainState, workdir: Path) -> dict[str, Any]:
@@ -163,7 +227,7 @@ def evaluate_all(experiment: Experiment, layout: Layout, state: TrainState, work
 
 
 def restore(workdir: Path) -> tuple[Experiment, Layout, TrainState]:
-    """The experiment of a run, and its newest state on the devices here.
+    """The experiment of a run, and its newest state on the devices here, adapters merged.
 
     Raises:
       ValueError: the folder holds no run, or no sound checkpoint.
@@ -180,7 +244,23 @@ def restore(workdir: Path) -> tuple[Experiment, Layout, TrainState]:
         checkpointer.close()
     if restored is None:
         raise ValueError(f"--workdir={workdir} holds no checkpoint yet")
-    return experiment, layout, restored[0]
+    state, position = restored
+    return experiment, layout, loop.merge_adapters(layout, loop.stage_at(experiment.stages, position), state)
+
+
+def export(workdir: Path, target: Path) -> None:
+    """Writes the model of a fine-tuned run, adapters merged, as the published checkpoint it began with.
+
+    Raises:
+      ValueError: the run did not begin with a published checkpoint, or the target exists.
+    """
+    experiment, _, state = restore(workdir)
+    if not experiment.init:
+        raise ValueError(
+            f"{workdir}: the run did not begin with a published checkpoint (config.init is empty)"
+        )
+    published = pretrained.read_published(experiment.init)
+    pretrained.write_published(target, state.params, state.routing, published)
 
 
 def answer(workdir: Path, *, prompt: str, image: Path | None, max_new_tokens: int) -> str:

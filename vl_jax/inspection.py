@@ -11,7 +11,7 @@ from vl_jax import config as config_lib
 from vl_jax import params as params_lib
 from vl_jax.data import preview
 from vl_jax.experiment import Experiment, model_spec, plan
-from vl_jax.train.stages import trainable_paths
+from vl_jax.train.stages import adapter_shapes, trainable_paths
 
 
 def show(experiment: Experiment, what: str, *, samples: int, html: Path | None) -> None:
@@ -29,6 +29,9 @@ def parameter_table(experiment: Experiment) -> Table:
     """One row per parameter: shape, logical axes, mesh axes, bytes on one device, stages that train it."""
     layout = plan(experiment)
     trains = {stage.name: trainable_paths(stage, layout.params) for stage in experiment.stages}
+    for stage in experiment.stages:
+        adapters = params_lib.flatten(adapter_shapes(stage, layout.params))
+        trains[f"{stage.name} (adapter)"] = {path.rpartition("/")[0] for path in adapters}
     table = Table("parameter", "shape", "logical axes", "mesh axes", "bytes/device", "trained in")
     total = on_device = 0
     for path, leaf in params_lib.flatten(layout.params).items():

@@ -36,6 +36,10 @@ def smallest_batch(config: VisionLanguageConfig, *, rows: int = 1) -> Batch:
     """A batch of two tokens a row: enough to learn the shapes of the parameters."""
     zeros, encoder = np.zeros((rows, 2), np.int32), config.encoder
     pixels = (0, 1, 1, 3) if encoder is None else (1, *encoder.pixels)
+    high = None
+    if config.high_resolution is not None:
+        side = config.high_resolution.encoder.image_size
+        high = np.zeros((rows, 1, side, side, pixels[-1]), np.float32)
     return Batch(
         tokens=zeros,
         positions=zeros,
@@ -49,6 +53,7 @@ def smallest_batch(config: VisionLanguageConfig, *, rows: int = 1) -> Batch:
         visual_index=zeros - 1,
         visual_start=zeros,
         visual_segment_ids=zeros,
+        high_tiles=high,
     )
 
 

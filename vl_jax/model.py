@@ -2,6 +2,7 @@
 
     Batch.tiles --ViT--> patches --Adapter--> visual tokens --fusion--> Decoder --> hidden --> logits
 
+With a second tower for high resolution, an aligner joins what both of them see before it gets to the adapter.
 Fusion is a choice of the config. ``prefix``: visual tokens stand in the sequence (DeepSeek-VL2). ``gated``:
 they stay outside, and between decoder layers text attends to them through the cross-modal gate.
 """
@@ -19,6 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from vl_jax.adapter import Adapter, AdapterConfig
 from vl_jax.batch import Batch
+from vl_jax.encoders.hybrid import HighResolution, HighResolutionConfig, HybridAligner
 from vl_jax.encoders.vit import ViT, ViTConfig
 from vl_jax.fusion.gate import CrossModalGateConfig
 from vl_jax.language.decoder import Decoder, DecoderConfig, LayerContext
@@ -45,6 +47,7 @@ class VisionLanguageConfig:
     """The whole model. Defaults are DeepSeek-VL2 (base)."""
 
     encoder: ViTConfig | None = ViTConfig()  # None: a language model
+    high_resolution: HighResolutionConfig | None = None  # a second tower, for ``Batch.high_tiles``
     adapter: AdapterConfig = AdapterConfig()
     fusion: FusionConfig = FusionConfig()
     language: DecoderConfig = DecoderConfig()
@@ -58,10 +61,44 @@ class VisionLanguageConfig:
     )
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters stay float32
 
+    def __post_init__(self):
+        if self.encoder is None:
+            if self.high_resolution is not None:
+                raise ValueError("high_resolution needs an encoder, whose tokens its own are joined with")
+            return
+        left, high = self._tokens_left, self.high_resolution
+        if left < 1:
+            raise ValueError(f"adapter.skip={self.adapter.skip} leaves none of the tokens of the encoder")
+        if self.adapter.downsample > 1 and left != self.encoder.grid**2:
+            raise ValueError(f"adapter.downsample={self.adapter.downsample}: {left} tokens are not a square")
+        if high is not None and high.grid**2 != left + self.adapter.skip:
+            raise ValueError(
+                f"high_resolution.grid={high.grid}: the encoder has {left + self.adapter.skip} tokens, not "
+                f"{high.grid**2}"
+            )
+
+    @property
+    def _tokens_left(self) -> int:
+        """The tokens of a tile that the adapter does not skip."""
+        assert self.encoder is not None
+        without_class = self.encoder.class_token and not self.encoder.class_feature
+        return self.encoder.num_tokens - without_class - self.adapter.skip
+
     @property
     def tile_tokens_side(self) -> int:
-        """Visual tokens on the side of one tile; 0 for a language model."""
-        return self.adapter.tokens_side(self.encoder.grid) if self.encoder else 0
+        """Visual tokens on the side of one tile, whose rows end with a newline; 0 for a language model.
+
+        Raises:
+          ValueError: the tokens form no square, or there is no vector for the newline.
+        """
+        if self.encoder is None:
+            return 0
+        if not self.adapter.separators or self._tokens_left != self.encoder.grid**2:
+            raise ValueError(
+                f"adapter.separators={self.adapter.separators}, {self._tokens_left} tokens of a tile: rows "
+                "that end with a newline need separators, and tokens that form a square"
+            )
+        return self.adapter.tokens_side(self.encoder.grid)
 
     @property
     def num_sparse_layers(self) -> int:
@@ -87,6 +124,9 @@ class VisionLanguage(nn.Module):
         if c.encoder is not None:
             self.encoder = ViT(c.encoder, dtype, remat=c.language.remat != "none")
             self.adapter = Adapter(c.adapter, c.language.embed_dim)
+        if c.high_resolution is not None:
+            self.high = HighResolution(c.high_resolution, dtype, remat=c.language.remat != "none")
+            self.aligner = HybridAligner(c.language.embed_dim)
         gate = c.fusion.gate if c.fusion.kind == "gated" else None
         self.language = Decoder(c.language, c.moe, gate, dtype)
 
@@ -95,8 +135,22 @@ class VisionLanguage(nn.Module):
         rows, tiles = batch.tiles.shape[:2]
         if self.config.encoder is None:
             return jnp.zeros((*batch.visual_index.shape, self.config.language.embed_dim), self.config.dtype)
-        patches = self.encoder(batch.tiles.reshape(rows * tiles, *batch.tiles.shape[2:]))
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (batch.tiles, batch.high_tiles))
+        patches = self.encode(*flat)
         return self.adapter(patches.reshape(rows, tiles, *patches.shape[1:]), batch.visual_index)
+
+    def encode(self, tiles: Leaf, high_tiles: Leaf = None) -> Float[Array, "M P W"]:
+        """The patches of every tile [M h w c], joined with those of the second tower if there is one.
+
+        Raises:
+          ValueError: there is a second tower, and no normalised pixels for it.
+        """
+        if self.config.high_resolution is None:
+            return self.encoder(tiles)
+        if high_tiles is None or not jnp.issubdtype(high_tiles.dtype, jnp.floating):
+            found = None if high_tiles is None else high_tiles.dtype
+            raise ValueError(f"high_tiles={found}: the high-resolution tower needs normalised floats")
+        return self.aligner(self.encoder(tiles), self.high(high_tiles))
 
     def __call__(
         self,
@@ -133,7 +187,7 @@ class VisionLanguage(nn.Module):
         return ModelOutput(hidden, routed, cache)
 
     def embed(self, batch: Batch, vision: Float[Array, "B S D"]) -> Float[Array, "B T D"]:
-        """What enters the decoder: embeddings of text, and with ``prefix`` fusion visual tokens among them."""
+        """What enters the decoder: embeddings of text, with ``prefix`` fusion visual tokens among them."""
         x = self.language.embed(batch.tokens)
         if self.config.fusion.kind == "gated" or self.config.encoder is None:
             return x

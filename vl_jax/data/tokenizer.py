@@ -113,13 +113,14 @@ def _splitter(allowed: tuple[str, ...]) -> re.Pattern[str]:
 
 
 def load_tokenizer(path: str = "") -> Tokenizer:
-    """Loads a ``tokenizer.json`` (or the folder holding one); an empty path means the shipped vocabulary.
+    """Loads a ``tokenizer.json`` or the folder of a published checkpoint; empty means the shipped vocabulary.
 
     Raises:
       ValueError: the file is missing, malformed, or lacks a special token.
     """
     file = Path(path) if path else _SHIPPED
-    file = file / "tokenizer.json" if file.is_dir() else file
+    if file.is_dir():
+        return load_published_tokenizer(file)
     if not file.is_file():
         raise ValueError(f"tokenizer={path!r}: no such file {file}")
     return Tokenizer(file.read_text(encoding="utf-8"), source=str(file))

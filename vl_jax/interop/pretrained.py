@@ -29,10 +29,16 @@ from vl_jax.interop import rules
 from vl_jax.interop.deepseek_vl2 import deepseek_vl2_rules, read_deepseek_vl2
 from vl_jax.interop.folder import CONFIG, INDEX, Weights, open_weights, read_config, write_folder
 from vl_jax.interop.language import FAMILIES as LANGUAGE
-from vl_jax.interop.language import NAMES, Names, language_rules, language_stacks, read_language
+from vl_jax.interop.language import NAMES, Names, language_rules, read_language
 from vl_jax.interop.rules import Rule
 from vl_jax.interop.safetensors import Entry
-from vl_jax.interop.vision import IGNORED
+from vl_jax.interop.vision_language import FAMILIES as VISION_LANGUAGE
+from vl_jax.interop.vision_language import (
+    IGNORED,
+    read_vision_language,
+    vision_language_rules,
+    vision_language_stacks,
+)
 from vl_jax.layout import Layout, plan_layout, put_batch, smallest_batch
 from vl_jax.model import VisionLanguage, VisionLanguageConfig, init_routing_state
 from vl_jax.moe.routing import State
@@ -44,26 +50,35 @@ PROMPT_BUCKET = 128
 SIDE_FILES = ("*.json", "*.txt", "*.model", "*.md", "LICENSE*")
 
 
+Fields = Mapping[str, Any]
+
+
 @dataclass(frozen=True)
 class Family:
     """How checkpoints that share a ``model_type`` are read."""
 
-    config: Callable[[Mapping[str, Any]], VisionLanguageConfig]
-    rules: Callable[[VisionLanguageConfig, str], tuple[Rule, ...]]  # given the model type too
+    config: Callable[[Fields], VisionLanguageConfig]
+    rules: Callable[[VisionLanguageConfig, Fields, Weights], tuple[Rule, ...]]
+    processor: bool = False  # the folder holds one that we know
 
 
-def _language_config(fields: Mapping[str, Any]) -> VisionLanguageConfig:
+def _language_config(fields: Fields) -> VisionLanguageConfig:
     language = read_language(fields)
     return VisionLanguageConfig(encoder=None, language=language.decoder, moe=language.moe)
 
 
+def _language_rules(config: VisionLanguageConfig, fields: Fields, _: Weights) -> tuple[Rule, ...]:
+    return language_rules(config.language, NAMES.get(fields["model_type"], Names()))
+
+
 FAMILIES: dict[str, Family] = {
-    "deepseek_vl_v2": Family(read_deepseek_vl2, lambda config, _: deepseek_vl2_rules(config)),
+    "deepseek_vl_v2": Family(
+        read_deepseek_vl2, lambda config, *_: deepseek_vl2_rules(config), processor=True
+    ),
+    **dict.fromkeys(LANGUAGE, Family(_language_config, _language_rules)),
     **dict.fromkeys(
-        LANGUAGE,
-        Family(
-            _language_config, lambda config, kind: language_rules(config.language, NAMES.get(kind, Names()))
-        ),
+        VISION_LANGUAGE,
+        Family(read_vision_language, lambda _, fields, weights: vision_language_rules(fields, weights)),
     ),
 }
 
@@ -81,7 +96,7 @@ class Published:
     def plan(self, tree: Any) -> rules.Plan:
         """Which tensors make up which leaf of a tree of parameters and state."""
         shapes = {path: tuple(leaf.shape) for path, leaf in params_lib.flatten(tree).items()}
-        return rules.plan(self.rules, shapes, language_stacks(self.config.language))
+        return rules.plan(self.rules, shapes, vision_language_stacks(self.config))
 
 
 def read_published(folder: str | Path) -> Published:
@@ -100,7 +115,8 @@ def read_published(folder: str | Path) -> Published:
         config = family.config(fields)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from None
-    return Published(folder, fields, config, family.rules(config, kind), open_weights(folder))
+    weights = open_weights(folder)
+    return Published(folder, fields, config, family.rules(config, fields, weights), weights)
 
 
 def load_params(published: Published | str | Path, layout: Layout) -> tuple[Any, State]:
@@ -276,5 +292,6 @@ def from_pretrained(folder: str | Path, *, mesh: Mesh | None = None, dtype: str 
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=leaf.sharding), layout.params
     )
     params, state = load_params(published, dataclasses.replace(layout, params=stored))
-    has_processor = (published.folder / "processor_config.json").is_file()
-    return Pretrained(layout, params, state, Processor.load(published.folder) if has_processor else None)
+    known = FAMILIES[published.fields["model_type"]].processor
+    found = known and (published.folder / "processor_config.json").is_file()
+    return Pretrained(layout, params, state, Processor.load(published.folder) if found else None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -57,6 +59,21 @@ def pooled_loss(
     chosen = jax.nn.one_hot(experts, num_experts, dtype=jnp.float32).sum(axis=-2)
     load, probability = ((v * mask).reshape(-1, num_experts).sum(axis=0) for v in (chosen, probabilities))
     return num_experts * jnp.sum(load * probability) / jnp.sum(mask) ** 2
+
+
+def sequence_losses(
+    logits: Float[Array, "L B T E"], valid: Bool[Array, "B T"]
+) -> dict[str, Float[Array, ""]]:
+    """The losses of the Switch Transformer's routers (arXiv 2101.03961, eq. 4-6) and their z-loss.
+
+    ``balance`` is ``E * sum_e f_e P_e`` of every row, layers pooled, then the mean over rows: f_e is the
+    share of the row's tokens whose best expert is e, slot or no slot, and P_e its mean probability. ``z`` is
+    the mean square of the logits' logsumexp (arXiv 2202.08906, eq. 5). Both are over valid tokens.
+    """
+    valid = jnp.broadcast_to(valid, logits.shape[:-1])
+    by_row = jax.vmap(functools.partial(pooled_loss, top_k=1), in_axes=1)(logits, valid)
+    squared = jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1) ** 2
+    return {"balance": jnp.mean(by_row), "z": jnp.mean(squared, where=valid)}
 
 
 def max_violation(load: Int[Array, "*L E"]) -> Float[Array, "*L"]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import signal
 import threading
@@ -24,13 +25,15 @@ from vl_jax import params as params_lib
 from vl_jax import sharding
 from vl_jax.batch import Batch
 from vl_jax.checkpoint import Checkpointer
-from vl_jax.layout import Layout, init_params, put_batch
+from vl_jax.layout import Layout, put_batch
 from vl_jax.metrics import MetricsWriter
 from vl_jax.model import init_routing_state
+from vl_jax.moe.routing import State
+from vl_jax.train import lora
 from vl_jax.train.optimizer import make_optimizer, schedule
 from vl_jax.train.progress import Progress
-from vl_jax.train.stages import Stage, trainable_paths, trainable_table
-from vl_jax.train.step import TrainState, make_train_step
+from vl_jax.train.stages import Stage, adapter_shapes, trainable_paths, trainable_table
+from vl_jax.train.step import TrainState, make_train_step, split_trained
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +85,7 @@ class Run:
     writer: MetricsWriter | None  # None on all processes but one
     progress: Progress
     stop: Callable[[], int | None]  # number of the signal that asked to stop, if any
+    seed: int
 
 
 @dataclasses.dataclass
@@ -99,19 +103,30 @@ def train(
     stages: tuple[Stage, ...],
     open_stream: Callable[[Stage], Stream],
     *,
-    example: Batch,
+    begin: Callable[[], tuple[Any, State]],
     workdir: Path,
     config: LoopConfig,
     seed: int,
 ) -> TrainState:
     """Runs the stages, from the newest checkpoint in ``workdir`` if there is one.
 
+    Args:
+      begin: gives the parameters and the routing state that a run begins with, where they live.
+      seed: of fresh adapters.
+
+    Returns:
+      The state at the end, adapters merged into the parameters.
+
     Raises:
       Stopped: after SIGTERM or SIGINT, once the state is on disk.
     """
     checkpointer = Checkpointer(workdir / "checkpoints", keep=config.keep_checkpoints)
     try:
-        state, position = restore(checkpointer, layout, stages) or _begin(layout, stages, example, seed)
+        restored = restore(checkpointer, layout, stages)
+        if restored is None:
+            params, routing = begin()
+            restored = _begin_stage(layout, stages, 0, params, routing, seed), Position()
+        state, position = restored
         total = sum(stage.steps for stage in stages)
         lead = jax.process_index() == 0  # the one process that writes the log and talks
         with (
@@ -119,27 +134,41 @@ def train(
             Progress(total, position.global_step, quiet=not lead) as progress,
             _signals() as stop,
         ):
-            run = Run(layout, config, checkpointer, writer, progress, stop)
+            run = Run(layout, config, checkpointer, writer, progress, stop, seed)
             while position.stage < len(stages):
                 state, position = _run_stage(run, stages, open_stream, state, position)
-        return state
+        return merge_adapters(layout, stages[-1], state)
     finally:
         checkpointer.close()
 
 
+def merge_adapters(layout: Layout, stage: Stage, state: TrainState) -> TrainState:
+    """The state with the stage's adapters added to their weights, and none left; it consumes ``state``."""
+    if stage.lora is None:
+        return state
+    paths = set(lora.select(stage.lora, layout.params))
+    weights, rest = params_lib.split(state.params, paths)
+    targets = jax.tree.map(lambda leaf: leaf.sharding, params_lib.split(layout.params, paths)[0])
+    merge = jax.jit(lora.merge, static_argnums=2, donate_argnums=0, out_shardings=targets)
+    weights = merge(weights, state.adapters, stage.lora.scale)
+    return dataclasses.replace(state, params=params_lib.merge(weights, rest), adapters={})
+
+
 def _training_tree(state: TrainState) -> dict[str, Any]:
-    return {"step": state.step, "optimizer": state.optimizer, "routing": state.routing}
+    tree = {"step": state.step, "optimizer": state.optimizer, "routing": state.routing}
+    return {**tree, "adapters": state.adapters} if state.adapters else tree
 
 
 def _optimizer_of(stage: Stage, params: Any):
-    paths = trainable_paths(stage, params)
-    return make_optimizer(stage.optimizer, stage.steps, paths, set(params_lib.flatten(params))), paths
+    paths, adapters = trainable_paths(stage, params), set(params_lib.flatten(adapter_shapes(stage, params)))
+    every = adapters.union(params_lib.flatten(params))
+    return make_optimizer(stage.optimizer, stage.steps, paths | adapters, every), paths
 
 
 def _abstract_optimizer(layout: Layout, stage: Stage) -> Any:
     """Shapes and shardings of the optimiser state: moments live where their parameters live."""
     optimizer, paths = _optimizer_of(stage, layout.params)
-    trained, _ = params_lib.split(layout.params, paths)
+    trained, _ = split_trained(layout.params, adapter_shapes(stage, layout.params), paths)
 
     shardings = {path: leaf.sharding for path, leaf in params_lib.flatten(trained).items()}
 
@@ -153,22 +182,23 @@ def _abstract_optimizer(layout: Layout, stage: Stage) -> Any:
     return jax.tree_util.tree_map_with_path(placed, jax.eval_shape(optimizer.init, trained))
 
 
-def _begin_stage(layout: Layout, stage: Stage, params: Any, routing: Any) -> TrainState:
-    """Fresh optimiser state for the leaves that the stage trains."""
+def _begin_stage(
+    layout: Layout, stages: tuple[Stage, ...], number: int, params: Any, routing: State, seed: int
+) -> TrainState:
+    """Fresh adapters, and fresh optimiser state for all that the stage trains."""
+    stage = stages[number]
     optimizer, paths = _optimizer_of(stage, layout.params)
-    trained, _ = params_lib.split(params, paths)
+    adapters = {}
+    if stage.lora is not None:
+        targets = jax.tree.map(lambda leaf: leaf.sharding, adapter_shapes(stage, layout.params))
+        key = jax.random.fold_in(jax.random.key(seed), number)
+        init = functools.partial(lora.init, stage.lora, layout.params)
+        adapters = jax.jit(init, out_shardings=targets)(key)
+    trained, _ = split_trained(params, adapters, paths)
     targets = jax.tree.map(lambda leaf: leaf.sharding, _abstract_optimizer(layout, stage))
     state = jax.jit(optimizer.init, out_shardings=targets)(trained)
     step = jax.device_put(jnp.zeros((), jnp.int32), layout.replicated)
-    return TrainState(step, params, state, jax.device_put(routing, layout.replicated))
-
-
-def _begin(
-    layout: Layout, stages: tuple[Stage, ...], example: Batch, seed: int
-) -> tuple[TrainState, Position]:
-    """Fresh parameters at the beginning of the first stage."""
-    routing = init_routing_state(layout.model.config)
-    return _begin_stage(layout, stages[0], init_params(layout, example, seed), routing), Position()
+    return TrainState(step, params, state, jax.device_put(routing, layout.replicated), adapters)
 
 
 def restore(
@@ -182,13 +212,15 @@ def restore(
     routing = init_routing_state(layout.model.config)
 
     def abstract(record: dict[str, Any]) -> Any:
-        stage = stages[min(record["position"]["stage"], len(stages) - 1)]
+        stage = stage_at(stages, Position(**record["position"]))
+        adapters = adapter_shapes(stage, layout.params)
         return {
             "step": jax.ShapeDtypeStruct((), jnp.int32, sharding=layout.replicated),
             "optimizer": _abstract_optimizer(layout, stage),
             "routing": jax.tree.map(
                 lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=layout.replicated), routing
             ),
+            **({"adapters": adapters} if adapters else {}),
         }
 
     restored = checkpointer.restore(params=layout.params, training_of=abstract)
@@ -196,8 +228,12 @@ def restore(
         return None
     step, params, training, record = restored
     logger.info("resumed from checkpoint %d", step)
-    state = TrainState(training["step"], params, training["optimizer"], training["routing"])
-    return state, Position(**record["position"])
+    return TrainState(params=params, **training), Position(**record["position"])
+
+
+def stage_at(stages: tuple[Stage, ...], position: Position) -> Stage:
+    """The stage whose state a checkpoint holds; that of a finished run is the last."""
+    return stages[min(position.stage, len(stages) - 1)]
 
 
 def _run_stage(
@@ -214,7 +250,13 @@ def _run_stage(
     stream = open_stream(stage)
     if position.data is not None:
         stream.set_state(position.data)
-    step = make_train_step(layout.model, optimizer, trainable=paths, accumulation=stage.accumulation)
+    step = make_train_step(
+        layout.model,
+        optimizer,
+        trainable=paths,
+        accumulation=stage.accumulation,
+        lora_scale=1.0 if stage.lora is None else stage.lora.scale,
+    )
     rate = schedule(stage.optimizer, stage.steps)
     clock = _Clock(stage.batch_size)
     try:
@@ -241,7 +283,8 @@ def _run_stage(
         stream.close()
     position = Position(stage=position.stage + 1, global_step=position.global_step)
     if position.stage < len(stages):
-        state = _begin_stage(layout, stages[position.stage], state.params, state.routing)
+        state = merge_adapters(layout, stage, state)
+        state = _begin_stage(layout, stages, position.stage, state.params, state.routing, run.seed)
     _save(run, state, position)
     if stopped := run.stop():
         run.checkpointer.wait()

@@ -18,15 +18,15 @@ from optax import contrib
 
 from vl_jax import params as params_lib
 
-# The input and output axes of every kind of weight matrix, counted from the end: layers and experts may be
-# stacked in front. Leaves that no pattern matches are no matrices to Muon.
+# The input and output axes of every kind of hidden weight matrix, counted from the end: layers and experts
+# may be stacked in front. Leaves that no pattern matches are no matrices, to Muon or to adapters.
 _MATRICES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     r".*stem/kernel(_\d+)?": ((-4, -3, -2), (-1,)),
     r"(?!.*head/).*/kernel": ((-2,), (-1,)),
     r".*/qkv": ((-4,), (-3, -2, -1)),
     r".*/project": ((-3, -2), (-1,)),
-    r".*/(query|kv_up)": ((-3,), (-2, -1)),
-    r".*/attention/output": ((-3, -2), (-1,)),
+    r".*/(query|key|value|kv_up)": ((-3,), (-2, -1)),
+    r".*/(attention|gate)/output": ((-3, -2), (-1,)),
     r".*/w_in": ((-3,), (-1,)),
     r".*/w_out": ((-2,), (-1,)),
 }
@@ -83,12 +83,13 @@ def make_optimizer(
     Args:
       steps: length of the stage, for the schedule.
       paths: the trainable leaves.
-      all_paths: every leaf of the model; patterns must match among these.
+      all_paths: every leaf of the model, and adapters; patterns must match among these.
 
     Raises:
       ValueError: a pattern matches no parameter.
     """
-    everything = params_lib.unflatten({p: None for p in sorted(all_paths)})
+    # No tree: with adapters, what is below the path of a parameter are the paths of its factors.
+    everything = dict.fromkeys(sorted(all_paths))
     kept = params_lib.select(everything, config.no_decay)
     multiples = dict.fromkeys(paths, 1.0)
     for pattern, multiple in config.rates:
@@ -130,14 +131,19 @@ def _direction(config: OptimizerConfig) -> optax.GradientTransformation:
     return optax.partition({"muon": muon, "adam": adam}, method_of)
 
 
+def matrix_axes(path: str, ndim: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Input and output axes of a hidden weight matrix, its other axes being stacks; None for other leaves."""
+    for pattern, axes in _MATRICES.items():
+        if re.fullmatch(pattern, path):
+            inputs, outputs = (tuple(a % ndim for a in side) for side in axes)
+            return inputs, outputs
+    return None
+
+
 def _matrix_of(path: tuple[Any, ...], leaf: jax.Array) -> contrib.MuonDimensionNumbers | None:
     """Which axes of a parameter form the matrix Muon works on; None leaves it to AdamW."""
-    name = "/".join(str(key.key) for key in path)
-    for pattern, axes in _MATRICES.items():
-        if re.fullmatch(pattern, name):
-            inputs, outputs = (tuple(a % leaf.ndim for a in side) for side in axes)
-            return contrib.MuonDimensionNumbers(inputs, outputs)
-    return None
+    axes = matrix_axes("/".join(str(key.key) for key in path), leaf.ndim)
+    return None if axes is None else contrib.MuonDimensionNumbers(*axes)
 
 
 def _as_large_as_adam(update: jax.Array, axes: Any) -> jax.Array:

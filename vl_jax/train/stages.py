@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from vl_jax import params as params_lib
+from vl_jax.train import lora
+from vl_jax.train.lora import LoraConfig
 from vl_jax.train.optimizer import OptimizerConfig
 
 
@@ -21,6 +23,7 @@ class Stage:
     weights: tuple[float, ...] = ()  # of the mixture; empty: equal
     targets: Literal["all", "answers"] = "answers"  # which text tokens are predicted
     trainable: tuple[str, ...] = (".*",)  # patterns of parameter paths; the rest is frozen
+    lora: LoraConfig | None = None  # adapters on frozen weights, merged into them when the stage ends
     optimizer: OptimizerConfig = OptimizerConfig()
 
     def __post_init__(self):
@@ -49,11 +52,35 @@ def trainable_paths(stage: Stage, params: params_lib.Tree) -> set[str]:
         raise ValueError(f"config.stages.{stage.name}.trainable: {error}") from None
 
 
+def adapter_shapes(stage: Stage, params: params_lib.Tree) -> dict[str, Any]:
+    """Shapes of the adapters that the stage trains, laid out as their weights are; empty without any.
+
+    Raises:
+      ValueError: a target matches no weight matrix, or one that the stage trains itself; names the stage.
+    """
+    if stage.lora is None:
+        return {}
+    where = f"config.stages.{stage.name}"
+    try:
+        targets, shapes = lora.select(stage.lora, params), lora.shapes(stage.lora, params)
+    except ValueError as error:
+        names = ", ".join(lora.GROUPS)
+        raise ValueError(f"{where}.lora.targets: {error} (names for patterns: {names})") from None
+    both = sorted(targets.keys() & trainable_paths(stage, params))
+    if both:
+        raise ValueError(
+            f"{where}.lora.targets: {both[0]} trains itself, by {where}.trainable={stage.trainable}; "
+            "trainable=() trains adapters alone"
+        )
+    return shapes
+
+
 def trainable_table(stage: Stage, params: params_lib.Tree) -> list[tuple[str, int, int]]:
-    """(module, its parameters, how many of them train) for the modules two levels deep."""
-    paths = trainable_paths(stage, params)
+    """(module, its parameters, how many of them train), adapters included, for modules two levels deep."""
+    adapters = params_lib.flatten(adapter_shapes(stage, params))
+    paths = trainable_paths(stage, params) | adapters.keys()
     rows: dict[str, tuple[int, int]] = {}
-    for path, leaf in params_lib.flatten(params).items():
+    for path, leaf in (params_lib.flatten(params) | adapters).items():
         module = "/".join(path.split("/")[:2])
         total, trains = rows.get(module, (0, 0))
         rows[module] = (total + leaf.size, trains + leaf.size * (path in paths))

@@ -20,6 +20,7 @@ from vl_jax.batch import Batch
 from vl_jax.model import VisionLanguage, update_routing_state
 from vl_jax.moe import balance
 from vl_jax.moe.routing import State
+from vl_jax.train import lora
 
 Leaf = Any
 Metrics = dict[str, jax.Array]
@@ -33,6 +34,19 @@ class TrainState:
     params: Leaf  # all parameters, trained or frozen
     optimizer: Leaf  # optimiser state of the trained leaves
     routing: State  # state of the routing scheme, stacked over sparse layers
+    adapters: Leaf = struct.field(default_factory=dict)  # see ``lora``; empty without any
+
+
+def split_trained(params: Any, adapters: Any, trainable: set[str]) -> tuple[Any, Any]:
+    """(what the optimiser sees: trained parameters and adapters, in one tree; the frozen parameters)."""
+    trained, frozen = params_lib.split(params, trainable)
+    return params_lib.merge(trained, adapters), frozen
+
+
+def join_trained(trained: Any, frozen: Any, trainable: set[str]) -> tuple[Any, Any]:
+    """The inverse of ``split_trained``: parameters and adapters."""
+    parameters, adapters = params_lib.split(trained, trainable)
+    return params_lib.merge(parameters, frozen), adapters
 
 
 def loss_sums(
@@ -62,16 +76,21 @@ def split_rows(batch: Batch, parts: int) -> Batch:
 
 
 def gradients(
-    state: TrainState, batch: Batch, *, model: VisionLanguage, trainable: set[str], accumulation: int
+    state: TrainState,
+    batch: Batch,
+    *,
+    model: VisionLanguage,
+    trainable: set[str],
+    accumulation: int,
+    lora_scale: float = 1.0,
 ) -> tuple[Any, Metrics, Any]:
-    """Gradients of the trained leaves for the whole batch, metrics, and routing statistics."""
-    trained, frozen = params_lib.split(state.params, trainable)
+    """Gradients of parameters that train and of adapters for the whole batch, metrics, routing statistics."""
+    trained, frozen = split_trained(state.params, state.adapters, trainable)
     total = jnp.maximum(jnp.sum(batch.loss_weights), 1.0)
 
     def objective(trained: Any, part: Batch) -> tuple[jax.Array, tuple]:
-        nll, (hits, auxiliary, stats) = loss_sums(
-            params_lib.merge(trained, frozen), state.routing, part, model=model
-        )
+        params = lora.merge(*join_trained(trained, frozen, trainable), lora_scale)
+        nll, (hits, auxiliary, stats) = loss_sums(params, state.routing, part, model=model)
         return nll / total + auxiliary / accumulation, (
             nll / total,
             hits / total,
@@ -104,14 +123,20 @@ def make_train_step(
     *,
     trainable: set[str],
     accumulation: int = 1,
+    lora_scale: float = 1.0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The step of one stage, to be compiled by the caller."""
+    """The step of one stage, to be compiled by the caller.
+
+    Args:
+      trainable: the parameters that train; adapters of the state train besides.
+      lora_scale: what adapters are multiplied by when they are merged.
+    """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         grads, metrics, stats = gradients(
-            state, batch, model=model, trainable=trainable, accumulation=accumulation
+            state, batch, model=model, trainable=trainable, accumulation=accumulation, lora_scale=lora_scale
         )
-        trained, frozen = params_lib.split(state.params, trainable)
+        trained, frozen = split_trained(state.params, state.adapters, trainable)
         with jax.numpy_dtype_promotion("standard"):  # optax multiplies counts with decay rates
             updates, optimizer_state = optimizer.update(grads, state.optimizer, trained)
         trained = optax.apply_updates(trained, updates)
@@ -120,8 +145,7 @@ def make_train_step(
         if stats is not None:
             metrics |= balance.summarize(stats)
             routing = update_routing_state(routing, stats, model.config)
-        return TrainState(
-            state.step + 1, params_lib.merge(trained, frozen), optimizer_state, routing
-        ), metrics
+        params, adapters = join_trained(trained, frozen, trainable)
+        return TrainState(state.step + 1, params, optimizer_state, routing, adapters), metrics
 
     return step
