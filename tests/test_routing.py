@@ -236,8 +236,7 @@ def test_dropped_choices_are_counted_by_modality():
     np.testing.assert_array_equal(counted.load, full.load)  # load is what was asked for
     slots = int(np.ceil(0.5 * K / E * T))
     per_group = [
-        run(CONFIGS["top_k"], tokens()[i : i + 1], context(groups=1))[1].stats.load.sum(0)
-        for i in range(G)
+        run(CONFIGS["top_k"], tokens()[i : i + 1], context(groups=1))[1].stats.load.sum(0) for i in range(G)
     ]
     assert counted.dropped.sum() == sum(np.maximum(np.asarray(load) - slots, 0).sum() for load in per_group)
 
