@@ -364,11 +364,11 @@ def test_a_run_interrupted_in_both_stages_ends_with_the_same_bits(run, tmp_path)
 
 def test_the_routing_bias_moves_by_its_rate_when_all_weights_train():
     params, routing = tiny.build(MODEL)
-    optimizer = optax.sgd(0.1)
+    optimizer = optax.sgd(1.0)
     state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), routing)
     everything = set(params_lib.flatten(params))
     step = jax.jit(make_train_step(VisionLanguage(MODEL), optimizer, trainable=everything))
-    after, _ = step(state, jax.tree.map(jnp.asarray, tiny.varied_batch(ROWS)))
+    after, _ = step(state, jax.tree.map(jnp.asarray, tiny.varied_batch(ROWS)), 0.1)
     assert_moved_by_the_rate(routing["bias"], after.routing["bias"], steps=1)
 
 

@@ -21,13 +21,14 @@ DECAYED = {"a/kernel", "b/kernel"}
 
 
 def updates_of(config: OptimizerConfig, gradients, *, paths=frozenset(PATHS), steps: int = 10):
-    """The first update of the leaves in ``paths``, by path."""
+    """The first update of the leaves in ``paths``, times the learning rate of the first step, by path."""
     trained, _ = params_lib.split(PARAMS, set(paths))
     grads, _ = params_lib.split(gradients, set(paths))
-    optimizer = make_optimizer(config, steps, set(paths), PATHS)
+    optimizer = make_optimizer(config, set(paths), PATHS)
     with jax.numpy_dtype_promotion("standard"):
         updates, _ = optimizer.update(grads, optimizer.init(trained), trained)
-    return params_lib.flatten(updates)
+    rate = float(schedule(config, steps)(0))
+    return {path: rate * u for path, u in params_lib.flatten(updates).items()}
 
 
 def config(**options) -> OptimizerConfig:
@@ -126,7 +127,7 @@ def test_long_gradients_are_clipped_together_and_short_ones_are_not():
 @pytest.mark.parametrize("options", [{"no_decay": ("nothing",)}, {"rates": (("nothing", 2.0),)}])
 def test_a_pattern_that_matches_nothing_is_one_line(options):
     with pytest.raises(ValueError, match="pattern 'nothing' matches no parameter; top-level names: a, b"):
-        make_optimizer(config(**options), 10, PATHS, PATHS)
+        make_optimizer(config(**options), PATHS, PATHS)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +148,7 @@ def muon_update(tree, gradients):
     """The update of Muon at learning rate 1 and no decay, by path, sign turned."""
     paths = set(params_lib.flatten(tree))
     settings = config(method="muon", learning_rate=1.0, weight_decay=0.0, clip_norm=1e9, no_decay=())
-    optimizer = make_optimizer(settings, 10, paths, paths)
+    optimizer = make_optimizer(settings, paths, paths)
     with jax.numpy_dtype_promotion("standard"):  # inside optax
         updates, _ = optimizer.update(gradients, optimizer.init(tree), tree)
     return {path: -np.asarray(u) for path, u in params_lib.flatten(updates).items()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,9 +17,10 @@ EXAMPLE = "python -m vl_jax train --config=experiments/quickstart.py --workdir=r
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     arguments = _parse(list(sys.argv[1:] if argv is None else argv))
-    _set_up_process()
+    from vl_jax import process
     from vl_jax.train.loop import Stopped
 
+    process.set_up()
     try:
         arguments.run(arguments)
     except Stopped as stopped:
@@ -131,21 +131,6 @@ def _overrides(parser: argparse.ArgumentParser, rest: list[str]) -> tuple[tuple[
             text = queue.pop(0)
         pairs.append((path, text))
     return tuple(pairs)
-
-
-def _set_up_process() -> None:
-    """Logging, and a compilation cache that makes the second run start in seconds."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("vl_jax").setLevel(logging.INFO)
-    import jax
-
-    if os.environ.get("VL_JAX_DISTRIBUTED"):  # set by the launchers in tpu_scripts
-        jax.distributed.initialize()
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vl_jax" / "xla"
-    if jax.config.values["jax_compilation_cache_dir"] is None:
-        jax.config.update("jax_compilation_cache_dir", str(default))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def _load(arguments: argparse.Namespace) -> Any:

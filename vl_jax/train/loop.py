@@ -162,7 +162,7 @@ def _training_tree(state: TrainState) -> dict[str, Any]:
 def _optimizer_of(stage: Stage, params: Any):
     paths, adapters = trainable_paths(stage, params), set(params_lib.flatten(adapter_shapes(stage, params)))
     every = adapters.union(params_lib.flatten(params))
-    return make_optimizer(stage.optimizer, stage.steps, paths | adapters, every), paths
+    return make_optimizer(stage.optimizer, paths | adapters, every), paths
 
 
 def _abstract_optimizer(layout: Layout, stage: Stage) -> Any:
@@ -265,10 +265,10 @@ def _run_stage(
             while position.step < stage.steps:
                 with clock.waiting():
                     batch = next(stream)
-                state, metrics = compiled(state, put_batch(batch, layout))
+                learning_rate = float(rate(position.step))
+                state, metrics = compiled(state, put_batch(batch, layout), np.float32(learning_rate))
                 position.step += 1
                 position.global_step += 1
-                learning_rate = float(np.asarray(rate(position.step - 1)))
                 _report(run, stage, position, batch, metrics, learning_rate, clock, stream.skipped)
                 ends = position.step == stage.steps
                 stopped = run.stop()

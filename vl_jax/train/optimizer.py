@@ -76,12 +76,14 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(
-    config: OptimizerConfig, steps: int, paths: set[str], all_paths: set[str]
+    config: OptimizerConfig, paths: set[str], all_paths: set[str]
 ) -> optax.GradientTransformation:
-    """The optimiser over the trainable leaves of a stage.
+    """The optimiser over the trainable leaves of a stage, for a learning rate of 1.
+
+    The step multiplies by the rate, an argument of it: stages that differ in their schedule only share one
+    compiled program.
 
     Args:
-      steps: length of the stage, for the schedule.
       paths: the trainable leaves.
       all_paths: every leaf of the model, and adapters; patterns must match among these.
 
@@ -105,7 +107,7 @@ def make_optimizer(
         _direction(config),
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
         optax.stateless(scale_groups),
-        optax.scale_by_learning_rate(schedule(config, steps)),
+        optax.scale(-1.0),
     )
 
 

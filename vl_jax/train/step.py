@@ -1,4 +1,4 @@
-"""The training step: a pure function ``(state, batch) -> (state, metrics)``.
+"""The training step: a pure function ``(state, batch, learning rate) -> (state, metrics)``.
 
 Loss and statistics are sums over rows divided by totals of the *whole* batch, so that the result is the same
 with or without accumulation, rematerialisation and sharding.
@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jax.typing import ArrayLike
 
 from vl_jax import losses
 from vl_jax import params as params_lib
@@ -124,21 +125,22 @@ def make_train_step(
     trainable: set[str],
     accumulation: int = 1,
     lora_scale: float = 1.0,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The step of one stage, to be compiled by the caller.
+) -> Callable[[TrainState, Batch, ArrayLike], tuple[TrainState, Metrics]]:
+    """The step of one stage, ``(state, batch, learning_rate)``, to be compiled by the caller.
 
     Args:
       trainable: the parameters that train; adapters of the state train besides.
       lora_scale: what adapters are multiplied by when they are merged.
     """
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: Batch, learning_rate: ArrayLike) -> tuple[TrainState, Metrics]:
         grads, metrics, stats = gradients(
             state, batch, model=model, trainable=trainable, accumulation=accumulation, lora_scale=lora_scale
         )
         trained, frozen = split_trained(state.params, state.adapters, trainable)
         with jax.numpy_dtype_promotion("standard"):  # optax multiplies counts with decay rates
             updates, optimizer_state = optimizer.update(grads, state.optimizer, trained)
+        updates = jax.tree.map(lambda u: (learning_rate * u).astype(u.dtype), updates)
         trained = optax.apply_updates(trained, updates)
         metrics["grad_norm"] = optax.tree.norm(grads)
         routing = state.routing
