@@ -37,6 +37,13 @@ flags.FLAGS.mark_as_parsed()
 install_import_hook("vl_jax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """A test file that is named on the command line runs whole, its slow tests too."""
+    arguments = config.invocation_params.args
+    if any(".py" in str(a) for a in arguments) and not any(str(a).startswith("-m") for a in arguments):
+        config.option.markexpr = "not gpu and not tpu_aot"
+
+
 def _folder(variable: str, default: Path) -> Path:
     path = Path(os.environ.get(variable, default))
     if not path.is_dir():

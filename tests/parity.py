@@ -68,8 +68,6 @@ RUNNERS: dict[str, str] = {
     "DeepseekVLHybridForConditionalGeneration": "parity_vision_language:run",
     "LlavaForConditionalGeneration": "parity_vision_language:run",
 }
-# A fixture of one of these fails where it has no runner; one of any other class is skipped, by name.
-SUPPORTED: frozenset[str] = frozenset()
 
 # What the two READMEs of the recordings say, as patterns of array names.
 HF_NOT_COMPARED = r"in_.*|out_\w+_f64|out_decode_prefill_len|out_decode_vs_full_maxdiff|out_greedy_min_margin"
@@ -394,14 +392,11 @@ class Result:
         ]
 
 
-def check(
-    fixture: Fixture, *, runners: Mapping[str, str] = RUNNERS, supported: frozenset[str] = SUPPORTED
-) -> Result:
+def check(fixture: Fixture, *, runners: Mapping[str, str] = RUNNERS) -> Result:
     """Runs a fixture and compares; a runner's own exception goes through."""
     name = runners.get(fixture.model_class)
     if name is None:
-        status = DIFFERS if fixture.model_class in supported else NOT_SUPPORTED
-        return Result(fixture.name, fixture.model_class, status)
+        return Result(fixture.name, fixture.model_class, NOT_SUPPORTED)
     module, _, function = name.partition(":")
     rows = tuple(compare(fixture, getattr(importlib.import_module(module), function)(fixture)))
     status = DIFFERS if any(row.problem for row in rows) else AGREES

@@ -132,6 +132,11 @@ def test_a_report_of_a_folder_without_a_run_is_refused(capsys, tmp_path):
     assert str(tmp_path) in refused(capsys, "report", f"--workdir={tmp_path / 'nothing'}")
 
 
+def test_a_published_model_is_evaluated_on_tasks_of_an_experiment(capsys, tmp_path):
+    error = refused(capsys, "evaluate", f"--model={tmp_path}", f"--workdir={tmp_path / 'out'}")
+    assert error == "--model and --config go together: the experiment file says what --model is asked"
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -149,7 +154,7 @@ def test_a_bad_command_line_exits_2_and_says_why(capsys, argv, message):
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("command", ["train", "inspect", "report", "tokenizer"])
+@pytest.mark.parametrize("command", ["train", "inspect", "evaluate", "report", "generate", "convert", "tokenizer"])
 def test_help_shows_an_example(capsys, command):
     with pytest.raises(SystemExit) as exit_:
         cli.main([command, "--help"])

@@ -114,14 +114,21 @@ def test_an_unknown_way_to_train_is_refused():
         load(f"{FILE}:half")
 
 
+def scores(capsys, *argv: str) -> dict:
+    """What ``evaluate`` prints."""
+    capsys.readouterr()
+    assert main(["evaluate", *argv]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
 @pytest.mark.parametrize("what", ["", pytest.param(":full", marks=pytest.mark.slow)])
-def test_a_published_checkpoint_is_tuned_and_published_again(published, data, tmp_path, monkeypatch, what):
+def test_a_published_checkpoint_is_tuned_and_published_again(published, data, tmp_path, monkeypatch, capsys, what):
     one = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda: one)
     given = experiment(published, data, what=what)
     results = experiment_lib.run(given, tmp_path / "run")
     assert results["val"]["num_questions"] == 4
-    resolved, layout, state = experiment_lib.restore(tmp_path / "run")
+    resolved, layout, state, _ = experiment_lib.restore(tmp_path / "run")
     assert resolved == resolve(given)
     before, routing = pretrained.load_params(published, layout)
     before, after = params_lib.flatten(before), params_lib.flatten(state.params)
@@ -135,3 +142,19 @@ def test_a_published_checkpoint_is_tuned_and_published_again(published, data, tm
     for path, leaf in params_lib.flatten(again).items():
         np.testing.assert_array_equal(leaf, after[path], err_msg=path)
     np.testing.assert_array_equal(bias["bias"], state.routing["bias"])
+
+    # The run, evaluated anew on fewer questions; and what was published, on all of them.
+    run, again = f"--workdir={tmp_path / 'run'}", f"--workdir={tmp_path / 'again'}"
+    assert scores(capsys, run, "--config.evaluation.limit=2")["val"]["num_questions"] == 2
+    assert main(["evaluate", run, "--config.seed=1"]) == 2
+    assert "--config.seed: of a finished run only" in capsys.readouterr().err
+    assert main(["evaluate", run, "--task=test"]) == 2
+    assert "--task=test: config.data.evaluation has val" in capsys.readouterr().err
+    settings = {"data.root": str(data), **SMALL}
+    settings = [f"--config.{path}={value}" for path, value in settings.items()]
+    model = f"--model={tmp_path / 'out'}"
+    found = scores(capsys, again, model, f"--config={FILE}", "--task=val", *settings)["val"]
+    assert found["exact_match"] == results["val"]["exact_match"] and found["num_questions"] == 4
+    said = [(tmp_path / name / "eval/val").glob("*.samples.jsonl") for name in ("run", "again")]
+    first, second = (next(files).read_text().splitlines() for files in said)
+    assert first == second[: len(first)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import logging
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -77,6 +77,16 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     inspect.add_argument("what", choices=("config", "params", "data"))
     inspect.add_argument("--html", type=Path, help="with data: also write the samples as a page")
     inspect.add_argument("--samples", type=int, default=3, help="with data: samples per source")
+    evaluate = command(
+        "evaluate",
+        _evaluate,
+        "Answer held-out questions with the newest checkpoint of a run or a published one; print the scores.",
+        "evaluate --workdir=runs/quickstart --task=heldout --config.evaluation.limit=100",
+    )
+    evaluate.add_argument("--workdir", required=True, type=Path, help="folder of the run, or for the results")
+    evaluate.add_argument("--model", type=Path, help="folder of a published checkpoint, with --config")
+    evaluate.add_argument("--config", metavar="FILE[:ARG]", help="experiment file whose tasks --model is given")
+    evaluate.add_argument("--task", action="append", default=[], help="name in config.data.evaluation; all")
     report = command(
         "report", _report, "Write report.html anew from a run's files.", "report --workdir=runs/quickstart"
     )
@@ -158,6 +168,20 @@ def _inspect(arguments: argparse.Namespace) -> None:
     from vl_jax import inspection
 
     inspection.show(_load(arguments), arguments.what, samples=arguments.samples, html=arguments.html)
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from vl_jax import experiment
+
+    if (arguments.model is None) != (arguments.config is None):
+        raise ConfigError("--model and --config go together: the experiment file says what --model is asked")
+    if arguments.model is None:
+        results = experiment.evaluate_run(arguments.workdir, arguments.task, arguments.overrides)
+    else:
+        overrides = (*arguments.overrides, ("init", str(arguments.model)))
+        chosen = load(arguments.config, overrides)
+        results = experiment.evaluate_published(chosen, arguments.task, arguments.workdir)
+    print(json.dumps(results, indent=2, ensure_ascii=False))
 
 
 def _report(arguments: argparse.Namespace) -> None:

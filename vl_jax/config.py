@@ -22,7 +22,7 @@ import json
 import traceback
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -114,7 +114,7 @@ def from_json(text: str) -> Any:
     return rebuild(json.loads(text))
 
 
-def load(spec: str, overrides: tuple[tuple[str, str], ...] = ()) -> Any:
+def load(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> Any:
     """Loads ``file.py`` or ``file.py:argument``, applies dotted overrides, and rebuilds the dataclass.
 
     Args:
@@ -140,6 +140,15 @@ def load(spec: str, overrides: tuple[tuple[str, str], ...] = ()) -> Any:
     config_view = view(result) if dataclasses.is_dataclass(result) else result
     if not hasattr(config_view, "keys"):
         raise ConfigError(f"--config={file}: get_config() gave {type(result).__name__}, not a config")
+    return _overridden(config_view, overrides)
+
+
+def replace(config: Any, overrides: Iterable[tuple[str, str]]) -> Any:
+    """A copy of a config with values changed, given as to ``load``; all its rules are checked again."""
+    return _overridden(view(config), overrides)
+
+
+def _overridden(config_view: Any, overrides: Iterable[tuple[str, str]]) -> Any:
     for dotted, text in overrides:
         override(config_view, dotted, text)
     return rebuild(config_view)

@@ -9,6 +9,7 @@ import math
 import os
 import platform
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -212,23 +213,71 @@ def evaluate_all(experiment: Experiment, layout: Layout, state: TrainState, work
         done = workdir / "eval" / source.name / f"{step}.json"
         if done.exists():
             results[source.name] = json.loads(done.read_text(encoding="utf-8"))
-            continue
-        results[source.name] = evaluate(
-            layout,
-            state.params,
-            state.routing,
-            data=experiment.data,
-            spec=model_spec(experiment),
-            config=experiment.evaluation,
-            task=source.name,
-            step=step,
-            workdir=workdir,
-        )
+        else:
+            results[source.name] = evaluate_task(experiment, layout, state, workdir, source.name, step)
     return results
 
 
-def restore(workdir: Path) -> tuple[Experiment, Layout, TrainState]:
-    """The experiment of a run, and its newest state on the devices here, adapters merged.
+def evaluate_task(
+    experiment: Experiment, layout: Layout, state: TrainState, workdir: Path, task: str, step: int
+) -> dict[str, Any]:
+    """Evaluates one held-out source; writes ``eval/<task>/<step>.json`` and returns its content."""
+    return evaluate(
+        layout,
+        state.params,
+        state.routing,
+        data=experiment.data,
+        spec=model_spec(experiment),
+        config=experiment.evaluation,
+        task=task,
+        step=step,
+        workdir=workdir,
+    )
+
+
+def evaluate_run(workdir: Path, tasks: Sequence[str], overrides: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """Evaluates the newest checkpoint of a run anew, on the named tasks or, with none named, on all.
+
+    Args:
+      overrides: changes to the run's ``evaluation`` and ``data``, by dotted path.
+
+    Raises:
+      ValueError: the folder holds no run, it has no such task, or an override concerns what was trained.
+    """
+    wrong = next((path for path, _ in overrides if path.split(".")[0] not in ("evaluation", "data")), None)
+    if wrong is not None:
+        raise ValueError(
+            f"--config.{wrong}: of a finished run only config.evaluation and config.data may change"
+        )
+    experiment, layout, state, step = restore(workdir, overrides)
+    names = _tasks(experiment, tasks)
+    results = {name: evaluate_task(experiment, layout, state, workdir, name, step) for name in names}
+    if jax.process_index() == 0:
+        report.write_report(workdir)
+    return results
+
+
+def evaluate_published(experiment: Experiment, tasks: Sequence[str], workdir: Path) -> dict[str, Any]:
+    """Evaluates the published checkpoint ``experiment.init`` as it is, on tasks of the experiment."""
+    names, experiment = _tasks(experiment, tasks), resolve(experiment)
+    layout = plan(experiment)
+    params, routing = first_weights(experiment, layout)
+    state = TrainState(np.zeros((), np.int32), params, None, routing)
+    return {name: evaluate_task(experiment, layout, state, workdir, name, 0) for name in names}
+
+
+def _tasks(experiment: Experiment, names: Sequence[str]) -> Sequence[str]:
+    known = [source.name for source in experiment.data.evaluation]
+    for name in names or known[:1] or [""]:
+        if name not in known:
+            raise ValueError(f"--task={name}: config.data.evaluation has {', '.join(known) or 'no source'}")
+    return names or known
+
+
+def restore(
+    workdir: Path, overrides: Sequence[tuple[str, str]] = ()
+) -> tuple[Experiment, Layout, TrainState, int]:
+    """The experiment of a run, its newest state on the devices here, adapters merged, and the state's step.
 
     Raises:
       ValueError: the folder holds no run, or no sound checkpoint.
@@ -237,6 +286,8 @@ def restore(workdir: Path) -> tuple[Experiment, Layout, TrainState]:
     if not path.is_file():
         raise ValueError(f"--workdir={workdir} holds no run: there is no config.json")
     experiment = config_lib.from_json(path.read_text(encoding="utf-8"))
+    if overrides:
+        experiment = config_lib.replace(experiment, overrides)
     layout = plan(experiment)
     checkpointer = Checkpointer(workdir / "checkpoints")
     try:
@@ -246,7 +297,8 @@ def restore(workdir: Path) -> tuple[Experiment, Layout, TrainState]:
     if restored is None:
         raise ValueError(f"--workdir={workdir} holds no checkpoint yet")
     state, position = restored
-    return experiment, layout, loop.merge_adapters(layout, loop.stage_at(experiment.stages, position), state)
+    state = loop.merge_adapters(layout, loop.stage_at(experiment.stages, position), state)
+    return experiment, layout, state, position.global_step
 
 
 def export(workdir: Path, target: Path) -> None:
@@ -255,7 +307,7 @@ def export(workdir: Path, target: Path) -> None:
     Raises:
       ValueError: the run did not begin with a published checkpoint, or the target exists.
     """
-    experiment, _, state = restore(workdir)
+    experiment, _, state, _ = restore(workdir)
     if not experiment.init:
         raise ValueError(
             f"{workdir}: the run did not begin with a published checkpoint (config.init is empty)"
@@ -266,7 +318,7 @@ def export(workdir: Path, target: Path) -> None:
 
 def answer(workdir: Path, *, prompt: str, image: Path | None, max_new_tokens: int) -> str:
     """What the model of a run says to one prompt about one image (or none)."""
-    experiment, layout, state = restore(workdir)
+    experiment, layout, state, _ = restore(workdir)
     encoder = make_encoder(experiment.data, model_spec(experiment))
     question = f"{IMAGE_PLACEHOLDER}\n{prompt}" if image else prompt
     pictures = (FileImage(image, where="--image"),) if image else ()

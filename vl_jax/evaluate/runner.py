@@ -13,6 +13,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 from PIL import Image as PilImage
+from rich.console import Console
 from rich.progress import track
 
 from vl_jax import generation, sharding
@@ -82,9 +83,11 @@ def evaluate(
             texts = _generate(layout, params, routing_state, batch, tokenizer, config)
             yield from zip(records, texts, strict=False)
 
-    blind = {record["id"]: text for record, text in track(answered(False), f"{task}: image withheld")}
+    screen = Console(stderr=True)
+    without = track(answered(False), f"{task}: image withheld", console=screen)
+    blind = {record["id"]: text for record, text in without}
     answers, pictures = [], []
-    for record, text in track(answered(True), f"{task}: with image"):
+    for record, text in track(answered(True), f"{task}: with image", console=screen):
         kept = ("id", "question", "answer", "kind", "language")
         answers.append(
             Answer(

@@ -20,6 +20,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from vl_jax import params as params_lib
 from vl_jax import sharding
@@ -271,7 +272,7 @@ def _run_stage(
                 position.global_step += 1
                 _report(run, stage, position, batch, metrics, learning_rate, clock, stream.skipped)
                 ends = position.step == stage.steps
-                stopped = run.stop()
+                stopped = _asked_to_stop(run, position.global_step)
                 if stopped or (position.global_step % run.config.checkpoint_every == 0 and not ends):
                     position.data = stream.get_state()
                     if not ends:
@@ -286,10 +287,23 @@ def _run_stage(
         state = merge_adapters(layout, stage, state)
         state = _begin_stage(layout, stages, position.stage, state.params, state.routing, run.seed)
     _save(run, state, position)
-    if stopped := run.stop():
+    if stopped := _asked_to_stop(run, position.global_step):
         run.checkpointer.wait()
         raise Stopped(stopped, position.global_step)
     return state, position
+
+
+def _asked_to_stop(run: Run, step: int) -> int | None:
+    """Number of the signal that asks to stop here, if any.
+
+    Several processes have to stop after the same step; they agree about it at the steps that are logged.
+    """
+    number = run.stop() or 0
+    if jax.process_count() > 1:
+        if step % run.config.log_every:
+            return None
+        number = int(np.max(multihost_utils.process_allgather(np.int32(number))))
+    return number or None
 
 
 def _save(run: Run, state: TrainState, position: Position) -> None:
