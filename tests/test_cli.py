@@ -154,7 +154,9 @@ def test_a_bad_command_line_exits_2_and_says_why(capsys, argv, message):
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("command", ["train", "inspect", "evaluate", "report", "generate", "convert", "tokenizer"])
+@pytest.mark.parametrize(
+    "command", ["train", "inspect", "evaluate", "report", "generate", "convert", "tokenizer"]
+)
 def test_help_shows_an_example(capsys, command):
     with pytest.raises(SystemExit) as exit_:
         cli.main([command, "--help"])

@@ -122,7 +122,9 @@ def scores(capsys, *argv: str) -> dict:
 
 
 @pytest.mark.parametrize("what", ["", pytest.param(":full", marks=pytest.mark.slow)])
-def test_a_published_checkpoint_is_tuned_and_published_again(published, data, tmp_path, monkeypatch, capsys, what):
+def test_a_published_checkpoint_is_tuned_and_published_again(
+    published, data, tmp_path, monkeypatch, capsys, what
+):
     one = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda: one)
     given = experiment(published, data, what=what)

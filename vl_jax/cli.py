@@ -85,7 +85,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     evaluate.add_argument("--workdir", required=True, type=Path, help="folder of the run, or for the results")
     evaluate.add_argument("--model", type=Path, help="folder of a published checkpoint, with --config")
-    evaluate.add_argument("--config", metavar="FILE[:ARG]", help="experiment file whose tasks --model is given")
+    evaluate.add_argument(
+        "--config", metavar="FILE[:ARG]", help="experiment file whose tasks --model is given"
+    )
     evaluate.add_argument("--task", action="append", default=[], help="name in config.data.evaluation; all")
     report = command(
         "report", _report, "Write report.html anew from a run's files.", "report --workdir=runs/quickstart"
