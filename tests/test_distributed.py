@@ -30,7 +30,7 @@ def launch(workdir: Path) -> list[subprocess.Popen]:
     """Starts both processes of a job; each writes to a file of its own beside the run."""
     with (
         socket.socket() as probe
-    ):  # jax takes the port from the number of the job: 61440 and its last 12 bits
+    ):  # jax takes its port from the last 12 bits of the job
         probe.bind(("localhost", 0))
         job = probe.getsockname()[1]
     processes = []

@@ -86,7 +86,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     evaluate.add_argument("--workdir", required=True, type=Path, help="folder of the run, or for the results")
     evaluate.add_argument("--model", type=Path, help="folder of a published checkpoint, with --config")
     evaluate.add_argument(
-        "--config", metavar="FILE[:ARG]", help="experiment file whose tasks --model is given"
+        "--config", metavar="FILE[:ARG]", help="experiment file that says what --model is asked"
     )
     evaluate.add_argument("--task", action="append", default=[], help="name in config.data.evaluation; all")
     report = command(

@@ -16,7 +16,7 @@ _HEAP = 4 << 30  # bytes of address space for huge pages; taken from memory when
 
 
 def set_up() -> None:
-    """Logging, the other processes of a pod, and a compilation cache for a second run that starts in seconds."""
+    """Logging, the other processes of a pod, and a compilation cache: a second run starts in seconds."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("vl_jax").setLevel(logging.INFO)
     if os.environ.get("VL_JAX_DISTRIBUTED"):  # set by the launchers in tpu_scripts

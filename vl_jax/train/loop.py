@@ -266,7 +266,7 @@ def _run_stage(
             while position.step < stage.steps:
                 with clock.waiting():
                     batch = next(stream)
-                learning_rate = float(rate(position.step))
+                learning_rate = float(np.asarray(rate(position.step)))
                 state, metrics = compiled(state, put_batch(batch, layout), np.float32(learning_rate))
                 position.step += 1
                 position.global_step += 1
