@@ -248,14 +248,14 @@ def _cached(model: Model, recorded: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
     cache = init_cache(model.config, batch=len(tokens), slots=tokens.shape[1])
     logits, cache = model.network.apply(variables, cache, method=whole)  # pyright: ignore
-    steps, kept = [logits], cache.layers
+    steps, kept = [logits], cache.runs[0]
     found = {f"cache_layer0_{n}_after_prefill": v[:, :, :prefill] for n, v in _names(model, kept).items()}
     vision = jnp.zeros((len(tokens), 2, model.config.language.embed_dim))
     decode = jax.jit(functools.partial(generation.decode, model.params, model.state, model=model.network))
     for i in range(prefill, tokens.shape[1]):
         one, cache = decode(batch, vision, jnp.asarray(tokens[:, i], jnp.int32), i - prefill, cache)
         steps.append(one[:, None])
-    found |= {f"cache_layer0_{n}_final": v for n, v in _names(model, cache.layers).items()}
+    found |= {f"cache_layer0_{n}_final": v for n, v in _names(model, cache.runs[0]).items()}
     return {**found, "logits_incremental": jnp.concatenate(steps, axis=1)}
 
 

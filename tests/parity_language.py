@@ -84,7 +84,11 @@ class Language:
     def empty_cache(self, slots: int) -> Any:
         d = self.config.decoder
         return cache_lib.create(
-            layers=d.num_layers, batch=1, slots=slots, kept=d.attention.kept, dtype=jnp.float32
+            runs=[len(run.layers) for run in d.runs],
+            batch=1,
+            slots=slots,
+            kept=d.attention.kept,
+            dtype=jnp.float32,
         )
 
 

@@ -162,6 +162,7 @@ def see(params: Any, batch: Any) -> jax.Array:
     return jnp.asarray(VisionLanguage(HYBRID).apply({"params": params}, batch, method="see"))
 
 
+@pytest.mark.slow
 def test_a_visual_token_has_gradient_from_both_pictures_of_its_tile_and_from_every_parameter():
     batch = jax.tree.map(jnp.asarray, pictures(1))
 
@@ -175,6 +176,7 @@ def test_a_visual_token_has_gradient_from_both_pictures_of_its_tile_and_from_eve
     assert not [path for path, leaf in others.items() if not np.any(leaf)]
 
 
+@pytest.mark.slow
 def test_a_hybrid_sees_the_same_on_many_devices():
     batch = pictures(8, tiles=1)
     expected = jax.jit(see)(hybrid_params(), jax.tree.map(jnp.asarray, batch))

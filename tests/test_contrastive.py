@@ -205,6 +205,7 @@ def test_images_and_texts_may_differ_in_number(loss: str):
     assert_close(part.logits, full.logits[:3, :5])  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", CONFIGS)
 def test_loss_and_gradients_are_those_of_one_device_when_the_batch_is_spread(loss: str):
     def value(params: Any, *inputs: Any) -> Any:
@@ -221,6 +222,7 @@ def test_loss_and_gradients_are_those_of_one_device_when_the_batch_is_spread(los
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-5), found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", CONFIGS)
 def test_training_brings_every_image_to_its_text(loss: str):
     optimizer, inputs = optax.adam(3e-3), pairs(8)

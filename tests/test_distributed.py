@@ -28,9 +28,7 @@ pytestmark = pytest.mark.slow
 
 def launch(workdir: Path) -> list[subprocess.Popen]:
     """Starts both processes of a job; each writes to a file of its own beside the run."""
-    with (
-        socket.socket() as probe
-    ):  # jax takes its port from the last 12 bits of the job
+    with socket.socket() as probe:  # jax takes its port from the last 12 bits of the job
         probe.bind(("localhost", 0))
         job = probe.getsockname()[1]
     processes = []

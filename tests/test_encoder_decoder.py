@@ -349,6 +349,7 @@ def start() -> Any:
     return nn.meta.unbox(init(jax.random.key(0)))
 
 
+@pytest.mark.slow
 def test_rematerialisation_and_a_spread_batch_change_no_gradient():
     tokens = jnp.asarray(np.random.default_rng(0).integers(1, VOCAB, (8, 5)), jnp.int32)
     expected = jax.jit(jax.value_and_grad(loss_of))(start(), tokens)
@@ -363,6 +364,7 @@ def test_rematerialisation_and_a_spread_batch_change_no_gradient():
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-5), found, expected)
 
 
+@pytest.mark.slow
 def test_training_teaches_it_to_copy():
     optimizer = optax.adam(1e-2)
 

@@ -92,6 +92,7 @@ def test_a_prompt_read_in_chunks_gives_the_same_continuation(fusion, chunk):
     np.testing.assert_array_equal(_generate(model, batch, stop=-1, prefill_chunk=chunk)[:3], whole[:3])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_p": 0.9}, {"repetition_penalty": 1.3}])
 def test_streamed_tokens_are_those_of_the_compiled_loop(options):
     model, batch, key = tiny.config(), _prompts("prefix"), jax.random.key(3)

@@ -21,7 +21,7 @@ LEVELS = (
     "model",
     "layout checkpoint interop compress generation",
     "train evaluate serving export fit",
-    "experiment gallery report inspection",
+    "experiment gallery report inspection benchmark",
     "cli",
     "__main__",
 )

@@ -153,6 +153,7 @@ def adapted_gradients(mesh: MeshConfig = ONE, accumulation: int = 1) -> dict[str
         return params_lib.flatten(jax.device_get(compute(params, adapters, routing, batch)))
 
 
+@pytest.mark.slow
 def test_gradients_of_adapters_follow_from_those_of_the_merged_weights():
     params, routing = tiny.build(MODEL)
     adapters = filled(lora.shapes(EVERY, params))
@@ -207,6 +208,7 @@ def test_gradients_of_adapters_are_finite_differences_of_the_loss():
     np.testing.assert_allclose((losses[0] - losses[1]) / (2 * STEP), norm, rtol=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["fsdp2-expert2-tensor2", "accumulated"])
 def test_gradients_are_the_same_on_a_mesh_and_with_accumulation(way):
     found = adapted_gradients(ONE, 4) if way == "accumulated" else adapted_gradients(MESHES[way])
@@ -322,6 +324,7 @@ def test_a_stage_moves_adapters_and_leaves_the_weights_bit_identical(run, tmp_pa
     assert_moved_by_the_rate(routing["bias"], state.routing["bias"], steps=2)
 
 
+@pytest.mark.slow
 def test_a_stage_begins_with_the_merged_weights_of_the_one_before(run, tmp_path):
     state, position = restored(run[0], tmp_path, 4)
     assert (position.stage, position.step) == (1, 0)
@@ -351,6 +354,7 @@ def test_frozen_weights_have_no_optimiser_state(run, tmp_path):
     assert moments == 2 * trained
 
 
+@pytest.mark.slow
 def test_a_run_interrupted_in_both_stages_ends_with_the_same_bits(run, tmp_path):
     for name, position in (("first", 3), ("second", 2)):
         with pytest.raises(Crash):
@@ -362,6 +366,7 @@ def test_a_run_interrupted_in_both_stages_ends_with_the_same_bits(run, tmp_path)
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_the_routing_bias_moves_by_its_rate_when_all_weights_train():
     params, routing = tiny.build(MODEL)
     optimizer = optax.sgd(1.0)

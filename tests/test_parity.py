@@ -18,6 +18,9 @@ from parity import Fixture, Result, Row
 
 from vl_jax.interop.safetensors import Entry, write_file
 
+# Whole models take their time to compile.
+QUICK = {parity.VL2_VISION, parity.VL2_PROJECTOR, parity.VL2_ROPE, parity.VL2_PROCESSOR}
+
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One test for each fixture found, so that ``-k`` selects them by name."""
@@ -25,7 +28,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     try:
         root = inspect.unwrap(conftest.oracles)()  # the function below the fixture: nothing has run yet
-        cases = [pytest.param(fixture, id=fixture.name) for fixture in parity.discover(root)]
+        cases = [
+            pytest.param(
+                fixture, id=fixture.name, marks=[] if fixture.model_class in QUICK else pytest.mark.slow
+            )
+            for fixture in parity.discover(root)
+        ]
         reason = f"no fixtures below {root}"
     except pytest.skip.Exception as skipped:
         cases, reason = [], str(skipped)

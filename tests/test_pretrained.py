@@ -58,6 +58,7 @@ def text_logits(model: pretrained.Pretrained) -> np.ndarray:
     return np.asarray(logits)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_loaded_onto_eight_devices_a_model_computes_what_it_computes_on_one(oracles, name):
     one = vl_jax.from_pretrained(oracles / name, mesh=make_mesh(MeshConfig(1), devices=jax.devices()[:1]))
@@ -80,6 +81,7 @@ def test_what_is_read_is_written_back_byte_for_byte(oracles, tmp_path, name):
     assert json.loads((tmp_path / "back" / "config.json").read_text()) == config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["deepseek_vl2/models/mla_noaux_sigmoid", "hf/mixtral"])
 def test_converted_there_and_back_nothing_differs(oracles, tmp_path, name, dtype):
@@ -245,6 +247,7 @@ def test_truncated_weights_are_named(checkpoint):
         vl_jax.from_pretrained(checkpoint)
 
 
+@pytest.mark.slow
 def test_bfloat16_halves_the_parameters_and_keeps_the_answer_close(checkpoint):
     full, half = vl_jax.from_pretrained(checkpoint), vl_jax.from_pretrained(checkpoint, dtype="bfloat16")
     assert {leaf.dtype for leaf in jax.tree.leaves(half.params)} == {jnp.dtype("bfloat16")}

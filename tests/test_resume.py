@@ -78,6 +78,7 @@ class Crash(RuntimeError):
     """Stands for whatever may end a process."""
 
 
+@pytest.mark.slow
 def test_a_run_that_crashed_again_and_again_has_the_same_log(uninterrupted, tmp_path, monkeypatch):
     def crash():
         raise Crash
@@ -165,6 +166,7 @@ def finish(workdir: Path) -> None:
         assert process.wait() == 0, output_of(workdir).read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_killed_process_resumes_with_the_same_log(uninterrupted, tmp_path):
     assert interrupt(tmp_path / "run", step=6, number=signal.SIGKILL) == -signal.SIGKILL
     finish(tmp_path / "run")

@@ -178,6 +178,7 @@ def test_every_option_agrees_with_the_reference(options: dict[str, Any]):
     assert config.global_layers or output.first_global is None
 
 
+@pytest.mark.slow
 def test_rematerialised_layers_have_the_same_gradient():
     pixels = random(1, 20, 20, 3)
     params = make(TINY, pixels)
@@ -254,6 +255,7 @@ def test_without_absolute_positions_any_size_of_image_will_do():
         SAM(TINY).init(jax.random.key(0), random(1, 28, 16, 3))
 
 
+@pytest.mark.slow
 def test_activations_may_be_bfloat16():
     pixels = random(1, 20, 20, 3)
     params = make(TINY, pixels)
@@ -357,6 +359,7 @@ def test_the_hybrid_agrees_with_the_recording(recorded: Path):
         np.testing.assert_allclose(value, arrays[name], atol=2e-5, rtol=0, err_msg=name)
 
 
+@pytest.mark.slow
 def test_the_share_of_early_features_begins_at_zero_and_learns():
     config = HighResolutionConfig(TINY, grid=2)
     pixels = random(1, 20, 20, 3)

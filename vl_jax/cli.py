@@ -113,6 +113,15 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     convert.add_argument("--from", dest="source", required=True, type=Path, help="what to convert")
     convert.add_argument("--to", dest="target", required=True, type=Path, help="must not exist")
+    benchmark = command(
+        "benchmark",
+        _benchmark,
+        "Time a training step or decoding on a CPU, beside transformers where it is installed.",
+        "benchmark step --json=step.json",
+    )
+    benchmark.add_argument("name", choices=("step", "decode"))
+    benchmark.add_argument("--json", type=Path, help="file for the figures")
+    benchmark.add_argument("--repeats", type=int, default=9, help="turns of each side")
     tokenizer = command(
         "tokenizer",
         _tokenizer,
@@ -230,6 +239,12 @@ def _convert(arguments: argparse.Namespace) -> None:
 
         convert(arguments.source, arguments.target)
     print(arguments.target)
+
+
+def _benchmark(arguments: argparse.Namespace) -> None:
+    from vl_jax import benchmark
+
+    benchmark.run(arguments.name, repeats=arguments.repeats, json_file=arguments.json)
 
 
 def _tokenizer(arguments: argparse.Namespace) -> None:

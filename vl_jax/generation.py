@@ -2,8 +2,8 @@
 
     prompts --prefill, in chunks if wanted--> cache, logits --choose: greedy, sampled, beams--> tokens
 
-``generate`` is one compiled loop; ``stream`` gives every token as it comes, from two compiled functions that
-serve all lengths up to the next multiple of ``SLOT_BUCKET``.
+``generate`` is one compiled loop; ``stream`` gives every token as it comes, from two compiled functions (prompt,
+token) that serve all lengths up to the next multiple of ``SLOT_BUCKET``.
 """
 
 from __future__ import annotations
@@ -96,13 +96,12 @@ def generate(
     def step(carry: tuple) -> tuple:
         index, key, logits, done, used, cache, written = carry
         key, now = (None, None) if key is None else jax.random.split(key)
-        token = jnp.where(done, stop[0], choose(logits, now, used, config=config))
+        token, logits, used, cache = advance(
+            params, routing_state, batch, vision, logits, now, used, index, cache, model=model, config=config
+        )
+        token = jnp.where(done, stop[0], token)
         written = jax.lax.dynamic_update_slice_in_dim(written, token[:, None], index, axis=1)
-        done = done | _is_any(token, stop)
-        if used is not None:
-            used = used.at[jnp.arange(rows), token].set(True)
-        logits, cache = decode(params, routing_state, batch, vision, token, index, cache, model=model)
-        return index + 1, key, logits, done, used, cache, written
+        return index + 1, key, logits, done | _is_any(token, stop), used, cache, written
 
     def unfinished(carry: tuple) -> jax.Array:
         return (carry[0] < config.max_new_tokens) & ~jnp.all(carry[3])
@@ -137,15 +136,14 @@ def stream(
     used = jnp.zeros_like(logits, bool) if config.repetition_penalty != 1 else None
     for index in range(config.max_new_tokens):
         key, now = (None, None) if key is None else jax.random.split(key)
-        token = _choose(logits, now, used, config=config)
+        token, logits, used, cache = _advance(
+            params, routing_state, batch, vision, logits, now, used, index, cache, model=model, config=config
+        )
         ids = np.asarray(token).tolist()
         done = done | np.isin(ids, stop)
         yield [None if ended else i for i, ended in zip(ids, done, strict=True)]
         if done.all():
             return
-        if used is not None:
-            used = used.at[jnp.arange(len(ids)), token].set(True)
-        logits, cache = _decode(params, routing_state, batch, vision, token, index, cache, model=model)
 
 
 def prefill(
@@ -207,6 +205,28 @@ def decode(
     variables = {"params": params}
     output: Any = model.apply(variables, new, routing_state, vision=vision, cache=cache)
     return _next_logits(model, variables, output.hidden), output.cache
+
+
+def advance(
+    params: Any,
+    routing_state: State,
+    batch: Batch,
+    vision: Float[Array, "B S D"],
+    logits: Float[Array, "B V"],
+    key: jax.Array | None,
+    used: Bool[Array, "B V"] | None,
+    index: Int[Array, ""] | int,
+    cache: Cache,
+    *,
+    model: VisionLanguage,
+    config: GenerationConfig,
+) -> tuple[Int[Array, " B"], Float[Array, "B V"], Bool[Array, "B V"] | None, Cache]:
+    """Chooses the next token of every row and appends it: token, logits of the one after it, used, cache."""
+    token = choose(logits, key, used, config=config)
+    if used is not None:
+        used = used.at[jnp.arange(token.shape[0]), token].set(True)
+    logits, cache = decode(params, routing_state, batch, vision, token, index, cache, model=model)
+    return token, logits, used, cache
 
 
 def choose(
@@ -362,10 +382,9 @@ def _is_any(tokens: jax.Array, stop: tuple[int, ...]) -> jax.Array:
 
 def _gather_rows(cache: Cache, rows: jax.Array) -> Cache:
     return dataclasses.replace(
-        cache, layers=tuple(a[:, rows] for a in cache.layers), segment_ids=cache.segment_ids[rows]
+        cache, runs=jax.tree.map(lambda a: a[:, rows], cache.runs), segment_ids=cache.segment_ids[rows]
     )
 
 
 _prefill = functools.partial(jax.jit, static_argnames=("model", "slots", "chunk"))(prefill)
-_decode = functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("cache",))(decode)
-_choose = functools.partial(jax.jit, static_argnames=("config",))(choose)
+_advance = functools.partial(jax.jit, static_argnames=("model", "config"), donate_argnames=("cache",))(advance)

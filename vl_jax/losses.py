@@ -7,14 +7,36 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
+@jax.custom_vjp
 def cross_entropy(
     logits: Float[Array, "B Q V"], targets: Int[Array, "B Q"]
 ) -> tuple[Float[Array, "B Q"], Float[Array, "B Q"]]:
-    """Negative log-likelihood in nats, and 1.0 where the most likely token is the target."""
+    """Negative log-likelihood in nats, and 1.0 where the most likely token is the target.
+
+    The gradient, softmax minus one-hot, is written down: autodiff would keep the exponentials and scatter.
+    """
+    return _cross_entropy_forward(logits, targets)[0]
+
+
+def _cross_entropy_forward(
+    logits: jax.Array, targets: jax.Array
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]:
     log_normalizer = jax.nn.logsumexp(logits, axis=-1)
     target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     hit = (target_logits >= jnp.max(logits, axis=-1)).astype(jnp.float32)
-    return log_normalizer - target_logits, hit
+    return (log_normalizer - target_logits, hit), (logits, targets, log_normalizer)
+
+
+def _cross_entropy_backward(
+    residual: tuple[jax.Array, jax.Array, jax.Array], grads: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, None]:
+    logits, targets, log_normalizer = residual
+    is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
+    softmax = jnp.exp(logits - log_normalizer[..., None])
+    return (softmax - is_target.astype(logits.dtype)) * grads[0][..., None], None
+
+
+cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
 def softmax_contrastive(logits: Float[Array, "B B"]) -> Float[Array, ""]:

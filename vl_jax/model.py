@@ -232,7 +232,7 @@ def update_routing_state(state: State, stats: Any, config: VisionLanguageConfig)
 def init_cache(config: VisionLanguageConfig, *, batch: int, slots: int) -> Cache:
     """An empty cache for ``slots`` tokens a row."""
     return cache_lib.create(
-        layers=config.language.num_layers,
+        runs=[len(run.layers) for run in config.language.runs],
         batch=batch,
         slots=slots,
         kept=config.language.attention.kept,

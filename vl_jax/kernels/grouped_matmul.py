@@ -4,7 +4,7 @@
 
 ``blocked`` walks the groups in blocks of rows, so that the work is that of the rows actually present: the
 form for CPUs, where ``lax.ragged_dot`` multiplies every row by every expert. ``reference`` is the plain
-definition.
+definition. ``gathered_mlp`` is for rows so few that they need not be sorted.
 """
 
 from __future__ import annotations
@@ -72,6 +72,28 @@ def reference(
     return jax.lax.scan(one_expert, jnp.zeros_like(rows), (ends - group_sizes, ends, weights))[0]
 
 
+def gathered_mlp(
+    rows: Float[Array, "R D"],
+    experts: Int[Array, " R"],
+    weights: ExpertWeights,
+    *,
+    activation: Activation = SWIGLU,
+) -> Float[Array, "R D"]:
+    """Every row through expert ``experts[r]``, one after the other; ids past the last expert give zeros.
+
+    For a few rows, as when decoding, that reads the weights that are used, once, and no others.
+    """
+    num_experts = weights.w_in.shape[0]
+
+    def one_row(row: tuple[jax.Array, jax.Array]) -> jax.Array:
+        x, expert = row
+        w = jax.tree.map(lambda w: w[jnp.minimum(expert, num_experts - 1)], weights)
+        out = _project(activation(_project(x, _flat(w.w_in), w.b_in)), w.w_out, w.b_out)
+        return jnp.where(expert < num_experts, out, 0)
+
+    return jax.lax.map(one_row, (rows, experts))
+
+
 def _flat(w_in: jax.Array) -> jax.Array:
     """[... D X F] to [... D X*F], so that one product gives every projection."""
     return w_in.reshape(*w_in.shape[:-2], -1)
@@ -82,17 +104,10 @@ def _project(x: jax.Array, w: jax.Array, b: jax.Array | None) -> jax.Array:
     return y if b is None else y + b.reshape(-1)
 
 
-def _block_table(group_sizes: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """(number of blocks, expert of each block, its first row, end of its group); static upper bound."""
-    num_experts = group_sizes.shape[0]
+def _groups(group_sizes: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(first row, end, number of blocks) of every group."""
     ends = jnp.cumsum(group_sizes)
-    blocks = -(-group_sizes // BLOCK_ROWS)
-    block_ends = jnp.cumsum(blocks)
-    index = jnp.arange(-(-num_rows // BLOCK_ROWS) + num_experts, dtype=jnp.int32)
-    expert = jnp.minimum(jnp.searchsorted(block_ends, index, side="right"), num_experts - 1)
-    within = index - (block_ends - blocks)[expert]
-    first = (ends - group_sizes)[expert] + within * BLOCK_ROWS
-    return block_ends[-1], expert.astype(jnp.int32), first.astype(jnp.int32), ends[expert]
+    return ends - group_sizes, ends, -(-group_sizes // BLOCK_ROWS)
 
 
 def _slice(x: jax.Array, start: jax.Array) -> jax.Array:
@@ -124,20 +139,26 @@ def _blocked_forward(
     activation: Activation, rows: jax.Array, group_sizes: jax.Array, weights: ExpertWeights
 ) -> tuple[jax.Array, tuple]:
     num_rows = rows.shape[0]
-    count, expert, first, _ = _block_table(group_sizes, num_rows)
+    start, _, blocks = _groups(group_sizes)
     padded, flat = _pad(rows), dataclasses.replace(weights, w_in=_flat(weights.w_in))
 
-    def body(b: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        # A block may reach into the next group; the blocks of that group come later and overwrite it.
-        out, projected = carry
-        start = first[b]
-        w = jax.tree.map(lambda a: a[expert[b]], flat)
-        hidden = _project(_slice(padded, start), w.w_in, w.b_in)
-        block = _project(activation(hidden), w.w_out, w.b_out)
-        return _update(out, block, start), _update(projected, hidden, start)
+    def one_expert(carry: tuple[jax.Array, jax.Array], expert: tuple) -> tuple[tuple, None]:
+        start, blocks, w = expert
+
+        def body(b: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            # A block may reach into the next group; the blocks of that group come later and overwrite it.
+            out, projected = carry
+            first = start + b * BLOCK_ROWS
+            hidden = _project(_slice(padded, first), w.w_in, w.b_in)
+            block = _project(activation(hidden), w.w_out, w.b_out)
+            return _update(out, block, first), _update(projected, hidden, first)
+
+        return jax.lax.fori_loop(0, blocks, body, carry), None
 
     projected = jnp.zeros((padded.shape[0], flat.w_in.shape[-1]), rows.dtype)
-    out, projected = jax.lax.fori_loop(0, count, body, (jnp.zeros_like(padded), projected))
+    (out, projected), _ = jax.lax.scan(
+        one_expert, (jnp.zeros_like(padded), projected), (start, blocks, flat)
+    )
     return _mask_tail(out, group_sizes, num_rows), (rows, group_sizes, weights, projected)
 
 
@@ -145,36 +166,36 @@ def _blocked_backward(
     activation: Activation, residual: tuple, grad: jax.Array
 ) -> tuple[jax.Array, None, ExpertWeights]:
     rows, group_sizes, weights, projected = residual
-    count, expert, first, end = _block_table(group_sizes, rows.shape[0])
     padded, padded_grad = _pad(rows), _pad(grad)
     flat = dataclasses.replace(weights, w_in=_flat(weights.w_in))
 
-    def body(b: jax.Array, carry: tuple[jax.Array, ExpertWeights]) -> tuple[jax.Array, ExpertWeights]:
-        grad_rows, total = carry
-        e, start = expert[b], first[b]
-        mine = (start + jnp.arange(BLOCK_ROWS) < end[b])[:, None]
-        upstream = jnp.where(mine, _slice(padded_grad, start), 0)
-        activated, pullback = jax.vjp(activation, jnp.where(mine, _slice(projected, start), 0))
-        (grad_hidden,) = pullback(upstream @ flat.w_out[e].T)
-        total = dataclasses.replace(
-            total,
-            w_in=total.w_in.at[e].add(_slice(padded, start).T @ grad_hidden),
-            w_out=total.w_out.at[e].add(activated.T @ upstream),
-            b_in=_add_bias(total.b_in, e, grad_hidden),
-            b_out=_add_bias(total.b_out, e, upstream),
-        )
-        return _update(grad_rows, grad_hidden @ flat.w_in[e].T, start), total
+    def one_expert(grad_rows: jax.Array, expert: tuple) -> tuple[jax.Array, ExpertWeights]:
+        start, end, blocks, w = expert
 
-    zeros = (jnp.zeros_like(padded), jax.tree.map(jnp.zeros_like, flat))
-    grad_rows, total = jax.lax.fori_loop(0, count, body, zeros)
+        def body(b: jax.Array, carry: tuple[jax.Array, ExpertWeights]) -> tuple[jax.Array, ExpertWeights]:
+            grad_rows, total = carry
+            first = start + b * BLOCK_ROWS
+            mine = (first + jnp.arange(BLOCK_ROWS) < end)[:, None]
+            upstream = jnp.where(mine, _slice(padded_grad, first), 0)
+            activated, pullback = jax.vjp(activation, jnp.where(mine, _slice(projected, first), 0))
+            (grad_hidden,) = pullback(upstream @ w.w_out.T)
+            total = ExpertWeights(
+                w_in=total.w_in + _slice(padded, first).T @ grad_hidden,
+                w_out=total.w_out + activated.T @ upstream,
+                b_in=_add_bias(total.b_in, grad_hidden),
+                b_out=_add_bias(total.b_out, upstream),
+            )
+            return _update(grad_rows, grad_hidden @ w.w_in.T, first), total
+
+        return jax.lax.fori_loop(0, blocks, body, (grad_rows, jax.tree.map(jnp.zeros_like, w)))
+
+    grad_rows, total = jax.lax.scan(one_expert, jnp.zeros_like(padded), (*_groups(group_sizes), flat))
     grad_rows = _mask_tail(grad_rows, group_sizes, rows.shape[0])
     return grad_rows, None, dataclasses.replace(total, w_in=total.w_in.reshape(weights.w_in.shape))
 
 
-def _add_bias(total: jax.Array | None, expert: jax.Array, grad: jax.Array) -> jax.Array | None:
-    if total is None:
-        return None
-    return total.at[expert].add(jnp.sum(grad, axis=0).reshape(total.shape[1:]))
+def _add_bias(total: jax.Array | None, grad: jax.Array) -> jax.Array | None:
+    return None if total is None else total + jnp.sum(grad, axis=0).reshape(total.shape)
 
 
 _blocked.defvjp(_blocked_forward, _blocked_backward)

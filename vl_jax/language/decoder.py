@@ -2,8 +2,9 @@
 
     x -> [gate: + what vision says] -> + attention(norm) -> + SwiGLU or experts(norm) -> ... -> norm
 
-Layers of one kind are stacked and scanned: parameters, routing state, cache and statistics carry a leading
-layer axis, so compile time does not grow with depth.
+Consecutive layers of one kind are stacked and scanned: parameters, routing state, cache and statistics carry a
+leading layer axis, so compile time does not grow with depth. With ``scan_layers`` off every stack holds one
+layer: decoding on a CPU then reads weights where they lie, while a scan copies each layer's out of the stack.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ class DecoderConfig:
     mlp_bias: bool = False
     norm_epsilon: float = 1e-6
     tie_embeddings: bool = False  # the head is the embedding table
+    scan_layers: bool = True  # False: each layer has parameters of its own; see the top of the file
     remat: Literal["none", "full", "dots"] = "none"
 
     def __post_init__(self):
@@ -88,7 +90,11 @@ class DecoderConfig:
         """The layers in order; from the second run of a kind on, a number follows its name."""
         sparse = set(self.sparse_layers)
         runs: list[Run] = []
-        for is_sparse, group in itertools.groupby(range(self.num_layers), key=sparse.__contains__):
+
+        def together(layer: int) -> tuple[bool, int]:
+            return layer in sparse, 0 if self.scan_layers else layer
+
+        for (is_sparse, _), group in itertools.groupby(range(self.num_layers), key=together):
             kind = "moe_layers" if is_sparse else "dense_layers"
             earlier = sum(r.sparse == is_sparse for r in runs)
             runs.append(Run(f"{kind}_{earlier}" if earlier else kind, is_sparse, tuple(group)))
@@ -213,13 +219,15 @@ class Decoder(nn.Module):
           Hidden states after the final norm, what the sparse layers returned (stacked), and the new cache.
         """
         windows = jnp.array(self.config.windows, jnp.int32) if self.config.windows else None
+        runs = self.config.runs
+        cached = [None] * len(runs) if cache is None else cache.runs
         kept, routed, first_sparse = [], [], 0
-        for run, stack in zip(self.config.runs, self.stacks, strict=True):
+        for run, stack, before in zip(runs, self.stacks, cached, strict=True):
             layers = slice(run.layers[0], run.layers[-1] + 1)
             sparse = slice(first_sparse, first_sparse + len(run.layers) * run.sparse)
             state = LayerState(
                 routing=jax.tree.map(lambda a, s=sparse: a[s], routing_state) if run.sparse else {},
-                kept=None if cache is None else tuple(a[layers] for a in cache.layers),
+                kept=before,
                 window=None if windows is None else windows[layers],
             )
             x, (kept_here, routed_here) = stack(x, state, context)
@@ -227,7 +235,7 @@ class Decoder(nn.Module):
             routed += [routed_here] * run.sparse
             first_sparse = sparse.stop
         if cache is not None:
-            cache = dataclasses.replace(cache, layers=_stacked(kept), length=cache.length + x.shape[1])
+            cache = dataclasses.replace(cache, runs=tuple(kept), length=cache.length + x.shape[1])
         return self.norm(x), _stacked(routed) if routed else None, cache
 
 

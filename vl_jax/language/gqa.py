@@ -80,7 +80,8 @@ class GQA(nn.Module):
         if self.is_mutable_collection("intermediates"):
             weights = attention.attention_weights(query, key, mask=mask, scale=scale, sinks=sinks)
             self.sow("intermediates", "weights", weights)
-        mixed = attention.attend(query, key, value, mask=mask, scale=scale, sinks=sinks)
+        causal = kept is None
+        mixed = attention.attend(query, key, value, mask=mask, scale=scale, sinks=sinks, causal=causal)
         init = named(fan_in(in_axis=(0, 1)), "heads", None, "embed")
         output = self.param("output", init, (c.num_heads, c.head_dim, x.shape[-1]))
         y = jnp.einsum("BTNH,NHD->BTD", mixed, output.astype(x.dtype))

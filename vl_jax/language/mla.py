@@ -122,7 +122,7 @@ class MLA(nn.Module):
                 weights = attention.attention_weights(query, key, mask=mask, scale=c.scale)
                 self.sow("intermediates", "weights", weights)
                 self.sow("intermediates", "key_value", jnp.einsum("BTR,RNX->BTNX", latent, kv_up))
-            mixed = attention.attend(query, key, value, mask=mask, scale=c.scale)
+            mixed = attention.attend(query, key, value, mask=mask, scale=c.scale, causal=True)
         else:
             assert length is not None
             latents, keys = kept = cache.append(kept, (latent, key_rope), length)

@@ -16,7 +16,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from vl_jax.kernels.activation import Activation
-from vl_jax.kernels.grouped_matmul import ExpertWeights, grouped_mlp
+from vl_jax.kernels.grouped_matmul import ExpertWeights, gathered_mlp, grouped_mlp
 from vl_jax.moe.routing import Assignment, ExpertChoice, MoEConfig, TokenChoice
 
 Leaf = Any
@@ -178,10 +178,26 @@ def apply_experts(
     activation: Activation,
     kernel: str,
 ) -> Float[Array, "G T D"]:
-    """Sends every token through its experts on this device: plan, permute, grouped FFN, combine."""
+    """Sends every token through its experts on this device: plan, permute, grouped FFN, combine.
+
+    Choices no more than experts, as when decoding, need no plan: their experts' weights are gathered.
+    """
     groups, length, width = x.shape
+    if isinstance(assignment, TokenChoice) and assignment.gates.size <= weights.w_in.shape[0]:
+        if kernel != "reference":
+            return _apply_gathered(x, assignment, weights, activation=activation)
     plan = make_plan(assignment, num_experts=weights.w_in.shape[0], length=length)
     rows = permute(x.reshape(-1, width), plan)
     rows = grouped_mlp(rows, plan.group_sizes, weights, activation=activation, kernel=kernel)
     out = combine(rows, assignment.gates.reshape(-1), plan, length=groups * length)
     return out.reshape(x.shape)
+
+
+def _apply_gathered(
+    x: Float[Array, "G T D"], assignment: TokenChoice, weights: ExpertWeights, *, activation: Activation
+) -> Float[Array, "G T D"]:
+    top_k = assignment.experts.shape[-1]
+    rows = jnp.repeat(x.reshape(-1, x.shape[-1]), top_k, axis=0)
+    rows = gathered_mlp(rows, assignment.experts.reshape(-1), weights, activation=activation)
+    rows = rows.reshape(*assignment.experts.shape, -1).astype(jnp.float32)
+    return jnp.einsum("GTKD,GTK->GTD", rows, assignment.gates).astype(x.dtype)

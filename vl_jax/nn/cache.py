@@ -22,19 +22,24 @@ Leaf = Any
 class Cache:
     """What attention kept of the tokens seen so far; slots past ``length`` are not yet filled."""
 
-    layers: Leaf  # tuple of [L B S ...]
+    runs: Leaf  # for each run of layers a tuple of [L B S ...]
     segment_ids: Leaf  # i32[B S] 0 in slots that hold padding or nothing
     length: Leaf  # i32[] filled slots, the same for all rows
 
 
-def create(*, layers: int, batch: int, slots: int, kept: Sequence[tuple[int, ...]], dtype: Any) -> Cache:
+def create(
+    *, runs: Sequence[int], batch: int, slots: int, kept: Sequence[tuple[int, ...]], dtype: Any
+) -> Cache:
     """An empty cache.
 
     Args:
+      runs: the number of layers in each run.
       kept: the shapes of what one layer keeps of one token.
     """
     return Cache(
-        layers=tuple(jnp.zeros((layers, batch, slots, *shape), dtype) for shape in kept),
+        runs=tuple(
+            tuple(jnp.zeros((layers, batch, slots, *shape), dtype) for shape in kept) for layers in runs
+        ),
         segment_ids=jnp.zeros((batch, slots), jnp.int32),
         length=jnp.zeros((), jnp.int32),
     )
