@@ -185,6 +185,7 @@ class Decoder(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=len(run.layers),
+            unroll=True if len(run.layers) == 1 else 1,  # no loop, out of which XLA would move nothing
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         return scanned(self.config, self.moe if run.sparse else None, self.gate, name=run.name)

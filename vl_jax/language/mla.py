@@ -88,8 +88,8 @@ def absorbed_attention(
     scores = jnp.einsum("BTNR,BSR->BNTS", q_latent, latent, preferred_element_type=jnp.float32)
     scores = scores + jnp.einsum("BTNP,BSP->BNTS", q_rope, key_rope, preferred_element_type=jnp.float32)
     weights = attention.masked_softmax(scores * scale, mask[:, None]).astype(latent.dtype)
-    mixed = jnp.einsum("BNTS,BSR->BTNR", weights, latent)
-    return jnp.einsum("BTNR,RNV->BTNV", mixed, kv_up[..., nope:])
+    mixed = jnp.matmul(weights, latent[:, None])  # [B N T R]: einsum would transpose the cache
+    return jnp.einsum("BNTR,RNV->BTNV", mixed, kv_up[..., nope:])
 
 
 class MLA(nn.Module):
