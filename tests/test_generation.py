@@ -106,9 +106,9 @@ def test_streamed_tokens_are_those_of_the_compiled_loop(options):
 def test_streaming_compiles_once_for_prompts_of_one_length_and_any_number_of_new_tokens():
     model, batch = tiny.config(), _prompts("prefix")
     list(_generate(model, batch, stop=-1, function=generation.stream, max_new_tokens=3))
-    before = generation._decode._cache_size()
+    before = generation._advance._cache_size()
     list(_generate(model, batch, stop=-1, function=generation.stream, max_new_tokens=6))
-    assert generation._decode._cache_size() == before
+    assert generation._advance._cache_size() == before
 
 
 def test_a_repeated_token_is_penalised():

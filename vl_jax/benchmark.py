@@ -248,7 +248,7 @@ def _summary(name: str, turns: Turns, units: int) -> dict[str, dict[str, float]]
 
 
 def _ratios(name: str, timed: Mapping[str, Mapping[str, Turns]]) -> dict[str, dict[str, float]]:
-    """Per action of ours, against their faster way in that turn: CPU time over theirs, or speed over theirs."""
+    """Per action of ours: CPU time, or speed, over that of their faster way in the same turn."""
     fastest = [min(cpu for cpu, _ in turn) for turn in zip(*timed[THEIRS].values(), strict=True)]
     ratios = {}
     for action, turns in timed[OURS].items():
@@ -369,9 +369,9 @@ def _our_step(case: Case, folder: Path) -> dict[str, Action]:
 
 
 def _their_model(folder: Path) -> Any:
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
+    import torch  # pyright: ignore[reportMissingImports]
+    from transformers import AutoModelForCausalLM  # pyright: ignore[reportMissingImports]
+    from transformers.utils import logging  # pyright: ignore[reportMissingImports]
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -380,7 +380,7 @@ def _their_model(folder: Path) -> Any:
 
 
 def _their_step(case: Case, folder: Path) -> dict[str, Action]:
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     model = _their_model(folder).train()
     optimizer = torch.optim.AdamW(
@@ -419,9 +419,9 @@ def _our_decode(case: Case, folder: Path) -> dict[str, Action]:
         """A stream that has given its first token: so many are left."""
         config = GenerationConfig(max_new_tokens=tokens + 1)
         with sharding.use_mesh(layout.mesh, layout.rules):
-            tokens = generation.stream(params, state, batch, model=model, config=config, stop=stop)
-            next(tokens)
-        return tokens
+            stream = generation.stream(params, state, batch, model=model, config=config, stop=stop)
+            next(stream)
+        return stream
 
     def rest(stream: Any) -> list[int]:
         with sharding.use_mesh(layout.mesh, layout.rules):
@@ -460,7 +460,7 @@ def _our_decode(case: Case, folder: Path) -> dict[str, Action]:
 
 
 def _their_decode(case: Case, folder: Path) -> dict[str, Action]:
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     model = _their_model(folder).eval()
     tokens = torch.from_numpy(case.tokens[:1, : case.prompt])

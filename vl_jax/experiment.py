@@ -94,8 +94,8 @@ def check_tiles(data: DataConfig, model: VisionLanguageConfig) -> None:
 def resolve(experiment: Experiment) -> Experiment:
     """Fills in what ``init`` names: the model of the published checkpoint, its tokenizer and its tiling.
 
-    Of the experiment's model, compute dtype, rematerialisation and ``MOE_SETTINGS`` stay; of its data, a
-    tokenizer or a tiling other than the default. Resolving twice changes nothing.
+    Of the experiment's model, compute dtype, rematerialisation, ``scan_layers`` and ``MOE_SETTINGS`` stay; of
+    its data, a tokenizer or a tiling other than the default. Resolving twice changes nothing.
 
     Raises:
       ValueError: the folder is no published checkpoint, or the tiling is not for its model.
@@ -109,7 +109,9 @@ def resolve(experiment: Experiment) -> Experiment:
     settings = {name: getattr(ours.moe, name) for name in MOE_SETTINGS}
     model = dataclasses.replace(
         model,
-        language=dataclasses.replace(model.language, remat=ours.language.remat),
+        language=dataclasses.replace(
+            model.language, remat=ours.language.remat, scan_layers=ours.language.scan_layers
+        ),
         moe=dataclasses.replace(model.moe, **settings),
         dtype=ours.dtype,
     )
@@ -312,7 +314,7 @@ def export(workdir: Path, target: Path) -> None:
         raise ValueError(
             f"{workdir}: the run did not begin with a published checkpoint (config.init is empty)"
         )
-    published = pretrained.read_published(experiment.init)
+    published = pretrained.read_published(experiment.init).as_run_by(experiment.model)
     pretrained.write_published(target, state.params, state.routing, published)
 
 

@@ -2,8 +2,8 @@
 
     prompts --prefill, in chunks if wanted--> cache, logits --choose: greedy, sampled, beams--> tokens
 
-``generate`` is one compiled loop; ``stream`` gives every token as it comes, from two compiled functions (prompt,
-token) that serve all lengths up to the next multiple of ``SLOT_BUCKET``.
+``generate`` is one compiled loop; ``stream`` gives every token as it comes, from two compiled functions, for
+the prompt and for a token, that serve all lengths up to the next multiple of ``SLOT_BUCKET``.
 """
 
 from __future__ import annotations
@@ -133,11 +133,12 @@ def stream(
         params, routing_state, batch, model=model, slots=slots, chunk=config.prefill_chunk
     )
     done = np.asarray(_empty_rows(batch))
+    choice = dataclasses.replace(config, max_new_tokens=1)  # lengths share a program
     used = jnp.zeros_like(logits, bool) if config.repetition_penalty != 1 else None
     for index in range(config.max_new_tokens):
         key, now = (None, None) if key is None else jax.random.split(key)
         token, logits, used, cache = _advance(
-            params, routing_state, batch, vision, logits, now, used, index, cache, model=model, config=config
+            params, routing_state, batch, vision, logits, now, used, index, cache, model=model, config=choice
         )
         ids = np.asarray(token).tolist()
         done = done | np.isin(ids, stop)
@@ -387,4 +388,6 @@ def _gather_rows(cache: Cache, rows: jax.Array) -> Cache:
 
 
 _prefill = functools.partial(jax.jit, static_argnames=("model", "slots", "chunk"))(prefill)
-_advance = functools.partial(jax.jit, static_argnames=("model", "config"), donate_argnames=("cache",))(advance)
+_advance = functools.partial(jax.jit, static_argnames=("model", "config"), donate_argnames=("cache",))(
+    advance
+)

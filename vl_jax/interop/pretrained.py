@@ -93,6 +93,10 @@ class Published:
     rules: tuple[Rule, ...]
     weights: Weights
 
+    def as_run_by(self, config: VisionLanguageConfig) -> Published:
+        """The checkpoint, for a model that stacks its layers in another way (``scan_layers``)."""
+        return dataclasses.replace(self, config=config)
+
     def plan(self, tree: Any) -> rules.Plan:
         """Which tensors make up which leaf of a tree of parameters and state."""
         shapes = {path: tuple(leaf.shape) for path, leaf in params_lib.flatten(tree).items()}
@@ -129,6 +133,7 @@ def load_params(published: Published | str | Path, layout: Layout) -> tuple[Any,
     """
     if not isinstance(published, Published):
         published = read_published(published)
+    published = published.as_run_by(layout.model.config)
     targets = _with_state(layout.params, routing_targets(published, layout))
     tree = rules.read(published.plan(targets), published.weights, targets, ignored=IGNORED)
     state = tree.pop("routing", {})
@@ -272,19 +277,23 @@ class Pretrained:
         return put_batch(jax.device_get(generation.pad_prompts(batch, length)), self.layout)
 
 
-def from_pretrained(folder: str | Path, *, mesh: Mesh | None = None, dtype: str = "float32") -> Pretrained:
+def from_pretrained(
+    folder: str | Path, *, mesh: Mesh | None = None, dtype: str = "float32", scan_layers: bool = False
+) -> Pretrained:
     """Loads a published checkpoint.
 
     Args:
       folder: in the layout of the Hugging Face hub, with safetensors.
       mesh: the devices to load onto; None: all of them, with parameters sharded over ``fsdp``.
       dtype: of parameters and activations, float32 or bfloat16. Rotary angles stay float32 either way.
+      scan_layers: whether layers share a program, which compiles faster and decodes slower on a CPU.
 
     Raises:
       ValueError: see ``read_published`` and ``load_params``.
     """
     published = read_published(folder)
-    config = dataclasses.replace(published.config, dtype=dtype)  # pyright: ignore[reportArgumentType]
+    language = dataclasses.replace(published.config.language, scan_layers=scan_layers)
+    config = dataclasses.replace(published.config, dtype=dtype, language=language)  # pyright: ignore[reportArgumentType]
     mesh = mesh or make_mesh(MeshConfig(data=1, fsdp=-1))
     example = smallest_batch(config, rows=sharding.batch_axes(mesh))
     layout = plan_layout(VisionLanguage(config), example, mesh)

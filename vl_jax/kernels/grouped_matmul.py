@@ -156,9 +156,7 @@ def _blocked_forward(
         return jax.lax.fori_loop(0, blocks, body, carry), None
 
     projected = jnp.zeros((padded.shape[0], flat.w_in.shape[-1]), rows.dtype)
-    (out, projected), _ = jax.lax.scan(
-        one_expert, (jnp.zeros_like(padded), projected), (start, blocks, flat)
-    )
+    (out, projected), _ = jax.lax.scan(one_expert, (jnp.zeros_like(padded), projected), (start, blocks, flat))
     return _mask_tail(out, group_sizes, num_rows), (rows, group_sizes, weights, projected)
 
 

@@ -2,8 +2,8 @@
 
     x -> [gate: + what vision says] -> + attention(norm) -> + SwiGLU or experts(norm) -> ... -> norm
 
-Consecutive layers of one kind are stacked and scanned: parameters, routing state, cache and statistics carry a
-leading layer axis, so compile time does not grow with depth. With ``scan_layers`` off every stack holds one
+Consecutive layers of one kind are stacked and scanned: parameters, routing state, cache and statistics carry
+a leading layer axis, so compile time does not grow with depth. With ``scan_layers`` off every stack holds one
 layer: decoding on a CPU then reads weights where they lie, while a scan copies each layer's out of the stack.
 """
 
