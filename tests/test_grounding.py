@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
+from vl_jax import cli
 from vl_jax.data.grounding import (
     Grounding,
     Region,
+    draw,
     parse,
     to_grid,
     to_pixels,
@@ -116,3 +119,24 @@ def test_boxes_of_one_label_share_a_region_and_survive_the_tokenizer():
 def test_what_cannot_be_read_back_is_not_written(region, message):
     with pytest.raises(ValueError, match=message):
         write([region])
+
+
+def test_boxes_are_drawn_at_their_corners_in_one_colour_a_label():
+    picture = Image.new("RGB", (200, 100), "white")
+    boxes = [Box("dog", (20, 40, 80, 90)), Box("狗", (120, 40, 180, 90)), Box("dog", (90, 50, 110, 80))]
+    drawn = draw(picture, boxes)
+    first, second, third = (drawn.getpixel((box.corners[0], 70)) for box in boxes)
+    assert first == third != second and (255, 255, 255) not in (first, second)
+    assert drawn.getpixel((50, 70)) == (255, 255, 255)  # inside, nothing is covered
+    assert picture.getextrema() == ((255, 255),) * 3
+
+
+def test_an_answer_is_drawn_on_its_picture(tmp_path, capsys):
+    Image.new("RGB", (1000, 500), "white").save(tmp_path / "in.png")
+    text = write([Region("dog", ((100, 200, 500, 900),))]) + "<|det|>[[1, 2"
+    cli._draw(text, tmp_path / "in.png", tmp_path / "out.png")
+    assert capsys.readouterr().err.strip() == f"{tmp_path / 'out.png'}: boxes drawn: 1, not readable: 1"
+    with Image.open(tmp_path / "out.png") as drawn:
+        assert drawn.getpixel((101, 300)) != (255, 255, 255) == drawn.getpixel((300, 300))
+    assert cli.main(["generate", f"--workdir={tmp_path}", "--prompt=x", f"--draw={tmp_path / 'x.png'}"]) == 2
+    assert "--draw needs --image" in capsys.readouterr().err

@@ -104,6 +104,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     where.add_argument("--model", type=Path, help="folder of a published checkpoint")
     generate.add_argument("--image", type=Path, help="without one, the prompt stands alone")
     generate.add_argument("--prompt", required=True)
+    generate.add_argument(
+        "--draw", type=Path, metavar="PNG", help="where the image goes, with the boxes named"
+    )
     generate.add_argument("--max-new-tokens", type=int, default=32)
     convert = command(
         "convert",
@@ -202,31 +205,49 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
+    if arguments.draw is not None and arguments.image is None:
+        raise ConfigError("--draw needs --image, on which it draws")
     if arguments.model is not None:
-        return _stream(arguments)
-    from vl_jax import experiment
+        text = _stream(arguments)
+    else:
+        from vl_jax import experiment
 
-    print(
-        experiment.answer(
+        text = experiment.answer(
             arguments.workdir,
             prompt=arguments.prompt,
             image=arguments.image,
             max_new_tokens=arguments.max_new_tokens,
         )
-    )
+        print(text)
+    if arguments.draw is not None:
+        _draw(text, arguments.image, arguments.draw)
 
 
-def _stream(arguments: argparse.Namespace) -> None:
-    """Prints the answer of a published checkpoint as it grows."""
+def _draw(text: str, image: Path, target: Path) -> None:
+    """Writes the image with the boxes of an answer, and says how many there are."""
+    from vl_jax.data import grounding
+    from vl_jax.data.sample import FileImage
+
+    found, picture = grounding.parse(text), FileImage(image, where="--image")()
+    boxes = found.boxes(*picture.size)
+    grounding.draw(picture, boxes).save(target)
+    print(f"{target}: boxes drawn: {len(boxes)}, not readable: {found.malformed}", file=sys.stderr)
+
+
+def _stream(arguments: argparse.Namespace) -> str:
+    """Prints the answer of a published checkpoint as it grows, and returns it."""
     from vl_jax import from_pretrained
 
     mark = "<image>\n" if arguments.image else ""
     message = {"role": "user", "content": mark + arguments.prompt}
     images = [arguments.image] if arguments.image else []
     model = from_pretrained(arguments.model)
+    pieces = []
     for piece in model.stream([message], images, max_new_tokens=arguments.max_new_tokens):
         print(piece, end="", flush=True)
+        pieces.append(piece)
     print()
+    return "".join(pieces)
 
 
 def _convert(arguments: argparse.Namespace) -> None:

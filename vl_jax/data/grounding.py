@@ -8,9 +8,12 @@ model writes is read with regular expressions only; whatever does not fit is cou
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+
+from PIL import Image, ImageDraw, ImageFont
 
 from vl_jax.data.sample import Box
 from vl_jax.data.tokenizer import SPECIAL
@@ -19,6 +22,7 @@ GRID = 999  # the largest coordinate
 
 Corners = tuple[int, int, int, int]  # x0, y0, x1, y1
 
+_COLOURS = ("#c0392b", "#2471a3", "#1e8449", "#af601a", "#7d3c98")
 _REF, _REF_END, _DET, _DET_END = "<|ref|>", "<|/ref|>", "<|det|>", "<|/det|>"
 _MARKS = re.compile("(" + "|".join(re.escape(m) for m in (_REF, _REF_END, _DET, _DET_END)) + ")")
 _NUMBER = r"\s*([0-9]{1,3})\s*"
@@ -49,6 +53,22 @@ class Grounding:
             for region in self.regions
             for corners in region.boxes
         )
+
+
+def draw(picture: Image.Image, boxes: Sequence[Box]) -> Image.Image:
+    """A copy of the picture with labelled boxes, one colour for each label."""
+    result = picture.convert("RGB")
+    pen = ImageDraw.Draw(result)
+    width, size = max(2, max(result.size) // 300), max(12, max(result.size) // 40)
+    font = ImageFont.load_default(size)
+    colours = dict(zip(dict.fromkeys(box.label for box in boxes), itertools.cycle(_COLOURS), strict=False))
+    for box in boxes:
+        x0, y0, x1, y1 = box.corners
+        pen.rectangle((x0, y0, x1, y1), outline=colours[box.label], width=width)
+        corner = (x0, max(y0 - 1.3 * size, 0))
+        pen.rectangle(pen.textbbox(corner, box.label, font), fill=colours[box.label])
+        pen.text(corner, box.label, "white", font)
+    return result
 
 
 def to_pixels(corners: Corners, width: int, height: int) -> Corners:
