@@ -11,6 +11,8 @@ import pytest
 from vl_jax import cli
 from vl_jax.config import load, to_json
 
+pytest.importorskip("ml_collections")  # experiment files return its ConfigDict
+
 TINY = str(Path(__file__).parent / "tiny_experiment.py")
 CONFIG = f"--config={TINY}"
 

@@ -18,6 +18,8 @@ from vl_jax.moe.routing import MoEConfig
 from vl_jax.train.optimizer import OptimizerConfig
 from vl_jax.train.stages import Stage
 
+pytest.importorskip("ml_collections")  # experiment files return its ConfigDict
+
 EXPERIMENT = load(str(tiny.__file__).replace("tiny.py", "tiny_experiment.py"))
 
 

@@ -18,6 +18,9 @@ import pytest
 from vl_jax import cli
 from vl_jax.metrics import METRICS_FILE, read_metrics
 
+pytest.importorskip("ml_collections")  # experiment files return its ConfigDict
+pytest.importorskip("grain")
+
 ROOT = Path(__file__).resolve().parent.parent
 TINY = str(ROOT / "tests" / "tiny_experiment.py")
 MESH = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.expert=2")

@@ -21,6 +21,9 @@ from vl_jax.experiment import Experiment, resolve
 from vl_jax.interop import pretrained
 from vl_jax.train import lora
 
+pytest.importorskip("ml_collections")  # experiment files return its ConfigDict
+pytest.importorskip("grain")
+
 FILE = str(Path(__file__).resolve().parent.parent / "experiments" / "finetune_deepseek_vl2.py")
 # Small rows and few steps; on a CPU bfloat16 only takes longer.
 SMALL = {

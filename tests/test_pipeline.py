@@ -12,19 +12,16 @@ import pytest
 from PIL import Image as PilImage
 
 from vl_jax import config as config_module
+from vl_jax.data.encode import DataConfig, ModelSpec, find_source, make_encoder
 from vl_jax.data.images import TilingConfig
-from vl_jax.data.pipeline import (
-    DataConfig,
-    ModelSpec,
-    TrainIterator,
-    evaluation_prompts,
-    find_source,
-    make_encoder,
-)
+from vl_jax.data.pipeline import TrainIterator
 from vl_jax.data.preview import render_samples, to_html, to_text
+from vl_jax.data.prompts import evaluation_prompts
 from vl_jax.data.sample import Sample, Turn
 from vl_jax.data.sources import LlavaConfig, ScenesConfig, open_source
 from vl_jax.data.turns import choose_turns
+
+pytest.importorskip("grain")
 
 WHOLE = TilingConfig(tile_size=32, views="global")
 TILED = TilingConfig(tile_size=16, candidates=((1, 1), (2, 1), (1, 2)))

@@ -19,6 +19,9 @@ from vl_jax import cli, experiment
 from vl_jax.config import from_json, load, to_json
 from vl_jax.metrics import METRICS_FILE, read_metrics, without_timings
 
+pytest.importorskip("ml_collections")  # experiment files return its ConfigDict
+pytest.importorskip("grain")
+
 ROOT = Path(__file__).resolve().parent.parent
 TINY = str(ROOT / "tests" / "tiny_experiment.py")
 STEPS = 16
