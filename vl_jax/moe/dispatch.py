@@ -55,9 +55,9 @@ def apply_capacity(
         flat = experts.reshape(-1)
         if config.priority == "gate":
             by_gate = jnp.argsort(-gates.reshape(-1), stable=True)
-            rank = jnp.zeros_like(flat).at[by_gate].set(_rank_in_expert(flat[by_gate], config.num_experts))
+            rank = jnp.zeros_like(flat).at[by_gate].set(rank_in_expert(flat[by_gate], config.num_experts))
         else:
-            rank = _rank_in_expert(flat, config.num_experts)
+            rank = rank_in_expert(flat, config.num_experts)
         return (rank < slots).reshape(experts.shape)
 
     keep = jax.vmap(kept)(assignment.experts, assignment.gates, slots)
@@ -66,7 +66,7 @@ def apply_capacity(
     return TokenChoice(experts, jnp.where(keep, assignment.gates, 0.0)), dropped
 
 
-def _rank_in_expert(experts: Int[Array, " A"], num_experts: int) -> Int[Array, " A"]:
+def rank_in_expert(experts: Int[Array, " A"], num_experts: int) -> Int[Array, " A"]:
     """How many earlier choices name the same expert."""
     order = jnp.argsort(experts, stable=True)
     starts = jnp.searchsorted(experts[order], jnp.arange(num_experts + 1)).astype(jnp.int32)

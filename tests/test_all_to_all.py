@@ -1,0 +1,72 @@
+"""Tokens exchanged by all-to-all: output and gradients of one device, for a layer with a capacity."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from vl_jax.kernels.activation import SWIGLU
+from vl_jax.kernels.grouped_matmul import ExpertWeights
+from vl_jax.moe import all_to_all, dispatch
+from vl_jax.moe.routing import MoEConfig, TokenChoice
+
+G, T, D, E, K, F = 8, 6, 4, 8, 2, 4
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 999), st.integers(1, 3), st.integers(1, 12))
+def test_slots_and_choices_name_each_other(seed, groups, slots):
+    experts = jax.random.randint(jax.random.key(seed), (groups, 5, K), 0, E + 1)
+    plan = all_to_all.make_slots(experts, num_experts=E, slots=slots)
+    size = E * groups * slots
+    choice, inverse = np.asarray(plan.choice), np.asarray(plan.inverse).reshape(-1)
+    filled = np.flatnonzero(choice < experts.size)
+    np.testing.assert_array_equal(inverse[choice[filled]], filled)
+    for number, (slot, expert) in enumerate(zip(inverse, experts.reshape(-1), strict=True)):
+        if slot < size:
+            assert choice[slot] == number and slot // (groups * slots) == expert
+            assert slot // slots % groups == number // (5 * K)
+        else:  # unused, or its expert's slots are taken by earlier choices of the group
+            mine = experts[number // (5 * K)].reshape(-1)[: number % (5 * K)]
+            assert expert == E or np.sum(mine == expert) >= slots
+
+
+def inputs(biased: bool):
+    keys = jax.random.split(jax.random.key(4), 5)
+    shapes = ((G, T, D), (E, D, 2, F), (E, F, D), (E, 2, F), (E, D))
+    x, w_in, w_out, b_in, b_out = (jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True))
+    return x, ExpertWeights(w_in, w_out, *((b_in, b_out) if biased else ()))
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("shards", [1, 4, 8])
+def test_output_and_gradients_are_those_of_one_device(shards, biased):
+    x, weights = inputs(biased)
+    experts = jax.random.randint(jax.random.key(1), (G, T, K), 0, E)
+    gates = jax.random.uniform(jax.random.key(0), (G, T, K))
+    config = MoEConfig(num_experts=E, top_k=K, expert_dim=F, capacity=2)
+    kept, dropped = dispatch.apply_capacity(TokenChoice(experts, gates), jnp.ones((G, T), bool), config)
+    assert 0 < int(jnp.sum(dropped)) < dropped.size
+    mesh, rows = Mesh(np.array(jax.devices()[:shards]), ("expert",)), P("expert")
+    local = functools.partial(all_to_all.apply_experts, slots=2, activation=SWIGLU)
+    spread = jax.shard_map(local, mesh=mesh, in_specs=(rows, rows, rows), out_specs=rows, check_vma=False)
+    alone = functools.partial(dispatch.apply_experts, activation=SWIGLU, kernel="reference")
+
+    def results(apply):
+        def loss(x, gates, weights):
+            y = apply(x, TokenChoice(kept.experts, gates), weights)
+            return jnp.sum(jnp.sin(y)), y
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(x, kept.gates, weights)
+
+    found, expected = jax.tree.leaves(results(spread)), jax.tree.leaves(results(alone))
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
