@@ -72,6 +72,22 @@ def scenes(name: str, seed: int, num_examples: int = 1_000_000, **options) -> Sc
     )
 
 
+def sweep_scheme():
+    """Routing schemes on equal terms."""
+    for scheme in ("loss_free", "top_k", "expert_choice"):
+        yield {"model.moe.scheme": scheme}
+
+
+def sweep_experts():
+    """Fewer and larger experts, or more and smaller ones, at the same number of active parameters."""
+    for num_experts, top_k, width in ((4, 1, 192), (8, 2, 96), (16, 4, 48)):
+        yield {
+            "model.moe.num_experts": num_experts,
+            "model.moe.top_k": top_k,
+            "model.moe.expert_dim": width,
+        }
+
+
 def get_config():
     """The experiment; every field can be set on the command line."""
     muon = OptimizerConfig(method="muon", learning_rate=1e-3, warmup_steps=30, schedule="constant")

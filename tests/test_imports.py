@@ -22,6 +22,8 @@ LEVELS = (
     "layout checkpoint interop compress generation",
     "train evaluate serving export fit",
     "experiment gallery report inspection benchmark",
+    "comparison",
+    "sweep",
     "cli",
     "__main__",
 )

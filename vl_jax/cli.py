@@ -77,6 +77,18 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     inspect.add_argument("what", choices=("config", "params", "data"))
     inspect.add_argument("--html", type=Path, help="with data: also write the samples as a page")
     inspect.add_argument("--samples", type=int, default=3, help="with data: samples per source")
+    sweep = with_config(
+        command(
+            "sweep",
+            _sweep,
+            "Train every variant that the sweeps of an experiment file name, and compare them on one page.",
+            "sweep --config=experiments/quickstart.py --sweep=scheme --workdir=runs/schemes",
+        )
+    )
+    sweep.add_argument(
+        "--sweep", required=True, metavar="A,B", help="names of sweeps; several: their product"
+    )
+    sweep.add_argument("--workdir", required=True, type=Path, help="folder of the runs")
     evaluate = command(
         "evaluate",
         _evaluate,
@@ -90,7 +102,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     evaluate.add_argument("--task", action="append", default=[], help="name in config.data.evaluation; all")
     report = command(
-        "report", _report, "Write report.html anew from a run's files.", "report --workdir=runs/quickstart"
+        "report",
+        _report,
+        "Write the page of a run, or of several, anew from their files.",
+        "report --workdir=runs/quickstart",
     )
     report.add_argument("--workdir", required=True, type=Path)
     generate = command(
@@ -184,6 +199,12 @@ def _inspect(arguments: argparse.Namespace) -> None:
     inspection.show(_load(arguments), arguments.what, samples=arguments.samples, html=arguments.html)
 
 
+def _sweep(arguments: argparse.Namespace) -> None:
+    from vl_jax import sweep
+
+    print(sweep.run(arguments.config, arguments.sweep.split(","), arguments.workdir, arguments.overrides))
+
+
 def _evaluate(arguments: argparse.Namespace) -> None:
     from vl_jax import experiment
 
@@ -199,9 +220,11 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from vl_jax import report
+    from vl_jax import comparison, report
 
-    print(report.write_report(arguments.workdir))
+    collection = comparison.is_collection(arguments.workdir)
+    write = comparison.write_comparison if collection else report.write_report
+    print(write(arguments.workdir))
 
 
 def _generate(arguments: argparse.Namespace) -> None:

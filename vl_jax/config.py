@@ -24,6 +24,7 @@ import types
 import typing
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 TYPE_KEY = "_type"
@@ -125,14 +126,7 @@ def load(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> Any:
       ConfigError: the file is missing or fails, or a value breaks a rule; always one line.
     """
     file, _, argument = spec.partition(":")
-    path = Path(file)
-    if not path.is_file():
-        raise ConfigError(f"--config={file}: no such file")
-    module_spec = importlib.util.spec_from_file_location(f"experiment_{path.stem}", path)
-    assert module_spec is not None and module_spec.loader is not None
-    module = importlib.util.module_from_spec(module_spec)
-    with _errors_of(path):
-        module_spec.loader.exec_module(module)
+    path, module = Path(file), _execute(Path(file))
     if not hasattr(module, "get_config"):
         raise ConfigError(f"--config={file}: the file defines no get_config()")
     with _errors_of(path):
@@ -141,6 +135,38 @@ def load(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> Any:
     if not hasattr(config_view, "keys"):
         raise ConfigError(f"--config={file}: get_config() gave {type(result).__name__}, not a config")
     return _overridden(config_view, overrides)
+
+
+def sweep(spec: str, names: Iterable[str]) -> list[dict[str, str]]:
+    """The product of an experiment file's sweeps: the overrides of every run, in order.
+
+    ``sweep_<name>()`` in the file yields one dict of dotted paths and values for each of its variants.
+
+    Raises:
+      ConfigError: the file is missing or fails, or it has no sweep of that name.
+    """
+    path = Path(spec.partition(":")[0])
+    module, result = _execute(path), [{}]
+    known = [name.removeprefix("sweep_") for name in vars(module) if name.startswith("sweep_")]
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"--sweep={name}: {path} has {', '.join(known) or 'no sweep'}")
+        with _errors_of(path):
+            variants = [{k: str(v) for k, v in v.items()} for v in getattr(module, f"sweep_{name}")()]
+        result = [{**before, **variant} for before in result for variant in variants]
+    return result
+
+
+def _execute(path: Path) -> ModuleType:
+    """An experiment file as a module."""
+    if not path.is_file():
+        raise ConfigError(f"--config={path}: no such file")
+    module_spec = importlib.util.spec_from_file_location(f"experiment_{path.stem}", path)
+    assert module_spec is not None and module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    with _errors_of(path):
+        module_spec.loader.exec_module(module)
+    return module
 
 
 def replace(config: Any, overrides: Iterable[tuple[str, str]]) -> Any:

@@ -91,10 +91,6 @@ def read_run(workdir: str | Path) -> Run:
 
 def render(run: Run) -> str:
     """The whole page as text."""
-    name = run.folder.resolve().name
-    style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
-    # The policy makes the browser itself refuse anything that is not in this file.
-    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     sections = [
         ("Result", _headline(run)),
         ("Training", _training(run)),
@@ -104,6 +100,14 @@ def render(run: Run) -> str:
         ("Configuration", _config(run)),
         ("Run", _facts(run)),
     ]
+    return page(run.folder.resolve().name, _lead(run), sections)
+
+
+def page(name: str, lead: str, sections: Sequence[tuple[str, str]]) -> str:
+    """A whole page: title, first line, and sections of HTML under their headings."""
+    style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
+    # The policy makes the browser itself refuse anything that is not in this file.
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     body = "".join(
         f"<section><h2>{title}</h2>{content or _absent('No evaluation yet.')}</section>"
         for title, content in sections
@@ -113,16 +117,15 @@ def render(run: Run) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(name)} – run report</title><style>{style}</style></head>"
-        f"<body><main><h1>{escape(name)}</h1>{_lead(run)}{body}</main></body></html>\n"
+        f"<body><main><h1>{escape(name)}</h1><p class='lead'>{escape(lead)}</p>{body}</main></body></html>\n"
     )
 
 
 def _lead(run: Run) -> str:
     if not run.lines:
-        return '<p class="lead">No training steps logged yet.</p>'
+        return "No training steps logged yet."
     stages = " → ".join(band.name for band in _stages(run.lines) if band.name)
-    text = f"{run.lines[-1]['step']:,} steps" + (f": {stages}" if stages else "")
-    return f'<p class="lead">{escape(text)}</p>'
+    return f"{run.lines[-1]['step']:,} steps" + (f": {stages}" if stages else "")
 
 
 def _headline(run: Run) -> str:
