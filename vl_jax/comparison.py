@@ -90,13 +90,14 @@ def _points(run: Run, name: str) -> list[tuple[float, float]]:
 
 
 def _table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
-    head = "".join(f"<th{'' if n == 'run' else ' class=num'}>{escape(n)}</th>" for n in names)
+    """A column for each run, which leads to its own page."""
+    links = (f'<a href="{escape(r["run"])}/report.html">{escape(r["run"])}</a>' for r in rows)
+    head = "<th></th>" + "".join(f'<th class="num">{link}</th>' for link in links)
     body = ""
-    for entry in rows:
-        cells = "".join(f'<td class="num">{_show(n, entry.get(n))}</td>' for n in names[1:])
-        link = f'<a href="{escape(entry["run"])}/report.html">{escape(entry["run"])}</a>'
-        body += f"<tr><th>{link}</th>{cells}</tr>"
-    table = f'<table class="scores"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+    for name in names[1:]:
+        cells = "".join(f'<td class="num">{_show(name, r.get(name))}</td>' for r in rows)
+        body += f"<tr><th>{escape(name)}</th>{cells}</tr>"
+    table = f'<table class="comparison"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
     return f'<div class="card wide"><div class="scroll">{table}</div></div>'
 
 
