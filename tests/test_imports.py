@@ -22,7 +22,7 @@ LEVELS = (
     "layout checkpoint interop compress generation",
     "train evaluate serving export fit",
     "experiment gallery report inspection benchmark",
-    "comparison",
+    "comparison routing_page",
     "sweep",
     "cli",
     "__main__",

@@ -52,8 +52,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         sub.set_defaults(run=run)
         return sub
 
-    def with_config(sub: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        sub.add_argument("--config", required=True, metavar="FILE[:ARG]", help="experiment file")
+    def with_config(sub: argparse.ArgumentParser, *, required: bool = True) -> argparse.ArgumentParser:
+        sub.add_argument("--config", required=required, metavar="FILE[:ARG]", help="experiment file")
         sub.usage = f"{sub.prog} --config=FILE [--config.a.b=value ...] [options]"
         return sub
 
@@ -70,11 +70,14 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         command(
             "inspect",
             _inspect,
-            "Show what would run, without training: resolved config, parameters, or rendered samples.",
+            "Show without training what would run: config, parameters, samples; or a run's routing.",
             "inspect params --config=experiments/quickstart.py",
-        )
+        ),
+        required=False,
     )
-    inspect.add_argument("what", choices=("config", "params", "data"))
+    inspect.add_argument("what", choices=("config", "params", "data", "routing"))
+    inspect.add_argument("--workdir", type=Path, help="with routing, in place of --config: folder of a run")
+    inspect.add_argument("--batches", type=int, default=4, help="with routing: held-out batches to look at")
     inspect.add_argument("--html", type=Path, help="with data: also write the samples as a page")
     inspect.add_argument("--samples", type=int, default=3, help="with data: samples per source")
     sweep = with_config(
@@ -194,8 +197,20 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
+    if arguments.what == "routing":
+        from vl_jax import routing_page
+
+        if arguments.workdir is None:
+            raise ConfigError("inspect routing needs --workdir, the folder of a run")
+        overrides = arguments.overrides
+        print(
+            routing_page.write_routing(arguments.workdir, num_batches=arguments.batches, overrides=overrides)
+        )
+        return
     from vl_jax import inspection
 
+    if arguments.config is None:
+        raise ConfigError(f"inspect {arguments.what} needs --config, an experiment file")
     inspection.show(_load(arguments), arguments.what, samples=arguments.samples, html=arguments.html)
 
 

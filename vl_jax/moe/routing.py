@@ -25,6 +25,9 @@ from jaxtyping import Array, Bool, Float, Int
 from vl_jax.kernels.activation import SWIGLU, Activation
 
 Leaf = Any
+# An entry of the state that an intervention adds: bool, [1 1 N] or [G T N], experts that may not be chosen.
+# Their logits are ``MASKED``; a scheme that adds something to its scores leaves those at the lowest number.
+EXCLUDED, MASKED = "excluded", -1e9
 # The name of the axis over routing groups, for schemes and losses that sum over all of them.
 GROUPS = "groups"
 
@@ -180,7 +183,8 @@ def loss_free(
     The bias chooses, but does not weigh. A group is as good as its two best experts (DeepSeek-V3, 2.1.2).
     """
     scores = _scores(logits, config.score or "sigmoid")
-    choice = _within_groups(scores + state["bias"], config, best=2)
+    biased = jnp.where(logits > MASKED, scores + state["bias"], jnp.finfo(jnp.float32).min)
+    choice = _within_groups(biased, config, best=2)
     experts = jax.lax.top_k(choice, config.top_k)[1]
     gates = jnp.take_along_axis(scores, experts, axis=-1)
     probabilities = scores / jnp.sum(scores, axis=-1, keepdims=True)
@@ -251,10 +255,16 @@ def route(
     """Routes every group on its own; losses are the means over groups."""
     scheme = SCHEMES[config.scheme]
 
+    excluded = state.get(EXCLUDED)
+    state = {name: value for name, value in state.items() if name != EXCLUDED}
+    logits = logits.astype(jnp.float32)
+    if excluded is not None:
+        logits = jnp.where(excluded, MASKED, logits)
+
     def one_group(logits: jax.Array, context: RoutingContext) -> tuple[Assignment, Losses]:
         return scheme.route(logits, context, state, config)
 
-    assignment, losses = jax.vmap(one_group, axis_name=GROUPS)(logits.astype(jnp.float32), context)
+    assignment, losses = jax.vmap(one_group, axis_name=GROUPS)(logits, context)
     return assignment, {name: jnp.mean(value) for name, value in losses.items()}
 
 

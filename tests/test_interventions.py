@@ -1,0 +1,100 @@
+"""Interventions in routing: what a study counts, and that a taken-away expert is not used."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from vl_jax.evaluate import interventions
+from vl_jax.model import VisionLanguage
+from vl_jax.moe import routing
+from vl_jax.moe.routing import RoutingContext
+
+E = 4
+
+
+def routed(scheme: str, excluded, *, bias=None):
+    """Experts chosen by two groups of five tokens."""
+    config = tiny.config(scheme).moe
+    logits = jax.random.normal(jax.random.key(0), (2, 5, E))
+    context = RoutingContext(valid=jnp.ones((2, 5), bool), modality=jnp.zeros((2, 5), jnp.int32))
+    state = {} if bias is None else {"bias": jnp.asarray(bias, jnp.float32)}
+    if excluded is not None:
+        state[routing.EXCLUDED] = jnp.asarray(excluded)
+    return routing.route(logits, context, state, config)[0]
+
+
+@pytest.mark.parametrize("scheme", ["top_k", "top_k_softmax", "loss_free"])
+def test_an_excluded_expert_is_replaced_by_the_next_best(scheme):
+    bias = [9.0, 0.0, 0.0, 0.0] if scheme == "loss_free" else None  # as attractive as can be
+    before = routed(scheme, None, bias=bias).experts
+    after = routed(scheme, np.arange(E) == np.full((1, 1, 1), 0), bias=bias).experts
+    assert np.any(before == 0) and not np.any(after == 0) and np.all(after < E)
+    untouched = ~np.any(before == 0, axis=-1)
+    np.testing.assert_array_equal(np.sort(before[untouched]), np.sort(after[untouched]))
+
+
+def test_an_expert_may_be_taken_away_from_one_token_only():
+    before = routed("top_k", None).experts
+    mask = np.zeros((2, 5, E), bool)
+    mask[1, 3, before[1, 3, 0]] = True
+    after = np.array(routed("top_k", mask).experts)
+    assert before[1, 3, 0] not in after[1, 3]
+    after[1, 3] = before[1, 3]
+    np.testing.assert_array_equal(after, before)
+
+
+@pytest.fixture(scope="module")
+def setting():
+    config = tiny.config("loss_free")
+    params, state = tiny.build(config)
+    layout = tiny.layout_of(config)
+    return config, layout, params, state
+
+
+def test_a_study_counts_what_the_model_does_and_takes_away(setting):
+    config, layout, params, state = setting
+    batches = [tiny.varied_batch(2), tiny.varied_batch(2)]
+    found = interventions.study(layout, params, state, batches, num_changes=5)
+    model = VisionLanguage(config)
+    losses = [
+        interventions.target_losses(params, state, jax.tree.map(jnp.asarray, b), model=model) for b in batches
+    ]
+    weights = [b.loss_weights for b in batches]
+    total = sum(float(np.sum(np.asarray(v) * w)) for v, w in zip(losses, weights, strict=True))
+    np.testing.assert_allclose(found.loss, total / sum(float(w.sum()) for w in weights), rtol=1e-5)
+    valid = sum(int(np.count_nonzero(b.segment_ids)) for b in batches)
+    assert found.load.shape == (2, 2, E) and np.all(found.load.sum(axis=(1, 2)) == valid * 2)
+    # A token that chose two experts counts for the pair, and for each of them on the diagonal.
+    np.testing.assert_allclose(np.diagonal(found.choices, axis1=1, axis2=2), found.load.sum(axis=1))
+    assert np.all(found.router_entropy <= np.log(E) + 1e-6) and np.all(found.marginal_entropy <= np.log(E))
+    assert np.all(found.modality_information >= -1e-9)
+    assert found.knockout.shape == (2, E) and np.all(np.isfinite(found.knockout))
+    assert len(found.changes) == 5
+    gains = [c.rerouted_loss - c.loss for c in found.changes]
+    assert gains == sorted(gains, reverse=True) and gains[-1] > 0
+    for change in found.changes:
+        batch = batches[change.batch]
+        column = list(batch.target_index[change.row]).index(change.position)
+        np.testing.assert_allclose(losses[change.batch][change.row, column], change.loss, rtol=1e-4)
+
+
+def test_an_expert_nobody_chooses_can_be_taken_away_without_harm(setting):
+    config, layout, params, state = setting
+    bias = np.zeros((2, E), np.float32)
+    bias[:, 3] = -50.0
+    found = interventions.study(layout, params, {"bias": jnp.asarray(bias)}, [tiny.varied_batch(2)])
+    assert np.all(found.load[:, :, 3] == 0)
+    np.testing.assert_allclose(found.knockout[:, 3], found.loss, rtol=1e-6)
+    assert np.any(np.abs(found.knockout[:, :3] - found.loss) > 1e-6)
+
+
+def test_a_scheme_without_choices_is_refused(setting):
+    config = tiny.config("expert_choice")
+    params, state = tiny.build(config)
+    layout = tiny.layout_of(config)
+    with pytest.raises(ValueError, match="'expert_choice': its tokens have no choice"):
+        interventions.study(layout, params, state, [tiny.varied_batch(2)])

@@ -1,0 +1,217 @@
+"""What a trained model's routing does, and what the loss would be had it done otherwise.
+
+    batches --as it is-------------------> loss, load [L M E], entropies, co-activation [L E E]
+            --expert (l, e) taken away---> loss [L E]: knock-out; its tokens go to their next best expert
+            --first choice taken away----> loss [L], and of every target: forced route
+
+An intervention is an entry of the routing state (``routing.EXCLUDED``), so one compiled program serves all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from vl_jax import losses, sharding
+from vl_jax.batch import Batch
+from vl_jax.layout import Layout, put_batch
+from vl_jax.model import VisionLanguage
+from vl_jax.moe import routing
+from vl_jax.moe.routing import State, TokenChoice
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """Figures of a model's routing over some batches; losses are means per target, in nats."""
+
+    layers: tuple[int, ...]  # the numbers of the sparse layers, L of them
+    loss: float
+    targets: int  # how many were predicted
+    load: np.ndarray  # i64[L M E] choices by modality
+    choices: np.ndarray  # f64[L E E] tokens that chose both
+    router_entropy: np.ndarray  # f64[L M] mean over tokens, nats
+    knockout: np.ndarray  # f64[L E] loss without the expert
+    rerouted: np.ndarray  # f64[L] loss with every token's first choice taken away
+    changes: tuple[Change, ...]  # the targets that suffer most from that
+
+    @property
+    def marginal_entropy(self) -> np.ndarray:
+        """Entropy of the experts' load by modality, f64[L M] nats."""
+        return _entropy(self.load / np.maximum(self.load.sum(axis=-1, keepdims=True), 1))
+
+    @property
+    def modality_information(self) -> np.ndarray:
+        """How much an expert tells of the modality, and the reverse: mutual information, f64[L] nats."""
+        joint = self.load / np.maximum(self.load.sum(axis=(1, 2), keepdims=True), 1)
+        both = _entropy(joint.sum(axis=1)) + _entropy(joint.sum(axis=2))
+        return both - _entropy(joint.reshape(len(joint), -1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """A target that was predicted worse because its token was sent elsewhere in one layer."""
+
+    layer: int
+    expert: int  # the first choice that was taken away
+    batch: int
+    row: int
+    position: int  # of the token that predicts
+    target: int  # the id that follows it
+    loss: float
+    rerouted_loss: float
+
+
+def _entropy(p: np.ndarray) -> np.ndarray:
+    return -np.sum(p * np.log(np.maximum(p, 1e-30)), axis=-1)
+
+
+def study(
+    layout: Layout,
+    params: Any,
+    state: State,
+    batches: Sequence[Batch],
+    *,
+    track: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+    num_changes: int = 20,
+) -> Study:
+    """Runs every intervention on every batch.
+
+    Args:
+      batches: host batches, kept in memory.
+      track: wraps the interventions, to show progress; they are L * (E + 1).
+
+    Raises:
+      ValueError: the model has no routed experts, its scheme gives tokens no choice of their own, or there
+        is nothing to predict.
+    """
+    model, config = layout.model, layout.model.config
+    num_layers, num_experts = config.num_sparse_layers, config.moe.num_experts
+    if not num_layers:
+        raise ValueError("the model has no routed experts")
+    on_device = [put_batch(batch, layout) for batch in batches]
+    with sharding.use_mesh(layout.mesh, layout.rules):
+        plain = jax.jit(lambda p, s, b: _observe(p, s, b, model=model))
+        seen = [jax.device_get(plain(params, state, batch)) for batch in on_device]
+        weights = [np.asarray(batch.loss_weights) for batch in batches]
+        total = sum(float(w.sum()) for w in weights)
+        if not total:
+            raise ValueError("the batches have nothing to predict")
+        without = jax.jit(lambda p, s, b: target_losses(p, s, b, model=model))
+
+        def losses_of(excluded_in: Callable[[int], Any]) -> list[np.ndarray]:
+            changed = [{**state, routing.EXCLUDED: excluded_in(i)} for i in range(len(on_device))]
+            found = (without(params, s, b) for s, b in zip(changed, on_device, strict=True))
+            return [np.asarray(x) for x in found]
+
+        def mean(values: Sequence[np.ndarray]) -> float:
+            return sum(float(np.sum(v * w)) for v, w in zip(values, weights, strict=True)) / total
+
+        knockout, rerouted = np.zeros((num_layers, num_experts)), np.zeros(num_layers)
+        changes: list[Change] = []
+        plan = [(layer, expert) for layer in range(num_layers) for expert in (*range(num_experts), None)]
+        for layer, expert in track(plan):
+            if expert is not None:
+                mask = np.zeros((num_layers, 1, 1, num_experts), bool)
+                mask[layer, ..., expert] = True
+                knockout[layer, expert] = mean(losses_of(lambda _, m=mask: m))
+                continue
+            first = [s["first"][layer] for s in seen]
+            found = losses_of(lambda i, n=layer, f=first: _only(n, num_layers, f[i], num_experts))
+            rerouted[layer] = mean(found)
+            for number, values in enumerate(found):
+                changes += _changes(number, layer, batches[number], seen[number], values)
+    changes.sort(key=lambda c: c.loss - c.rerouted_loss)
+    return Study(
+        layers=config.language.sparse_layers,
+        loss=mean([s["nll"] for s in seen]),
+        targets=sum(int(np.count_nonzero(w)) for w in weights),
+        load=np.asarray(sum(s["load"].astype(np.int64) for s in seen)),
+        choices=np.asarray(sum(s["choices"].astype(np.float64) for s in seen)),
+        router_entropy=_mean_entropy(seen),
+        knockout=knockout,
+        rerouted=rerouted,
+        changes=tuple(changes[:num_changes]),
+    )
+
+
+def target_losses(params: Any, state: State, batch: Batch, *, model: VisionLanguage) -> Float[Array, "B Q"]:
+    """The loss of every target, in nats."""
+    output: Any = model.apply({"params": params}, batch, state)
+    return _nll(params, batch, output, model)
+
+
+def _nll(params: Any, batch: Batch, output: Any, model: VisionLanguage) -> jax.Array:
+    predicting = jnp.take_along_axis(output.hidden, batch.target_index[..., None], axis=1)
+    logits: Any = model.apply({"params": params}, predicting, method="logits")
+    return losses.cross_entropy(logits, batch.targets)[0]
+
+
+def _observe(params: Any, state: State, batch: Batch, *, model: VisionLanguage) -> dict[str, jax.Array]:
+    """Losses and statistics without an intervention."""
+    output, kept = model.apply({"params": params}, batch, state, mutable=["intermediates"])
+    layers = _by_layer(kept["intermediates"], model)
+    num_experts = model.config.moe.num_experts
+    valid = batch.segment_ids > 0
+    first, together, entropies = [], [], []
+    for logits, assignment in layers:
+        if not isinstance(assignment, TokenChoice):
+            raise ValueError(f"scheme={model.config.moe.scheme!r}: its tokens have no choice to be changed")
+        best = jnp.argmax(assignment.gates, axis=-1)[..., None]
+        first.append(jnp.take_along_axis(assignment.experts, best, axis=-1)[..., 0])
+        chosen = jax.nn.one_hot(assignment.experts, num_experts).sum(axis=-2)
+        together.append(jnp.einsum("BTE,BTF->EF", chosen, chosen))
+        log_p = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+        entropy = -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+        of = [jnp.sum(jnp.where(valid & (batch.modality == m), entropy, 0.0)) for m in (0, 1)]
+        entropies.append(jnp.stack(of))
+    return {
+        "nll": _nll(params, batch, output, model),
+        "load": output.routed.stats.load,
+        "tokens": output.routed.stats.tokens,
+        "first": jnp.stack(first),
+        "choices": jnp.stack(together),
+        "entropy": jnp.stack(entropies),
+    }
+
+
+def _by_layer(intermediates: Any, model: VisionLanguage) -> list[tuple[jax.Array, Any]]:
+    """(router logits, assignment) of every sparse layer, in order."""
+    runs = [run for run in model.config.language.runs if run.sparse]
+    result = []
+    for run in runs:
+        sown = intermediates["language"][run.name]["moe"]
+        for i in range(len(run.layers)):
+            logits, assignment = jax.tree.map(lambda a, i=i: a[i], (sown["logits"][0], sown["assignment"][0]))
+            result.append((logits, assignment))
+    return result
+
+
+def _only(layer: int, num_layers: int, first: np.ndarray, num_experts: int) -> np.ndarray:
+    """A mask [L B T E] of the first choices of one layer."""
+    mask = np.zeros((num_layers, *first.shape, num_experts), bool)
+    mask[layer] = first[..., None] == np.arange(num_experts)
+    return mask
+
+
+def _mean_entropy(seen: Sequence[Any]) -> np.ndarray:
+    tokens = np.sum([s["tokens"] for s in seen], axis=0)
+    return np.sum([s["entropy"] for s in seen], axis=0, dtype=np.float64) / np.maximum(tokens, 1)
+
+
+def _changes(number: int, layer: int, batch: Batch, seen: Any, values: np.ndarray) -> list[Change]:
+    """One entry for every target that got worse."""
+    result = []
+    for row, column in zip(*np.nonzero(np.asarray(batch.loss_weights)), strict=True):
+        before, after = float(seen["nll"][row, column]), float(values[row, column])
+        if after > before:
+            position = int(batch.target_index[row, column])
+            expert, target = int(seen["first"][layer][row, position]), int(batch.targets[row, column])
+            change = Change(layer, expert, number, int(row), position, target, before, after)
+            result.append(change)
+    return result
