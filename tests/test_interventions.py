@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
+from vl_jax import cli
 from vl_jax.evaluate import interventions
 from vl_jax.model import VisionLanguage
 from vl_jax.moe import routing
@@ -98,3 +101,21 @@ def test_a_scheme_without_choices_is_refused(setting):
     layout = tiny.layout_of(config)
     with pytest.raises(ValueError, match="'expert_choice': its tokens have no choice"):
         interventions.study(layout, params, state, [tiny.varied_batch(2)])
+
+
+def test_the_page_of_a_run_is_written(tmp_path, capsys):
+    pytest.importorskip("ml_collections")
+    pytest.importorskip("grain")
+    file = str(tiny.__file__).replace("tiny.py", "tiny_experiment.py")
+    run = tmp_path / "run"
+    short = ("--config.stages.first.steps=1", "--config.stages.second.steps=1")
+    assert cli.main(["train", f"--config={file}", f"--workdir={run}", *short]) == 0
+    capsys.readouterr()
+    assert cli.main(["inspect", "routing", f"--workdir={run}", "--batches=1"]) == 0
+    assert capsys.readouterr().out.strip() == str(run / "routing.html")
+    figures = json.loads((run / "routing.json").read_text())
+    assert np.shape(figures["knockout"]) == (1, E) and figures["step"] == 2 and figures["targets"] > 0
+    page = (run / "routing.html").read_text(encoding="utf-8")
+    assert "Loss without one expert" in page and "<script" not in page
+    assert cli.main(["inspect", "routing"]) == 2
+    assert "needs --workdir" in capsys.readouterr().err

@@ -94,7 +94,9 @@ def _sections(found: Study, texts: Sequence[tuple[str, str]]) -> list[tuple[str,
         "as a multiple of the mean over experts of the layer.",
     )
     pairs = "".join(
-        _card(f"Chosen together, {name}", _lift(found.choices[i]), "Multiples of independent choice.")
+        _card(
+            f"Chosen together, {name}", _lift(found.choices[i]), "Multiples of independent choice.", "expert"
+        )
         for i, name in enumerate(names)
         if found.choices.shape[-1] > 1
     )
@@ -107,10 +109,12 @@ def _sections(found: Study, texts: Sequence[tuple[str, str]]) -> list[tuple[str,
     ]
 
 
-def _card(title: str, rows: Sequence[Sequence[float | None]], note: str) -> str:
+def _card(
+    title: str, rows: Sequence[Sequence[float | None]], note: str, row_name: str = "sparse layer"
+) -> str:
     return (
         f'<div class="card"><h3>{escape(title)}</h3><p class="note">{escape(note)}</p>'
-        f"{heatmap(rows, title=title)}</div>"
+        f"{heatmap(rows, title=title, row_name=row_name)}</div>"
     )
 
 
