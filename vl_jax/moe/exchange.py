@@ -19,8 +19,8 @@ from jaxtyping import Array, Float
 
 from vl_jax.kernels.activation import Activation
 from vl_jax.kernels.grouped_matmul import ExpertWeights
-from vl_jax.moe import dispatch
-from vl_jax.moe.routing import Assignment, ExpertChoice, TokenChoice
+from vl_jax.moe import dispatch, mixing
+from vl_jax.moe.assignment import Assignment, Merge, Soft, TokenChoice
 from vl_jax.sharding import current_mesh, current_rules
 
 
@@ -32,29 +32,32 @@ def apply_experts(
     activation: Activation,
     kernel: str,
 ) -> Float[Array, "G T D"]:
-    """``dispatch.apply_experts`` over the current mesh; without one, simply that.
+    """The routed experts over the current mesh, or on one device if there is none.
 
     Raises:
       ValueError: experts, expert width or groups do not divide by their mesh axes.
     """
     mesh = current_mesh()
     if mesh is None:
-        return dispatch.apply_experts(x, assignment, weights, activation=activation, kernel=kernel)
+        return _apply(x, assignment, weights, activation=activation, kernel=kernel)
     rules = current_rules()
     batch = rules.spec(("batch",))
     _check(x, weights.w_in, dict(mesh.shape), rules.batch)
 
     def local(x: jax.Array, assignment: Assignment, weights: ExpertWeights) -> jax.Array:
-        gathered = jax.tree.map(
-            lambda a: jax.lax.all_gather(a, "expert", axis=0, tiled=True), (x, assignment)
-        )
-        mine = _own_experts(gathered[1], weights.w_in.shape[0], jax.lax.axis_index("expert"))
         if weights.b_out is not None:  # added once, not by every shard of the hidden units
             first = jax.lax.axis_index("tensor") == 0
             weights = dataclasses.replace(weights, b_out=jnp.where(first, weights.b_out, 0))
-        out = dispatch.apply_experts(gathered[0], mine, weights, activation=activation, kernel=kernel)
+        everywhere = jax.tree.map(_gather, assignment)
+        mine = _own_experts(everywhere, weights.w_in.shape[0], jax.lax.axis_index("expert"))
+        if isinstance(mine, Merge):  # experts move, tokens stay
+            merged = jax.tree.map(_scatter, mixing.merge_weights(mine, weights))
+            merged = jax.tree.map(lambda w: w.astype(x.dtype), merged)
+            out = mixing.apply_merged(x, merged, activation=activation)
+            return jax.lax.psum(out.astype(jnp.float32), "tensor").astype(x.dtype)
+        out = _apply(_gather(x), mine, weights, activation=activation, kernel=kernel)
         out = jax.lax.psum(out.astype(jnp.float32), "tensor")
-        return jax.lax.psum_scatter(out, "expert", scatter_dimension=0, tiled=True).astype(x.dtype)
+        return _scatter(out).astype(x.dtype)
 
     specs = ExpertWeights(
         w_in=P("expert", None, None, "tensor"),
@@ -67,11 +70,37 @@ def apply_experts(
     )
 
 
+def _apply(
+    x: Float[Array, "G T D"],
+    assignment: Assignment,
+    weights: ExpertWeights,
+    *,
+    activation: Activation,
+    kernel: str,
+) -> Float[Array, "G T D"]:
+    """The routed experts on this device, whatever the kind of assignment."""
+    if isinstance(assignment, Merge):
+        merged = jax.tree.map(lambda w: w.astype(x.dtype), mixing.merge_weights(assignment, weights))
+        return mixing.apply_merged(x, merged, activation=activation)
+    if isinstance(assignment, Soft):
+        return mixing.apply_soft(x, assignment, weights, activation=activation, kernel=kernel)
+    return dispatch.apply_experts(x, assignment, weights, activation=activation, kernel=kernel)
+
+
+def _gather(x: jax.Array) -> jax.Array:
+    return jax.lax.all_gather(x, "expert", axis=0, tiled=True)
+
+
+def _scatter(x: jax.Array) -> jax.Array:
+    return jax.lax.psum_scatter(x, "expert", scatter_dimension=0, tiled=True)
+
+
 def _own_experts(assignment: Assignment, num_local: int, shard: jax.Array) -> Assignment:
     """The part of an assignment that concerns this shard's experts, renumbered from 0."""
-    if isinstance(assignment, ExpertChoice):
+    if not isinstance(assignment, TokenChoice):
+        axis = 2 if isinstance(assignment, Soft) else 1
         return jax.tree.map(
-            lambda a: jax.lax.dynamic_slice_in_dim(a, shard * num_local, num_local, axis=1), assignment
+            lambda a: jax.lax.dynamic_slice_in_dim(a, shard * num_local, num_local, axis=axis), assignment
         )
     local = assignment.experts - shard * num_local
     mine = (local >= 0) & (local < num_local)
