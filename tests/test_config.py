@@ -136,8 +136,8 @@ def test_a_none_field_takes_a_value_and_back():
         ("model.moe.top_k", "9", "config.model.moe: top_k=9 must be from 1 to num_experts=4"),
         (
             "model.moe.scheme",
-            "hash",
-            "config.model.moe.scheme='hash': expected one of 'top_k', 'top_k_softmax', 'loss_free'",
+            "hashed",
+            "config.model.moe: scheme='hashed': no built-in scheme, and not path/to/file.py:name; did you",
         ),
         (
             "stages.second.optimizer.betas",

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from vl_jax import sharding
-from vl_jax.kernels.activation import SWIGLU
 from vl_jax.kernels.grouped_matmul import ExpertWeights
-from vl_jax.moe import dispatch, exchange
-from vl_jax.moe.routing import ExpertChoice, TokenChoice
+from vl_jax.moe import exchange
+from vl_jax.moe.routing import ExpertChoice, MoEConfig, TokenChoice
 from vl_jax.sharding import MeshConfig, make_mesh
 
 G, T, D, E, K, F = 8, 6, 4, 4, 2, 4
-OPTIONS = {"activation": SWIGLU, "kernel": "blocked"}
+CONFIG = MoEConfig(num_experts=E, top_k=K, expert_dim=F)
 
 
 def assignments():
@@ -33,26 +34,45 @@ def weights():
     return [jax.random.normal(k, shape) for k, shape in zip(keys, shapes, strict=True)]
 
 
-@pytest.mark.parametrize("kind", ["token choice", "expert choice"])
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("token choice", {}),
+        ("expert choice", {}),
+        ("token choice", {"exchange": "all_to_all", "capacity": T * K}),  # room for every choice
+    ],
+    ids=["token choice", "expert choice", "all to all"],
+)
 @pytest.mark.parametrize("sizes", [(1, 2, 2, 2), (2, 1, 4, 1)])
-def test_experts_spread_over_devices_compute_what_one_device_computes(kind, sizes):
-    assignment = assignments()[kind]
+def test_experts_spread_over_devices_compute_what_one_device_computes(kind, changes, sizes):
+    assignment, config = assignments()[kind], dataclasses.replace(CONFIG, **changes)
 
-    def objective(apply, x, gates, w_in, w_out):
-        y = apply(x, assignment.replace(gates=gates), ExpertWeights(w_in, w_out), **OPTIONS)
+    def objective(x, gates, w_in, w_out):
+        weights = ExpertWeights(w_in, w_out)
+        y = exchange.apply_experts(x, assignment.replace(gates=gates), weights, config)
         return jnp.sum(jnp.sin(y)), y
 
-    x, w_in, w_out = weights()
-    inputs = (x, assignment.gates, w_in, w_out)
-    on_one, on_many = (
-        jax.jit(jax.value_and_grad(lambda *a, f=f: objective(f, *a), argnums=(0, 1, 2, 3), has_aux=True))
-        for f in (dispatch.apply_experts, exchange.apply_experts)
-    )
-    expected = on_one(*inputs)
+    def results(x, w_in, w_out):
+        compiled = jax.jit(jax.value_and_grad(objective, argnums=(0, 1, 2, 3), has_aux=True))
+        return jax.tree.leaves(compiled(x, assignment.gates, w_in, w_out))
+
+    expected = results(*weights())
     with sharding.use_mesh(make_mesh(MeshConfig(*sizes))):
-        actual = on_many(*inputs)
-    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        actual = results(*weights())
+    for a, b in zip(actual, expected, strict=True):
         assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)
+
+
+def test_an_exchange_that_does_not_fit_the_scheme_is_named():
+    with pytest.raises(ValueError, match="exchange='all_to_all' needs capacity or capacity_factor"):
+        dataclasses.replace(CONFIG, exchange="all_to_all")
+    x, w_in, w_out = weights()
+    config = dataclasses.replace(CONFIG, scheme="expert_choice", exchange="all_to_all", capacity_factor=1.0)
+    with (
+        sharding.use_mesh(make_mesh(MeshConfig(1, 1, 4, 2))),
+        pytest.raises(ValueError, match="for tokens that choose; scheme='expert_choice' gives ExpertChoice"),
+    ):
+        exchange.apply_experts(x, assignments()["expert choice"], ExpertWeights(w_in, w_out), config)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +88,7 @@ def test_sizes_that_do_not_divide_are_named(sizes, message):
         sharding.use_mesh(make_mesh(MeshConfig(*sizes))),
         pytest.raises(ValueError, match=message),
     ):
-        exchange.apply_experts(x, assignments()["token choice"], ExpertWeights(w_in, w_out), **OPTIONS)
+        exchange.apply_experts(x, assignments()["token choice"], ExpertWeights(w_in, w_out), CONFIG)
 
 
 def test_rows_that_do_not_divide_are_named():
@@ -78,4 +98,4 @@ def test_rows_that_do_not_divide_are_named():
         sharding.use_mesh(make_mesh(MeshConfig(data=4, tensor=2))),
         pytest.raises(ValueError, match="batch rows=6 does not divide by mesh axes data.fsdp.expert=4"),
     ):
-        exchange.apply_experts(x[:6], few, ExpertWeights(w_in, w_out), **OPTIONS)
+        exchange.apply_experts(x[:6], few, ExpertWeights(w_in, w_out), CONFIG)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -134,13 +135,20 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     convert.add_argument("--from", dest="source", required=True, type=Path, help="what to convert")
     convert.add_argument("--to", dest="target", required=True, type=Path, help="must not exist")
+    conformance = command(
+        "conformance",
+        _conformance,
+        "Check a routing scheme of one's own: gradients, equivariance, masking, causality, kernels, devices.",
+        "conformance experiments/my_router.py:my_router",
+    )
+    conformance.add_argument("scheme", metavar="FILE:NAME", help="or the name of a built-in scheme")
     benchmark = command(
         "benchmark",
         _benchmark,
-        "Time a training step or decoding on a CPU, beside transformers where it is installed.",
+        "Time a training step, decoding (both beside transformers) or routed experts (beside other ways).",
         "benchmark step --json=step.json",
     )
-    benchmark.add_argument("name", choices=("step", "decode"))
+    benchmark.add_argument("name", choices=("step", "decode", "routing"))
     benchmark.add_argument("--json", type=Path, help="file for the figures")
     benchmark.add_argument("--repeats", type=int, default=9, help="turns of each side")
     tokenizer = command(
@@ -300,7 +308,27 @@ def _convert(arguments: argparse.Namespace) -> None:
     print(arguments.target)
 
 
+def _conformance(arguments: argparse.Namespace) -> None:
+    # Before jax starts: on a machine without an accelerator, eight devices to spread experts over.
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "device_count" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
+    from vl_jax.moe import conformance
+
+    results = conformance.check(arguments.scheme)
+    for result in results:
+        print(result)
+    failed = sum(result.passed is False for result in results)
+    if failed:
+        raise ConfigError(f"{arguments.scheme}: {failed} of {len(results)} properties failed")
+
+
 def _benchmark(arguments: argparse.Namespace) -> None:
+    if arguments.name == "routing":
+        from vl_jax import routing_benchmark
+
+        routing_benchmark.run(repeats=arguments.repeats, json_file=arguments.json)
+        return
     from vl_jax import benchmark
 
     benchmark.run(arguments.name, repeats=arguments.repeats, json_file=arguments.json)

@@ -50,6 +50,7 @@ MOE_SETTINGS = (
     "capacity_factor",
     "capacity",
     "priority",
+    "exchange",
     "kernel",
 )
 

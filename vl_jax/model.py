@@ -178,7 +178,12 @@ class VisionLanguage(nn.Module):
         context = LayerContext(
             positions=batch.positions,
             mask=mask,
-            routing=RoutingContext(valid=batch.segment_ids > 0, modality=batch.modality),
+            routing=RoutingContext(
+                valid=batch.segment_ids > 0,
+                modality=batch.modality,
+                tokens=batch.tokens,
+                positions=batch.positions,
+            ),
             vision=vision if gated else None,
             vision_mask=_vision_mask(batch, offset) if gated else None,
             length=None if cache is None else cache.length,
@@ -219,14 +224,13 @@ def merge_visual(
 
 def init_routing_state(config: VisionLanguageConfig) -> State:
     """The routing scheme's initial state, stacked over the sparse layers."""
-    state = routing.SCHEMES[config.moe.scheme].init_state(config.moe)
+    state = routing.init_state(config.moe)
     return jax.tree.map(lambda a: jnp.repeat(a[None], config.num_sparse_layers, axis=0), state)
 
 
 def update_routing_state(state: State, stats: Any, config: VisionLanguageConfig) -> State:
     """One step of the scheme's state per sparse layer, from statistics summed over the optimiser step."""
-    update = routing.SCHEMES[config.moe.scheme].update_state
-    return jax.vmap(lambda s, t: update(s, t, config.moe))(state, stats) if state else state
+    return jax.vmap(lambda s, t: routing.update_state(s, t, config.moe))(state, stats) if state else state
 
 
 def init_cache(config: VisionLanguageConfig, *, batch: int, slots: int) -> Cache:

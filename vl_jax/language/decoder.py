@@ -182,7 +182,7 @@ class Decoder(nn.Module):
         scanned = nn.scan(
             layer,
             variable_axes={"params": 0, "intermediates": 0},
-            split_rngs={"params": True},
+            split_rngs={"params": True, "routing": True},  # "routing": noise of schemes, in training
             in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=len(run.layers),
             unroll=True if len(run.layers) == 1 else 1,  # no loop, out of which XLA would move nothing

@@ -298,7 +298,7 @@ class EncoderDecoder(nn.Module):
 
     def setup(self):
         c = self.config
-        if routing.SCHEMES[self.moe.scheme].init_state(self.moe):
+        if routing.init_state(self.moe):
             raise ValueError(f"scheme={self.moe.scheme!r} keeps state, for which there is no place here")
         if c.decoder.sparse_layers and not routing.is_causal(self.moe):
             raise ValueError(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from vl_jax.batch import MODALITIES
-from vl_jax.moe.routing import Assignment, ExpertChoice, RoutingContext, RoutingStats
+from vl_jax.moe.assignment import Assignment, ExpertChoice, Merge, RoutingContext, RoutingStats, Soft
 
 
 def count(
@@ -17,13 +17,18 @@ def count(
     dropped: Bool[Array, "G T K"],
     scores: Float[Array, "G T E"],
     context: RoutingContext,
+    measured: dict[str, jax.Array] | None = None,
 ) -> RoutingStats:
     """Counts one layer's choices by modality and expert.
+
+    Without choices, a slot of ``Soft`` counts for the modality that fills most of it, and the tokens of a
+    group with ``Merge`` for the expert that weighs most.
 
     Args:
       assignment: what the scheme decided, with a leading group axis, before capacity.
       dropped: choices that found no slot.
-      scores: router probabilities (softmax of the logits), for the importance.
+      scores: probabilities of the experts, for the importance.
+      measured: what the scheme itself measured, summed over groups.
     """
     num_experts = scores.shape[-1]
     valid = context.valid[..., None]
@@ -33,6 +38,13 @@ def count(
         taken = (assignment.gates > 0).astype(jnp.int32)
         modality = jax.vmap(lambda table, tokens: table[tokens])(of_modality, assignment.tokens)
         load = jnp.einsum("GECM,GEC->ME", modality, taken)
+    elif isinstance(assignment, Soft):
+        filled = jnp.einsum("GTM,GTES->GESM", of_modality.astype(jnp.float32), assignment.dispatch)
+        most = jax.nn.one_hot(jnp.argmax(filled, axis=-1), len(MODALITIES), dtype=jnp.int32)
+        load = jnp.einsum("GESM,G->ME", most, jnp.any(context.valid, axis=1).astype(jnp.int32))
+    elif isinstance(assignment, Merge):
+        heaviest = jax.nn.one_hot(jnp.argmax(assignment.weights, axis=-1), num_experts, dtype=jnp.int32)
+        load = jnp.einsum("GTM,GE->ME", of_modality, heaviest)
     else:
         chosen = jax.nn.one_hot(assignment.experts, num_experts, dtype=jnp.int32).sum(axis=2)
         load = jnp.einsum("GTM,GTE->ME", of_modality, chosen)
@@ -41,6 +53,7 @@ def count(
         importance=jnp.einsum("GTM,GTE->ME", of_modality.astype(jnp.float32), scores),
         tokens=jnp.sum(of_modality, axis=(0, 1)),
         dropped=jnp.einsum("GTM,GTK->M", of_modality, dropped.astype(jnp.int32)),
+        measured=measured or {},
     )
 
 

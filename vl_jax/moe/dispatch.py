@@ -17,7 +17,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vl_jax.kernels.activation import Activation
 from vl_jax.kernels.grouped_matmul import ExpertWeights, gathered_mlp, grouped_mlp
-from vl_jax.moe.routing import Assignment, ExpertChoice, MoEConfig, TokenChoice
+from vl_jax.moe.assignment import Assignment, Choice, ExpertChoice, TokenChoice
+from vl_jax.moe.routing import MoEConfig
 
 Leaf = Any
 
@@ -41,7 +42,7 @@ def apply_capacity(
     filled in order of position (causal: a token never loses to a later one), or of gate, highest first
     (V-MoE's batch priority, arXiv 2106.05974).
     """
-    if isinstance(assignment, ExpertChoice):
+    if not isinstance(assignment, TokenChoice):  # an even load by construction
         return assignment, jnp.zeros((*valid.shape, 1), bool)
     if config.is_dropless:
         return assignment, jnp.zeros(assignment.experts.shape, bool)
@@ -74,7 +75,7 @@ def rank_in_expert(experts: Int[Array, " A"], num_experts: int) -> Int[Array, " 
     return jnp.zeros_like(experts).at[order].set(rank_sorted)
 
 
-def make_plan(assignment: Assignment, *, num_experts: int, length: int) -> Plan:
+def make_plan(assignment: Choice, *, num_experts: int, length: int) -> Plan:
     """Sorts the choices of all groups by expert.
 
     Args:
@@ -172,7 +173,7 @@ def _rows_of_tokens(rows: Float[Array, "R D"], inverse: Int[Array, "T K"]) -> Fl
 
 def apply_experts(
     x: Float[Array, "G T D"],
-    assignment: Assignment,
+    assignment: Choice,
     weights: ExpertWeights,
     *,
     activation: Activation,

@@ -5,7 +5,8 @@
         --reduce-scatter over "expert", reduce over "tensor"--> the tokens it began with
 
 Inside ``shard_map`` the collectives are ours, never the partitioner's guess. The all-gather form moves N - 1
-copies of the tokens over N shards, less than an all-to-all for N below about 6 at k = 6.
+copies of the tokens over N shards, less than an all-to-all for N below about 6 at k = 6. Above, a layer with
+a capacity may send every token only where it is wanted: see ``all_to_all``.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from jaxtyping import Array, Float
 
 from vl_jax.kernels.activation import Activation
 from vl_jax.kernels.grouped_matmul import ExpertWeights
-from vl_jax.moe import dispatch
-from vl_jax.moe.routing import Assignment, ExpertChoice, TokenChoice
+from vl_jax.moe import all_to_all, dispatch, mixing
+from vl_jax.moe.assignment import Assignment, Merge, Soft, TokenChoice
+from vl_jax.moe.routing import MoEConfig
 from vl_jax.sharding import current_mesh, current_rules
 
 
@@ -28,33 +30,44 @@ def apply_experts(
     x: Float[Array, "G T D"],
     assignment: Assignment,
     weights: ExpertWeights,
-    *,
-    activation: Activation,
-    kernel: str,
+    config: MoEConfig,
 ) -> Float[Array, "G T D"]:
-    """``dispatch.apply_experts`` over the current mesh; without one, simply that.
+    """The routed experts over the current mesh, or on one device if there is none.
 
     Raises:
-      ValueError: experts, expert width or groups do not divide by their mesh axes.
+      ValueError: experts, expert width or groups do not divide by their mesh axes, or the exchange is not
+        for this kind of assignment.
     """
-    mesh = current_mesh()
+    mesh, activation, kernel = current_mesh(), config.activation, config.kernel
     if mesh is None:
-        return dispatch.apply_experts(x, assignment, weights, activation=activation, kernel=kernel)
+        return _apply(x, assignment, weights, activation=activation, kernel=kernel)
+    slots = config.slots(x.shape[1]) if config.exchange == "all_to_all" else None
+    if slots is not None and not isinstance(assignment, TokenChoice):
+        raise ValueError(
+            f"exchange='all_to_all' is for tokens that choose; scheme={config.scheme!r} gives "
+            f"{type(assignment).__name__}"
+        )
     rules = current_rules()
     batch = rules.spec(("batch",))
     _check(x, weights.w_in, dict(mesh.shape), rules.batch)
 
     def local(x: jax.Array, assignment: Assignment, weights: ExpertWeights) -> jax.Array:
-        gathered = jax.tree.map(
-            lambda a: jax.lax.all_gather(a, "expert", axis=0, tiled=True), (x, assignment)
-        )
-        mine = _own_experts(gathered[1], weights.w_in.shape[0], jax.lax.axis_index("expert"))
         if weights.b_out is not None:  # added once, not by every shard of the hidden units
             first = jax.lax.axis_index("tensor") == 0
             weights = dataclasses.replace(weights, b_out=jnp.where(first, weights.b_out, 0))
-        out = dispatch.apply_experts(gathered[0], mine, weights, activation=activation, kernel=kernel)
+        if slots is not None:
+            out = all_to_all.apply_experts(x, assignment, weights, slots=slots, activation=activation)  # pyright: ignore
+            return jax.lax.psum(out.astype(jnp.float32), "tensor").astype(x.dtype)
+        everywhere = jax.tree.map(_gather, assignment)
+        mine = _own_experts(everywhere, weights.w_in.shape[0], jax.lax.axis_index("expert"))
+        if isinstance(mine, Merge):  # experts move, tokens stay
+            merged = jax.tree.map(_scatter, mixing.merge_weights(mine, weights))
+            merged = jax.tree.map(lambda w: w.astype(x.dtype), merged)
+            out = mixing.apply_merged(x, merged, activation=activation)
+            return jax.lax.psum(out.astype(jnp.float32), "tensor").astype(x.dtype)
+        out = _apply(_gather(x), mine, weights, activation=activation, kernel=kernel)
         out = jax.lax.psum(out.astype(jnp.float32), "tensor")
-        return jax.lax.psum_scatter(out, "expert", scatter_dimension=0, tiled=True).astype(x.dtype)
+        return _scatter(out).astype(x.dtype)
 
     specs = ExpertWeights(
         w_in=P("expert", None, None, "tensor"),
@@ -67,11 +80,37 @@ def apply_experts(
     )
 
 
+def _apply(
+    x: Float[Array, "G T D"],
+    assignment: Assignment,
+    weights: ExpertWeights,
+    *,
+    activation: Activation,
+    kernel: str,
+) -> Float[Array, "G T D"]:
+    """The routed experts on this device, whatever the kind of assignment."""
+    if isinstance(assignment, Merge):
+        merged = jax.tree.map(lambda w: w.astype(x.dtype), mixing.merge_weights(assignment, weights))
+        return mixing.apply_merged(x, merged, activation=activation)
+    if isinstance(assignment, Soft):
+        return mixing.apply_soft(x, assignment, weights, activation=activation, kernel=kernel)
+    return dispatch.apply_experts(x, assignment, weights, activation=activation, kernel=kernel)
+
+
+def _gather(x: jax.Array) -> jax.Array:
+    return jax.lax.all_gather(x, "expert", axis=0, tiled=True)
+
+
+def _scatter(x: jax.Array) -> jax.Array:
+    return jax.lax.psum_scatter(x, "expert", scatter_dimension=0, tiled=True)
+
+
 def _own_experts(assignment: Assignment, num_local: int, shard: jax.Array) -> Assignment:
     """The part of an assignment that concerns this shard's experts, renumbered from 0."""
-    if isinstance(assignment, ExpertChoice):
+    if not isinstance(assignment, TokenChoice):
+        axis = 2 if isinstance(assignment, Soft) else 1
         return jax.tree.map(
-            lambda a: jax.lax.dynamic_slice_in_dim(a, shard * num_local, num_local, axis=1), assignment
+            lambda a: jax.lax.dynamic_slice_in_dim(a, shard * num_local, num_local, axis=axis), assignment
         )
     local = assignment.experts - shard * num_local
     mine = (local >= 0) & (local < num_local)

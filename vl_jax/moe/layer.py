@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from vl_jax.kernels.grouped_matmul import ExpertWeights
 from vl_jax.moe import balance, dispatch, exchange, routing
+from vl_jax.moe.assignment import Merge
 from vl_jax.moe.routing import MoEConfig, RoutingContext, RoutingStats, State
 from vl_jax.nn.layers import GatedMLP, Linear, fan_in, named
 
@@ -37,6 +38,10 @@ class DynamicMoE(nn.Module):
     ) -> tuple[Float[Array, "B T D"], MoEOutput]:
         c = self.config
         logits = router_logits(x, *self._router(x.shape[-1]))
+        context = context.replace(x=x)  # pyright: ignore[reportAttributeAccessIssue]
+        if self.has_rng("routing"):
+            keys = routing.group_keys(self.make_rng("routing"), context)
+            context = context.replace(rng=keys)  # pyright: ignore[reportAttributeAccessIssue]
         assignment, losses = routing.route(logits, context, state, c)
         self.sow("intermediates", "logits", logits)
         self.sow("intermediates", "assignment", assignment)
@@ -52,7 +57,8 @@ class DynamicMoE(nn.Module):
         return y, MoEOutput(stats=stats, losses=losses)
 
     def _router(self, width: int) -> tuple[jax.Array, jax.Array | None]:
-        kernel = self.param("router", named(fan_in(), "embed", None), (width, self.config.num_experts))
+        columns = routing.scheme_of(self.config).columns(self.config)
+        kernel = self.param("router", named(fan_in(), "embed", None), (width, columns))
         if not self.config.router_bias:
             return kernel, None
         return kernel, self.param("router_bias", named(nn.initializers.zeros, None), (kernel.shape[1],))
@@ -73,17 +79,17 @@ class DynamicMoE(nn.Module):
 
 
 def router_logits(
-    x: Float[Array, "B T D"], router: Float[Array, "D E"], bias: Float[Array, " E"] | None
-) -> Float[Array, "B T E"]:
+    x: Float[Array, "B T D"], router: Float[Array, "D N"], bias: Float[Array, " N"] | None
+) -> Float[Array, "B T N"]:
     """The logits of every token, in float32 whatever the dtype of ``x``."""
     x, router = x.astype(jnp.float32), router.astype(jnp.float32)
-    logits = jnp.einsum("BTD,DE->BTE", x, router, precision=jax.lax.Precision.HIGHEST)
+    logits = jnp.einsum("BTD,DN->BTN", x, router, precision=jax.lax.Precision.HIGHEST)
     return logits if bias is None else logits + bias.astype(jnp.float32)
 
 
 def sparse_mlp(
     x: Float[Array, "B T D"],
-    logits: Float[Array, "B T E"],
+    logits: Float[Array, "B T N"],
     assignment: routing.Assignment,
     weights: ExpertWeights,
     *,
@@ -91,7 +97,14 @@ def sparse_mlp(
     config: MoEConfig,
 ) -> tuple[Float[Array, "B T D"], RoutingStats]:
     """The routed experts as a pure function; every row of the batch is one routing group."""
+    scheme = routing.scheme_of(config)
     kept, dropped = dispatch.apply_capacity(assignment, context.valid, config)
-    stats = balance.count(assignment, dropped, jax.nn.softmax(logits, axis=-1), context)
-    y = exchange.apply_experts(x, kept, weights, activation=config.activation, kernel=config.kernel)
+    measured = {}
+    if scheme.measure is not None:
+        by_group = jax.vmap(lambda z, where: scheme.measure(z, where, config))(logits, context)  # pyright: ignore
+        measured = jax.tree.map(lambda a: jnp.sum(a, axis=0), by_group)
+    stats = balance.count(assignment, dropped, scheme.scores(logits, config), context, measured)
+    y = exchange.apply_experts(x, kept, weights, config)
+    if isinstance(assignment, Merge):  # no weight of its own keeps padding out
+        y = jnp.where(context.valid[..., None], y, 0)
     return y, jax.lax.stop_gradient(stats)

@@ -20,7 +20,7 @@ from vl_jax import params as params_lib
 from vl_jax.batch import Batch
 from vl_jax.model import VisionLanguage, update_routing_state
 from vl_jax.moe import balance
-from vl_jax.moe.routing import State
+from vl_jax.moe.routing import State, scheme_of
 from vl_jax.train import lora
 
 Leaf = Any
@@ -51,10 +51,15 @@ def join_trained(trained: Any, frozen: Any, trainable: set[str]) -> tuple[Any, A
 
 
 def loss_sums(
-    params: Any, routing: State, batch: Batch, *, model: VisionLanguage
+    params: Any,
+    routing: State,
+    batch: Batch,
+    *,
+    model: VisionLanguage,
+    rngs: dict[str, jax.Array] | None = None,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Any]]:
     """(sum of cross-entropy, (sum of hits, sum of auxiliary losses over layers, routing statistics))."""
-    output: Any = model.apply({"params": params}, batch, routing)
+    output: Any = model.apply({"params": params}, batch, routing, rngs=rngs)
     predicting = jnp.take_along_axis(output.hidden, batch.target_index[..., None], axis=1)
     logits: Any = model.apply({"params": params}, predicting, method="logits")
     nll, hit = losses.cross_entropy(logits, batch.targets)
@@ -88,10 +93,13 @@ def gradients(
     """Gradients of parameters that train and of adapters for the whole batch, metrics, routing statistics."""
     trained, frozen = split_trained(state.params, state.adapters, trainable)
     total = jnp.maximum(jnp.sum(batch.loss_weights), 1.0)
+    rngs = None
+    if scheme_of(model.config.moe).rng:
+        rngs = {"routing": jax.random.fold_in(jax.random.key(0), state.step)}
 
     def objective(trained: Any, part: Batch) -> tuple[jax.Array, tuple]:
         params = lora.merge(*join_trained(trained, frozen, trainable), lora_scale)
-        nll, (hits, auxiliary, stats) = loss_sums(params, state.routing, part, model=model)
+        nll, (hits, auxiliary, stats) = loss_sums(params, state.routing, part, model=model, rngs=rngs)
         return nll / total + auxiliary / accumulation, (
             nll / total,
             hits / total,

@@ -1,0 +1,49 @@
+"""A routing scheme of one's own in the model of the quickstart; no file of the package is touched.
+
+    python -m vl_jax conformance experiments/my_router.py:my_router
+    python -m vl_jax train --config=experiments/my_router.py --workdir=runs/my_router
+
+Experts that were crowded lately are less attractive: selection is by sigmoid score less ``push`` times how
+far the expert's share of the load, averaged over steps, is above an even one.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from vl_jax import config
+from vl_jax.moe.routing import Scheme, TokenChoice
+
+
+def route(logits, context, state, config):
+    """The top experts by score less crowding; gates are the scores."""
+    scores = jax.nn.sigmoid(logits)
+    crowding = config.num_experts * state["share"] - 1
+    experts = jax.lax.top_k(scores - config.option("push") * crowding, config.top_k)[1]
+    gates = jnp.take_along_axis(scores, experts, axis=-1)
+    valid = context.valid[:, None]  # an id of num_experts is "no expert"
+    return TokenChoice(jnp.where(valid, experts, config.num_experts), jnp.where(valid, gates, 0.0)), {}
+
+
+def init_state(config):
+    """An even share for every expert."""
+    return {"share": jnp.full((config.num_experts,), 1 / config.num_experts)}
+
+
+def update_state(state, stats, config):
+    """Moves the shares a tenth of the way to those of the step."""
+    load = stats.load.sum(axis=0).astype(jnp.float32)
+    return {"share": 0.9 * state["share"] + 0.1 * load / jnp.maximum(load.sum(), 1.0)}
+
+
+my_router = Scheme(route, init_state, update_state, defaults={"push": 0.1})
+
+
+def get_config():
+    """The quickstart with ``my_router`` in every sparse layer."""
+    experiment = config.load(str(Path(__file__).with_name("quickstart.py")))
+    moe = dataclasses.replace(experiment.model.moe, scheme=f"{__file__}:my_router")
+    model = dataclasses.replace(experiment.model, moe=moe)
+    return config.view(dataclasses.replace(experiment, name="my_router", model=model))

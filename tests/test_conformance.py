@@ -1,0 +1,145 @@
+"""Every built-in scheme, and the worked example, passes its conformance checks; errors name the scheme."""
+
+from __future__ import annotations
+
+import dataclasses
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from vl_jax.moe import conformance
+from vl_jax.moe.routing import SCHEMES, MoEConfig
+
+EXAMPLE = f"{Path(__file__).resolve().parent.parent / 'experiments' / 'my_router.py'}:my_router"
+EVERY = (*SCHEMES, EXAMPLE)
+NAMES = (*SCHEMES, "my_router")
+NOTHING_DROPPED = ("soft_moe", "smear")
+WHOLE = NOTHING_DROPPED  # one scheme of each kind of assignment that test_exchange.py does not cover
+TWINS = ("top_k_softmax", "switch", "modality_bias", "gshard", "v_moe")  # each is close to another scheme
+
+
+def failures(results: list[conformance.Result]) -> list[str]:
+    return [str(result) for result in results if result.passed is False]
+
+
+def every_scheme(*slow: str):
+    marks = [pytest.mark.slow if name in slow else () for name in NAMES]
+    return pytest.mark.parametrize(
+        "scheme", [pytest.param(*p[:1], id=p[1], marks=p[2]) for p in zip(EVERY, NAMES, marks, strict=True)]
+    )
+
+
+@every_scheme(*WHOLE, *TWINS)
+def test_every_scheme_conforms(scheme):
+    results = conformance.check(scheme, quick=True)
+    assert not failures(results)
+    assert len(results) == 1 + len(conformance.PROPERTIES)
+
+
+@every_scheme(*(name for name in NAMES if name not in WHOLE))
+def test_kernels_capacity_and_devices_change_nothing(scheme):
+    results = {r.property: r for r in conformance.check(scheme)}
+    assert not failures(list(results.values()))
+    assert results["one device = many"].passed
+    assert (results["kernels agree with few slots"].passed is None) == (scheme in NOTHING_DROPPED)
+
+
+OPTIONS = {
+    "groups": {"num_groups": 4, "top_groups": 2},
+    "gate priority": {"capacity_factor": 0.75, "priority": "gate"},
+    "batch balance": {"balance_scope": "batch", "z_weight": 0.1, "normalize_gates": True},
+    "step balance": {"balance_scope": "step"},
+    "entropies": {
+        "options": (("text_local_entropy", 0.1), ("vision_global_entropy", 0.1), ("min_experts", 6.0))
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_options_of_the_layer_keep_the_properties(options):
+    config = dataclasses.replace(conformance.small_config("top_k"), **options)
+    failed = [r.property for r in conformance.check("top_k", config) if r.passed is False]
+    # With priority by gate a later token may take the slot of an earlier one.
+    assert failed == (["causal as declared"] if options.get("priority") == "gate" else [])
+
+
+# What a scheme returns, and what is said about it.
+BROKEN = {
+    "ids": ("TokenChoice(ids + config.num_experts, gates), {}", "expert ids from 8 to 15, must be 0 to 8"),
+    "shape": ("TokenChoice(ids.T, gates), {}", "experts is int32[2, 8], expected int32[T=8, K]"),
+    "gates": ("TokenChoice(ids, gates[:, :1]), {}", "TokenChoice.gates is float32[8, 1]"),
+    "dtype": ("TokenChoice(ids, gates.astype(jnp.bfloat16)), {}", "TokenChoice.gates is bfloat16[8, 2]"),
+    "kind": ("ids, {}", "returned (int32[8, 2], dict), expected a pair of one of TokenChoice, "),
+    "no losses": ("TokenChoice(ids, gates)", "returned TokenChoice, expected a pair"),
+    "loss": ("TokenChoice(ids, gates), {'mine': gates}", "loss 'mine' is float32[8, 2], expected a scalar"),
+    "nan": ("TokenChoice(ids, 0 * jnp.log(gates - 9)), {}", "gates is not finite"),
+}
+
+
+def broken(tmp_path: Path, end: str, *, before: str = "") -> str:
+    file = tmp_path / "broken.py"
+    source = f"""
+        import jax
+        import jax.numpy as jnp
+        from vl_jax.moe.routing import Scheme, TokenChoice
+
+        def mine(logits, context, state, config):
+            {before}
+            gates, ids = jax.lax.top_k(jax.nn.softmax(logits), config.top_k)
+            return {end}
+    """
+    file.write_text(textwrap.dedent(source))
+    return f"{file}:mine"
+
+
+@pytest.mark.parametrize(("end", "message"), BROKEN.values(), ids=BROKEN)
+def test_a_scheme_that_returns_nonsense_is_told_what_and_named(tmp_path, end, message):
+    scheme = broken(tmp_path, end)
+    first = next(r for r in conformance.check(scheme, quick=True) if not r.passed)
+    assert f"scheme='{scheme}': " in first.detail and message in first.detail and "\n" not in first.detail
+
+
+MASK = "real = context.valid[:, None]"
+KEEP = "TokenChoice(jnp.where(real, ids, config.num_experts), jnp.where(real, gates, 0.0)), {}"
+
+
+@pytest.mark.parametrize(
+    ("before", "failed"),
+    [
+        ("logits = logits + jnp.sum(logits, axis=0) ** 2", "causal as declared"),
+        ("logits = logits + jnp.arange(8.0)[:, None] * jnp.arange(8.0)", "permuted tokens, permuted outputs"),
+        pytest.param(
+            "logits = logits / jnp.sum(context.valid, dtype=jnp.float32)",
+            "nothing but padding is zero",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_property_that_does_not_hold_is_found(tmp_path, before, failed):
+    scheme = broken(tmp_path, KEEP, before=f"{MASK}; {before}")
+    assert failed in [r.property for r in conformance.check(scheme, quick=True) if r.passed is False]
+
+
+@pytest.mark.slow
+def test_a_scheme_that_falsely_calls_itself_non_causal_is_found(tmp_path):
+    scheme = broken(tmp_path, KEEP, before=MASK)
+    file = tmp_path / "broken.py"
+    file.write_text(file.read_text() + "\nflagged = Scheme(mine, causal=False)\n")
+    results = conformance.check(scheme.replace(":mine", ":flagged"), quick=True)
+    assert failures(results) == [
+        "FAILED  causal as declared: declared causal=False, but no later token matters"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"top_k": 9}, "top_k=9 must be from 1 to num_experts=8 .scheme='top_k'."),
+        ({"capacity": 0}, "capacity=0 must be >= 1, and excludes capacity_factor .scheme='top_k'."),
+    ],
+)
+def test_impossible_settings_name_the_scheme(options, message):
+    with pytest.raises(ValueError, match=message):
+        MoEConfig(**{"scheme": "top_k", "num_experts": 8, "top_k": 2, **options})

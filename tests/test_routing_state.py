@@ -1,0 +1,61 @@
+"""The state and the losses of routing schemes are the same however a training step is computed."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_step
+import tiny
+
+from vl_jax.model import VisionLanguageConfig, update_routing_state
+
+EXAMPLE = Path(__file__).resolve().parent.parent / "experiments" / "my_router.py"
+# Schemes that keep state or draw noise, and the balance over whole steps, with fields of ``MoEConfig``.
+CASES: dict[str, dict[str, Any]] = {
+    "loss_free": {},
+    "loss_free over steps": {"scheme": "loss_free", "balance_scope": "step", "balance_weight": 0.1},
+    "modality_bias": {},
+    "remoe": {"options": (("initial_l1", 0.1),)},
+    "expert_threshold": {"options": (("decay", 0.5),)},
+    "noisy_top_k": {},
+    "sinkhorn": {},
+    "my_router": {"scheme": f"{EXAMPLE}:my_router"},
+}
+
+
+def model(case: str, **language: Any) -> VisionLanguageConfig:
+    config = tiny.config("top_k", **language)
+    fields = {"scheme": case, "balance_weight": 0.0, "z_weight": 0.0, **CASES[case]}
+    return dataclasses.replace(config, moe=dataclasses.replace(config.moe, **fields))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_state_losses_and_gradients_are_those_of_one_device_and_one_batch(case):
+    plain = model(case)
+    state = tiny.build(plain)[1]
+    expected = test_step.results(plain)
+    if case == "remoe":  # the L1 weights drawn for the two layers have different signs: their losses cancel
+        expected = (expected[0], {k: v for k, v in expected[1].items() if k != "auxiliary_loss"}, expected[2])
+    after = update_routing_state(state, jax.tree.map(jnp.asarray, expected[2]), plain)
+    ways = {
+        "8 micro-batches, remat": test_step.results(model(case, remat="full"), accumulation=8),
+        "8 devices": test_step.results(plain, test_step.MESHES["data2-expert4"]),
+    }
+    for name, found in ways.items():
+        test_step.assert_same(found, expected)
+        again = update_routing_state(state, jax.tree.map(jnp.asarray, found[2]), plain)
+        for key in again:
+            # Counts, and what follows from them, are equal; averages of scores up to the order of additions.
+            exact = case != "expert_threshold"
+            np.testing.assert_allclose(
+                again[key], after[key], rtol=0 if exact else 1e-6, err_msg=f"{name}: {key}"
+            )
+    moved = [not np.array_equal(after[key], state[key]) for key in after]
+    assert all(moved)

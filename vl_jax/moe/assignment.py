@@ -1,0 +1,124 @@
+"""What a routing scheme is given and what it returns: context, assignments, statistics.
+
+TokenChoice   every token names experts        tokens move to experts
+ExpertChoice  every expert names tokens        tokens move to experts
+Soft          every slot is a mean of tokens   means of tokens move to experts
+Merge         a group has a mean of experts    experts' parameters are averaged, tokens stay
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from flax import struct
+
+Leaf = Any
+# The name of the axis over routing groups, for schemes and losses that sum over all of them.
+GROUPS = "groups"
+
+State = dict[str, jax.Array]
+Losses = dict[str, jax.Array]
+
+
+@struct.dataclass
+class TokenChoice:
+    """Every token names K experts. Expert id E means "unused": dynamic k, masked token, dropped choice."""
+
+    experts: Leaf  # i32[T K]
+    gates: Leaf  # f32[T K]
+
+
+@struct.dataclass
+class ExpertChoice:
+    """Every expert names its C tokens; a gate of zero leaves the slot empty."""
+
+    tokens: Leaf  # i32[E C]
+    gates: Leaf  # f32[E C]
+
+
+@struct.dataclass
+class Soft:
+    """Every expert has S slots: a slot holds a weighted mean of tokens, a token one of slots' outputs."""
+
+    dispatch: Leaf  # f32[T E S] weights of the tokens in a slot; zero for padding
+    combine: Leaf  # f32[T E S] weights of the slots in a token; zero for padding
+
+
+@struct.dataclass
+class Merge:
+    """All tokens of the group go through one expert, whose parameters are a weighted mean of all."""
+
+    weights: Leaf  # f32[E]
+
+
+Choice = TokenChoice | ExpertChoice  # by which tokens move
+Assignment = Choice | Soft | Merge
+
+
+@struct.dataclass
+class RoutingContext:
+    """What a scheme may look at besides the logits, for one group of T tokens."""
+
+    valid: Leaf  # bool[T] False on padding
+    modality: Leaf  # i32[T]
+    tokens: Leaf | None = None  # i32[T] token ids
+    positions: Leaf | None = None  # i32[T] position in the sample
+    x: Leaf | None = None  # [T D] what the router reads
+    rng: Leaf | None = None  # key of the group; None in evaluation: no noise
+
+
+@struct.dataclass
+class RoutingStats:
+    """Sums over tokens: add them over micro-batches and shards, then divide."""
+
+    load: Leaf  # i32[M E] choices by modality of the token, before any are dropped
+    importance: Leaf  # f32[M E] sum of router probabilities
+    tokens: Leaf  # i32[M] valid tokens
+    dropped: Leaf  # i32[M] choices without a slot
+    measured: Leaf = struct.field(default_factory=dict)  # what the scheme itself measures, summed over groups
+
+
+# Field -> dtype and axes. T and E are those of the group; of other letters any size will do.
+_AXES: dict[type, dict[str, tuple[str, str]]] = {
+    TokenChoice: {"experts": ("int32", "T K"), "gates": ("float32", "T K")},
+    ExpertChoice: {"tokens": ("int32", "E C"), "gates": ("float32", "E C")},
+    Soft: {"dispatch": ("float32", "T E S"), "combine": ("float32", "T E S")},
+    Merge: {"weights": ("float32", "E")},
+}
+
+
+def check(result: Any, *, length: int, num_experts: int) -> None:
+    """Checks types, dtypes and shapes of what a scheme returned for one group; free at run time.
+
+    Raises:
+      ValueError: the first thing that is wrong, in one line.
+    """
+    if not isinstance(result, tuple) or len(result) != 2 or type(result[0]) not in _AXES:
+        kinds = ", ".join(kind.__name__ for kind in _AXES)
+        raise ValueError(f"returned {_describe(result)}, expected a pair of one of {kinds}, and losses")
+    assignment, losses = result
+    sizes = {"T": length, "E": num_experts}
+    for field, (dtype, letters) in _AXES[type(assignment)].items():
+        value, names = getattr(assignment, field), letters.split()
+        shape = getattr(value, "shape", ())
+        fits = len(shape) == len(names) and value.dtype == dtype
+        if not fits or any(sizes.setdefault(n, s) != s for n, s in zip(names, shape, strict=True)):
+            axes = ", ".join(f"{n}={sizes[n]}" if n in sizes else n for n in names)
+            raise ValueError(
+                f"{type(assignment).__name__}.{field} is {_describe(value)}, expected {dtype}[{axes}]"
+            )
+    if not isinstance(losses, dict):
+        raise ValueError(f"losses are {_describe(losses)}, expected a dict of scalars by name")
+    for name, value in losses.items():
+        if np.shape(value) != ():
+            raise ValueError(f"loss {name!r} is {_describe(value)}, expected a scalar")
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"({', '.join(_describe(v) for v in value)})"
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        return f"{value.dtype}[{', '.join(map(str, value.shape))}]"
+    return type(value).__name__

@@ -1,0 +1,78 @@
+"""Schemes in which every expert takes its best tokens: even load by construction, and no causality."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from vl_jax.moe import losses as losses_lib
+from vl_jax.moe.assignment import ExpertChoice, Losses, RoutingContext, State
+from vl_jax.moe.routing import MoEConfig, Scheme
+from vl_jax.moe.schemes.fixed import modality_of_experts, validate_split
+
+
+def expert_choice(
+    logits: Float[Array, "T E"], context: RoutingContext, state: State, config: MoEConfig
+) -> tuple[ExpertChoice, Losses]:
+    """Every expert takes its top C tokens by softmax score, C = top_k * T / E (arXiv 2202.09368).
+
+    C counts the valid tokens of the group; a token may end with any number of experts.
+    """
+    open_to = jnp.broadcast_to(context.valid[:, None], logits.shape)
+    scores = jax.nn.softmax(logits, axis=-1)
+    assignment = _best_tokens(scores, open_to, config.num_experts, config)
+    return assignment, losses_lib.z_loss(logits, context, config)
+
+
+def modality_expert_choice(
+    logits: Float[Array, "T E"], context: RoutingContext, state: State, config: MoEConfig
+) -> tuple[ExpertChoice, Losses]:
+    """Expert choice within each modality, by sigmoid score (MoMa, arXiv 2407.21770).
+
+    The last ``vision_experts`` (0: half) take picture tokens, the others text; C is top_k times the tokens of
+    the modality over its experts. The paper's auxiliary routers, which make inference causal, are not here.
+    """
+    owner = modality_of_experts(config)
+    open_to = context.valid[:, None] & (context.modality[:, None] == owner)
+    peers = jnp.sum(owner[:, None] == owner[None, :], axis=1)
+    assignment = _best_tokens(jax.nn.sigmoid(logits), open_to, peers, config)
+    return assignment, losses_lib.z_loss(logits, context, config)
+
+
+def _best_tokens(
+    scores: Float[Array, "T E"], open_to: Bool[Array, "T E"], peers: jax.Array | int, config: MoEConfig
+) -> ExpertChoice:
+    """The best of the tokens open to each expert, as many as its share among its peers."""
+    length, num_experts = scores.shape
+    choices = config.top_k * (config.capacity_factor or 1.0)
+    fewest = num_experts if isinstance(peers, int) else 1
+    slots = min(length, max(1, math.ceil(choices * length / fewest)))
+    factor = choices / jnp.asarray(peers, jnp.float32)
+    wanted = jnp.ceil(factor * jnp.sum(open_to, axis=0, dtype=jnp.float32)).astype(jnp.int32)
+    gates, tokens = jax.lax.top_k(jnp.where(open_to, scores, 0.0).T, slots)
+    taken = jnp.arange(slots) < wanted[:, None]
+    return ExpertChoice(tokens, jnp.where(taken, gates, 0.0) * config.gate_scale)
+
+
+def _validate(config: MoEConfig) -> None:
+    for what, given in (("priority='gate'", config.priority == "gate"), ("capacity", config.capacity)):
+        if given:
+            raise ValueError(f"{what} has no meaning for scheme={config.scheme!r}: experts never overflow")
+
+
+def _validate_split(config: MoEConfig) -> None:
+    _validate(config)
+    validate_split(config, at_least=1)
+
+
+EXPERT_CHOICE = Scheme(expert_choice, causal=False, validate=_validate)
+MODALITY_EXPERT_CHOICE = Scheme(
+    modality_expert_choice,
+    causal=False,
+    defaults={"vision_experts": 0.0},
+    scores=lambda logits, config: jax.nn.softmax(logits, axis=-1),
+    validate=_validate_split,
+)
