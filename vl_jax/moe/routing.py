@@ -154,8 +154,8 @@ class MoEConfig:
             raise ValueError(f"capacity={self.capacity} must be >= 1, and excludes capacity_factor {named}")
         if self.exchange == "all_to_all" and self.is_dropless:
             raise ValueError(
-                "exchange='all_to_all' needs capacity or capacity_factor: it sends slots, and a dropless layer "
-                "has no number of them"
+                "exchange='all_to_all' needs capacity or capacity_factor: it sends slots, and a dropless "
+                "layer has no number of them"
             )
         scheme, given = scheme_of(self), [name for name, _ in self.options]
         for name in given:
