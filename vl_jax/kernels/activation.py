@@ -44,9 +44,14 @@ class Activation:
 
     def __call__(self, hidden: Float[Array, "*batch XF"]) -> Float[Array, "*batch F"]:
         """Hidden units from the concatenated projections [gate | up], or from the only one."""
-        if not self.gated:
-            return FUNCTIONS[self.kind](hidden)
-        gate, up = jnp.split(hidden, 2, axis=-1)
+        return self.of(*jnp.split(hidden, self.inputs, axis=-1))
+
+    def of(
+        self, gate: Float[Array, "*batch F"], up: Float[Array, "*batch F"] | None = None
+    ) -> Float[Array, "*batch F"]:
+        """Hidden units from the projections, one by one."""
+        if up is None:
+            return FUNCTIONS[self.kind](gate)
         if self.limit is None:
             return FUNCTIONS[self.kind](gate) * up
         gate, up = jnp.minimum(gate, self.limit), jnp.clip(up, -self.limit, self.limit)

@@ -1,10 +1,11 @@
 """Grouped feed-forward: rows sorted by expert, each group through its own expert.
 
-    rows [R D], group_sizes [E]  ->  activation(rows @ w_in_e + b_in_e) @ w_out_e + b_out_e   [R D]
+    rows [R D], group_sizes [E]  ->  gate * (activation(rows @ w_in_e + b_in_e) @ w_out_e + b_out_e)   [R D]
 
-``blocked`` walks the groups in blocks of rows, so that the work is that of the rows actually present: the
-form for CPUs, where ``lax.ragged_dot`` multiplies every row by every expert. ``reference`` is the plain
-definition. ``gathered_mlp`` is for rows so few that they need not be sorted.
+``pallas`` is for TPUs: the projections, their biases and the activation are one kernel, the product with
+``w_out`` and the gates another. ``blocked`` walks the groups in blocks of rows, so that the work is that of
+the rows actually present: the form for CPUs, where ``lax.ragged_dot`` multiplies every row by every expert.
+``reference`` is the plain definition. ``gathered_mlp`` is for rows so few that they need not be sorted.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from vl_jax.kernels.activation import SWIGLU, Activation
+from vl_jax.kernels.grouped_product import Sides, product, row_sum, transposed_product
+from vl_jax.kernels.permute import Moves, gather_rows, permute
+from vl_jax.kernels.target import Target, current_target
 
 BLOCK_ROWS = 128
 Leaf = Any
@@ -35,21 +39,37 @@ class ExpertWeights:
 
 
 def grouped_mlp(
-    rows: Float[Array, "R D"],
+    rows: Float[Array, "_ D"],
     group_sizes: Int[Array, " E"],
     weights: ExpertWeights,
     *,
+    moves: Moves | None = None,
+    gates: Float[Array, " R"] | None = None,
     activation: Activation = SWIGLU,
     kernel: str = "blocked",
+    target: Target | None = None,
 ) -> Float[Array, "R D"]:
     """Applies expert e to the rows of group e; rows past the last group give zeros.
 
     Args:
-      kernel: ``blocked`` or ``reference``.
+      rows: [R D]; or, with ``moves``, the tokens [T D] that it brings into expert order.
+      gates: multiply every row's result; None: ones.
+      kernel: ``blocked``, ``reference`` or ``pallas``.
+      target: what ``pallas`` is compiled for; None: the current mesh or backend.
+
+    Raises:
+      ValueError: ``pallas`` for a device or widths it has no kernels for.
     """
+    if kernel == "pallas":
+        target = target or current_target()
+        return _pallas(activation, target, rows, gates, moves, group_sizes, weights)
+    if moves is not None:
+        rows = permute(rows, moves)
     if kernel == "reference":
-        return reference(rows, group_sizes, weights, activation=activation)
-    return _blocked(activation, rows, group_sizes, weights)
+        out: Any = reference(rows, group_sizes, weights, activation=activation)
+    else:
+        out = _blocked(activation, rows, group_sizes, weights)
+    return out if gates is None else (out.astype(jnp.float32) * gates[:, None]).astype(rows.dtype)
 
 
 def reference(
@@ -197,3 +217,175 @@ def _add_bias(total: jax.Array | None, grad: jax.Array) -> jax.Array | None:
 
 
 _blocked.defvjp(_blocked_forward, _blocked_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _pallas(
+    activation: Activation,
+    target: Target,
+    rows: jax.Array,
+    gates: jax.Array | None,
+    moves: Moves | None,
+    group_sizes: jax.Array,
+    weights: ExpertWeights,
+) -> jax.Array:
+    (hidden,) = _project_in(activation, target, rows, moves, group_sizes, weights, keep=False)
+    return _project_out(target, hidden, gates, group_sizes, weights)
+
+
+def _project_in(
+    activation: Activation,
+    target: Target,
+    rows: jax.Array,
+    moves: Moves | None,
+    group_sizes: jax.Array,
+    weights: ExpertWeights,
+    *,
+    keep: bool,
+) -> list[jax.Array]:
+    """The hidden units [1 R F], and with ``keep`` before them the projections they come from [X R F]."""
+
+    def epilogue(sums: list[jax.Array], sides: Sides) -> list[jax.Array]:
+        if sides.bias is not None:
+            sums = [s + b.astype(jnp.float32) for s, b in zip(sums, sides.bias, strict=True)]
+        hidden = activation.of(*sums)[None]
+        return [jnp.stack(sums), hidden] if keep else [hidden]
+
+    return product(
+        rows[None],
+        _matrices(weights.w_in),
+        group_sizes,
+        source=None if moves is None else moves.source,
+        bias=None if weights.b_in is None else weights.b_in[:, :, None],
+        epilogue=epilogue,
+        widths=[activation.inputs, 1] if keep else [1],
+        target=target,
+        name="grouped_project_in",
+    )
+
+
+def _project_out(
+    target: Target,
+    hidden: jax.Array,
+    gates: jax.Array | None,
+    group_sizes: jax.Array,
+    weights: ExpertWeights,
+) -> jax.Array:
+    def epilogue(sums: list[jax.Array], sides: Sides) -> list[jax.Array]:
+        out = sums[0] if sides.bias is None else sums[0] + sides.bias[0].astype(jnp.float32)
+        return [(out if sides.scale is None else out * sides.scale)[None]]
+
+    (out,) = product(
+        hidden,
+        weights.w_out[:, None],
+        group_sizes,
+        bias=None if weights.b_out is None else weights.b_out[:, None, None],
+        scale=None if gates is None else gates[:, None],
+        epilogue=epilogue,
+        widths=[1],
+        target=target,
+        name="grouped_project_out",
+    )
+    return out[0]
+
+
+def _pallas_forward(
+    activation: Activation,
+    target: Target,
+    rows: jax.Array,
+    gates: jax.Array | None,
+    moves: Moves | None,
+    group_sizes: jax.Array,
+    weights: ExpertWeights,
+) -> tuple[jax.Array, tuple]:
+    projected, hidden = _project_in(activation, target, rows, moves, group_sizes, weights, keep=True)
+    out = _project_out(target, hidden, gates, group_sizes, weights)
+    return out, (rows, gates, moves, group_sizes, weights, projected)
+
+
+def _pallas_backward(
+    activation: Activation, target: Target, residual: tuple, grad: jax.Array
+) -> tuple[jax.Array, jax.Array | None, None, None, ExpertWeights]:
+    """Recomputes the hidden units from their projections, and needs no result.
+
+    The gradient of a gate, <grad, result>, is <grad @ w_out^T, hidden> (and <grad, b_out>).
+    """
+    rows, gates, moves, group_sizes, weights, projected = residual
+
+    def epilogue(sums: list[jax.Array], sides: Sides) -> list[jax.Array]:
+        assert sides.extra is not None
+        hidden, pullback = jax.vjp(activation.of, *(p.astype(jnp.float32) for p in sides.extra))
+        if sides.scale is None:
+            return [jnp.stack(pullback(sums[0])), hidden[None]]
+        scaled = [jnp.stack(pullback(sums[0] * sides.scale)), (hidden * sides.scale)[None]]
+        return [*scaled, row_sum(hidden * sums[0])]
+
+    grad_projected, hidden, *grad_gates = product(
+        grad[None],
+        weights.w_out[:, None],
+        group_sizes,
+        transposed=True,
+        scale=None if gates is None else gates[:, None],
+        extra=projected,
+        epilogue=epilogue,
+        widths=[activation.inputs, 1],
+        row_sums=gates is not None,
+        target=target,
+        name="grouped_grad_hidden",
+    )
+    (grad_rows,) = product(
+        grad_projected,
+        _matrices(weights.w_in),
+        group_sizes,
+        transposed=True,
+        epilogue=lambda sums, sides: [sums[0][None]],
+        widths=[1],
+        target=target,
+        name="grouped_grad_rows",
+    )
+    grad_rows = grad_rows[0]
+    if moves is not None:
+        grad_rows = gather_rows(grad_rows, moves.inverse, target=target, name="unpermute")
+        rows = gather_rows(rows, moves.source[:, None], target=target, name="permute")
+    weight_grad = functools.partial(transposed_product, target=target, dtype=weights.w_in.dtype)
+    grad_in = weight_grad(rows, grad_projected, group_sizes, name="grouped_grad_in")
+    grad_out = weight_grad(hidden[0], grad[None], group_sizes, name="grouped_grad_out")
+    members = _members(group_sizes, rows.shape[0])
+    total = ExpertWeights(
+        w_in=grad_in.reshape(weights.w_in.shape),
+        w_out=grad_out,
+        b_in=_sum_groups(weights.b_in, members, None, grad_projected),
+        b_out=_sum_groups(weights.b_out, members, gates, grad[None]),
+    )
+    if gates is None:
+        return grad_rows, None, None, None, total
+    if weights.b_out is not None:
+        of_bias = jnp.einsum("RD,ED->RE", grad, weights.b_out, preferred_element_type=jnp.float32)
+        grad_gates[0] += jnp.sum(jnp.where(members, of_bias, 0.0), axis=1)
+    return grad_rows, grad_gates[0], None, None, total
+
+
+_pallas.defvjp(_pallas_forward, _pallas_backward)
+
+
+def _matrices(w_in: jax.Array) -> jax.Array:
+    """[E D X F] to [E X D F]: whole matrices, a transpose that XLA fuses with a cast of the weights."""
+    return jnp.moveaxis(w_in, 2, 1)
+
+
+def _members(group_sizes: jax.Array, num_rows: int) -> jax.Array:
+    """Whether row r is of group e, bool[R E]."""
+    ends = jnp.cumsum(group_sizes)
+    row = jnp.arange(num_rows)[:, None]
+    return (row >= ends - group_sizes) & (row < ends)
+
+
+def _sum_groups(
+    bias: jax.Array | None, members: jax.Array, gates: jax.Array | None, grad: jax.Array
+) -> jax.Array | None:
+    """The gradient [E X F] of a bias: a product with the membership, small beside those with the weights."""
+    if bias is None:
+        return None
+    share = jnp.where(members, 1.0 if gates is None else gates[:, None], 0.0).astype(grad.dtype)
+    total = jnp.einsum("RE,XRF->EXF", share, grad, preferred_element_type=jnp.float32)
+    return total.reshape(bias.shape).astype(bias.dtype)

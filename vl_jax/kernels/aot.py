@@ -1,0 +1,91 @@
+"""Compiling for a TPU that is not there: what a program costs, and whether its kernels compile.
+
+    measure("v5e", lambda target: function, *shapes) -> Cost(flops, bytes, temporaries, ...)
+
+Needs ``libtpu`` (``pip install libtpu``), on a CPU only process. Flops and bytes are the compiler's count; it
+knows of a Pallas kernel what the kernel's cost estimate says, and counts the body of a loop once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from vl_jax.kernels.target import Target, target_of
+
+# The smallest topology of every generation.
+TOPOLOGIES = {
+    "v4": "v4:2x2x1",
+    "v5e": "v5e:2x4",
+    "v5p": "v5p:2x2x2",
+    "v6e": "v6e:2x4",
+    "tpu7x": "tpu7x:2x2x1",
+}
+# libtpu looks for the machine it is on, and for other processes that use it, unless told not to.
+ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What one device does in one call of a compiled program."""
+
+    flops: float
+    bytes: float  # read and written in device memory
+    temporaries: int  # bytes allocated besides arguments and results
+    seconds: float  # that compiling took
+
+
+def devices(topology: str) -> list[Any]:
+    """The devices of a generation in ``TOPOLOGIES``, or of a topology name such as ``v5e:4x4``.
+
+    Raises:
+      RuntimeError: there is no libtpu.
+    """
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    name = TOPOLOGIES.get(topology, topology)
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+
+
+def measure(
+    topology: str, build: Callable[[Target], Callable[..., Any]], *arguments: Any, **options: Any
+) -> Cost:
+    """Compiles ``build(target)`` for one device of a topology.
+
+    Args:
+      build: gives the function for the target it is compiled for.
+      arguments: trees of ``jax.ShapeDtypeStruct``.
+      options: of ``jax.jit``.
+    """
+    device = devices(topology)[0]
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    placed = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), list(arguments)
+    )
+    start = time.perf_counter()
+    lowered = jax.jit(build(target_of(device.device_kind)), **options).lower(*placed)
+    with warnings.catch_warnings():
+        # A program for an absent device enters the persistent cache, but cannot leave it: jax compiles again.
+        warnings.filterwarnings("ignore", message="Error reading persistent compilation cache")
+        compiled = lowered.compile()
+    seconds = time.perf_counter() - start
+    cost, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
+    return Cost(
+        flops=cost.get("flops", 0.0),
+        bytes=cost.get("bytes accessed", 0.0),
+        temporaries=0 if memory is None else memory.temp_size_in_bytes,
+        seconds=seconds,
+    )

@@ -1,0 +1,385 @@
+"""Pallas TPU kernels for products of rows, sorted by group, with the matrix of their own group.
+
+    product             out[r] = epilogue(lhs[r] @ rhs[group of r])                    [R K] -> [R N]
+    transposed_product  out[g] = sum over the rows r of g of lhs[r]^T rhs[r]           -> [G K N]
+
+Which rows and which matrix belong to a step of the grid is said in ``visits``. The next step's tiles are
+fetched while this one's are multiplied, and a matrix that stays is fetched once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int
+
+from vl_jax.kernels.permute import RowFetch, gather_rows, indices_of_steps, pack_rows
+from vl_jax.kernels.target import LANES, Target
+from vl_jax.kernels.tiles import Tiles, choose_tiles
+from vl_jax.kernels.visits import plan_visits
+
+# A row sum is written along the lanes, once per sublane of a register.
+SUBLANES = 8
+
+
+def _dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
+    # A TPU multiplies float32 as bfloat16 unless told otherwise.
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    dims = (((a_axis,), (b_axis,)), ((), ()))
+    return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
+
+
+def row_sum(x: Float[Array, "R N"]) -> Float[Array, "8 R"]:
+    """Sums over columns, laid along the lanes: a product with ones, for the MXU transposes as it sums."""
+    return _dot(jnp.ones((SUBLANES, x.shape[1]), jnp.float32), x, 1, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sides:
+    """What an epilogue is given of one tile besides the sums; None where ``product`` was not given it."""
+
+    bias: list[jax.Array] | None  # f[1 columns] per part
+    scale: jax.Array | None  # f32[rows 1]
+    extra: jax.Array | None  # f[X rows columns]
+
+
+Epilogue = Callable[[list[jax.Array], Sides], Sequence[jax.Array]]
+
+
+def product(
+    lhs: Float[Array, "L _ K"],
+    rhs: Float[Array, "G P _ _"],
+    group_sizes: Int[Array, " G"],
+    *,
+    epilogue: Epilogue,
+    widths: Sequence[int],
+    target: Target,
+    name: str,
+    transposed: bool = False,
+    row_sums: bool = False,
+    source: Int[Array, " R"] | None = None,
+    bias: Float[Array, "G P 1 N"] | None = None,
+    scale: Float[Array, "R 1"] | None = None,
+    extra: Float[Array, "X R N"] | None = None,
+) -> list[jax.Array]:
+    """Every row times the P matrices of its group, then ``epilogue``; rows past the last group give zeros.
+
+    Args:
+      lhs: one array for all matrices (each then has its own sum), or one for each (then summed up).
+      rhs: [G P K N]; if ``transposed``, [G P N K].
+      epilogue: (sums, sides) -> results for one tile; every sum is f32[rows columns].
+      widths: leading dimension of each result.
+      row_sums: whether the epilogue gives one more result, a ``row_sum``.
+      source: if given, ``lhs`` is [1 T K], and row r of the product is row ``source[r]`` of it. The rows are
+        gathered in the kernel where a core can hold whole rows and matrices, elsewhere before it.
+
+    Returns:
+      Arrays [width R N] of the dtype of ``lhs``; and, with ``row_sums``, f32[R].
+    """
+    num_lhs, _, depth = lhs.shape
+    num_rows = lhs.shape[1] if source is None else source.shape[0]
+    num_groups, parts, columns = rhs.shape[0], rhs.shape[1], rhs.shape[2 if transposed else 3]
+    num_sums = parts if num_lhs == 1 else 1
+    size = lhs.dtype.itemsize
+    wide = sum(widths) + (0 if extra is None else extra.shape[0])
+
+    def memory(t: Tiles) -> int:
+        moved = num_lhs * t.rows * t.depth + parts * t.depth * t.columns + wide * t.rows * t.columns
+        moved += 0 if source is None else t.rows * t.depth
+        return 2 * size * moved + 4 * (2 * num_sums + 1) * t.rows * t.columns
+
+    def visits_of(t: Tiles) -> int:
+        return -(-num_rows // t.rows) + num_groups
+
+    def traffic(t: Tiles) -> int:
+        # A group's matrix stays from visit to visit, if all its depth is there at once.
+        fetched = num_groups if t.depth == depth else visits_of(t)
+        rows = num_rows * (num_lhs * depth * (columns // t.columns) + wide * columns)
+        return size * (rows + fetched * parts * depth * columns)
+
+    def steps(t: Tiles) -> int:
+        return visits_of(t) * (depth // t.depth) * (columns // t.columns)
+
+    def parallel(t: Tiles) -> int:
+        return columns // t.columns
+
+    tiles = choose_tiles(
+        num_rows,
+        depth,
+        columns,
+        target,
+        memory=memory,
+        traffic=traffic,
+        steps=steps,
+        parallel=parallel,
+        products=parts,
+    )
+    specs = _Specs(tiles, num_groups - 1, depth // tiles.depth, columns // tiles.columns, transposed)
+    scratch = [pltpu.VMEM((num_sums, tiles.rows, tiles.columns), jnp.float32)]
+    inside = source is not None and specs.depth_steps == specs.column_steps == 1
+    if source is not None and inside:
+        packed = pack_rows(lhs[0], target=target)
+        scalars = indices_of_steps(source[:, None], tiles.rows)
+        inputs = [(scalars, specs.indices(ahead, scalars.shape[0] - 1)) for ahead in (0, 1)]
+        inputs += [(packed, pl.BlockSpec(memory_space=pl.ANY))]
+        scratch += [pltpu.VMEM((1, tiles.rows, depth), lhs.dtype), *RowFetch.scratch(tiles.rows, 1, packed)]
+    else:
+        if source is not None:
+            lhs = gather_rows(lhs[0], source[:, None], target=target, name="permute")[None]
+        inputs = [(lhs, specs.lhs(num_lhs))]
+    inputs += [(rhs, specs.rhs(p)) for p in range(parts)]
+    inputs += [] if bias is None else [(bias, specs.bias(p)) for p in range(parts)]
+    inputs += [] if scale is None else [(scale, specs.scale())]
+    inputs += [] if extra is None else [(extra, specs.wide(extra.shape[0]))]
+    outputs = [(jax.ShapeDtypeStruct((w, num_rows, columns), lhs.dtype), specs.wide(w)) for w in widths]
+    if row_sums:
+        shape = jax.ShapeDtypeStruct((specs.column_steps, SUBLANES, num_rows), jnp.float32)
+        outputs.append((shape, specs.row_sums()))
+    visits = plan_visits(group_sizes, num_rows, tiles.rows, cover="rows")
+    results = pl.pallas_call(
+        functools.partial(
+            _product_body,
+            parts=parts,
+            transposed=transposed,
+            has=(inside, bias is not None, scale is not None, extra is not None),
+            epilogue=epilogue,
+        ),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(visits.scalars),
+            grid=(specs.column_steps, visits_of(tiles), specs.depth_steps),
+            in_specs=[spec for _, spec in inputs],
+            out_specs=[spec for _, spec in outputs],
+            scratch_shapes=scratch,
+        ),
+        out_shape=[shape for shape, _ in outputs],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=target.memory_limit
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * num_rows * depth * columns * parts,
+            transcendentals=num_rows * columns if len(widths) > 1 else 0,
+            bytes_accessed=traffic(tiles),
+        ),
+        interpret=target.interpret,
+        name=name,
+    )(*visits.scalars, *(array for array, _ in inputs))
+    if row_sums:
+        return [*results[:-1], jnp.sum(results[-1][:, 0], axis=0)]
+    return list(results)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Specs:
+    """Which block of each operand belongs to a step (n, v, k) of ``product``."""
+
+    tiles: Tiles
+    last_group: int
+    depth_steps: int
+    column_steps: int
+    transposed: bool
+
+    def lhs(self, width: int) -> pl.BlockSpec:
+        block = (width, self.tiles.rows, self.tiles.depth)
+        return pl.BlockSpec(block, lambda n, v, k, tile, *_: (0, tile[v], k))
+
+    def indices(self, ahead: int, last: int) -> pl.BlockSpec:
+        def index(n, v, k, tile, *_):
+            return jnp.minimum(tile[v] + ahead, last), 0, 0
+
+        return pl.BlockSpec((None, 1, self.tiles.rows), index, memory_space=pltpu.SMEM)
+
+    def rhs(self, part: int) -> pl.BlockSpec:
+        def index(n, v, k, tile, group, *_):
+            g = jnp.minimum(group[v], self.last_group)
+            return (g, part, n, k) if self.transposed else (g, part, k, n)
+
+        block = (self.tiles.depth, self.tiles.columns)
+        return pl.BlockSpec((None, None, *(block[::-1] if self.transposed else block)), index)
+
+    def bias(self, part: int) -> pl.BlockSpec:
+        def index(n, v, k, tile, group, *_):
+            return jnp.minimum(group[v], self.last_group), part, 0, n
+
+        return pl.BlockSpec((None, None, 1, self.tiles.columns), index)
+
+    def scale(self) -> pl.BlockSpec:
+        return pl.BlockSpec((self.tiles.rows, 1), lambda n, v, k, tile, *_: (tile[v], 0))
+
+    def wide(self, width: int) -> pl.BlockSpec:
+        block = (width, self.tiles.rows, self.tiles.columns)
+        return pl.BlockSpec(block, lambda n, v, k, tile, *_: (0, tile[v], n))
+
+    def row_sums(self) -> pl.BlockSpec:
+        block = (None, SUBLANES, self.tiles.rows)
+        return pl.BlockSpec(block, lambda n, v, k, tile, *_: (n, 0, tile[v]))
+
+
+def _product_body(
+    tile, group, bounds, count, *refs, parts: int, transposed: bool, has: tuple, epilogue: Epilogue
+):
+    """One step: a partial product; at the last depth the epilogue, of which the group's rows are kept."""
+    visit, k = pl.program_id(1), pl.program_id(2)
+    g, num_groups = group[visit], bounds.shape[0] - 2
+    refs = list(refs)
+    if has[0]:
+        now, ahead, packed = (refs.pop(0) for _ in range(3))
+        *refs, lhs, buffer, arrived = refs
+        _gather_lhs(tile, now, ahead, RowFetch(packed, buffer, arrived, lhs.shape[1], 1), lhs)
+    else:
+        lhs = refs.pop(0)
+    rhs = [refs.pop(0) for _ in range(parts)]
+    bias = [refs.pop(0) for _ in range(parts)] if has[1] else None
+    scale = refs.pop(0) if has[2] else None
+    extra = refs.pop(0) if has[3] else None
+    *outputs, sums = refs
+    in_group, last = (visit < count[0]) & (g < num_groups), k == pl.num_programs(2) - 1
+    first_row = tile[visit] * lhs.shape[1]
+
+    @pl.when(in_group & (k == 0))
+    def _():
+        sums[...] = jnp.zeros_like(sums)
+
+    @pl.when(in_group)
+    def _():
+        for p in range(parts):
+            to, of = (p, 0) if sums.shape[0] == parts else (0, p)
+            sums[to] += _dot(lhs[of], rhs[p][...], 1, 1 if transposed else 0)
+
+    def keep(results: Sequence[jax.Array | float]) -> None:
+        for out, result in zip(outputs, results, strict=True):
+            # Rows lie along the lanes in a row sum, along the sublanes elsewhere.
+            axis = out.ndim - (1 if out.ndim == 2 else 2)
+            row = first_row + jax.lax.broadcasted_iota(jnp.int32, out.shape, axis)
+            mine = (row >= bounds[g]) & (row < bounds[g + 1])
+            kept = jnp.where(mine, result, out[...].astype(jnp.float32))
+            out[...] = kept.astype(out.dtype)
+
+    @pl.when(in_group & last)
+    def _():
+        sides = Sides(
+            bias=None if bias is None else [b[...] for b in bias],
+            scale=None if scale is None else scale[...],
+            extra=None if extra is None else extra[...],
+        )
+        keep(epilogue([sums[i] for i in range(sums.shape[0])], sides))
+
+    @pl.when((visit < count[0]) & (g == num_groups) & last)
+    def _():
+        keep([0.0] * len(outputs))
+
+
+def _gather_lhs(tile, now, ahead, fetch: RowFetch, lhs) -> None:
+    """At the first visit of a row tile: starts fetching the rows of the next, and unpacks its own."""
+    visit, num_visits = pl.program_id(1), pl.num_programs(1)
+    slot = jax.lax.rem(tile[visit], 2)
+
+    @pl.when(visit == 0)
+    def _():
+        fetch.start(now, slot)
+
+    @pl.when((visit == 0) | (tile[jnp.maximum(visit - 1, 0)] != tile[visit]))
+    def _():
+        @pl.when(tile[visit] < tile[num_visits - 1])
+        def _():
+            fetch.start(ahead, 1 - slot)
+
+        fetch.wait(slot)
+        columns = fetch.columns(slot, 0, lhs.dtype)
+        for first, part in zip(range(0, lhs.shape[2], LANES), columns, strict=False):
+            width = min(LANES, lhs.shape[2] - first)
+            lhs[0, :, first : first + width] = part[:, :width].astype(lhs.dtype)
+
+
+def transposed_product(
+    lhs: Float[Array, "R K"],
+    rhs: Float[Array, "P R N"],
+    group_sizes: Int[Array, " G"],
+    *,
+    dtype: jnp.dtype,
+    target: Target,
+    name: str,
+) -> Float[Array, "G K PN"]:
+    """The sum over each group's rows of ``lhs[r]^T rhs[p, r]``, the parts side by side; zeros if none."""
+    num_rows, depth = lhs.shape
+    parts, _, columns = rhs.shape
+    num_groups, size = group_sizes.shape[0], lhs.dtype.itemsize
+
+    def memory(t: Tiles) -> int:
+        moved = 2 * size * t.rows * (t.depth + t.columns)
+        return moved + t.depth * t.columns * (2 * 4 + 2 * jnp.dtype(dtype).itemsize)
+
+    def traffic(t: Tiles) -> int:
+        rows = depth * parts * (columns // t.columns) + parts * columns * (depth // t.depth)
+        return size * num_rows * rows + num_groups * depth * parts * columns * jnp.dtype(dtype).itemsize
+
+    def steps(t: Tiles) -> int:
+        visits = -(-num_rows // t.rows) + num_groups
+        return visits * parallel(t)
+
+    def parallel(t: Tiles) -> int:
+        return parts * (columns // t.columns) * (depth // t.depth)
+
+    tiles = choose_tiles(
+        num_rows, depth, columns, target, memory=memory, traffic=traffic, steps=steps, parallel=parallel
+    )
+    visits = plan_visits(group_sizes, num_rows, tiles.rows, cover="groups")
+    per_part = columns // tiles.columns
+    return pl.pallas_call(
+        _transposed_body,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(visits.scalars),
+            grid=(depth // tiles.depth, parts * per_part, visits.tile.shape[0]),
+            in_specs=[
+                pl.BlockSpec((tiles.rows, tiles.depth), lambda k, n, v, tile, *_: (tile[v], k)),
+                pl.BlockSpec(
+                    (None, tiles.rows, tiles.columns),
+                    lambda k, n, v, tile, *_: (jax.lax.div(n, per_part), tile[v], jax.lax.rem(n, per_part)),
+                ),
+            ],
+            out_specs=pl.BlockSpec(
+                (None, tiles.depth, tiles.columns), lambda k, n, v, tile, group, *_: (group[v], k, n)
+            ),
+            scratch_shapes=[pltpu.VMEM((tiles.depth, tiles.columns), jnp.float32)],
+        ),
+        out_shape=jax.ShapeDtypeStruct((num_groups, depth, parts * columns), dtype),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=target.memory_limit
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * num_rows * depth * columns * parts, transcendentals=0, bytes_accessed=traffic(tiles)
+        ),
+        interpret=target.interpret,
+        name=name,
+    )(*visits.scalars, lhs, rhs)
+
+
+def _transposed_body(tile, group, bounds, count, lhs, rhs, out, total):
+    """One step: adds the tile's rows of this group; the last visit of a group writes its sum."""
+    visit = pl.program_id(2)
+    g = group[visit]
+    first_visit = (visit == 0) | (group[jnp.maximum(visit - 1, 0)] != g)
+    last_visit = (visit == count[0] - 1) | (group[visit + 1] != g)
+
+    @pl.when((visit < count[0]) & first_visit)
+    def _():
+        total[...] = jnp.zeros_like(total)
+
+    def of_group(ref) -> jax.Array:
+        # Rows of other groups, and what stands past the end of the array, must not count, not even as NaN.
+        row = tile[visit] * ref.shape[0] + jax.lax.broadcasted_iota(jnp.int32, ref.shape, 0)
+        mine = (row >= bounds[g]) & (row < bounds[g + 1])
+        return jnp.where(mine, ref[...].astype(jnp.float32), 0.0)
+
+    @pl.when((visit < count[0]) & (bounds[g] < bounds[g + 1]))
+    def _():
+        total[...] += _dot(of_group(lhs).astype(lhs.dtype), of_group(rhs).astype(rhs.dtype), 0, 0)
+
+    @pl.when((visit < count[0]) & last_visit)
+    def _():
+        out[...] = total[...].astype(out.dtype)

@@ -1,0 +1,75 @@
+"""What a Pallas kernel is built for: how much vector memory it may use, and whether it is interpreted."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+from jax.experimental.pallas import tpu as pltpu
+
+MIB = 2**20
+# Vector memory of one core, by ``device_kind``. Half of what some have: tiles that fill more of it take a
+# minute to compile and are no faster by the cost model.
+VECTOR_MEMORY = {
+    "TPU v4": 16 * MIB,
+    "TPU v5 lite": 64 * MIB,
+    "TPU v5e": 64 * MIB,
+    "TPU v5": 64 * MIB,
+    "TPU v5p": 64 * MIB,
+    "TPU v6 lite": 64 * MIB,
+    "TPU v6e": 64 * MIB,
+    "TPU7x": 64 * MIB,
+}
+# Cores that work on one program as one device; 1 where there is no entry.
+CORES = {"TPU v4": 2, "TPU v5": 2, "TPU v5p": 2}
+LANES = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A TPU core, or its interpreter.
+
+    The default fits every generation: it is what a program gets that is compiled for an unknown TPU.
+    """
+
+    vector_memory: int = 16 * MIB  # bytes
+    cores: int = 1  # that share a program (megacore)
+    row_tile: int = 512  # rows that one step of a kernel works on, at most
+    interpret: bool | pltpu.InterpretParams = False  # True: as plain JAX; InterpretParams: a simulated TPU
+
+    def __post_init__(self):
+        if self.vector_memory < 1 or self.row_tile < 8:
+            raise ValueError(
+                f"vector_memory={self.vector_memory} must be >= 1 and row_tile={self.row_tile} >= 8"
+            )
+
+    @property
+    def tile_budget(self) -> int:
+        """Bytes to plan tiles with; the rest is for what the compiler spills."""
+        return self.vector_memory * 5 // 8
+
+    @property
+    def memory_limit(self) -> int:
+        """Bytes the compiler may use."""
+        return self.vector_memory - MIB // 2 if self.vector_memory > MIB else self.vector_memory
+
+
+def target_of(device_kind: str) -> Target:
+    """The target for a ``jax.Device.device_kind``.
+
+    Raises:
+      ValueError: there are no kernels for it.
+    """
+    if device_kind == "cpu":
+        return Target(interpret=True)
+    if device_kind not in VECTOR_MEMORY:
+        raise ValueError(
+            f"kernel='pallas' has no kernels for {device_kind!r}; only for {sorted(VECTOR_MEMORY)}"
+        )
+    return Target(vector_memory=VECTOR_MEMORY[device_kind], cores=CORES.get(device_kind, 1))
+
+
+def current_target() -> Target:
+    """The target of the current mesh, else of the default backend: interpreted on a CPU."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return target_of((jax.devices()[0] if device is None else device).device_kind)
