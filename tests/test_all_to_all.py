@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,15 +12,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from vl_jax.kernels import aot
 from vl_jax.kernels.activation import SWIGLU
 from vl_jax.kernels.grouped_matmul import ExpertWeights
 from vl_jax.moe import all_to_all, dispatch
 from vl_jax.moe.routing import MoEConfig, TokenChoice
 
 G, T, D, E, K, F = 8, 6, 4, 8, 2, 4
+MIB = 2**20
 
 
 @settings(max_examples=40, deadline=None)
@@ -70,3 +74,39 @@ def test_output_and_gradients_are_those_of_one_device(shards, biased):
     found, expected = jax.tree.leaves(results(spread)), jax.tree.leaves(results(alone))
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.tpu_aot
+def test_what_a_tpu_would_move_and_keep():
+    """The layer of DeepSeek-V2-Lite's size on eight v5e: bytes of collectives, and temporary memory."""
+    pytest.importorskip("libtpu")
+    rows, length, width, hidden, experts, top_k = 8, 2048, 2048, 1408, 64, 6
+    config = MoEConfig(num_experts=experts, top_k=top_k, expert_dim=hidden, capacity_factor=1.25)
+    mesh, spread = Mesh(np.array(aot.devices("v5e")), ("expert",)), P("expert")
+
+    def leaf(*shape: int, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spread))
+
+    slots = config.slots(length)
+    local = functools.partial(all_to_all.apply_experts, slots=slots, activation=SWIGLU)
+    layer = jax.shard_map(
+        local, mesh=mesh, in_specs=(spread, spread, spread), out_specs=spread, check_vma=False
+    )
+    choices = (rows, length, top_k)
+    compiled = (
+        jax.jit(lambda x, e, g, w: layer(x, TokenChoice(e, g), w))
+        .lower(
+            leaf(rows, length, width),
+            leaf(*choices, dtype=jnp.int32),
+            leaf(*choices, dtype=jnp.float32),
+            ExpertWeights(leaf(experts, width, 2, hidden), leaf(experts, hidden, width)),
+        )
+        .compile()
+    )
+    # There and back, every shard sends its slots once; the partitioner's own choice moves 451 MiB.
+    results = re.findall(r"= (\S+?)\{\S* (all-\w+|reduce-scatter|collective-permute)\(", compiled.as_text())
+    assert {name for _, name in results} == {"all-to-all"}
+    sizes = [math.prod(map(int, re.findall(r"\d+", shape.partition("[")[2]))) for shape, _ in results]
+    assert all(shape.startswith("bf16") for shape, _ in results)
+    assert 2 * sum(sizes) == 2 * experts * slots * width * 2 <= 120 * MIB
+    assert compiled.memory_analysis().temp_size_in_bytes <= 127e6

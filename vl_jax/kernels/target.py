@@ -69,7 +69,24 @@ def target_of(device_kind: str) -> Target:
     return Target(vector_memory=VECTOR_MEMORY[device_kind], cores=CORES.get(device_kind, 1))
 
 
+def choose(kernel: str, *widths: int) -> str:
+    """What ``auto`` stands for where the program will run: ``pallas`` on a TPU that has it, else ``blocked``.
+
+    Args:
+      kernel: any other name stands for itself.
+      widths: of the matrices; compiled kernels need multiples of 128.
+    """
+    if kernel != "auto":
+        return kernel
+    known = _current_kind() in VECTOR_MEMORY and not any(width % LANES for width in widths)
+    return "pallas" if known else "blocked"
+
+
 def current_target() -> Target:
     """The target of the current mesh, else of the default backend: interpreted on a CPU."""
+    return target_of(_current_kind())
+
+
+def _current_kind() -> str:
     device = jax.sharding.get_abstract_mesh().abstract_device
-    return target_of((jax.devices()[0] if device is None else device).device_kind)
+    return (jax.devices()[0] if device is None else device).device_kind

@@ -73,7 +73,8 @@ to_slots.defvjp(_to_slots_forward, _to_slots_backward)
 @jax.custom_vjp
 def from_slots(rows: Float[Array, "R D"], gates: Float[Array, "T K"], plan: SlotPlan) -> Float[Array, "T D"]:
     """The gate-weighted sum of every token's slots, accumulated in float32."""
-    total = sum(_take(rows, i) * g[:, None] for i, g in zip(plan.inverse.T, gates.T, strict=True))
+    pairs = zip(plan.inverse.T, gates.T, strict=True)
+    total = sum(_take(rows, index).astype(jnp.float32) * gate[:, None] for index, gate in pairs)
     return jnp.asarray(total, rows.dtype)
 
 
@@ -84,9 +85,9 @@ def _from_slots_forward(rows: jax.Array, gates: jax.Array, plan: SlotPlan) -> tu
 def _from_slots_backward(residual: tuple, grad: jax.Array) -> tuple[jax.Array, jax.Array, None]:
     rows, gates, plan = residual
     weight = gates.reshape(-1).at[plan.choice].get(mode="fill", fill_value=0)
-    grad_rows = _take(grad, plan.choice // gates.shape[1]) * weight[:, None]
     wide = grad.astype(jnp.float32)
-    grad_gates = [jnp.sum(_take(rows, index) * wide, axis=-1) for index in plan.inverse.T]
+    grad_rows = _take(wide, plan.choice // gates.shape[1]) * weight[:, None]
+    grad_gates = [jnp.sum(_take(rows, index).astype(jnp.float32) * wide, axis=-1) for index in plan.inverse.T]
     return grad_rows.astype(rows.dtype), jnp.stack(grad_gates, axis=-1).astype(gates.dtype), None
 
 

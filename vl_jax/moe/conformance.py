@@ -28,6 +28,7 @@ from vl_jax.moe.routing import MoEConfig
 from vl_jax.sharding import MeshConfig, make_mesh, use_mesh
 
 GROUPS, LENGTH, WIDTH = 4, 8, 8
+KERNELS = ("reference", "blocked", "pallas")  # the last is interpreted on a CPU
 TOLERANCE = 1e-5  # of norms, in float32: other orders of addition
 
 
@@ -281,13 +282,17 @@ def statistics_add_up(subject: Subject) -> None:
 
 
 def kernels_agree(subject: Subject, config: MoEConfig | None = None) -> None:
-    """Output and gradients of the fast kernel are those of the plain definition."""
+    """Output and gradients of every kernel are those of the plain definition."""
     config = config or subject.config
-    fast, plain = (
-        subject.run(config=dataclasses.replace(config, kernel=k)) for k in (config.kernel, "reference")
+    plain, *others = (
+        (kernel, subject.run(config=dataclasses.replace(config, kernel=kernel))) for kernel in KERNELS
     )
-    for what, a, b in (("output", fast.y, plain.y), ("gradient", fast.gradients, plain.gradients)):
-        _same(f"kernel={config.kernel!r} and 'reference': the {what}", a, b)
+    for kernel, found in others:
+        for what, a, b in (
+            ("output", found.y, plain[1].y),
+            ("gradient", found.gradients, plain[1].gradients),
+        ):
+            _same(f"kernel={kernel!r} and 'reference': the {what}", a, b)
 
 
 def capacity(subject: Subject) -> None:

@@ -16,7 +16,9 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from vl_jax.kernels.activation import Activation
+from vl_jax.kernels.combine import expert_mlp
 from vl_jax.kernels.grouped_matmul import ExpertWeights, gathered_mlp, grouped_mlp
+from vl_jax.kernels.permute import Moves
 from vl_jax.moe.assignment import Assignment, Choice, ExpertChoice, TokenChoice
 from vl_jax.moe.routing import MoEConfig
 
@@ -185,9 +187,15 @@ def apply_experts(
     """
     groups, length, width = x.shape
     if isinstance(assignment, TokenChoice) and assignment.gates.size <= weights.w_in.shape[0]:
-        if kernel != "reference":
+        if kernel == "blocked":
             return _apply_gathered(x, assignment, weights, activation=activation)
     plan = make_plan(assignment, num_experts=weights.w_in.shape[0], length=length)
+    if kernel == "pallas" and plan.inverse is not None:
+        moves, gates = Moves(plan.source, plan.inverse), assignment.gates.reshape(groups * length, -1)
+        options = {"activation": activation, "kernel": kernel}
+        rows = x.reshape(-1, width)
+        out = expert_mlp(rows, gates, plan.choice, moves, plan.group_sizes, weights, **options)
+        return out.reshape(x.shape)
     rows = permute(x.reshape(-1, width), plan)
     rows = grouped_mlp(rows, plan.group_sizes, weights, activation=activation, kernel=kernel)
     out = combine(rows, assignment.gates.reshape(-1), plan, length=groups * length)

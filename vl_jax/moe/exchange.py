@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
+from vl_jax.kernels import target
 from vl_jax.kernels.activation import Activation
 from vl_jax.kernels.grouped_matmul import ExpertWeights
 from vl_jax.moe import all_to_all, dispatch, mixing
@@ -92,6 +93,7 @@ def _apply(
     if isinstance(assignment, Merge):
         merged = jax.tree.map(lambda w: w.astype(x.dtype), mixing.merge_weights(assignment, weights))
         return mixing.apply_merged(x, merged, activation=activation)
+    kernel = target.choose(kernel, x.shape[-1], weights.w_out.shape[1])
     if isinstance(assignment, Soft):
         return mixing.apply_soft(x, assignment, weights, activation=activation, kernel=kernel)
     return dispatch.apply_experts(x, assignment, weights, activation=activation, kernel=kernel)

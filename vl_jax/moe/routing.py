@@ -128,7 +128,7 @@ class MoEConfig:
     priority: Literal["position", "gate"] = "position"  # who keeps a slot when capacity runs out
     # How tokens reach experts on other devices; ``all_to_all`` needs a capacity. See ``exchange``.
     exchange: Literal["all_gather", "all_to_all"] = "all_gather"
-    kernel: Literal["blocked", "reference"] = "blocked"
+    kernel: Literal["auto", "blocked", "pallas", "reference"] = "auto"  # see ``kernels.target.choose``
     options: tuple[tuple[str, float], ...] = ()  # numbers of the scheme's own; see its ``defaults``
 
     def __post_init__(self):
