@@ -104,7 +104,7 @@ def test_what_a_tpu_would_move_and_keep():
         .compile()
     )
     # There and back, every shard sends its slots once; the partitioner's own choice moves 451 MiB.
-    results = re.findall(r"= (\S+?)\{\S* (all-\w+|reduce-scatter|collective-permute)\(", compiled.as_text())
+    results = re.findall(r"= (\S+?)\{\S* (all-[a-z-]+|reduce-scatter|collective-permute)\(", compiled.as_text())
     assert {name for _, name in results} == {"all-to-all"}
     sizes = [math.prod(map(int, re.findall(r"\d+", shape.partition("[")[2]))) for shape, _ in results]
     assert all(shape.startswith("bf16") for shape, _ in results)
