@@ -77,10 +77,7 @@ def measure(
     )
     start = time.perf_counter()
     lowered = jax.jit(build(target_of(device.device_kind)), **options).lower(*placed)
-    with warnings.catch_warnings():
-        # A program for an absent device enters the persistent cache, but cannot leave it: jax compiles again.
-        warnings.filterwarnings("ignore", message="Error reading persistent compilation cache")
-        compiled = lowered.compile()
+    compiled = compile_absent(lowered)
     seconds = time.perf_counter() - start
     cost, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
     return Cost(
@@ -89,3 +86,11 @@ def measure(
         temporaries=0 if memory is None else memory.temp_size_in_bytes,
         seconds=seconds,
     )
+
+
+def compile_absent(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Compiles a program for devices that are not there."""
+    with warnings.catch_warnings():
+        # It enters the persistent cache, but cannot leave it: jax compiles again.
+        warnings.filterwarnings("ignore", message="Error reading persistent compilation cache")
+        return lowered.compile()
