@@ -1,7 +1,7 @@
 """A routing scheme of one's own in the model of the quickstart; no file of the package is touched.
 
     python -m vl_jax conformance experiments/my_router.py:my_router
-    python -m vl_jax train --config=experiments/my_router.py --workdir=runs/my_router
+    python -m vl_jax sweep --config=experiments/my_router.py --sweep=baselines --workdir=runs/routers
 
 Experts that were crowded lately are less attractive: selection is by sigmoid score less ``push`` times how
 far the expert's share of the load, averaged over steps, is above an even one.
@@ -39,6 +39,12 @@ def update_state(state, stats, config):
 
 
 my_router = Scheme(route, init_state, update_state, defaults={"push": 0.1})
+
+
+def sweep_baselines():
+    """``my_router`` and the schemes it has to beat, on equal terms."""
+    for scheme in (f"{__file__}:my_router", "top_k", "loss_free", "expert_choice"):
+        yield {"model.moe.scheme": scheme}
 
 
 def get_config():
