@@ -25,11 +25,11 @@ G, T, D, E, K, F = 8, 6, 4, 8, 2, 4
 MIB = 2**20
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.integers(0, 999), st.integers(1, 3), st.integers(1, 12))
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 999), st.integers(1, 2), st.sampled_from([1, 3, 12]))
 def test_slots_and_choices_name_each_other(seed, groups, slots):
-    experts = jax.random.randint(jax.random.key(seed), (groups, 5, K), 0, E + 1)
-    plan = all_to_all.make_slots(experts, num_experts=E, slots=slots)
+    experts = np.random.default_rng(seed).integers(0, E + 1, (groups, 5, K), np.int32)
+    plan = all_to_all.make_slots(jnp.asarray(experts), num_experts=E, slots=slots)
     size = E * groups * slots
     choice, inverse = np.asarray(plan.choice), np.asarray(plan.inverse).reshape(-1)
     filled = np.flatnonzero(choice < experts.size)

@@ -196,6 +196,7 @@ def test_the_bias_belongs_to_the_sigmoid_loss():
     assert float(start("sigmoid")["logit_bias"]) == -10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", CONFIGS)
 def test_images_and_texts_may_differ_in_number(loss: str):
     images, tokens = pairs(8)

@@ -39,6 +39,8 @@ from vl_jax.language.encoder_decoder import (
 from vl_jax.moe import balance
 from vl_jax.moe.routing import MoEConfig
 
+pytestmark = pytest.mark.slow  # an encoder beside the main path: minutes of compilation
+
 # The same sums in another order, over values of order 1.
 assert_close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5)
 

@@ -103,6 +103,7 @@ def test_a_scheme_without_choices_is_refused(setting):
         interventions.study(layout, params, state, [tiny.varied_batch(2)])
 
 
+@pytest.mark.slow
 def test_the_page_of_a_run_is_written(tmp_path, capsys):
     pytest.importorskip("ml_collections")
     pytest.importorskip("grain")

@@ -187,6 +187,7 @@ def test_gradients_of_adapters_follow_from_those_of_the_merged_weights():
             assert np.linalg.norm(expected) > 0
 
 
+@pytest.mark.slow
 def test_gradients_of_adapters_are_finite_differences_of_the_loss():
     params, routing = tiny.build(MODEL)
     adapters = filled(lora.shapes(EVERY, params))

@@ -201,6 +201,7 @@ def test_muon_treats_stacked_layers_experts_and_heads_as_matrices_of_their_own()
         np.testing.assert_allclose(cut(found[path]), alone, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_muon_leaves_embedding_head_router_positions_norms_and_biases_to_adam():
     shapes = {
         "language/embedding": (16, 8),

@@ -17,6 +17,8 @@ from vl_jax import params as params_lib
 from vl_jax.encoders.resnet import EPSILON, MOMENTUM, BatchNorm, ResNet, ResNetConfig, ResNetOutput
 from vl_jax.interop import conv, rules
 
+pytestmark = pytest.mark.slow  # an encoder beside the main path: minutes of compilation
+
 # Two programs for the same numbers add in different orders; activations are of order 1.
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
 TINY = ResNetConfig(stem_dim=4, stage_dims=(8, 12), stage_blocks=(3, 1))

@@ -22,6 +22,8 @@ from vl_jax.encoders.sam import SAM, SAMConfig, SAMOutput, join, offset_table, p
 from vl_jax.interop import conv, rules
 from vl_jax.interop.folder import open_weights, read_config
 
+pytestmark = pytest.mark.slow  # an encoder beside the main path: minutes of compilation
+
 # Two programs for the same numbers add in different orders; activations are of order 1.
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
 TINY = SAMConfig(

@@ -103,6 +103,7 @@ def test_rematerialisation_changes_nothing(remat):
     assert_same(results(tiny.config(remat=remat)), results(tiny.config()))
 
 
+@pytest.mark.slow
 def test_the_routing_bias_after_a_step_is_the_same_however_it_was_computed():
     model = tiny.config()
     state = tiny.build(model)[1]
@@ -119,6 +120,7 @@ def test_the_routing_bias_after_a_step_is_the_same_however_it_was_computed():
         np.testing.assert_array_equal(bias, biases[0])
 
 
+@pytest.mark.slow
 def test_fresh_parameters_do_not_depend_on_the_mesh():
     model = tiny.config()
     one = tiny.layout_of(model)

@@ -160,6 +160,7 @@ def test_a_projected_vector_goes_through_its_activation():
     assert_close(encode(tanh, params=make(linear)).pooled, np.tanh(pooled))
 
 
+@pytest.mark.slow
 def test_features_are_the_chosen_hidden_states_side_by_side():
     config, params = dataclasses.replace(CLIP, class_feature=True), make(CLIP)
 
