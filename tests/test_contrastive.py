@@ -23,6 +23,8 @@ from vl_jax.encoders.text import TextEncoder, TextEncoderConfig, pooled_position
 from vl_jax.encoders.vit import ViTConfig
 from vl_jax.interop import rules, vision
 
+pytestmark = pytest.mark.slow  # a pair beside the main path: minutes of compilation
+
 # The same sums in another order, over values of order 1.
 assert_close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5)
 

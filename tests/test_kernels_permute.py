@@ -90,6 +90,7 @@ def close(actual, expected) -> None:
     jax.tree.map(check, actual, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_experts", "kernel", "target"),
     [

@@ -30,6 +30,8 @@ from vl_jax.train.optimizer import OptimizerConfig
 from vl_jax.train.stages import Stage, adapter_shapes, trainable_table
 from vl_jax.train.step import TrainState, gradients, make_train_step
 
+pytestmark = pytest.mark.slow  # whole runs with adapters: minutes of compilation
+
 MODEL = tiny.config()
 STEP = 1e-3  # of finite differences
 EVERY = LoraConfig(rank=3, alpha=6.0, targets=tuple(GROUPS))
