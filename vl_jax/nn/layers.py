@@ -81,6 +81,29 @@ class LayerNorm(nn.Module):
         return layer_norm(x, scale, bias, epsilon=self.epsilon)
 
 
+@jax.custom_vjp
+def project(x: Float[Array, "*batch D"], kernel: Float[Array, "D F"]) -> Float[Array, "*batch F"]:
+    """``x @ kernel``, whose weight gradient is the product of ``x`` transposed with the output's gradient.
+
+    Autodiff derives the transpose of that, for which a CPU transposes the larger operand: with the output
+    head of a small model, whose gradient is thousands wide, a step took a fifth longer.
+    """
+    return x @ kernel
+
+
+def _project_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return x @ kernel, (x, kernel)
+
+
+def _project_backward(residual: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = residual
+    batch = tuple(range(x.ndim - 1))
+    return grad @ kernel.T, jax.lax.dot_general(x, grad, ((batch, batch), ((), ())))
+
+
+project.defvjp(_project_forward, _project_backward)
+
+
 class Linear(nn.Module):
     """``x @ kernel (+ bias)`` with logical names for the two sides of the kernel."""
 
@@ -92,7 +115,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch F"]:
         kernel = self.param("kernel", named(self.kernel_init, *self.names), (x.shape[-1], self.features))
-        y = x @ kernel.astype(x.dtype)
+        y = project(x, kernel.astype(x.dtype))
         if self.use_bias:
             bias = self.param("bias", named(nn.initializers.zeros, self.names[1]), (self.features,))
             y = y + bias.astype(x.dtype)
@@ -111,11 +134,11 @@ class GatedMLP(nn.Module):
         width, inputs = x.shape[-1], self.activation.inputs
         w_in = self.param("w_in", named(fan_in(), "embed", None, "mlp"), (width, inputs, self.mlp_dim))
         w_out = self.param("w_out", named(fan_in(), "mlp", "embed"), (self.mlp_dim, width))
-        hidden = x @ w_in.reshape(width, -1).astype(x.dtype)
+        hidden = project(x, w_in.reshape(width, -1).astype(x.dtype))
         if self.use_bias:
             b_in = self.param("b_in", named(nn.initializers.zeros, None, "mlp"), w_in.shape[1:])
             hidden = hidden + b_in.reshape(-1).astype(x.dtype)
-        y = self.activation(hidden) @ w_out.astype(x.dtype)
+        y = project(self.activation(hidden), w_out.astype(x.dtype))
         if self.use_bias:
             b_out = self.param("b_out", named(nn.initializers.zeros, None), (width,))
             y = y + b_out.astype(x.dtype)

@@ -1,0 +1,24 @@
+"""The product with a written-down gradient."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vl_jax.nn.layers import project
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5)], ids=str)
+def test_values_and_gradients_of_a_product_are_those_of_autodiff(shape):
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, kernel = jax.random.normal(keys[0], shape), jax.random.normal(keys[1], (5, 4))
+    upstream = jax.random.normal(keys[2], (*shape[:-1], 4))
+    for multiply in (project, jax.jit(project)):
+        found, pull = jax.vjp(multiply, x, kernel)
+        expected, plain = jax.vjp(jnp.matmul, x, kernel)
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+        for a, b in zip(pull(upstream), plain(upstream), strict=True):
+            assert a.shape == b.shape
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
