@@ -162,5 +162,7 @@ def test_a_published_checkpoint_is_tuned_and_published_again(
     found = scores(capsys, again, model, f"--config={FILE}", "--task=val", *settings)["val"]
     assert found["exact_match"] == results["val"]["exact_match"] and found["num_questions"] == 4
     said = [next((tmp_path / name / "eval/val").glob("*.samples.jsonl")) for name in ("run", "again")]
-    first, second = ([json.loads(line)["prediction"] for line in path.open()] for path in said)
+    first, second = (
+        [json.loads(line)["prediction"] for line in path.read_text().splitlines()] for path in said
+    )
     assert first == second[: len(first)]
