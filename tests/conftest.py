@@ -37,11 +37,6 @@ flags.FLAGS.mark_as_parsed()
 # From here on every annotated function of the package checks its arguments; an int will do for a float.
 install_import_hook("vl_jax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
-from vl_jax import process  # noqa: E402
-
-# Runs in the process of the tests leave its allocator as it is: it serves every test that follows.
-process.keep_freed_memory = lambda: None
-
 
 def pytest_configure(config: pytest.Config) -> None:
     """A test file that is named on the command line runs whole, its slow tests too."""

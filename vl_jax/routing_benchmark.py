@@ -4,8 +4,7 @@
 
 All ways run in turns in this process on the same numbers, and ratios are of neighbouring turns. Ways that
 need a capacity (factor 1.25) drop what overflows, so that they do no more work than the others; those whose
-memory a machine may not have are left out above ``MOST_BYTES``. With a topology nothing runs: programs are
-compiled for a TPU that is not there, and the compiler's count of work and memory is reported.
+memory a machine may not have are left out above ``MOST_BYTES``.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ import numpy as np
 
 from vl_jax import process
 from vl_jax.benchmark import machine
+from vl_jax.kernels import target
 from vl_jax.kernels.activation import Activation
 from vl_jax.kernels.grouped_matmul import ExpertWeights
 from vl_jax.moe import all_to_all, dispatch
@@ -36,7 +36,7 @@ ONE_HOT_GROUP = 512  # tokens that share the slots of a one-hot dispatch (GShard
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """The sizes of one layer. The default is that of the table in the project's notes on CPUs."""
+    """The sizes of one layer."""
 
     tokens: int = 8192
     width: int = 512
@@ -63,9 +63,9 @@ class Shape:
         )
 
 
-# The layers that are measured when nothing else is asked for: on a CPU, and compiled for a TPU.
+# The layers that are measured when nothing else is asked for: on a CPU, and on an accelerator.
 CPU_SHAPES = tuple(Shape(num_experts=e) for e in (16, 64, 256))
-TPU_SHAPES = (Shape(16384, 2048, 1408, 64, 6, gated=True, dtype="bfloat16"),)
+ACCELERATOR_SHAPES = (Shape(16384, 2048, 1408, 64, 6, gated=True, dtype="bfloat16"),)
 
 Inputs = tuple[jax.Array, jax.Array, jax.Array, ExpertWeights]  # x, experts, gates, weights
 Way = Callable[[jax.Array, jax.Array, jax.Array, ExpertWeights], jax.Array]
@@ -164,7 +164,8 @@ def ways(shape: Shape, *, platform: str) -> dict[str, Way]:
     rows = shape.tokens * shape.top_k * shape.width * jnp.dtype(shape.dtype).itemsize
     group = min(ONE_HOT_GROUP, shape.tokens)
     one_hot_size = group * shape.top_k * CAPACITY_FACTOR * group * shape.top_k * 4
-    result = {"ours, blocked": ours(shape, "blocked"), "capacity buffer": capacity_buffer(shape)}
+    kernel = target.choose("auto", shape.width, shape.hidden)
+    result = {f"ours, {kernel}": ours(shape, kernel), "capacity buffer": capacity_buffer(shape)}
     if platform == "cpu" and shape.num_experts <= 16:  # E / k times the work
         result["every expert on every row"] = ours(shape, "reference")
     if one_hot_size < MOST_BYTES:
@@ -202,7 +203,7 @@ def run(*, repeats: int = 5, json_file: Path | None = None, shapes: tuple[Shape,
     process.keep_freed_memory()
     platform = jax.default_backend()
     result: dict[str, Any] = {"benchmark": "routing", "repeats": repeats, "machine": machine(), "layers": []}
-    for shape in shapes or (CPU_SHAPES if platform == "cpu" else TPU_SHAPES):
+    for shape in shapes or (CPU_SHAPES if platform == "cpu" else ACCELERATOR_SHAPES):
         for load in LOADS:
             inputs = draw(shape, load=load)
             entry: dict[str, Any] = {"shape": dataclasses.asdict(shape), "load": load, "modes": {}}
@@ -252,23 +253,3 @@ def table(mode: str, figures: Mapping[str, Mapping[str, float]]) -> str:
         for name, f in figures.items()
     ]
     return "\n".join(lines)
-
-
-def abstract(shape: Shape) -> tuple[Any, ...]:
-    """Shapes and dtypes of the inputs."""
-    dtype, inputs = jnp.dtype(shape.dtype), shape.activation.inputs
-
-    def leaf(*sizes: int, dtype: Any = dtype) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(sizes, dtype)
-
-    weights = ExpertWeights(
-        leaf(shape.num_experts, shape.width, inputs, shape.hidden),
-        leaf(shape.num_experts, shape.hidden, shape.width),
-    )
-    choices = (shape.tokens, shape.top_k)
-    return (
-        leaf(shape.tokens, shape.width),
-        leaf(*choices, dtype=jnp.int32),
-        leaf(*choices, dtype=jnp.float32),
-        weights,
-    )
