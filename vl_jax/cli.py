@@ -37,6 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+Command = Callable[[str, Callable[[Any], None], str, str], argparse.ArgumentParser]
+
+
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="vl_jax", description=__doc__, epilog=f"example: {EXAMPLE}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -53,12 +56,23 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         sub.set_defaults(run=run)
         return sub
 
-    def with_config(sub: argparse.ArgumentParser, *, required: bool = True) -> argparse.ArgumentParser:
-        sub.add_argument("--config", required=required, metavar="FILE[:ARG]", help="experiment file")
-        sub.usage = f"{sub.prog} --config=FILE [--config.a.b=value ...] [options]"
-        return sub
+    _add_runs(command)
+    _add_models(command)
+    _add_tools(command)
+    arguments, rest = parser.parse_known_args(argv)
+    arguments.overrides = _overrides(parser, rest)
+    return arguments
 
-    train = with_config(
+
+def _with_config(sub: argparse.ArgumentParser, *, required: bool = True) -> argparse.ArgumentParser:
+    sub.add_argument("--config", required=required, metavar="FILE[:ARG]", help="experiment file")
+    sub.usage = f"{sub.prog} --config=FILE [--config.a.b=value ...] [options]"
+    return sub
+
+
+def _add_runs(command: Command) -> None:
+    """Commands about runs of an experiment."""
+    train = _with_config(
         command(
             "train",
             _train,
@@ -67,7 +81,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         )
     )
     train.add_argument("--workdir", required=True, type=Path, help="folder of the run")
-    inspect = with_config(
+    inspect = _with_config(
         command(
             "inspect",
             _inspect,
@@ -81,7 +95,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     inspect.add_argument("--batches", type=int, default=4, help="with routing: held-out batches to look at")
     inspect.add_argument("--html", type=Path, help="with data: also write the samples as a page")
     inspect.add_argument("--samples", type=int, default=3, help="with data: samples per source")
-    sweep = with_config(
+    sweep = _with_config(
         command(
             "sweep",
             _sweep,
@@ -112,6 +126,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "report --workdir=runs/quickstart",
     )
     report.add_argument("--workdir", required=True, type=Path)
+
+
+def _add_models(command: Command) -> None:
+    """Commands that use or move a model that is there."""
     generate = command(
         "generate",
         _generate,
@@ -135,6 +153,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     convert.add_argument("--from", dest="source", required=True, type=Path, help="what to convert")
     convert.add_argument("--to", dest="target", required=True, type=Path, help="must not exist")
+
+
+def _add_tools(command: Command) -> None:
+    """Commands that need no model: schemes, figures, vocabularies."""
     conformance = command(
         "conformance",
         _conformance,
@@ -162,9 +184,6 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     tokenizer.add_argument("--vocab-size", type=int, default=2048)
     tokenizer.add_argument("--out", required=True, type=Path)
-    arguments, rest = parser.parse_known_args(argv)
-    arguments.overrides = _overrides(parser, rest)
-    return arguments
 
 
 def _overrides(parser: argparse.ArgumentParser, rest: list[str]) -> tuple[tuple[str, str], ...]:

@@ -23,22 +23,10 @@ import numpy as np
 
 from vl_jax.batch import Batch
 from vl_jax.data.chat import Targets
-from vl_jax.data.encode import DataConfig, Encoder, Example, ModelSpec, find_source, make_encoder
-from vl_jax.data.prompts import evaluation_prompts
+from vl_jax.data.encode import DataConfig, Encoder, Example, ModelSpec, make_encoder
 from vl_jax.data.sample import BadSample
 from vl_jax.data.sources import Source, open_source
 from vl_jax.data.turns import vary
-
-__all__ = [
-    "DataConfig",
-    "Encoder",
-    "Example",
-    "ModelSpec",
-    "TrainIterator",
-    "evaluation_prompts",
-    "find_source",
-    "make_encoder",
-]
 
 _log = logging.getLogger(__name__)
 _MAX_BAD_RUN = 2000
