@@ -191,7 +191,7 @@ def test_a_hybrid_sees_the_same_on_many_devices():
 def test_a_hybrid_refuses_pixels_that_are_not_normalised(high: Any):
     batch = smallest_batch(HYBRID).replace(high_tiles=high)
     with pytest.raises(ValueError, match="high_tiles=(None|uint8): .* normalised floats"):
-        see(hybrid_params(), batch)
+        jax.eval_shape(lambda params: see(params, batch), abstract(VisionLanguage(HYBRID)))
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from vl_jax.nn import attention
 
@@ -48,10 +46,8 @@ def test_chunks_change_neither_values_nor_gradients(length):
     assert_close(both(length, mask))
 
 
-@settings(max_examples=4, deadline=None)
-@given(st.integers(0, 99))
-def test_any_mask_below_the_diagonal_will_do_and_who_sees_nothing_gets_zeros(seed):
-    length = 130
+def test_any_mask_below_the_diagonal_will_do_and_who_sees_nothing_gets_zeros():
+    length, seed = 130, 5
     allowed = jax.random.bernoulli(jax.random.key(seed), 0.3, (2, length, length))
     mask = jnp.tril(allowed).at[:, 7].set(False)
     pair = both(length, mask, heads=3, key_heads=1, seed=seed)

@@ -43,7 +43,7 @@ def weights():
     ],
     ids=["token choice", "expert choice", "all to all"],
 )
-@pytest.mark.parametrize("sizes", [(1, 2, 2, 2), (2, 1, 4, 1)])
+@pytest.mark.parametrize("sizes", [(1, 2, 2, 2), pytest.param((2, 1, 4, 1), marks=pytest.mark.slow)])
 def test_experts_spread_over_devices_compute_what_one_device_computes(kind, changes, sizes):
     assignment, config = assignments()[kind], dataclasses.replace(CONFIG, **changes)
 

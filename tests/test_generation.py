@@ -84,8 +84,16 @@ def test_a_model_that_looks_ahead_warns_before_generating(moe, warns, caplog):
     assert bool(caplog.records) == warns
 
 
-@pytest.mark.parametrize("fusion", tiny.FUSIONS)
-@pytest.mark.parametrize("chunk", [1, 5, 16, 40])
+QUICK = {("gated", 5), ("prefix", 1), ("prefix", 40)}
+
+
+@pytest.mark.parametrize(
+    ("fusion", "chunk"),
+    [
+        pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
+        for case in itertools.product(tiny.FUSIONS, (1, 5, 16, 40))
+    ],
+)
 def test_a_prompt_read_in_chunks_gives_the_same_continuation(fusion, chunk):
     model, batch = tiny.config(fusion=fusion), _prompts(fusion)
     whole = _generate(model, batch, stop=-1)
@@ -143,11 +151,13 @@ def test_kept_tokens_are_the_fewest_likely_ones_that_hold_the_probability(values
             expected.add(int(token))
         total += p
     config = GenerationConfig(temperature=1.0, top_p=top_p, top_k=top_k)
-    kept = generation.keep_likely(jnp.asarray(logits, jnp.float32)[None], config)[0]
+    of_one_size = np.full((1, 9), -np.inf, np.float32)  # or every number of values is a program of its own
+    of_one_size[0, : len(values)] = logits
+    kept = generation.keep_likely(jnp.asarray(of_one_size), config)[0]
     assert set(np.flatnonzero(np.asarray(kept) > -1e30).tolist()) == expected
 
 
-@pytest.mark.parametrize("penalty", [0.0, 1.0])
+@pytest.mark.parametrize("penalty", [pytest.param(0.0, marks=pytest.mark.slow), 1.0])
 def test_enough_beams_find_the_best_of_all_continuations(penalty):
     model, batch = tiny.config(), _prompts("prefix")
     few, stop = 2, 5

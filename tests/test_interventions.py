@@ -58,6 +58,7 @@ def setting():
     return config, layout, params, state
 
 
+@pytest.mark.slow
 def test_a_study_counts_what_the_model_does_and_takes_away(setting):
     config, layout, params, state = setting
     batches = [tiny.varied_batch(2), tiny.varied_batch(2)]

@@ -67,7 +67,13 @@ def test_pallas_equals_the_definition(sizes):
 
 
 @pytest.mark.parametrize(
-    "activation", [SWIGLU, Activation(kind="relu", gated=False), Activation(limit=0.7)], ids=str
+    "activation",
+    [
+        Activation(limit=0.7),
+        pytest.param(Activation(kind="relu", gated=False), marks=pytest.mark.slow),
+        pytest.param(SWIGLU, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_biases_and_activations_equal_the_definition(activation):
     check(inputs(activation, bias=True, gated=activation is SWIGLU), [0, 30, 0, 7], activation=activation)

@@ -41,8 +41,15 @@ def moved(x, upstream, moves, *, which, kernel="pallas", target=SMALL) -> tuple:
     return y, pullback(upstream)[0]
 
 
-@pytest.mark.parametrize("width", [256, 200])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "width"),
+    [
+        (jnp.float32, 200),
+        (jnp.bfloat16, 256),
+        pytest.param(jnp.float32, 256, marks=pytest.mark.slow),
+        pytest.param(jnp.bfloat16, 200, marks=pytest.mark.slow),
+    ],
+)
 def test_pallas_moves_what_the_definition_moves(dtype, width):
     _, _, moves, counts = plan()
     x, rows = normal(1, T, width, dtype=dtype), normal(2, T * K, width, dtype=dtype)

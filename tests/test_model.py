@@ -55,7 +55,12 @@ def _influence(model, params: Any, state: Any, batch: Batch) -> tuple[jax.Array,
 
 
 @pytest.mark.parametrize(
-    ("scheme", "fusion"), [("loss_free", "prefix"), ("top_k", "gated"), ("capacity", "prefix")]
+    ("scheme", "fusion"),
+    [
+        ("loss_free", "prefix"),
+        ("top_k", "gated"),
+        pytest.param("capacity", "prefix", marks=pytest.mark.slow),
+    ],
 )
 def test_a_position_has_gradient_from_exactly_the_tokens_it_may_see(scheme, fusion):
     model = tiny.config(scheme, fusion=fusion)
@@ -78,7 +83,13 @@ def test_a_position_has_gradient_from_exactly_the_tokens_it_may_see(scheme, fusi
     np.testing.assert_array_equal(np.asarray(vision)[valid] > 0, appeared[valid])
 
 
-@all_schemes
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        *("loss_free", "capacity", "expert_choice"),
+        *(pytest.param(s, marks=pytest.mark.slow) for s in tiny.SCHEMES if s.startswith("top_k")),
+    ],
+)
 def test_later_tokens_change_earlier_logits_only_if_the_scheme_says_so(scheme):
     model = tiny.config(scheme)
     batch = tiny.batch([[tiny.example(7, text=18)]])
@@ -95,8 +106,8 @@ def test_later_tokens_change_earlier_logits_only_if_the_scheme_says_so(scheme):
     [
         ("top_k", "gated"),
         ("loss_free", "prefix"),
-        ("capacity", "prefix"),
-        ("expert_choice", "prefix"),
+        pytest.param("capacity", "prefix", marks=pytest.mark.slow),
+        pytest.param("expert_choice", "prefix", marks=pytest.mark.slow),
     ],
 )
 def test_padding_does_not_change_logits_or_statistics(scheme, fusion):

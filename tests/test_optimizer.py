@@ -150,7 +150,7 @@ def muon_update(tree, gradients):
     settings = config(method="muon", learning_rate=1.0, weight_decay=0.0, clip_norm=1e9, no_decay=())
     optimizer = make_optimizer(settings, paths, paths)
     with jax.numpy_dtype_promotion("standard"):  # inside optax
-        updates, _ = optimizer.update(gradients, optimizer.init(tree), tree)
+        updates, _ = jax.jit(optimizer.update)(gradients, optimizer.init(tree), tree)
     return {path: -np.asarray(u) for path, u in params_lib.flatten(updates).items()}
 
 

@@ -97,7 +97,8 @@ def test_a_run_that_crashed_again_and_again_has_the_same_log(uninterrupted, tmp_
     assert log(tmp_path) == log(uninterrupted)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_the_state_and_ends_with_a_message(
     uninterrupted, tmp_path, monkeypatch, capsys, number
 ):

@@ -14,6 +14,7 @@ from vl_jax.routing_benchmark import Shape
 SMALL = Shape(tokens=64, width=8, hidden=6, num_experts=4, top_k=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gated", [False, True])
 def test_all_ways_give_the_same_output_and_gradients(gated, monkeypatch):
     monkeypatch.setattr(routing_benchmark, "CAPACITY_FACTOR", 4)  # room for every choice

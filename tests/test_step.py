@@ -98,7 +98,8 @@ def test_four_micro_batches_equal_one_batch(mesh):
     assert_same(results(model, mesh, accumulation=4), results(model))
 
 
-@pytest.mark.parametrize("remat", ["full", pytest.param("dots", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["full", "dots"])
 def test_rematerialisation_changes_nothing(remat):
     assert_same(results(tiny.config(remat=remat)), results(tiny.config()))
 
