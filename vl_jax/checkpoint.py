@@ -49,13 +49,6 @@ def checksums(tree: Any) -> dict[str, int]:
     return {jax.tree_util.keystr(path): int(v) for (path, _), v in zip(named, values, strict=True)}
 
 
-# Replicas share the writing of an array, a slice each. For a small one that costs more than it saves: a
-# program of its own for each shape, two seconds in all for the smallest model on eight devices.
-ocp.type_handlers.register_type_handler(
-    jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20), override=True
-)
-
-
 class Checkpointer:
     """Saves asynchronously, restores the newest sound step."""
 
