@@ -342,11 +342,13 @@ def answer(workdir: Path, *, prompt: str, image: Path | None, max_new_tokens: in
 
 def open_stream(experiment: Experiment, stage: Stage) -> loop.Stream:
     """The training batches of a stage, in an order that follows from the seed and the stage's name."""
+    from vl_jax.data.packed import PackedIterator
     from vl_jax.data.pipeline import TrainIterator
 
     names = stage.sources or tuple(source.name for source in experiment.data.sources)
     weights = stage.weights or (1.0,) * len(names)
-    return TrainIterator(
+    iterator = TrainIterator if experiment.data.packing is None else PackedIterator
+    return iterator(
         experiment.data,
         model_spec(experiment),
         batch_size=stage.batch_size,
