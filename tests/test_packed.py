@@ -17,13 +17,13 @@ import tiny
 from PIL import Image as PilImage
 
 from vl_jax import config as config_lib
-from vl_jax.data import encode
+from vl_jax.data import encode, waste
 from vl_jax.data.encode import DataConfig, ModelSpec
 from vl_jax.data.images import TilingConfig
 from vl_jax.data.packed import PackedIterator, open_planner
 from vl_jax.data.packing import PackingConfig
 from vl_jax.data.plan import Cursor
-from vl_jax.data.sources import LlavaConfig, ScenesConfig
+from vl_jax.data.sources import LlavaConfig, ScenesConfig, open_source
 from vl_jax.model import VisionLanguage
 from vl_jax.train.step import loss_sums
 
@@ -197,6 +197,41 @@ def test_a_wrong_state_is_refused():
     batches = PackedIterator(CONFIG, SPEC, batch_size=2)
     with pytest.raises(ValueError, match="expected cursor and skipped"):
         batches.set_state({"next_index": 3, "skipped": {}})
+
+
+def test_padding_is_predicted_as_it_comes():
+    planner, _ = open_planner(CONFIG, SPEC)
+    report = waste.predict(planner, CONFIG)
+    batches = PackedIterator(CONFIG, SPEC, batch_size=report.num_rows)
+    (batch,) = take(batches, 1)
+    assert report.packed.tokens == pytest.approx((batch.segment_ids == 0).mean())
+    used = batch.tiles.any((2, 3, 4))
+    assert report.packed.tiles == pytest.approx(1 - used.mean())
+    assert report.num_samples == sum(map(len, batches.ids)) == 40
+    assert report.unpacked.tokens == pytest.approx(
+        1 - (batch.segment_ids > 0).sum() / (40 * CONFIG.max_tokens)
+    )
+    assert report.packed.tokens < report.unpacked.tokens and "40 samples" in str(report)
+
+
+@pytest.mark.slow
+def test_padding_of_the_shared_mixture_is_within_bounds(shared_data):
+    folders = sorted(
+        f.parent.name for f in shared_data.glob("*/train.json") if '"audio"' not in f.read_text()[:500]
+    )
+    config = DataConfig(
+        root=str(shared_data),
+        sources=tuple(LlavaConfig(name, f"{name}/train.json") for name in folders),
+        max_tokens=1024,
+        tiling=TilingConfig(tile_size=64, views="global"),
+        max_tiles=2,
+        packing=PackingConfig(max_tokens=2048, max_tiles=19, window=2048),
+    )
+    sizes = {s.name: float(len(open_source(s, root=config.root))) for s in config.sources}
+    planner, _ = open_planner(config, dataclasses.replace(SPEC, tile_tokens_side=4), sources=sizes)
+    report = waste.predict(planner, config)
+    print(report)
+    assert report.packed.tokens < 0.05 and report.packed.tiles < 0.08
 
 
 @pytest.mark.slow

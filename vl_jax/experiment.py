@@ -345,17 +345,21 @@ def open_stream(experiment: Experiment, stage: Stage) -> loop.Stream:
     from vl_jax.data.packed import PackedIterator
     from vl_jax.data.pipeline import TrainIterator
 
-    names = stage.sources or tuple(source.name for source in experiment.data.sources)
-    weights = stage.weights or (1.0,) * len(names)
     iterator = TrainIterator if experiment.data.packing is None else PackedIterator
     return iterator(
         experiment.data,
         model_spec(experiment),
         batch_size=stage.batch_size,
-        sources=dict(zip(names, weights, strict=True)),
+        sources=mixture(experiment, stage),
         targets=stage.targets,
         seed=_stage_seed(experiment, stage),
     )
+
+
+def mixture(experiment: Experiment, stage: Stage) -> dict[str, float]:
+    """The sources of a stage and their weights."""
+    names = stage.sources or tuple(source.name for source in experiment.data.sources)
+    return dict(zip(names, stage.weights or (1.0,) * len(names), strict=True))
 
 
 def _stage_seed(experiment: Experiment, stage: Stage) -> int:
