@@ -112,22 +112,6 @@ def test_a_signal_saves_the_state_and_ends_with_a_message(
     assert log(tmp_path) == log(uninterrupted)
 
 
-@pytest.mark.slow
-def test_a_run_of_packed_rows_that_crashed_has_the_same_log(tmp_path, monkeypatch):
-    def crash():
-        raise Crash
-
-    for name in ("whole", "crashed"):
-        command = ["train", f"--config={TINY}:packed", f"--workdir={tmp_path / name}"]
-        for moment in (6, 7) if name == "crashed" else ():
-            with monkeypatch.context() as patch:
-                Interruption(patch, moment, crash)
-                with pytest.raises(Crash):
-                    cli.main(command)
-        assert cli.main(command) == 0
-    assert log(tmp_path / "crashed") == log(tmp_path / "whole")
-
-
 def test_launching_a_finished_run_again_changes_nothing(uninterrupted):
     before = (uninterrupted / METRICS_FILE).read_bytes()
     assert train(uninterrupted) == 0

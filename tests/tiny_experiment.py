@@ -1,13 +1,9 @@
-"""An experiment of seconds: two stages of ten steps on procedural scenes, a checkpoint every four steps.
-
-``tiny_experiment.py:packed`` has rows of several samples.
-"""
+"""An experiment of seconds: two stages of ten steps on procedural scenes, a checkpoint every four steps."""
 
 from vl_jax import config
 from vl_jax.adapter import AdapterConfig
 from vl_jax.data.encode import DataConfig
 from vl_jax.data.images import TilingConfig
-from vl_jax.data.packing import PackingConfig
 from vl_jax.data.scenes import ScenesConfig
 from vl_jax.encoders.vit import ViTConfig
 from vl_jax.evaluate.runner import EvaluationConfig
@@ -49,7 +45,6 @@ def get_config(arg: str = ""):
                 turn_sampling="uniform",
                 image_dropout_rate=0.1,
                 tiling=TilingConfig(tile_size=32, views="global"),
-                packing=PackingConfig(max_tokens=192, max_tiles=4, window=64) if arg == "packed" else None,
             ),
             stages=(
                 Stage("first", steps=9, batch_size=8, targets="all", trainable=("adapter/.*", "language/.*")),
