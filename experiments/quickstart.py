@@ -85,6 +85,7 @@ def sweep_experts():
             "model.moe.num_experts": num_experts,
             "model.moe.top_k": top_k,
             "model.moe.expert_dim": width,
+            "model.moe.normalize_gates": top_k > 1,  # of one gate, the sum is the gate
         }
 
 

@@ -113,7 +113,7 @@ class MoEConfig:
     num_groups: int = 1  # experts are cut into groups of equal size ...
     top_groups: int = 1  # ... of which a token may use this many
     excluded: Literal["lowest", "zero"] = "lowest"  # selection score of experts in the other groups
-    normalize_gates: bool = False  # divide the chosen gates by their sum
+    normalize_gates: bool = False  # divide the chosen gates by their sum; of one, that leaves 1
     gate_scale: float = 1.0
     router_bias: bool = False  # a learned bias of the logits
     expert_bias: bool = False  # biases of both projections of every routed expert
@@ -341,7 +341,7 @@ def choose(
     experts: Int[Array, "T K"], gates: Float[Array, "T K"], context: RoutingContext, config: MoEConfig
 ) -> TokenChoice:
     """Normalises and scales gates as configured; padding, and ids >= E, choose nothing."""
-    if config.normalize_gates and config.top_k > 1:
+    if config.normalize_gates:
         gates = gates / (jnp.sum(gates, axis=-1, keepdims=True) + 1e-20)
     used = context.valid[:, None] & (experts < config.num_experts)
     return TokenChoice(
