@@ -100,6 +100,8 @@ def test_top_k_of_hand_worked_scores():
     assert found == {}
     scaled = dataclasses.replace(plain, normalize_gates=True, gate_scale=7.0)
     np.testing.assert_allclose(assign(scaled, logits, where)[0].gates, [[[4.0, 3.0]]], rtol=1e-6)
+    single = dataclasses.replace(scaled, top_k=1)
+    np.testing.assert_allclose(assign(single, logits, where)[0].gates, [[[7.0]]], rtol=1e-6)
 
 
 def test_the_bias_selects_but_does_not_weigh():
