@@ -6,7 +6,14 @@ import pytest
 
 from vl_jax.interop.language import read_deepseek, read_language
 
-OPTIONS = {"norm_topk_prob": True, "n_routed_experts": 4, "num_experts": 4, "n_group": 1, "topk_group": 1}
+OPTIONS = {
+    "norm_topk_prob": True,
+    "n_routed_experts": 4,
+    "num_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "topk_method": "greedy",
+}
 
 
 @pytest.mark.parametrize(
