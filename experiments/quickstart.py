@@ -121,10 +121,10 @@ def get_config():
                     trainable=("encoder/.*", "adapter/.*"),
                     optimizer=muon,
                 ),
-                Stage("pretraining", steps=600, batch_size=16, sources=("pairs",), optimizer=muon),
+                Stage("pretraining", steps=650, batch_size=16, sources=("pairs",), optimizer=muon),
                 Stage(
                     "sft",
-                    steps=850,
+                    steps=900,
                     batch_size=16,
                     sources=("scenes", "relations"),
                     weights=(0.7, 0.3),
