@@ -85,6 +85,15 @@ class VisionLanguageConfig:
         return self.encoder.num_tokens - without_class - self.adapter.skip
 
     @property
+    def tile_tokens(self) -> int:
+        """Visual tokens of one tile, without those that stand between its rows; 0 for a language model."""
+        if self.encoder is None:
+            return 0
+        if self.adapter.downsample == 1:
+            return self._tokens_left
+        return self.adapter.tokens_side(self.encoder.grid) ** 2
+
+    @property
     def tile_tokens_side(self) -> int:
         """Visual tokens on the side of one tile, whose rows end with a newline; 0 for a language model.
 
