@@ -211,6 +211,12 @@ class VisionLanguage(nn.Module):
         """Vocabulary scores, float32."""
         return self.language.logits(hidden)
 
+    def cross_entropy(
+        self, hidden: Float[Array, "B Q D"], targets: Int[Array, "B Q"], weights: Float[Array, "B Q"]
+    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """The weighted sums of cross-entropy and of hits (see ``losses.head_cross_entropy``)."""
+        return self.language.cross_entropy(hidden, targets, weights)
+
     def initialize(self, batch: Batch, routing_state: State) -> Float[Array, "B T V"]:
         """Touches every parameter once; the method to call ``init`` with."""
         return self.logits(self(batch, routing_state).hidden)
