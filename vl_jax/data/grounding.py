@@ -12,6 +12,7 @@ import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -115,7 +116,7 @@ def _system_fonts(size: int) -> Iterator[ImageFont.FreeTypeFont]:
 
 def _has(font: Font, text: str) -> bool:
     def shape(character: str) -> tuple[tuple[int, int], bytes]:
-        mask = font.getmask(character)
+        mask: Any = font.getmask(character)
         return mask.size, bytes(mask)
 
     missing = shape(_NO_CHARACTER)
