@@ -295,8 +295,11 @@ def _draw(text: str, image: Path, target: Path) -> None:
 
     found, picture = grounding.parse(text), FileImage(image, where="--image")()
     boxes = found.boxes(*picture.size)
-    grounding.draw(picture, boxes).save(target)
+    drawing = grounding.draw(picture, boxes)
+    drawing.picture.save(target)
     print(f"{target}: boxes drawn: {len(boxes)}, not readable: {found.malformed}", file=sys.stderr)
+    for number, label in drawing.legend.items():
+        print(f"{target}: {number} stands for {label!r}, which no font here can write", file=sys.stderr)
 
 
 def _stream(arguments: argparse.Namespace) -> str:

@@ -15,7 +15,6 @@ import optax
 from flax import struct
 from jax.typing import ArrayLike
 
-from vl_jax import losses
 from vl_jax import params as params_lib
 from vl_jax.batch import Batch
 from vl_jax.model import VisionLanguage, update_routing_state
@@ -61,15 +60,15 @@ def loss_sums(
     """(sum of cross-entropy, (sum of hits, sum of auxiliary losses over layers, routing statistics))."""
     output: Any = model.apply({"params": params}, batch, routing, rngs=rngs)
     predicting = jnp.take_along_axis(output.hidden, batch.target_index[..., None], axis=1)
-    logits: Any = model.apply({"params": params}, predicting, method="logits")
-    nll, hit = losses.cross_entropy(logits, batch.targets)
-    weights = batch.loss_weights
+    sums: Any = model.apply(
+        {"params": params}, predicting, batch.targets, batch.loss_weights, method="cross_entropy"
+    )
     routed = output.routed
     auxiliary = jnp.zeros(())
     if routed is not None:
         auxiliary = sum((jnp.sum(v) for v in routed.losses.values()), auxiliary)
     stats = None if routed is None else routed.stats
-    return jnp.sum(nll * weights), (jnp.sum(hit * weights), auxiliary, stats)
+    return sums[0], (sums[1], auxiliary, stats)
 
 
 def split_rows(batch: Batch, parts: int) -> Batch:
