@@ -201,6 +201,20 @@ def test_max_violation_and_dead_experts_of_hand_worked_loads():
     np.testing.assert_array_equal(balance.dead_experts(loads), [0, 3, 1, 4])
 
 
+def test_chance_of_single_batches_averages_out_of_the_running_load():
+    def stats(*load):
+        return RoutingStats(jnp.array([[load]]), jnp.zeros((1, 1, 2)), jnp.ones((1, 1)), jnp.zeros((1, 1)))
+
+    load = jnp.zeros((1, 2))
+    for step in range(400):  # all to one expert in turns: MaxVio is 1 in every batch
+        load = balance.running_load(load, stats(*((7, 0) if step % 2 else (0, 3))))
+    assert float(balance.max_violation(load)[0]) < 0.01
+    for _ in range(400):
+        load = balance.running_load(load, stats(3, 1))
+    np.testing.assert_allclose(balance.max_violation(load), [0.5], rtol=0.03)
+    np.testing.assert_allclose(jnp.sum(load), 100.0, rtol=1e-2)
+
+
 def test_summary_has_shares_within_each_modality_and_the_drop_rate():
     one = RoutingStats(
         load=jnp.array([[[3, 1], [0, 4]]]),

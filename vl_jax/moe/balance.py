@@ -6,10 +6,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from vl_jax.batch import MODALITIES
 from vl_jax.moe.assignment import Assignment, ExpertChoice, Merge, RoutingContext, RoutingStats, Soft
+
+RUNNING_DECAY = 0.99  # of what a step counts for in the running load: its mean age is a hundred steps
 
 
 def count(
@@ -89,10 +91,21 @@ def sequence_losses(
     return {"balance": jnp.mean(by_row), "z": jnp.mean(squared, where=valid)}
 
 
-def max_violation(load: Int[Array, "*L E"]) -> Float[Array, "*L"]:
+def max_violation(load: Num[Array, "*L E"]) -> Float[Array, "*L"]:
     """MaxVio: largest load over mean load, minus one (arXiv 2408.15664, eq. 4). 0 is perfect balance."""
     load = load.astype(jnp.float32)
     return jnp.max(load, axis=-1) / jnp.maximum(jnp.mean(load, axis=-1), 1e-9) - 1.0
+
+
+def running_load(before: Float[Array, "L E"], stats: RoutingStats) -> Float[Array, "L E"]:
+    """Shares of load summed over the steps so far, older ones ever less; from zeros at the beginning.
+
+    The load of one step says little about single experts when tokens are few; that of many steps has their
+    chance averaged out. MaxVio is the same for any multiple, so the sum needs no divisor.
+    """
+    load = jnp.sum(stats.load, axis=-2).astype(jnp.float32)
+    share = load / jnp.maximum(jnp.sum(load, axis=-1, keepdims=True), 1.0)
+    return RUNNING_DECAY * before + share
 
 
 def dead_experts(load: Int[Array, "*L E"]) -> Int[Array, "*L"]:
