@@ -127,7 +127,7 @@ class MoEConfig:
     capacity: int | None = None  # slots per expert and row, as a number
     priority: Literal["position", "gate"] = "position"  # who keeps a slot when capacity runs out
     # How tokens reach experts on other devices; ``all_to_all`` needs a capacity. See ``exchange``.
-    exchange: Literal["all_gather", "all_to_all"] = "all_gather"
+    exchange: Literal["all_gather", "ring", "all_to_all", "ragged"] = "all_gather"
     kernel: Literal["auto", "blocked", "pallas", "reference"] = "auto"  # see ``kernels.target.choose``
     options: tuple[tuple[str, float], ...] = ()  # numbers of the scheme's own; see its ``defaults``
 
