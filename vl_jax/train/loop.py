@@ -212,9 +212,12 @@ def _running_load(layout: Layout, recorded: list[list[float]] | None) -> jax.Arr
 
 
 def restore(
-    checkpointer: Checkpointer, layout: Layout, stages: tuple[Stage, ...]
+    checkpointer: Checkpointer, layout: Layout, stages: tuple[Stage, ...], *, before: int | None = None
 ) -> tuple[TrainState, Position] | None:
     """State and position of the newest sound checkpoint, or None if there is no checkpoint.
+
+    Args:
+      before: only checkpoints of earlier steps than this one.
 
     Raises:
       CheckpointError: there are checkpoints, and none of them can be used.
@@ -233,7 +236,7 @@ def restore(
             **({"adapters": adapters} if adapters else {}),
         }
 
-    restored = checkpointer.restore(params=layout.params, training_of=abstract)
+    restored = checkpointer.restore(params=layout.params, training_of=abstract, before=before)
     if restored is None:
         return None
     step, params, training, record = restored
