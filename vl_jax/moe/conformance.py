@@ -305,8 +305,8 @@ def takes_routes(subject: Subject) -> None:
         what = f"on {devices} device(s), with its own routes given:"
         _same(f"{what} the output", again.y, before.y)
         _same(f"{what} the gradient", again.gradients, before.gradients)
-        found = taken.assignment.experts
-        assert np.array_equal(found, others), (
+        found: Any = taken.assignment
+        assert np.array_equal(found.experts, others), (
             "declared replays=True, but it takes other routes than are given"
         )
         load = even.layer.stats.load.sum(axis=0)

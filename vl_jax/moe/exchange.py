@@ -60,8 +60,9 @@ def apply_experts(
         if isinstance(assignment, TokenChoice) and config.exchange in ("all_to_all", "ragged"):
             if config.exchange == "ragged":
                 own = target.choose(kernel, x.shape[-1], weights.w_out.shape[1])
-                send = functools.partial(ragged.apply_experts, slots=slots, kernel=own)
+                send: Any = functools.partial(ragged.apply_experts, slots=slots, kernel=own)
             else:
+                assert slots is not None  # the config sees to that
                 send = functools.partial(all_to_all.apply_experts, slots=slots)
             out = send(x, assignment, weights, activation=activation)
             return jax.lax.psum(out.astype(jnp.float32), "tensor").astype(x.dtype)
@@ -137,7 +138,8 @@ def _ring(
     def part(x: jax.Array, assignment: Assignment) -> jax.Array:
         return apply(x, dispatch.own_experts(assignment, num_local, me)).astype(jnp.float32)
 
-    visitors, sums = shift((x, assignment)) if shards > 1 else None, None
+    visitors: Any = shift((x, assignment)) if shards > 1 else None
+    sums = None
     total = part(x, assignment)
     for step in range(1, shards):
         following = shift(visitors) if step + 1 < shards else None

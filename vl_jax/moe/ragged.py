@@ -58,7 +58,7 @@ def apply_experts(
     num_local, shards = weights.w_in.shape[0], jax.lax.axis_size(axis)
     top_k, tokens = assignment.experts.shape[-1], x.shape[0] * x.shape[1]
     everywhere = jax.tree.map(lambda a: jax.lax.all_gather(a, axis, tiled=True), assignment)
-    mine = dispatch.own_experts(everywhere, num_local, jax.lax.axis_index(axis))
+    mine: Any = dispatch.own_experts(everywhere, num_local, jax.lax.axis_index(axis))
     room = shards * tokens if slots is None else min(shards * tokens, num_local * slots * shards * x.shape[0])
     shard = assignment.experts.reshape(tokens, top_k, 1) // num_local
     journey = plan(
@@ -68,7 +68,7 @@ def apply_experts(
         most_received=room,
         axis=axis,
     )
-    rows = permute(x.reshape(tokens, -1), journey.moves)
+    rows: Any = permute(x.reshape(tokens, -1), journey.moves)
     rows = send(room, axis, rows, journey.counts)
     here = TokenChoice(
         _of_tokens(mine.experts, journey.arriving, num_local), _of_tokens(mine.gates, journey.arriving, 0.0)
