@@ -172,6 +172,7 @@ def _add_tools(command: Command) -> None:
     )
     benchmark.add_argument("name", choices=("step", "decode", "routing"))
     benchmark.add_argument("--json", type=Path, help="file for the figures")
+    benchmark.add_argument("--topology", help="with routing: compile for a TPU not here, e.g. v5e:2x4")
     benchmark.add_argument("--repeats", type=int, default=9, help="turns of each side")
     tokenizer = command(
         "tokenizer",
@@ -347,10 +348,17 @@ def _conformance(arguments: argparse.Namespace) -> None:
 
 def _benchmark(arguments: argparse.Namespace) -> None:
     if arguments.name == "routing":
+        if arguments.topology:
+            from vl_jax import routing_aot
+
+            routing_aot.run(arguments.topology, json_file=arguments.json)
+            return
         from vl_jax import routing_benchmark
 
         routing_benchmark.run(repeats=arguments.repeats, json_file=arguments.json)
         return
+    if arguments.topology:
+        raise ConfigError("--topology is for 'benchmark routing' alone")
     from vl_jax import benchmark
 
     benchmark.run(arguments.name, repeats=arguments.repeats, json_file=arguments.json)

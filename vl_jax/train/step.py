@@ -35,6 +35,7 @@ class TrainState:
     optimizer: Leaf  # optimiser state of the trained leaves
     routing: State  # state of the routing scheme, stacked over sparse layers
     adapters: Leaf = struct.field(default_factory=dict)  # see ``lora``; empty without any
+    load: Leaf | None = None  # f32[L E] ``balance.running_load`` of the stage; None: not kept
 
 
 def split_trained(params: Any, adapters: Any, trainable: set[str]) -> tuple[Any, Any]:
@@ -150,11 +151,14 @@ def make_train_step(
         updates = jax.tree.map(lambda u: (learning_rate * u).astype(u.dtype), updates)
         trained = optax.apply_updates(trained, updates)
         metrics["grad_norm"] = optax.tree.norm(grads)
-        routing = state.routing
+        routing, load = state.routing, state.load
         if stats is not None:
             metrics |= balance.summarize(stats)
+            if load is not None:
+                load = balance.running_load(load, stats)
+                metrics["routing/maxvio_running"] = balance.max_violation(load)
             routing = update_routing_state(routing, stats, model.config)
         params, adapters = join_trained(trained, frozen, trainable)
-        return TrainState(state.step + 1, params, optimizer_state, routing, adapters), metrics
+        return TrainState(state.step + 1, params, optimizer_state, routing, adapters, load), metrics
 
     return step
