@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 
 import pytest
@@ -40,8 +39,6 @@ def test_a_topology_is_for_routing_alone(capsys):
 
 @pytest.mark.tpu_aot
 def test_a_table_is_compiled_printed_and_written(tmp_path, capsys, monkeypatch):
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("compiling for a TPU needs libtpu: pip install libtpu")
     monkeypatch.setattr(routing_aot, "ACCELERATOR_SHAPES", (SMALL,))
     monkeypatch.setattr(routing_aot, "MODES", {"forward": lambda way: way})
     monkeypatch.setattr(routing_aot, "GROUP", 128)
