@@ -121,10 +121,10 @@ def get_config():
                     trainable=("encoder/.*", "adapter/.*"),
                     optimizer=muon,
                 ),
-                Stage("pretraining", steps=650, batch_size=16, sources=("pairs",), optimizer=muon),
+                Stage("pretraining", steps=620, batch_size=16, sources=("pairs",), optimizer=muon),
                 Stage(
                     "sft",
-                    steps=900,
+                    steps=780,
                     batch_size=16,
                     sources=("scenes", "relations"),
                     weights=(0.7, 0.3),
