@@ -14,15 +14,15 @@ import jax
 import jax.numpy as jnp
 
 from vl_jax import config
-from vl_jax.moe.routing import Scheme, TokenChoice
+from vl_jax.moe.routing import Scheme, TokenChoice, best, gates_of
 
 
 def route(logits, context, state, config):
     """The top experts by score less crowding; gates are the scores."""
     scores = jax.nn.sigmoid(logits)
     crowding = config.num_experts * state["share"] - 1
-    experts = jax.lax.top_k(scores - config.option("push") * crowding, config.top_k)[1]
-    gates = jnp.take_along_axis(scores, experts, axis=-1)
+    experts = best(scores - config.option("push") * crowding, config.top_k, context)
+    gates = gates_of(scores, experts)
     valid = context.valid[:, None]  # an id of num_experts is "no expert"
     return TokenChoice(jnp.where(valid, experts, config.num_experts), jnp.where(valid, gates, 0.0)), {}
 
@@ -38,7 +38,7 @@ def update_state(state, stats, config):
     return {"share": 0.9 * state["share"] + 0.1 * load / jnp.maximum(load.sum(), 1.0)}
 
 
-my_router = Scheme(route, init_state, update_state, defaults={"push": 0.1})
+my_router = Scheme(route, init_state, update_state, defaults={"push": 0.1}, replays=True)
 
 
 def sweep_baselines():

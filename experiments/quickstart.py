@@ -85,6 +85,7 @@ def sweep_experts():
             "model.moe.num_experts": num_experts,
             "model.moe.top_k": top_k,
             "model.moe.expert_dim": width,
+            "model.moe.normalize_gates": top_k > 1,  # of one gate, the sum is the gate
         }
 
 
@@ -120,10 +121,10 @@ def get_config():
                     trainable=("encoder/.*", "adapter/.*"),
                     optimizer=muon,
                 ),
-                Stage("pretraining", steps=650, batch_size=16, sources=("pairs",), optimizer=muon),
+                Stage("pretraining", steps=620, batch_size=16, sources=("pairs",), optimizer=muon),
                 Stage(
                     "sft",
-                    steps=900,
+                    steps=780,
                     batch_size=16,
                     sources=("scenes", "relations"),
                     weights=(0.7, 0.3),

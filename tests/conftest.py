@@ -5,15 +5,12 @@ from __future__ import annotations
 import itertools
 import os
 import tempfile
-from importlib import metadata
 from pathlib import Path
 
 # All of this has to stand before jax is imported, or it has no effect.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Eight devices; and quick compilation rather than fast code, for most of a small test is compilation.
 XLA_FLAGS = {"--xla_force_host_platform_device_count": "8", "--xla_backend_optimization_level": "0"}
-if metadata.version("jax").startswith("0.10."):  # XLA of later releases aborts, not knowing it
-    XLA_FLAGS["--xla_cpu_use_fusion_emitters"] = "false"
 for flag, value in XLA_FLAGS.items():
     if flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}={value}".strip()

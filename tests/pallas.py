@@ -39,7 +39,9 @@ def run_without_races(function: Callable[..., Any], *arguments: Any, capfd: Any)
 
 @contextmanager
 def one_at_a_time() -> Iterator[None]:
-    """One process at a time compiles for TPUs, for each takes a gigabyte and all of a core."""
+    """One process at a time compiles for TPUs, each with a gigabyte and all of a core; or skips."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("compiling for a TPU needs libtpu: pip install libtpu")
     with open(Path(tempfile.gettempdir()) / "vl_jax_libtpu.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -47,7 +49,5 @@ def one_at_a_time() -> Iterator[None]:
 
 def compile_for(topology: str, build: Callable[[Target], Callable[..., Any]], *arguments: Any) -> aot.Cost:
     """``aot.measure``, or skips the test."""
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("compiling for a TPU needs libtpu: pip install libtpu")
     with one_at_a_time():
         return aot.measure(topology, build, *arguments)

@@ -42,6 +42,8 @@ def test_kernels_capacity_and_devices_change_nothing(scheme):
     results = {r.property: r for r in conformance.check(scheme)}
     assert not failures(list(results.values()))
     assert results["one device = many"].passed
+    chosen = scheme not in ("expert_choice", "modality_expert_choice", *NOTHING_DROPPED)
+    assert results["given routes are taken"].passed is (True if chosen else None)
     assert (results["kernels agree with few slots"].passed is None) == (scheme in NOTHING_DROPPED)
 
 

@@ -40,8 +40,20 @@ def weights():
         ("token choice", {}),
         ("expert choice", {}),
         ("token choice", {"exchange": "all_to_all", "capacity": T * K}),  # room for every choice
+        ("token choice", {"exchange": "ring"}),
+        pytest.param("expert choice", {"exchange": "ring"}, marks=pytest.mark.slow),
+        ("token choice", {"exchange": "ragged"}),
+        pytest.param("token choice", {"exchange": "ragged", "capacity": T * K}, marks=pytest.mark.slow),
     ],
-    ids=["token choice", "expert choice", "all to all"],
+    ids=[
+        "token choice",
+        "expert choice",
+        "all to all",
+        "ring",
+        "ring, by experts",
+        "ragged",
+        "ragged, slots",
+    ],
 )
 @pytest.mark.parametrize("sizes", [(1, 2, 2, 2), pytest.param((2, 1, 4, 1), marks=pytest.mark.slow)])
 def test_experts_spread_over_devices_compute_what_one_device_computes(kind, changes, sizes):
@@ -73,6 +85,17 @@ def test_an_exchange_that_does_not_fit_the_scheme_is_named():
         pytest.raises(ValueError, match="for tokens that choose; scheme='expert_choice' gives ExpertChoice"),
     ):
         exchange.apply_experts(x, assignments()["expert choice"], ExpertWeights(w_in, w_out), config)
+
+
+def test_a_ring_of_many_shards_is_refused(monkeypatch):
+    monkeypatch.setattr(exchange, "MOST_IN_RING", 2)
+    x, w_in, w_out = weights()
+    config = dataclasses.replace(CONFIG, exchange="ring")
+    with (
+        sharding.use_mesh(make_mesh(MeshConfig(1, 1, 4, 2))),
+        pytest.raises(ValueError, match="exchange='ring' is for up to 2 shards, mesh axis expert=4"),
+    ):
+        exchange.apply_experts(x, assignments()["token choice"], ExpertWeights(w_in, w_out), config)
 
 
 @pytest.mark.parametrize(

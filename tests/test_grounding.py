@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vl_jax import cli
+from vl_jax.data import grounding
 from vl_jax.data.grounding import (
     Grounding,
     Region,
@@ -124,11 +125,21 @@ def test_what_cannot_be_read_back_is_not_written(region, message):
 def test_boxes_are_drawn_at_their_corners_in_one_colour_a_label():
     picture = Image.new("RGB", (200, 100), "white")
     boxes = [Box("dog", (20, 40, 80, 90)), Box("狗", (120, 40, 180, 90)), Box("dog", (90, 50, 110, 80))]
-    drawn = draw(picture, boxes)
+    drawn = draw(picture, boxes).picture
     first, second, third = (drawn.getpixel((box.corners[0], 70)) for box in boxes)
     assert first == third != second and (255, 255, 255) not in (first, second)
     assert drawn.getpixel((50, 70)) == (255, 255, 255)  # inside, nothing is covered
     assert picture.getextrema() == ((255, 255),) * 3
+
+
+def test_a_label_that_no_font_can_write_is_numbered(monkeypatch):
+    monkeypatch.setattr(grounding, "_FONTS", ("no such font.ttf",))
+    picture = Image.new("RGB", (200, 100), "white")
+    corners = (20, 40, 80, 90)
+    numbered = draw(picture, [Box("cat", corners), Box("斑马", corners)])
+    assert numbered.legend == {"2": "斑马"}
+    as_digit = draw(picture, [Box("cat", corners), Box("2", corners)])
+    assert not as_digit.legend and numbered.picture.tobytes() == as_digit.picture.tobytes()
 
 
 def test_an_answer_is_drawn_on_its_picture(tmp_path, capsys):

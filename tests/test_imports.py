@@ -22,7 +22,7 @@ LEVELS = (
     "layout checkpoint interop compress generation",
     "train evaluate serving export fit",
     "experiment gallery report inspection benchmark",
-    "comparison routing_page routing_benchmark",
+    "comparison routing_page routing_benchmark routing_aot",
     "sweep",
     "cli",
     "__main__",

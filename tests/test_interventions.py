@@ -76,6 +76,9 @@ def test_a_study_counts_what_the_model_does_and_takes_away(setting):
     np.testing.assert_allclose(np.diagonal(found.choices, axis1=1, axis2=2), found.load.sum(axis=1))
     assert np.all(found.router_entropy <= np.log(E) + 1e-6) and np.all(found.marginal_entropy <= np.log(E))
     assert np.all(found.modality_information >= -1e-9)
+    # Of one shard every token uses one, of four shards with an expert each as many as it chose.
+    np.testing.assert_allclose(found.fan_out[:, [0, 2]], [[1, 2]] * 2)
+    assert np.all((found.fan_out[:, 1] > 1) & (found.fan_out[:, 1] < 2))
     assert found.knockout.shape == (2, E) and np.all(np.isfinite(found.knockout))
     assert len(found.changes) == 5
     gains = [c.rerouted_loss - c.loss for c in found.changes]
@@ -94,6 +97,12 @@ def test_an_expert_nobody_chooses_can_be_taken_away_without_harm(setting):
     assert np.all(found.load[:, :, 3] == 0)
     np.testing.assert_allclose(found.knockout[:, 3], found.loss, rtol=1e-6)
     assert np.any(np.abs(found.knockout[:, :3] - found.loss) > 1e-6)
+
+
+def test_churn_is_the_share_of_new_choices():
+    before = np.array([[[[0, 1], [2, E], [3, 0]]]])
+    after = np.array([[[[1, 0], [3, 2], [E, E]]]])  # of four choices, one is new; order does not matter
+    np.testing.assert_array_equal(interventions.churn(before, after, num_experts=E), [0.25])
 
 
 def test_a_scheme_without_choices_is_refused(setting):
@@ -116,8 +125,12 @@ def test_the_page_of_a_run_is_written(tmp_path, capsys):
     assert cli.main(["inspect", "routing", f"--workdir={run}", "--batches=1"]) == 0
     assert capsys.readouterr().out.strip() == str(run / "routing.html")
     figures = json.loads((run / "routing.json").read_text())
+    # The run kept the checkpoint at the end of its first stage, one step earlier.
+    assert figures["churn"]["since_step"] == 1 and 0 <= figures["churn"]["share"][0] <= 1
+    assert np.shape(figures["fan_out"]) == (1, 3) and figures["fan_out_shards"] == [1, 2, 4]
     assert np.shape(figures["knockout"]) == (1, E) and figures["step"] == 2 and figures["targets"] > 0
     page = (run / "routing.html").read_text(encoding="utf-8")
+    assert "of 2 shards, those a token is sent to" in page and "changed since step 1" in page
     assert "Loss without one expert" in page and "<script" not in page
     assert cli.main(["inspect", "routing"]) == 2
     assert "needs --workdir" in capsys.readouterr().err

@@ -49,3 +49,33 @@ def test_the_hit_has_no_gradient():
     logits = jnp.ones((1, 1, 3))
     gradient = jax.grad(lambda z: losses.cross_entropy(z, jnp.array([[1]]))[1].sum())(logits)
     np.testing.assert_array_equal(gradient, 0.0)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("chunk", [1, 6, 100])  # rows at least; of 2 x 7: seven pieces, three, one
+def test_the_loss_of_the_head_is_that_of_its_logits(monkeypatch, dtype, chunk):
+    monkeypatch.setattr(losses, "CHUNK_LOGITS", 1)
+    monkeypatch.setattr(losses, "CHUNK_ROWS", chunk)
+    hidden = jax.random.normal(jax.random.key(0), (2, 7, 5)).astype(dtype)
+    kernel = jax.random.normal(jax.random.key(1), (5, 11)).astype(dtype)
+    targets = jax.random.randint(jax.random.key(2), (2, 7), 0, 11)
+    weights = jax.random.uniform(jax.random.key(3), (2, 7))
+
+    def fused(hidden, kernel):
+        return losses.head_cross_entropy(hidden, kernel, targets, weights)
+
+    def definition(hidden, kernel):
+        nll, hit = losses.cross_entropy((hidden @ kernel).astype(jnp.float32), targets)
+        return jnp.sum(nll * weights), jnp.sum(hit * weights)
+
+    tolerance = 1e-5 if dtype == jnp.float32 else 3e-2
+    results = [
+        jax.value_and_grad(f, argnums=(0, 1), has_aux=True)(hidden, kernel) for f in (fused, definition)
+    ]
+    results.append((fused(hidden, kernel), results[0][1]))  # without a gradient
+    wide = [jax.tree.map(lambda a: a.astype(jnp.float32), r) for r in results]
+    for result in wide[1:]:
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), wide[0], result
+        )
+    assert all(g.dtype == dtype for g in results[0][1])

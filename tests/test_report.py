@@ -77,6 +77,7 @@ def _log(folder: Path) -> None:
             arrays = {
                 "routing/load": [[[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]], [[0.2, 0.3, 0.5], [0.0, 0.0, 0.0]]],
                 "routing/maxvio": [0.5, float("nan")],
+                "routing/maxvio_running": [0.25, 0.1],
                 "routing/dead": [1, 0],
                 "routing/drop_rate": [0.0, 0.1],
             }

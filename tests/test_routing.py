@@ -17,7 +17,7 @@ from vl_jax.config import ConfigError, from_json, rebuild, to_json, view
 from vl_jax.kernels.grouped_matmul import ExpertWeights
 from vl_jax.moe import balance, losses, routing
 from vl_jax.moe.layer import MoEOutput, router_logits, sparse_mlp
-from vl_jax.moe.routing import ExpertChoice, MoEConfig, RoutingContext, RoutingStats
+from vl_jax.moe.routing import ExpertChoice, MoEConfig, RoutingContext, RoutingStats, TokenChoice
 
 G, T, D, E, K, F = 3, 8, 4, 4, 2, 4
 CONFIGS = {
@@ -100,6 +100,8 @@ def test_top_k_of_hand_worked_scores():
     assert found == {}
     scaled = dataclasses.replace(plain, normalize_gates=True, gate_scale=7.0)
     np.testing.assert_allclose(assign(scaled, logits, where)[0].gates, [[[4.0, 3.0]]], rtol=1e-6)
+    single = dataclasses.replace(scaled, top_k=1)
+    np.testing.assert_allclose(assign(single, logits, where)[0].gates, [[[7.0]]], rtol=1e-6)
 
 
 def test_the_bias_selects_but_does_not_weigh():
@@ -199,6 +201,32 @@ def test_max_violation_and_dead_experts_of_hand_worked_loads():
     loads = jnp.array([[2, 2, 2, 2], [8, 0, 0, 0], [4, 0, 3, 1], [0, 0, 0, 0]])
     np.testing.assert_allclose(balance.max_violation(loads), [0.0, 3.0, 1.0, -1.0])
     np.testing.assert_array_equal(balance.dead_experts(loads), [0, 3, 1, 4])
+
+
+def test_fan_out_counts_the_shards_of_a_tokens_choices():
+    experts = jnp.array([[[0, 1], [2, 5], [6, 7], [8, 8]]])  # of eight; the last token is padding
+    valid = jnp.array([[True, True, True, False]])
+    context = RoutingContext(valid=valid, modality=jnp.zeros((1, 4), jnp.int32))
+    found = TokenChoice(experts, jnp.ones((1, 4, 2)))
+    stats = balance.count(found, jnp.zeros((1, 4, 2), bool), jnp.ones((1, 4, 8)), context)
+    assert balance.fan_out_shards(8) == (1, 2, 4, 8)
+    np.testing.assert_array_equal(stats.destinations, [3, 4, 4, 6])
+    figures = balance.summarize(jax.tree.map(lambda a: a[None], stats))
+    np.testing.assert_allclose(figures["routing/fan_out"], [[1, 4 / 3, 4 / 3, 2]])
+
+
+def test_chance_of_single_batches_averages_out_of_the_running_load():
+    def stats(*load):
+        return RoutingStats(jnp.array([[load]]), jnp.zeros((1, 1, 2)), jnp.ones((1, 1)), jnp.zeros((1, 1)))
+
+    load = jnp.zeros((1, 2))
+    for step in range(400):  # all to one expert in turns: MaxVio is 1 in every batch
+        load = balance.running_load(load, stats(*((7, 0) if step % 2 else (0, 3))))
+    assert float(balance.max_violation(load)[0]) < 0.01
+    for _ in range(400):
+        load = balance.running_load(load, stats(3, 1))
+    np.testing.assert_allclose(balance.max_violation(load), [0.5], rtol=0.03)
+    np.testing.assert_allclose(jnp.sum(load), 100.0, rtol=1e-2)
 
 
 def test_summary_has_shares_within_each_modality_and_the_drop_rate():

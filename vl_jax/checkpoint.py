@@ -73,17 +73,21 @@ class Checkpointer:
             ),
         )
 
-    def restore(self, *, params: Any, training_of: Any) -> tuple[int, Any, Any, dict[str, Any]] | None:
+    def restore(
+        self, *, params: Any, training_of: Any, before: int | None = None
+    ) -> tuple[int, Any, Any, dict[str, Any]] | None:
         """The newest step that reads back soundly, as (step, params, training, record); None without steps.
 
         Args:
           params: abstract parameters with shardings.
           training_of: from the record of a step to the abstract tree of its training state.
+          before: only steps before this one.
 
         Raises:
           CheckpointError: there are checkpoints, and none of them is sound.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
+        steps = [step for step in steps if before is None or step < before]
         problems = []
         for step in steps:
             try:

@@ -172,6 +172,7 @@ def _add_tools(command: Command) -> None:
     )
     benchmark.add_argument("name", choices=("step", "decode", "routing"))
     benchmark.add_argument("--json", type=Path, help="file for the figures")
+    benchmark.add_argument("--topology", help="with routing: compile for a TPU not here, e.g. v5e:2x4")
     benchmark.add_argument("--repeats", type=int, default=9, help="turns of each side")
     tokenizer = command(
         "tokenizer",
@@ -295,8 +296,11 @@ def _draw(text: str, image: Path, target: Path) -> None:
 
     found, picture = grounding.parse(text), FileImage(image, where="--image")()
     boxes = found.boxes(*picture.size)
-    grounding.draw(picture, boxes).save(target)
+    drawing = grounding.draw(picture, boxes)
+    drawing.picture.save(target)
     print(f"{target}: boxes drawn: {len(boxes)}, not readable: {found.malformed}", file=sys.stderr)
+    for number, label in drawing.legend.items():
+        print(f"{target}: {number} stands for {label!r}, which no font here can write", file=sys.stderr)
 
 
 def _stream(arguments: argparse.Namespace) -> str:
@@ -344,10 +348,17 @@ def _conformance(arguments: argparse.Namespace) -> None:
 
 def _benchmark(arguments: argparse.Namespace) -> None:
     if arguments.name == "routing":
+        if arguments.topology:
+            from vl_jax import routing_aot
+
+            routing_aot.run(arguments.topology, json_file=arguments.json)
+            return
         from vl_jax import routing_benchmark
 
         routing_benchmark.run(repeats=arguments.repeats, json_file=arguments.json)
         return
+    if arguments.topology:
+        raise ConfigError("--topology is for 'benchmark routing' alone")
     from vl_jax import benchmark
 
     benchmark.run(arguments.name, repeats=arguments.repeats, json_file=arguments.json)

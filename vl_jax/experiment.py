@@ -278,9 +278,12 @@ def _tasks(experiment: Experiment, names: Sequence[str]) -> Sequence[str]:
 
 
 def restore(
-    workdir: Path, overrides: Sequence[tuple[str, str]] = ()
+    workdir: Path, overrides: Sequence[tuple[str, str]] = (), *, before: int | None = None
 ) -> tuple[Experiment, Layout, TrainState, int]:
     """The experiment of a run, its newest state on the devices here, adapters merged, and the state's step.
+
+    Args:
+      before: the newest state of an earlier step than this one.
 
     Raises:
       ValueError: the folder holds no run, or no sound checkpoint.
@@ -294,11 +297,12 @@ def restore(
     layout = plan(experiment)
     checkpointer = Checkpointer(workdir / "checkpoints")
     try:
-        restored = loop.restore(checkpointer, layout, experiment.stages)
+        restored = loop.restore(checkpointer, layout, experiment.stages, before=before)
     finally:
         checkpointer.close()
     if restored is None:
-        raise ValueError(f"--workdir={workdir} holds no checkpoint yet")
+        when = "" if before is None else f" of a step before {before}"
+        raise ValueError(f"--workdir={workdir} holds no checkpoint{when} yet")
     state, position = restored
     state = loop.merge_adapters(layout, loop.stage_at(experiment.stages, position), state)
     return experiment, layout, state, position.global_step

@@ -85,6 +85,15 @@ class VisionLanguageConfig:
         return self.encoder.num_tokens - without_class - self.adapter.skip
 
     @property
+    def tile_tokens(self) -> int:
+        """Visual tokens of one tile, without those that stand between its rows; 0 for a language model."""
+        if self.encoder is None:
+            return 0
+        if self.adapter.downsample == 1:
+            return self._tokens_left
+        return self.adapter.tokens_side(self.encoder.grid) ** 2
+
+    @property
     def tile_tokens_side(self) -> int:
         """Visual tokens on the side of one tile, whose rows end with a newline; 0 for a language model.
 
@@ -201,6 +210,12 @@ class VisionLanguage(nn.Module):
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Vocabulary scores, float32."""
         return self.language.logits(hidden)
+
+    def cross_entropy(
+        self, hidden: Float[Array, "B Q D"], targets: Int[Array, "B Q"], weights: Float[Array, "B Q"]
+    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """The weighted sums of cross-entropy and of hits (see ``losses.head_cross_entropy``)."""
+        return self.language.cross_entropy(hidden, targets, weights)
 
     def initialize(self, batch: Batch, routing_state: State) -> Float[Array, "B T V"]:
         """Touches every parameter once; the method to call ``init`` with."""

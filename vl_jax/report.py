@@ -34,6 +34,7 @@ from vl_jax.metrics import METRICS_FILE, read_metrics
 
 REPORT_FILE = "report.html"
 _LOAD, _MAXVIO, _DEAD, _DROPS = "routing/load", "routing/maxvio", "routing/dead", "routing/drop_rate"
+_RUNNING = "routing/maxvio_running"
 # Lines of the log over which the final expert load is averaged: one step says little about rare experts.
 _LOAD_LINES = 10
 _SCORES = (
@@ -287,6 +288,12 @@ def _routing(run: Run) -> str:
             _MAXVIO,
             number,
             "0 is perfect balance; 1 is twice the share.",
+        ),
+        (
+            "The same of the running load",
+            _RUNNING,
+            number,
+            "Averaged over about a hundred steps: what remains is no chance of a batch.",
         ),
         ("Experts without a token (dead)", _DEAD, number, ""),
         ("Tokens dropped", _DROPS, percent, ""),

@@ -16,13 +16,17 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from vl_jax.batch import MODALITIES
-from vl_jax.charts import heatmap, number
+from vl_jax.batch import MODALITIES, Batch
+from vl_jax.charts import heatmap, number, percent
 from vl_jax.data.encode import make_encoder
 from vl_jax.data.tokenizer import Tokenizer
+from vl_jax.evaluate import interventions
 from vl_jax.evaluate.interventions import Study, study
 from vl_jax.experiment import Experiment, model_spec, open_stream, restore
+from vl_jax.layout import Layout
+from vl_jax.moe import balance
 from vl_jax.report import page
+from vl_jax.train.step import TrainState
 
 PAGE_FILE, FIGURES_FILE = "routing.html", "routing.json"
 
@@ -53,14 +57,33 @@ def write_routing(workdir: Path, *, num_batches: int, overrides: Sequence[tuple[
         track=lambda plan: track(list(plan), "interventions", console=screen),
     )
     tokenizer = make_encoder(experiment.data, model_spec(experiment)).tokenizer
-    figures = {"step": step, **_figures(found)}
+    changed = _churn(workdir, overrides, layout, state, batches, step)
+    figures = {"step": step, **_figures(found), "churn": changed}
     (workdir / FIGURES_FILE).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     lead = f"step {step:,}: {found.targets:,} targets of held-out data, loss {found.loss:.4f} nats"
     texts = [_texts(change, batches[change.batch], tokenizer) for change in found.changes]
     target = workdir / PAGE_FILE
     name = f"{workdir.resolve().name}: routing"
-    target.write_text(page(name, lead, _sections(found, texts)), encoding="utf-8")
+    target.write_text(page(name, lead, _sections(found, texts, changed)), encoding="utf-8")
     return target
+
+
+def _churn(
+    workdir: Path,
+    overrides: Sequence[tuple[str, str]],
+    layout: Layout,
+    state: TrainState,
+    batches: Sequence[Batch],
+    step: int,
+) -> dict[str, Any] | None:
+    """The choices that changed since the checkpoint before, by layer; None if the run kept no other."""
+    try:
+        _, _, earlier, since = restore(workdir, overrides, before=step)
+    except ValueError:
+        return None
+    before, after = (interventions.all_routes(layout, s.params, s.routing, batches) for s in (earlier, state))
+    share = interventions.churn(before, after, num_experts=layout.model.config.moe.num_experts)
+    return {"since_step": since, "share": share.tolist()}
 
 
 def _held_out(experiment: Experiment) -> Experiment:
@@ -74,12 +97,15 @@ def _held_out(experiment: Experiment) -> Experiment:
 
 def _figures(found: Study) -> dict[str, Any]:
     values = {f.name: getattr(found, f.name) for f in dataclasses.fields(found) if f.name != "changes"}
+    values["fan_out_shards"] = list(balance.fan_out_shards(found.load.shape[-1]))
     values |= {n: getattr(found, n) for n in ("marginal_entropy", "modality_information")}
     lists = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in values.items()}
     return {**lists, "changes": [dataclasses.asdict(change) for change in found.changes]}
 
 
-def _sections(found: Study, texts: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+def _sections(
+    found: Study, texts: Sequence[tuple[str, str]], changed: dict[str, Any] | None
+) -> list[tuple[str, str]]:
     names = [f"layer {layer}" for layer in found.layers]
     load = "".join(
         _card(f"Load of {name} tokens", _relative(found.load[:, m]), "Multiples of an even share.")
@@ -102,7 +128,7 @@ def _sections(found: Study, texts: Sequence[tuple[str, str]]) -> list[tuple[str,
     )
     return [
         ("Load", f'<div class="grid">{load}</div>'),
-        ("By layer", _by_layer(found, names)),
+        ("By layer", _by_layer(found, names, changed)),
         ("Knock-out", f'<div class="grid">{knockout}</div>'),
         ("Forced routes", _changes(found, names, texts)),
         ("Co-activation", f'<div class="grid">{pairs}</div>'),
@@ -141,7 +167,7 @@ def _lift(together: np.ndarray) -> list[list[float | None]]:
     ]
 
 
-def _by_layer(found: Study, names: Sequence[str]) -> str:
+def _by_layer(found: Study, names: Sequence[str], changed: dict[str, Any] | None) -> str:
     rows = {
         "loss, first choice of every token taken away": [number(v) for v in found.rerouted],
         "loss, worst single expert taken away": [number(v) for v in found.knockout.max(axis=-1)],
@@ -152,6 +178,13 @@ def _by_layer(found: Study, names: Sequence[str]) -> str:
     for m, modality in enumerate(MODALITIES):
         rows[f"router entropy, {modality} tokens, nats"] = [number(v) for v in found.router_entropy[:, m]]
         rows[f"entropy of the load, {modality}, nats"] = [number(v) for v in found.marginal_entropy[:, m]]
+    for i, shards in enumerate(balance.fan_out_shards(found.load.shape[-1])):
+        if shards > 1:
+            rows[f"of {shards} shards, those a token is sent to"] = [number(v) for v in found.fan_out[:, i]]
+    if changed is not None:
+        rows[f"choices that changed since step {changed['since_step']}"] = [
+            percent(v) for v in changed["share"]
+        ]
     head = "<th></th>" + "".join(f'<th class="num">{n}</th>' for n in names)
     body = "".join(
         f"<tr><th>{label}</th>{''.join(f'<td class=num>{v}</td>' for v in values)}</tr>"

@@ -12,6 +12,7 @@ import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -21,7 +22,21 @@ from vl_jax.data.tokenizer import SPECIAL
 GRID = 999  # the largest coordinate
 
 Corners = tuple[int, int, int, int]  # x0, y0, x1, y1
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
+# Fonts with the characters that Pillow's own font lacks, by the names they have on common systems.
+_FONTS = (
+    "NotoSansCJK-Regular.ttc",
+    "NotoSerifCJK-Regular.ttc",
+    "wqy-microhei.ttc",
+    "wqy-zenhei.ttc",
+    "DroidSansFallbackFull.ttf",
+    "Hiragino Sans GB.ttc",
+    "msyh.ttc",
+    "simsun.ttc",
+    "Arial Unicode.ttf",
+)
+_NO_CHARACTER = "\U0010ffff"  # no font has a glyph for it: it shows what a missing one looks like
 _COLOURS = ("#c0392b", "#2471a3", "#1e8449", "#af601a", "#7d3c98")
 _REF, _REF_END, _DET, _DET_END = "<|ref|>", "<|/ref|>", "<|det|>", "<|/det|>"
 _MARKS = re.compile("(" + "|".join(re.escape(m) for m in (_REF, _REF_END, _DET, _DET_END)) + ")")
@@ -55,20 +70,57 @@ class Grounding:
         )
 
 
-def draw(picture: Image.Image, boxes: Sequence[Box]) -> Image.Image:
-    """A copy of the picture with labelled boxes, one colour for each label."""
+@dataclass(frozen=True)
+class Drawing:
+    """A picture with boxes; where no font here can write a label, its number stands in its place."""
+
+    picture: Image.Image
+    legend: dict[str, str]  # such numbers, and the labels they stand for
+
+
+def draw(picture: Image.Image, boxes: Sequence[Box]) -> Drawing:
+    """A copy of the picture with labelled boxes, one colour for each label.
+
+    Labels that Pillow's own font cannot write, as Chinese ones, are written with a font of the system.
+    """
     result = picture.convert("RGB")
     pen = ImageDraw.Draw(result)
     width, size = max(2, max(result.size) // 300), max(12, max(result.size) // 40)
-    font = ImageFont.load_default(size)
-    colours = dict(zip(dict.fromkeys(box.label for box in boxes), itertools.cycle(_COLOURS), strict=False))
+    labels = list(dict.fromkeys(box.label for box in boxes))
+    colours = dict(zip(labels, itertools.cycle(_COLOURS), strict=False))
+    fonts = {label: _font(label, size) for label in labels}
+    numbers = {label: str(i) for i, label in enumerate(labels, 1) if fonts[label] is None}
     for box in boxes:
         x0, y0, x1, y1 = box.corners
         pen.rectangle((x0, y0, x1, y1), outline=colours[box.label], width=width)
-        corner = (x0, max(y0 - 1.3 * size, 0))
-        pen.rectangle(pen.textbbox(corner, box.label, font), fill=colours[box.label])
-        pen.text(corner, box.label, "white", font)
-    return result
+        corner, caption = (x0, max(y0 - 1.3 * size, 0)), numbers.get(box.label, box.label)
+        font = fonts[box.label] or ImageFont.load_default(size)
+        pen.rectangle(pen.textbbox(corner, caption, font), fill=colours[box.label])
+        pen.text(corner, caption, "white", font)
+    return Drawing(result, {number: label for label, number in numbers.items()})
+
+
+def _font(text: str, size: int) -> Font | None:
+    """The first font here that has every character of a text."""
+    own = ImageFont.load_default(size)
+    return next((f for f in itertools.chain([own], _system_fonts(size)) if _has(f, text)), None)
+
+
+def _system_fonts(size: int) -> Iterator[ImageFont.FreeTypeFont]:
+    for name in _FONTS:
+        try:
+            yield ImageFont.truetype(name, size)
+        except OSError:  # not on this system
+            continue
+
+
+def _has(font: Font, text: str) -> bool:
+    def shape(character: str) -> tuple[tuple[int, int], bytes]:
+        mask: Any = font.getmask(character)
+        return mask.size, bytes(mask)
+
+    missing = shape(_NO_CHARACTER)
+    return all(shape(character) != missing for character in set(text) if not character.isspace())
 
 
 def to_pixels(corners: Corners, width: int, height: int) -> Corners:

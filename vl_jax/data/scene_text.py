@@ -101,8 +101,8 @@ TEMPLATES: dict[Kind, dict[Language, tuple[str, ...]]] = {
         "zh": ("{0}在哪里？", "{0}在图中的什么位置？", "找出{0}的位置。"),
     },
     "relation": {
-        "en": ("where is the {0} relative to the {1}?", "on which side of the {1} is the {0}?"),
-        "zh": ("{0}在{1}的哪个方向？", "相对于{1}，{0}在哪边？"),
+        "en": ("where is the {0} relative to the {1}?", "the {0} is on which side of the {1}?"),
+        "zh": ("{0}在{1}的哪个方向？", "{0}相对于{1}在哪边？"),
     },
     "word": {
         "en": ("what is written?", "which word do you see?", "read the text."),

@@ -10,13 +10,14 @@ An intervention is an entry of the routing state (``routing.EXCLUDED``), so one 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from vl_jax import losses, sharding
 from vl_jax.batch import Batch
@@ -37,6 +38,7 @@ class Study:
     choices: np.ndarray  # f64[L E E] tokens that chose both
     router_entropy: np.ndarray  # f64[L M] mean over tokens, nats
     knockout: np.ndarray  # f64[L E] loss without the expert
+    fan_out: np.ndarray  # f64[L S] shards a token is sent to, for each of ``balance.fan_out_shards``
     rerouted: np.ndarray  # f64[L] loss with every token's first choice taken away
     changes: tuple[Change, ...]  # the targets that suffer most from that
 
@@ -134,10 +136,45 @@ def study(
         load=np.asarray(sum(s["load"].astype(np.int64) for s in seen)),
         choices=np.asarray(sum(s["choices"].astype(np.float64) for s in seen)),
         router_entropy=_mean_entropy(seen),
+        fan_out=np.sum([s["destinations"] for s in seen], axis=0, dtype=np.float64)
+        / np.maximum(np.sum([s["tokens"] for s in seen], axis=(0, 2))[:, None], 1),
         knockout=knockout,
         rerouted=rerouted,
         changes=tuple(changes[:num_changes]),
     )
+
+
+def routes(params: Any, state: State, batch: Batch, *, model: VisionLanguage) -> Int[Array, "L B T K"]:
+    """The experts every token chose in every sparse layer: what ``routing.ROUTES`` of a state replays.
+
+    Raises:
+      ValueError: tokens of the scheme have no choice of their own.
+    """
+    kept = model.apply({"params": params}, batch, state, mutable=["intermediates"])[1]
+    return jnp.stack([_choice(found, model).experts for _, found in _by_layer(kept["intermediates"], model)])
+
+
+def churn(
+    before: Int[np.ndarray, "L B T K"], after: Int[np.ndarray, "L B T K"], *, num_experts: int
+) -> Float[np.ndarray, " L"]:
+    """The share of a layer's choices that the same token had not made before."""
+    chosen = after < num_experts
+    new = chosen & ~(after[..., None] == before[..., None, :]).any(axis=-1)
+    return new.sum(axis=(1, 2, 3)) / np.maximum(chosen.sum(axis=(1, 2, 3)), 1)
+
+
+def all_routes(layout: Layout, params: Any, state: State, batches: Sequence[Batch]) -> np.ndarray:
+    """``routes`` of host batches, one after the other along B."""
+    with sharding.use_mesh(layout.mesh, layout.rules):
+        compiled = jax.jit(functools.partial(routes, model=layout.model))
+        found = [jax.device_get(compiled(params, state, put_batch(b, layout))) for b in batches]
+    return np.concatenate(found, axis=1)
+
+
+def _choice(assignment: Any, model: VisionLanguage) -> TokenChoice:
+    if not isinstance(assignment, TokenChoice):
+        raise ValueError(f"scheme={model.config.moe.scheme!r}: its tokens have no choice to be changed")
+    return assignment
 
 
 def target_losses(params: Any, state: State, batch: Batch, *, model: VisionLanguage) -> Float[Array, "B Q"]:
@@ -160,8 +197,7 @@ def _observe(params: Any, state: State, batch: Batch, *, model: VisionLanguage) 
     valid = batch.segment_ids > 0
     first, together, entropies = [], [], []
     for logits, assignment in layers:
-        if not isinstance(assignment, TokenChoice):
-            raise ValueError(f"scheme={model.config.moe.scheme!r}: its tokens have no choice to be changed")
+        assignment = _choice(assignment, model)
         best = jnp.argmax(assignment.gates, axis=-1)[..., None]
         first.append(jnp.take_along_axis(assignment.experts, best, axis=-1)[..., 0])
         chosen = jax.nn.one_hot(assignment.experts, num_experts).sum(axis=-2)
@@ -176,6 +212,7 @@ def _observe(params: Any, state: State, batch: Batch, *, model: VisionLanguage) 
         "tokens": output.routed.stats.tokens,
         "first": jnp.stack(first),
         "choices": jnp.stack(together),
+        "destinations": output.routed.stats.destinations,
         "entropy": jnp.stack(entropies),
     }
 

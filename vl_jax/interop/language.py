@@ -78,7 +78,8 @@ def _deepseek(c: Fields) -> LanguageConfig:
         num_groups=(c["n_group"] or 1) if limited else 1,
         top_groups=(c["topk_group"] or 1) if limited else 1,
         excluded="zero",
-        normalize_gates=c["norm_topk_prob"],
+        # A single gate is kept as it is, by this code alone.
+        normalize_gates=c["norm_topk_prob"] and c["num_experts_per_tok"] != 1,
         balance_weight=c["aux_loss_alpha"],
         balance_scope="sequence" if c["seq_aux"] else "batch",
     )

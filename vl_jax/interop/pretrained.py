@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from vl_jax import generation, sharding
 from vl_jax import params as params_lib
 from vl_jax.batch import Batch
+from vl_jax.data.picture_text import PictureTextProcessor
 from vl_jax.data.processor import Processor
 from vl_jax.generation import GenerationConfig
 from vl_jax.interop import rules
@@ -35,6 +36,7 @@ from vl_jax.interop.safetensors import Entry
 from vl_jax.interop.vision_language import FAMILIES as VISION_LANGUAGE
 from vl_jax.interop.vision_language import (
     IGNORED,
+    load_processor,
     read_vision_language,
     vision_language_rules,
     vision_language_stacks,
@@ -51,6 +53,7 @@ SIDE_FILES = ("*.json", "*.txt", "*.model", "*.md", "LICENSE*")
 
 
 Fields = Mapping[str, Any]
+AnyProcessor = Processor | PictureTextProcessor
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,8 @@ class Family:
 
     config: Callable[[Fields], VisionLanguageConfig]
     rules: Callable[[VisionLanguageConfig, Fields, Weights], tuple[Rule, ...]]
-    processor: bool = False  # the folder holds one that we know
+    # What a folder holds, read for the model; None where there is none.
+    processor: Callable[[Path, Fields, VisionLanguageConfig], AnyProcessor | None] = lambda *_: None
 
 
 def _language_config(fields: Fields) -> VisionLanguageConfig:
@@ -71,14 +75,22 @@ def _language_rules(config: VisionLanguageConfig, fields: Fields, _: Weights) ->
     return language_rules(config.language, NAMES.get(fields["model_type"], Names()))
 
 
+def _deepseek_vl2_processor(folder: Path, *_: Any) -> Processor | None:
+    return Processor.load(folder) if (folder / "processor_config.json").is_file() else None
+
+
 FAMILIES: dict[str, Family] = {
     "deepseek_vl_v2": Family(
-        read_deepseek_vl2, lambda config, *_: deepseek_vl2_rules(config), processor=True
+        read_deepseek_vl2, lambda config, *_: deepseek_vl2_rules(config), _deepseek_vl2_processor
     ),
     **dict.fromkeys(LANGUAGE, Family(_language_config, _language_rules)),
     **dict.fromkeys(
         VISION_LANGUAGE,
-        Family(read_vision_language, lambda _, fields, weights: vision_language_rules(fields, weights)),
+        Family(
+            read_vision_language,
+            lambda _, fields, weights: vision_language_rules(fields, weights),
+            load_processor,
+        ),
     ),
 }
 
@@ -191,7 +203,7 @@ class Pretrained:
     layout: Layout
     params: Any
     routing_state: State
-    processor: Processor | None  # None: the folder has none, e.g. of a language model
+    processor: AnyProcessor | None  # None: the folder has none, e.g. of a language model
 
     @property
     def model(self) -> VisionLanguage:
@@ -259,10 +271,11 @@ class Pretrained:
                     yield text[len(shown) :]
                     shown = text
 
-    def _processor(self) -> Processor:
+    def _processor(self) -> AnyProcessor:
         if self.processor is None:
             raise ValueError(
-                "the checkpoint has no processor_config.json: ask the model itself, with token ids"
+                "the checkpoint has no processor (processor_config.json or preprocessor_config.json): "
+                "ask the model itself, with token ids"
             )
         return self.processor
 
@@ -301,6 +314,5 @@ def from_pretrained(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=leaf.sharding), layout.params
     )
     params, state = load_params(published, dataclasses.replace(layout, params=stored))
-    known = FAMILIES[published.fields["model_type"]].processor
-    found = known and (published.folder / "processor_config.json").is_file()
-    return Pretrained(layout, params, state, Processor.load(published.folder) if found else None)
+    processor = FAMILIES[published.fields["model_type"]].processor(published.folder, published.fields, config)
+    return Pretrained(layout, params, state, processor)

@@ -10,9 +10,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from vl_jax.adapter import AdapterConfig
+from vl_jax.data.picture_text import HIGH, LOW, Format, PictureTextProcessor
 from vl_jax.encoders.vit import ViTConfig
 from vl_jax.interop import vision
 from vl_jax.interop.conv import aligner_rules, high_resolution_rules, read_high_resolution, sam_stacks
@@ -33,6 +35,7 @@ Fields = Mapping[str, Any]
 # Tensors of older checkpoints that are no parameters: tables of numbers that follow from the config.
 IGNORED = (*vision.IGNORED, r"(.*\.)?rotary_emb\.inv_freq")
 
+_CONTEXT = 2048  # tokens, of a language model whose config does not say
 _LLAVA = {
     "projector_hidden_act": "gelu",
     "multimodal_projector_bias": True,
@@ -63,6 +66,8 @@ class Family:
     head: str
     projector: str
     layers: tuple[str, ...]  # of the projector; none: there is an aligner of two encoders
+    chat: Format
+    image_token: int  # the id of a picture's mark, if a config does not say
 
 
 def read_vision_language(config: Fields) -> VisionLanguageConfig:
@@ -120,6 +125,28 @@ def _text(config: Fields) -> Fields:
 
 def _encoder(config: Fields) -> Fields:
     return {"model_type": _family(config).encoder, **(config.get("vision_config") or {})}
+
+
+def load_processor(folder: Path, config: Fields, model: VisionLanguageConfig) -> PictureTextProcessor | None:
+    """The processor in a checkpoint's folder; None if it has none.
+
+    Raises:
+      ValueError: a file is missing or malformed, or does not go with the model.
+    """
+    if not (folder / "preprocessor_config.json").is_file():
+        return None
+    assert model.encoder is not None
+    family, high = FAMILIES[config["model_type"]], model.high_resolution
+    names = [name for name in ("image_token_id", "image_token_index") if config.get(name) is not None]
+    side = None if high is None else high.encoder.image_size
+    return PictureTextProcessor.load(
+        folder,
+        format=family.chat,
+        image_token=config[names[0]] if names else family.image_token,
+        image_tokens=model.tile_tokens,
+        shapes={LOW: model.encoder.pixels, **({} if side is None else {HIGH: (side, side, 3)})},
+        max_tokens=_text(config).get("max_position_embeddings") or _CONTEXT,
+    )
 
 
 def _before(name: str, keys: Iterable[str], default: str) -> str:
@@ -203,6 +230,10 @@ def _language(c: Fields, *, tied: bool | None) -> LanguageConfig:
     return dataclasses.replace(language, decoder=dataclasses.replace(language.decoder, tie_embeddings=tied))
 
 
+_DEEPSEEK_VL_SYSTEM = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the "
+    "user provides, and assist the user with a variety of tasks using natural language."
+)
 _DEEPSEEK_VL = Family(
     _read_deepseek_vl,
     encoder="siglip_vision_model",
@@ -211,6 +242,8 @@ _DEEPSEEK_VL = Family(
     head="",
     projector="model.",
     layers=("aligner.linear1", "aligner.linear2"),
+    chat=Format(_DEEPSEEK_VL_SYSTEM, "\n\n", "User:", "Assistant:", "\n\n", "{eos}"),
+    image_token=100015,
 )
 FAMILIES = {
     "deepseek_vl": _DEEPSEEK_VL,
@@ -223,5 +256,7 @@ FAMILIES = {
         head="language_model.",
         projector="",
         layers=("multi_modal_projector.linear_1", "multi_modal_projector.linear_2"),
+        chat=Format("", " ", "USER:", "ASSISTANT:", " ", "{eos}"),
+        image_token=32000,
     ),
 }

@@ -78,15 +78,16 @@ def choose(kernel: str, *widths: int) -> str:
     """
     if kernel != "auto":
         return kernel
-    known = _current_kind() in VECTOR_MEMORY and not any(width % LANES for width in widths)
+    known = current_kind() in VECTOR_MEMORY and not any(width % LANES for width in widths)
     return "pallas" if known else "blocked"
 
 
 def current_target() -> Target:
     """The target of the current mesh, else of the default backend: interpreted on a CPU."""
-    return target_of(_current_kind())
+    return target_of(current_kind())
 
 
-def _current_kind() -> str:
+def current_kind() -> str:
+    """The ``device_kind`` of the current mesh, else of the default backend."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return (jax.devices()[0] if device is None else device).device_kind

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
+from vl_jax import losses
 from vl_jax.fusion.gate import CrossModalGate, CrossModalGateConfig
 from vl_jax.kernels.activation import SWIGLU, Activation
 from vl_jax.language.gqa import GQA, GQAConfig
@@ -202,6 +203,14 @@ class Decoder(nn.Module):
         else:
             scores = self.head(hidden)
         return constrain(scores.astype(jnp.float32), "batch", None, "vocab")
+
+    def cross_entropy(
+        self, hidden: Float[Array, "B Q D"], targets: Int[Array, "B Q"], weights: Float[Array, "B Q"]
+    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """The weighted sums of cross-entropy and of hits of the vocabulary scores."""
+        tied = self.config.tie_embeddings
+        kernel = self.embedding.T if tied else self.head.variables["params"]["kernel"]
+        return losses.head_cross_entropy(hidden, kernel.astype(hidden.dtype), targets, weights)
 
     def __call__(
         self,

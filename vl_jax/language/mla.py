@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from vl_jax.nn import attention, cache, rope
-from vl_jax.nn.layers import Linear, RMSNorm, fan_in, named
+from vl_jax.nn.layers import Linear, RMSNorm, fan_in, join_heads, named, split_heads
 from vl_jax.nn.rope import RopeConfig
 
 # The inner norms of DeepSeek-V2 keep this value whatever the epsilon of the outer norms.
@@ -66,7 +66,7 @@ def expand(
 ) -> tuple[Float[Array, "B T N HP"], Float[Array, "B T N HP"], Float[Array, "B T N V"]]:
     """Query, key and value of every head, written out: the training form."""
     heads, nope = q_nope.shape[2:]
-    kv = jnp.einsum("BTR,RNX->BTNX", latent, kv_up)
+    kv = split_heads(latent, kv_up)
     shared = jnp.broadcast_to(key_rope[:, :, None], (*key_rope.shape[:2], heads, key_rope.shape[-1]))
     query = jnp.concatenate([q_nope, q_rope], axis=-1)
     return query, jnp.concatenate([kv[..., :nope], shared], axis=-1), kv[..., nope:]
@@ -121,7 +121,7 @@ class MLA(nn.Module):
             if self.is_mutable_collection("intermediates"):
                 weights = attention.attention_weights(query, key, mask=mask, scale=c.scale)
                 self.sow("intermediates", "weights", weights)
-                self.sow("intermediates", "key_value", jnp.einsum("BTR,RNX->BTNX", latent, kv_up))
+                self.sow("intermediates", "key_value", split_heads(latent, kv_up))
             mixed = attention.attend(query, key, value, mask=mask, scale=c.scale, causal=True)
         else:
             assert length is not None
@@ -129,7 +129,7 @@ class MLA(nn.Module):
             mixed = absorbed_attention(q_nope, q_rope, latents, keys, kv_up, mask=mask, scale=c.scale)
         init = named(fan_in(in_axis=(0, 1)), "heads", None, "embed")
         output = self.param("output", init, (c.num_heads, c.v_head_dim, x.shape[-1]))
-        y = jnp.einsum("BTNV,NVD->BTD", mixed, output.astype(x.dtype))
+        y = join_heads(mixed, output.astype(x.dtype))
         if c.use_bias:
             bias = self.param("output_bias", named(nn.initializers.zeros, None), (x.shape[-1],))
             y = y + bias.astype(x.dtype)
@@ -143,6 +143,6 @@ class MLA(nn.Module):
             source, name = RMSNorm(INNER_EPSILON, name="query_norm")(source), None
         shape = (source.shape[-1], c.num_heads, c.qk_nope_dim + c.qk_rope_dim)
         kernel = self.param("query", named(fan_in(), name, "heads", None), shape)
-        query = jnp.einsum("BTD,DNH->BTNH", source, kernel.astype(x.dtype))
+        query = split_heads(source, kernel.astype(x.dtype))
         self.sow("intermediates", "projected_query", query)
         return query[..., : c.qk_nope_dim], rope.rotate(query[..., c.qk_nope_dim :], angle, c.rope)

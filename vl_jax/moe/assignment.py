@@ -67,6 +67,7 @@ class RoutingContext:
     positions: Leaf | None = None  # i32[T] position in the sample
     x: Leaf | None = None  # [T D] what the router reads
     rng: Leaf | None = None  # key of the group; None in evaluation: no noise
+    routes: Leaf | None = None  # i32[T K] the experts to take whatever their scores, E: none; see ``best``
 
 
 @struct.dataclass
@@ -78,6 +79,9 @@ class RoutingStats:
     tokens: Leaf  # i32[M] valid tokens
     dropped: Leaf  # i32[M] choices without a slot
     measured: Leaf = struct.field(default_factory=dict)  # what the scheme itself measures, summed over groups
+    # i32[S] the shards a token's choices are on, were experts cut into each of ``balance.fan_out_shards``;
+    # None where tokens do not choose.
+    destinations: Leaf | None = None
 
 
 # Field -> dtype and axes. T and E are those of the group; of other letters any size will do.

@@ -6,10 +6,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from vl_jax.batch import MODALITIES
 from vl_jax.moe.assignment import Assignment, ExpertChoice, Merge, RoutingContext, RoutingStats, Soft
+
+RUNNING_DECAY = 0.99  # of what a step counts for in the running load: its mean age is a hundred steps
 
 
 def count(
@@ -31,7 +33,7 @@ def count(
       measured: what the scheme itself measured, summed over groups.
     """
     num_experts = scores.shape[-1]
-    valid = context.valid[..., None]
+    destinations, valid = None, context.valid[..., None]
     of_modality = context.modality[..., None] == jnp.arange(len(MODALITIES))
     of_modality = (of_modality & valid).astype(jnp.int32)  # [G T M]
     if isinstance(assignment, ExpertChoice):
@@ -48,13 +50,26 @@ def count(
     else:
         chosen = jax.nn.one_hot(assignment.experts, num_experts, dtype=jnp.int32).sum(axis=2)
         load = jnp.einsum("GTM,GTE->ME", of_modality, chosen)
+        destinations = jnp.stack([_destinations(chosen, n) for n in fan_out_shards(num_experts)])
     return RoutingStats(
         load=load,
         importance=jnp.einsum("GTM,GTE->ME", of_modality.astype(jnp.float32), scores),
         tokens=jnp.sum(of_modality, axis=(0, 1)),
         dropped=jnp.einsum("GTM,GTK->M", of_modality, dropped.astype(jnp.int32)),
         measured=measured or {},
+        destinations=destinations,
     )
+
+
+def fan_out_shards(num_experts: int) -> tuple[int, ...]:
+    """The numbers of equal shards that ``RoutingStats.destinations`` are counted for."""
+    return tuple(n for n in (1, 2, 4, 8, 16, 32, 64) if num_experts % n == 0)
+
+
+def _destinations(chosen: Int[Array, "G T E"], shards: int) -> Int[Array, ""]:
+    """The number of pairs of a token and a shard that holds an expert it chose."""
+    of_shard = chosen.reshape(*chosen.shape[:-1], shards, -1).sum(axis=-1)
+    return jnp.sum(of_shard > 0, dtype=jnp.int32)
 
 
 def pooled_loss(
@@ -89,10 +104,21 @@ def sequence_losses(
     return {"balance": jnp.mean(by_row), "z": jnp.mean(squared, where=valid)}
 
 
-def max_violation(load: Int[Array, "*L E"]) -> Float[Array, "*L"]:
+def max_violation(load: Num[Array, "*L E"]) -> Float[Array, "*L"]:
     """MaxVio: largest load over mean load, minus one (arXiv 2408.15664, eq. 4). 0 is perfect balance."""
     load = load.astype(jnp.float32)
     return jnp.max(load, axis=-1) / jnp.maximum(jnp.mean(load, axis=-1), 1e-9) - 1.0
+
+
+def running_load(before: Float[Array, "L E"], stats: RoutingStats) -> Float[Array, "L E"]:
+    """Shares of load summed over the steps so far, older ones ever less; from zeros at the beginning.
+
+    The load of one step says little about single experts when tokens are few; that of many steps has their
+    chance averaged out. MaxVio is the same for any multiple, so the sum needs no divisor.
+    """
+    load = jnp.sum(stats.load, axis=-2).astype(jnp.float32)
+    share = load / jnp.maximum(jnp.sum(load, axis=-1, keepdims=True), 1.0)
+    return RUNNING_DECAY * before + share
 
 
 def dead_experts(load: Int[Array, "*L E"]) -> Int[Array, "*L"]:
@@ -101,12 +127,20 @@ def dead_experts(load: Int[Array, "*L E"]) -> Int[Array, "*L"]:
 
 
 def summarize(stats: RoutingStats) -> dict[str, jax.Array]:
-    """Figures per layer from statistics stacked over layers [L ...]; load as shares within each modality."""
+    """Figures per layer from statistics stacked over layers [L ...]; load as shares within each modality.
+
+    Fan-out [L S] is the mean number of shards that a token is sent to, for each of ``fan_out_shards``.
+    """
     total = jnp.sum(stats.load, axis=-2)
     load = stats.load.astype(jnp.float32)
     share = load / jnp.maximum(jnp.sum(load, axis=-1, keepdims=True), 1.0)
     choices = jnp.maximum(jnp.sum(load, axis=(-1, -2)), 1.0)
+    fan_out = {}
+    if stats.destinations is not None:
+        tokens = jnp.maximum(jnp.sum(stats.tokens, axis=-1, keepdims=True), 1)
+        fan_out["routing/fan_out"] = stats.destinations.astype(jnp.float32) / tokens.astype(jnp.float32)
     return {
+        **fan_out,
         "routing/load": share,
         "routing/maxvio": max_violation(total),
         "routing/dead": dead_experts(total),

@@ -9,6 +9,7 @@ A scheme that fails says which property, and how; one that declares itself an ex
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -79,8 +80,8 @@ class Subject:
         config = config or self.config
         noisy = training and routing.scheme_of(config).rng
         x, context = inputs.get("x", self.x), inputs.get("context", self.context)
-        params = inputs.get("params", self.params)
-        return Output(*jax.device_get(_compiled(config, noisy)(params, self.state, x, context)))
+        params, state = inputs.get("params", self.params), inputs.get("state", self.state)
+        return Output(*jax.device_get(_compiled(config, noisy)(params, state, x, context)))
 
 
 @functools.cache
@@ -99,7 +100,8 @@ def _compiled(config: MoEConfig, noisy: bool) -> Callable[..., tuple]:
     def run(params: Any, state: Any, x: Any, context: Any) -> tuple:
         value = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)
         (_, (y, assignment, output)), gradients = value(params, x, state, context)
-        return y, assignment, output, gradients, routing.update_state(state, output.stats, config)
+        own = {name: value for name, value in state.items() if name != routing.ROUTES}
+        return y, assignment, output, gradients, routing.update_state(own, output.stats, config)
 
     return run
 
@@ -281,6 +283,36 @@ def statistics_add_up(subject: Subject) -> None:
     assert whole.load.shape == (len(MODALITIES), subject.config.num_experts)
 
 
+def takes_routes(subject: Subject) -> None:
+    """Its own routes, given, change nothing; others are taken; balanced ones load all experts evenly."""
+    if not routing.scheme_of(subject.config).replays:
+        raise Waived("declared replays=False")
+    # A balance loss may count experts that do nothing, and which one that was is not in the routes.
+    config, valid = dataclasses.replace(subject.config, balance_weight=0.0), subject.context.valid[..., None]
+    run = functools.partial(subject.run, training=False)
+    before = run(config=config)
+    assert isinstance(before.assignment, TokenChoice), "declared replays=True, but its tokens do not choose"
+    every = np.broadcast_to(np.arange(config.num_experts), (GROUPS, LENGTH, config.num_experts))
+    drawn = np.random.default_rng(0).permuted(every, axis=-1)[..., : config.top_k]
+    others = np.where(valid, drawn, config.num_experts).astype(np.int32)
+    for devices, on in {1: contextlib.nullcontext(), **_some_mesh(subject)}.items():
+        with on:
+            again, taken = (
+                run(config=config, state={**subject.state, routing.ROUTES: routes})
+                for routes in (before.assignment.experts, others)
+            )
+            even = run(config=dataclasses.replace(config, balanced=True))
+        what = f"on {devices} device(s), with its own routes given:"
+        _same(f"{what} the output", again.y, before.y)
+        _same(f"{what} the gradient", again.gradients, before.gradients)
+        found: Any = taken.assignment
+        assert np.array_equal(found.experts, others), (
+            "declared replays=True, but it takes other routes than are given"
+        )
+        load = even.layer.stats.load.sum(axis=0)
+        assert load.max() - load.min() <= 1, f"balanced=True: the load is {load.tolist()}"
+
+
 def kernels_agree(subject: Subject, config: MoEConfig | None = None) -> None:
     """Output and gradients of every kernel are those of the plain definition."""
     config = config or subject.config
@@ -308,12 +340,10 @@ def capacity(subject: Subject) -> None:
 
 def devices_agree(subject: Subject) -> None:
     """Output, gradients and statistics on a mesh are those of one device, with and without capacity."""
-    expert, tensor = math.gcd(2, subject.config.num_experts), math.gcd(2, subject.config.expert_dim)
-    meshes = [(2, expert, tensor), (1, expert, tensor), (1, expert, 1), (2, 1, 1)]
-    sizes = next((m for m in meshes if 1 < math.prod(m) <= jax.device_count()), None)
-    if sizes is None:
+    found = _some_mesh(subject)
+    if not found:
         raise Waived("there is one device")
-    mesh, devices = MeshConfig(sizes[0], 1, *sizes[1:]), math.prod(sizes)
+    (devices,) = found
     configs = [subject.config]
     try:
         configs.append(_limited(subject))
@@ -321,10 +351,21 @@ def devices_agree(subject: Subject) -> None:
         pass
     for config in configs:
         one = subject.run(config=config)
-        with use_mesh(make_mesh(mesh, devices=jax.devices()[:devices])):
+        with _some_mesh(subject)[devices]:
             many = subject.run(config=config)
         for what in ("y", "gradients", "layer"):
             _same(f"on {devices} devices {what}", getattr(many, what), getattr(one, what))
+
+
+def _some_mesh(subject: Subject) -> dict[int, contextlib.AbstractContextManager[None]]:
+    """A mesh of several devices to run on, by their number; {} where there is one device."""
+    expert, tensor = math.gcd(2, subject.config.num_experts), math.gcd(2, subject.config.expert_dim)
+    meshes = [(2, expert, tensor), (1, expert, tensor), (1, expert, 1), (2, 1, 1)]
+    sizes = next((m for m in meshes if 1 < math.prod(m) <= jax.device_count()), None)
+    if sizes is None:
+        return {}
+    mesh, devices = MeshConfig(sizes[0], 1, *sizes[1:]), math.prod(sizes)
+    return {devices: use_mesh(make_mesh(mesh, devices=jax.devices()[:devices]))}
 
 
 def _limited(subject: Subject) -> MoEConfig:
@@ -364,4 +405,5 @@ COMPARISONS: tuple[tuple[str, Callable[[Subject], None]], ...] = (
     ("kernels agree", kernels_agree),
     ("kernels agree with few slots", capacity),
     ("one device = many", devices_agree),
+    ("given routes are taken", takes_routes),
 )

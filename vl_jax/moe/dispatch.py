@@ -19,7 +19,7 @@ from vl_jax.kernels.activation import Activation
 from vl_jax.kernels.combine import expert_mlp
 from vl_jax.kernels.grouped_matmul import ExpertWeights, gathered_mlp, grouped_mlp
 from vl_jax.kernels.permute import Moves
-from vl_jax.moe.assignment import Assignment, Choice, ExpertChoice, TokenChoice
+from vl_jax.moe.assignment import Assignment, Choice, ExpertChoice, Soft, TokenChoice
 from vl_jax.moe.routing import MoEConfig
 
 Leaf = Any
@@ -75,6 +75,18 @@ def rank_in_expert(experts: Int[Array, " A"], num_experts: int) -> Int[Array, " 
     starts = jnp.searchsorted(experts[order], jnp.arange(num_experts + 1)).astype(jnp.int32)
     rank_sorted = jnp.arange(experts.shape[0], dtype=jnp.int32) - starts[experts[order]]
     return jnp.zeros_like(experts).at[order].set(rank_sorted)
+
+
+def own_experts(assignment: Assignment, num_local: int, shard: jax.Array) -> Assignment:
+    """The part of an assignment that concerns this shard's experts, renumbered from 0."""
+    if not isinstance(assignment, TokenChoice):
+        axis = 2 if isinstance(assignment, Soft) else 1
+        return jax.tree.map(
+            lambda a: jax.lax.dynamic_slice_in_dim(a, shard * num_local, num_local, axis=axis), assignment
+        )
+    local = assignment.experts - shard * num_local
+    mine = (local >= 0) & (local < num_local)
+    return TokenChoice(jnp.where(mine, local, num_local), jnp.where(mine, assignment.gates, 0.0))
 
 
 def make_plan(assignment: Choice, *, num_experts: int, length: int) -> Plan:

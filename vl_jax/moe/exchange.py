@@ -5,13 +5,17 @@
         --reduce-scatter over "expert", reduce over "tensor"--> the tokens it began with
 
 Inside ``shard_map`` the collectives are ours, never the partitioner's guess. The all-gather form moves N - 1
-copies of the tokens over N shards, less than an all-to-all for N below about 6 at k = 6. Above, a layer with
-a capacity may send every token only where it is wanted: see ``all_to_all``.
+copies of the tokens over N shards, less than an all-to-all for N below about 6 at k = 6. ``ring`` moves the
+same, in steps that hide behind the work of experts. Above, every token may be sent only where it is wanted:
+``all_to_all`` for a layer with a capacity, ``ragged`` for any.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +25,12 @@ from jaxtyping import Array, Float
 from vl_jax.kernels import target
 from vl_jax.kernels.activation import Activation
 from vl_jax.kernels.grouped_matmul import ExpertWeights
-from vl_jax.moe import all_to_all, dispatch, mixing
+from vl_jax.moe import all_to_all, dispatch, mixing, ragged
 from vl_jax.moe.assignment import Assignment, Merge, Soft, TokenChoice
 from vl_jax.moe.routing import MoEConfig
 from vl_jax.sharding import current_mesh, current_rules
+
+MOST_IN_RING = 8  # shards: every one is a step of the program
 
 
 def apply_experts(
@@ -42,31 +48,36 @@ def apply_experts(
     mesh, activation, kernel = current_mesh(), config.activation, config.kernel
     if mesh is None:
         return _apply(x, assignment, weights, activation=activation, kernel=kernel)
-    slots = config.slots(x.shape[1]) if config.exchange == "all_to_all" else None
-    if slots is not None and not isinstance(assignment, TokenChoice):
-        raise ValueError(
-            f"exchange='all_to_all' is for tokens that choose; scheme={config.scheme!r} gives "
-            f"{type(assignment).__name__}"
-        )
-    rules = current_rules()
+    rules, slots = current_rules(), config.slots(x.shape[1])
     batch = rules.spec(("batch",))
     _check(x, weights.w_in, dict(mesh.shape), rules.batch)
+    _check_exchange(assignment, config, mesh.shape["expert"])
 
     def local(x: jax.Array, assignment: Assignment, weights: ExpertWeights) -> jax.Array:
         if weights.b_out is not None:  # added once, not by every shard of the hidden units
             first = jax.lax.axis_index("tensor") == 0
             weights = dataclasses.replace(weights, b_out=jnp.where(first, weights.b_out, 0))
-        if slots is not None:
-            out = all_to_all.apply_experts(x, assignment, weights, slots=slots, activation=activation)  # pyright: ignore
+        if isinstance(assignment, TokenChoice) and config.exchange in ("all_to_all", "ragged"):
+            if config.exchange == "ragged":
+                own = target.choose(kernel, x.shape[-1], weights.w_out.shape[1])
+                send: Any = functools.partial(ragged.apply_experts, slots=slots, kernel=own)
+            else:
+                assert slots is not None  # the config sees to that
+                send = functools.partial(all_to_all.apply_experts, slots=slots)
+            out = send(x, assignment, weights, activation=activation)
             return jax.lax.psum(out.astype(jnp.float32), "tensor").astype(x.dtype)
+        apply = functools.partial(_apply, weights=weights, activation=activation, kernel=kernel)
+        if config.exchange == "ring" and not isinstance(assignment, Merge):
+            out = _ring(x, assignment, apply, weights.w_in.shape[0])
+            return jax.lax.psum(out, "tensor").astype(x.dtype)
         everywhere = jax.tree.map(_gather, assignment)
-        mine = _own_experts(everywhere, weights.w_in.shape[0], jax.lax.axis_index("expert"))
+        mine = dispatch.own_experts(everywhere, weights.w_in.shape[0], jax.lax.axis_index("expert"))
         if isinstance(mine, Merge):  # experts move, tokens stay
             merged = jax.tree.map(_scatter, mixing.merge_weights(mine, weights))
             merged = jax.tree.map(lambda w: w.astype(x.dtype), merged)
             out = mixing.apply_merged(x, merged, activation=activation)
             return jax.lax.psum(out.astype(jnp.float32), "tensor").astype(x.dtype)
-        out = _apply(_gather(x), mine, weights, activation=activation, kernel=kernel)
+        out = apply(_gather(x), mine)
         out = jax.lax.psum(out.astype(jnp.float32), "tensor")
         return _scatter(out).astype(x.dtype)
 
@@ -107,16 +118,45 @@ def _scatter(x: jax.Array) -> jax.Array:
     return jax.lax.psum_scatter(x, "expert", scatter_dimension=0, tiled=True)
 
 
-def _own_experts(assignment: Assignment, num_local: int, shard: jax.Array) -> Assignment:
-    """The part of an assignment that concerns this shard's experts, renumbered from 0."""
-    if not isinstance(assignment, TokenChoice):
-        axis = 2 if isinstance(assignment, Soft) else 1
-        return jax.tree.map(
-            lambda a: jax.lax.dynamic_slice_in_dim(a, shard * num_local, num_local, axis=axis), assignment
+def _ring(
+    x: Float[Array, "G T D"],
+    assignment: Assignment,
+    apply: Callable[[jax.Array, Assignment], jax.Array],
+    num_local: int,
+) -> Float[Array, "G T D"]:
+    """Every shard's tokens go round and its sums follow one step behind, so that both end where they began.
+
+    While experts work on one shard's tokens, the next ones arrive: nothing in a step waits for its transfers.
+    The result is float32, as sums are on their way.
+    """
+    shards, me = jax.lax.axis_size("expert"), jax.lax.axis_index("expert")
+    neighbours = [(i, (i + 1) % shards) for i in range(shards)]
+
+    def shift(tree: Any) -> Any:
+        return jax.tree.map(lambda a: jax.lax.ppermute(a, "expert", neighbours), tree)
+
+    def part(x: jax.Array, assignment: Assignment) -> jax.Array:
+        return apply(x, dispatch.own_experts(assignment, num_local, me)).astype(jnp.float32)
+
+    visitors: Any = shift((x, assignment)) if shards > 1 else None
+    sums = None
+    total = part(x, assignment)
+    for step in range(1, shards):
+        following = shift(visitors) if step + 1 < shards else None
+        parts = part(*visitors)
+        sums = parts if sums is None else shift(sums) + parts
+        visitors = following
+    return total if sums is None else total + shift(sums)
+
+
+def _check_exchange(assignment: Assignment, config: MoEConfig, shards: int) -> None:
+    if config.exchange in ("all_to_all", "ragged") and not isinstance(assignment, TokenChoice):
+        raise ValueError(
+            f"exchange={config.exchange!r} is for tokens that choose; scheme={config.scheme!r} gives "
+            f"{type(assignment).__name__}"
         )
-    local = assignment.experts - shard * num_local
-    mine = (local >= 0) & (local < num_local)
-    return TokenChoice(jnp.where(mine, local, num_local), jnp.where(mine, assignment.gates, 0.0))
+    if config.exchange == "ring" and shards > MOST_IN_RING:
+        raise ValueError(f"exchange='ring' is for up to {MOST_IN_RING} shards, mesh axis expert={shards}")
 
 
 def _check(x: jax.Array, w_in: jax.Array, sizes: dict[str, int], batch_axes: tuple[str, ...]) -> None:

@@ -29,7 +29,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from vl_jax.kernels.activation import SWIGLU, Activation
 from vl_jax.moe import assignment as assignment_lib
@@ -50,6 +50,7 @@ __all__ = [
     "EXCLUDED",
     "GROUPS",
     "MASKED",
+    "ROUTES",
     "SCHEMES",
     "Assignment",
     "ExpertChoice",
@@ -62,6 +63,9 @@ __all__ = [
     "Soft",
     "State",
     "TokenChoice",
+    "balanced_routes",
+    "best",
+    "gates_of",
     "group_keys",
     "init_state",
     "is_causal",
@@ -96,6 +100,9 @@ SCHEMES = {
 # An entry of the state that an intervention adds: bool, [1 1 E] or [G T E], experts that may not be chosen.
 # Their logits are ``MASKED``; a scheme that adds something to its scores leaves those at the lowest number.
 EXCLUDED, MASKED = "excluded", -1e9
+# Another one: i32[G T K], routes that tokens are to take, such as those of an earlier pass (*replay*; of a
+# rollout, when it is trained on: R3, arXiv 2510.11370). Gates and losses are of the scores of this pass.
+ROUTES = "routes"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +120,7 @@ class MoEConfig:
     num_groups: int = 1  # experts are cut into groups of equal size ...
     top_groups: int = 1  # ... of which a token may use this many
     excluded: Literal["lowest", "zero"] = "lowest"  # selection score of experts in the other groups
-    normalize_gates: bool = False  # divide the chosen gates by their sum
+    normalize_gates: bool = False  # divide the chosen gates by their sum; of one, that leaves 1
     gate_scale: float = 1.0
     router_bias: bool = False  # a learned bias of the logits
     expert_bias: bool = False  # biases of both projections of every routed expert
@@ -123,11 +130,13 @@ class MoEConfig:
     balance_scope: Literal["sequence", "batch", "step"] = "sequence"
     z_weight: float = 0.0  # router z-loss (ST-MoE, arXiv 2202.08906)
     bias_rate: float = 1e-3  # step of the loss-free bias (arXiv 2408.15664)
+    # Routes are dealt out in turn and not chosen, so that load is even: the speed that balance can reach.
+    balanced: bool = False
     capacity_factor: float | None = None  # None: dropless; else slots per expert over the mean load
     capacity: int | None = None  # slots per expert and row, as a number
     priority: Literal["position", "gate"] = "position"  # who keeps a slot when capacity runs out
     # How tokens reach experts on other devices; ``all_to_all`` needs a capacity. See ``exchange``.
-    exchange: Literal["all_gather", "all_to_all"] = "all_gather"
+    exchange: Literal["all_gather", "ring", "all_to_all", "ragged"] = "all_gather"
     kernel: Literal["auto", "blocked", "pallas", "reference"] = "auto"  # see ``kernels.target.choose``
     options: tuple[tuple[str, float], ...] = ()  # numbers of the scheme's own; see its ``defaults``
 
@@ -164,6 +173,8 @@ class MoEConfig:
                 raise ValueError(f"scheme={self.scheme!r} has no option {name!r}; {_near(name, known)}")
             if given.count(name) > 1:
                 raise ValueError(f"options name {name!r} more than once")
+        if self.balanced and not scheme.replays:
+            raise ValueError(f"balanced=True: scheme={self.scheme!r} takes no routes that are given")
         scheme.validate(self)
 
     def slots(self, length: int) -> int | None:
@@ -214,6 +225,7 @@ class Scheme:
     measure: Callable[[Any, RoutingContext, MoEConfig], dict[str, Any]] | None = None
     validate: Callable[[MoEConfig], None] = lambda config: None  # raises ValueError
     rng: bool = False  # whether it routes differently in training, where it is given ``context.rng``
+    replays: bool = False  # whether it takes given routes: it chooses by ``best`` and weighs by ``gates_of``
 
 
 def scheme_of(config: MoEConfig) -> Scheme:
@@ -300,9 +312,20 @@ def route(
     """Routes every group on its own; losses are the means over groups.
 
     Raises:
-      ValueError: what the scheme returns is no assignment, or has the wrong shapes.
+      ValueError: what the scheme returns is no assignment, or has the wrong shapes; there are routes in the
+        state, and the scheme takes none, or they are of other tokens.
     """
     scheme, length = scheme_of(config), logits.shape[1]
+    routes, state = state.get(ROUTES), {name: value for name, value in state.items() if name != ROUTES}
+    if config.balanced:
+        routes = balanced_routes(context.valid, num_experts=config.num_experts, top_k=config.top_k)
+    if routes is not None:
+        if not scheme.replays or routes.ndim != 3 or routes.shape[:2] != context.valid.shape:
+            raise ValueError(
+                f"scheme={config.scheme!r}: routes {routes.shape} are given for {context.valid.shape} tokens"
+                + ("" if scheme.replays else ", and it takes none (see Scheme.replays)")
+            )
+        context = context.replace(routes=routes)  # pyright: ignore[reportAttributeAccessIssue]
 
     def one_group(logits: jax.Array, context: RoutingContext) -> tuple[Assignment, Losses]:
         result = scheme.route(logits, context, state, config)
@@ -337,11 +360,34 @@ def group_keys(key: jax.Array, context: RoutingContext) -> jax.Array:
     )
 
 
+def balanced_routes(valid: Bool[Array, "G T"], *, num_experts: int, top_k: int) -> Int[Array, "G T K"]:
+    """Experts dealt out to the valid tokens of all groups in turn: no two loads differ by more than one."""
+    tokens = jnp.cumsum(valid, axis=1, dtype=jnp.int32)
+    earlier = jnp.cumsum(tokens[:, -1]) - tokens[:, -1]
+    first = top_k * (earlier[:, None] + tokens - 1)
+    experts = (first[..., None] + jnp.arange(top_k, dtype=jnp.int32)) % num_experts
+    return jnp.where(valid[..., None], experts, num_experts)
+
+
+def best(choice: Float[Array, "T N"], count: int, context: RoutingContext) -> Int[Array, "T K"]:
+    """The ``count`` experts of highest selection score; or the given routes, if there are any."""
+    if context.routes is not None:
+        return context.routes
+    return jax.lax.top_k(choice, count)[1]
+
+
+def gates_of(
+    scores: Float[Array, "T N"], experts: Int[Array, "T K"], *, unused: float = 0.0
+) -> Float[Array, "T K"]:
+    """The score of every chosen expert, and ``unused`` for ids past the last."""
+    return jnp.take_along_axis(scores, experts, axis=-1, mode="fill", fill_value=unused)
+
+
 def choose(
     experts: Int[Array, "T K"], gates: Float[Array, "T K"], context: RoutingContext, config: MoEConfig
 ) -> TokenChoice:
     """Normalises and scales gates as configured; padding, and ids >= E, choose nothing."""
-    if config.normalize_gates and config.top_k > 1:
+    if config.normalize_gates:
         gates = gates / (jnp.sum(gates, axis=-1, keepdims=True) + 1e-20)
     used = context.valid[:, None] & (experts < config.num_experts)
     return TokenChoice(

@@ -104,6 +104,17 @@ def _project_backward(residual: tuple[jax.Array, jax.Array], grad: jax.Array) ->
 project.defvjp(_project_forward, _project_backward)
 
 
+def split_heads(x: Float[Array, "*batch D"], kernel: Float[Array, "D N H"]) -> Float[Array, "*batch N H"]:
+    """The projections of every head, as one product."""
+    width, heads, size = kernel.shape
+    return project(x, kernel.reshape(width, -1)).reshape(*x.shape[:-1], heads, size)
+
+
+def join_heads(x: Float[Array, "*batch N H"], kernel: Float[Array, "N H D"]) -> Float[Array, "*batch D"]:
+    """The sum of every head's projection, as one product."""
+    return project(x.reshape(*x.shape[:-2], -1), kernel.reshape(-1, kernel.shape[-1]))
+
+
 class Linear(nn.Module):
     """``x @ kernel (+ bias)`` with logical names for the two sides of the kernel."""
 

@@ -199,13 +199,25 @@ def _begin_stage(
     targets = jax.tree.map(lambda leaf: leaf.sharding, _abstract_optimizer(layout, stage))
     state = jax.jit(optimizer.init, out_shardings=targets)(trained)
     step = jax.device_put(jnp.zeros((), jnp.int32), layout.replicated)
-    return TrainState(step, params, state, jax.device_put(routing, layout.replicated), adapters)
+    load = _running_load(layout, None)
+    return TrainState(step, params, state, jax.device_put(routing, layout.replicated), adapters, load)
+
+
+def _running_load(layout: Layout, recorded: list[list[float]] | None) -> jax.Array | None:
+    """The running load that a checkpoint recorded, or zeros; None for a model without experts."""
+    config = layout.model.config
+    shape = (config.num_sparse_layers, config.moe.num_experts)
+    value = np.zeros(shape, np.float32) if recorded is None else np.asarray(recorded, np.float32)
+    return jax.device_put(value, layout.replicated) if shape[0] else None
 
 
 def restore(
-    checkpointer: Checkpointer, layout: Layout, stages: tuple[Stage, ...]
+    checkpointer: Checkpointer, layout: Layout, stages: tuple[Stage, ...], *, before: int | None = None
 ) -> tuple[TrainState, Position] | None:
     """State and position of the newest sound checkpoint, or None if there is no checkpoint.
+
+    Args:
+      before: only checkpoints of earlier steps than this one.
 
     Raises:
       CheckpointError: there are checkpoints, and none of them can be used.
@@ -224,12 +236,13 @@ def restore(
             **({"adapters": adapters} if adapters else {}),
         }
 
-    restored = checkpointer.restore(params=layout.params, training_of=abstract)
+    restored = checkpointer.restore(params=layout.params, training_of=abstract, before=before)
     if restored is None:
         return None
     step, params, training, record = restored
     logger.info("resumed from checkpoint %d", step)
-    return TrainState(params=params, **training), Position(**record["position"])
+    load = _running_load(layout, record.get("load"))
+    return TrainState(params=params, load=load, **training), Position(**record["position"])
 
 
 def stage_at(stages: tuple[Stage, ...], position: Position) -> Stage:
@@ -307,7 +320,9 @@ def _asked_to_stop(run: Run, step: int) -> int | None:
 
 
 def _save(run: Run, state: TrainState, position: Position) -> None:
-    record = {"position": dataclasses.asdict(position)}
+    # A few numbers, which a checkpoint that was written without them may lack.
+    load = {} if state.load is None else {"load": np.asarray(state.load).tolist()}
+    record = {"position": dataclasses.asdict(position), **load}
     run.checkpointer.save(
         position.global_step, params=state.params, training=_training_tree(state), record=record
     )

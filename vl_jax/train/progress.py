@@ -17,8 +17,8 @@ class Progress:
 
     def __init__(self, total: int, done: int, *, quiet: bool = False):
         self._console = Console(quiet=quiet)
-        self._total, self._first, self._stage = total, done, ""
-        self._start = self._last = time.monotonic()
+        self._total, self._stage = total, ""
+        self._printed, self._printed_at = done, time.monotonic()
         self._figures = ""
         self._bar = RichProgress(
             TextColumn("{task.description}"),
@@ -61,10 +61,11 @@ class Progress:
             )
         self._bar.update(self._task, completed=step, description=self._stage, figures=self._figures)
         now = time.monotonic()
-        if not self._console.is_terminal and (now - self._last > PLAIN_INTERVAL_S or step == self._total):
-            self._last = now
-            speed = (step - self._first) / max(now - self._start, 1e-9)
-            remaining = (self._total - step) / max(speed, 1e-9)
+        passed = now - self._printed_at
+        if not self._console.is_terminal and (passed > PLAIN_INTERVAL_S or step == self._total):
+            # By the speed since the last line: over the whole run, compilation would make it too long.
+            remaining = (self._total - step) * passed / max(step - self._printed, 1)
+            self._printed, self._printed_at = step, now
             self._console.print(
                 f"{self._stage} {step}/{self._total}  {self._figures}  ETA {remaining:.0f} s", highlight=False
             )

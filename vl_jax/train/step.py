@@ -15,7 +15,6 @@ import optax
 from flax import struct
 from jax.typing import ArrayLike
 
-from vl_jax import losses
 from vl_jax import params as params_lib
 from vl_jax.batch import Batch
 from vl_jax.model import VisionLanguage, update_routing_state
@@ -36,6 +35,7 @@ class TrainState:
     optimizer: Leaf  # optimiser state of the trained leaves
     routing: State  # state of the routing scheme, stacked over sparse layers
     adapters: Leaf = struct.field(default_factory=dict)  # see ``lora``; empty without any
+    load: Leaf | None = None  # f32[L E] ``balance.running_load`` of the stage; None: not kept
 
 
 def split_trained(params: Any, adapters: Any, trainable: set[str]) -> tuple[Any, Any]:
@@ -61,15 +61,15 @@ def loss_sums(
     """(sum of cross-entropy, (sum of hits, sum of auxiliary losses over layers, routing statistics))."""
     output: Any = model.apply({"params": params}, batch, routing, rngs=rngs)
     predicting = jnp.take_along_axis(output.hidden, batch.target_index[..., None], axis=1)
-    logits: Any = model.apply({"params": params}, predicting, method="logits")
-    nll, hit = losses.cross_entropy(logits, batch.targets)
-    weights = batch.loss_weights
+    sums: Any = model.apply(
+        {"params": params}, predicting, batch.targets, batch.loss_weights, method="cross_entropy"
+    )
     routed = output.routed
     auxiliary = jnp.zeros(())
     if routed is not None:
         auxiliary = sum((jnp.sum(v) for v in routed.losses.values()), auxiliary)
     stats = None if routed is None else routed.stats
-    return jnp.sum(nll * weights), (jnp.sum(hit * weights), auxiliary, stats)
+    return sums[0], (sums[1], auxiliary, stats)
 
 
 def split_rows(batch: Batch, parts: int) -> Batch:
@@ -151,11 +151,14 @@ def make_train_step(
         updates = jax.tree.map(lambda u: (learning_rate * u).astype(u.dtype), updates)
         trained = optax.apply_updates(trained, updates)
         metrics["grad_norm"] = optax.tree.norm(grads)
-        routing = state.routing
+        routing, load = state.routing, state.load
         if stats is not None:
             metrics |= balance.summarize(stats)
+            if load is not None:
+                load = balance.running_load(load, stats)
+                metrics["routing/maxvio_running"] = balance.max_violation(load)
             routing = update_routing_state(routing, stats, model.config)
         params, adapters = join_trained(trained, frozen, trainable)
-        return TrainState(state.step + 1, params, optimizer_state, routing, adapters), metrics
+        return TrainState(state.step + 1, params, optimizer_state, routing, adapters, load), metrics
 
     return step

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from vl_jax.moe import losses as losses_lib
 from vl_jax.moe.assignment import Losses, RoutingContext, RoutingStats, State, TokenChoice
-from vl_jax.moe.routing import MoEConfig, Scheme, choose
+from vl_jax.moe.routing import MoEConfig, Scheme, best, choose, gates_of
 from vl_jax.moe.schemes.token_choice import scores_of
 
 
@@ -26,9 +26,10 @@ def top_p(
     be used.
     """
     scores = jax.nn.softmax(logits, axis=-1)
-    gates, experts = jax.lax.top_k(scores, _limit(config))
+    experts = best(scores, _limit(config), context)
+    gates = gates_of(scores, experts)
     before = jnp.cumsum(gates, axis=-1) - gates
-    used = before < config.option("threshold")
+    used = (before < config.option("threshold")) | (context.routes is not None)
     experts = jnp.where(used, experts, config.num_experts)
     losses = losses_lib.token_losses(logits, scores, experts, context, state, config, choices=1.0)
     if weight := config.option("entropy_weight"):
@@ -109,10 +110,12 @@ def null_experts(
     """The best K of E experts and ``count`` more that do nothing: a token may use fewer than K.
 
     They are the zero experts of MoE++ (arXiv 2410.07348). In the balance loss they weigh ``null_weight``
-    (section 3 there): less than one lets them take more. Copy and constant experts are not here.
+    (section 3 there): less than one lets them take more. Copy and constant experts are not here. Given routes
+    say of no expert which it was; in the losses it counts as the first of them.
     """
     scores = jax.nn.softmax(logits, axis=-1)
-    gates, experts = jax.lax.top_k(scores, config.top_k)
+    experts = best(scores, config.top_k, context)
+    gates = gates_of(scores, experts)
     losses = losses_lib.z_loss(logits, context, config)
     if config.balance_weight:
         real = jnp.arange(logits.shape[1]) < config.num_experts
@@ -170,8 +173,10 @@ def _limit(config: MoEConfig) -> int:
 
 def _positive(gates: Float[Array, "T E"], context: RoutingContext, config: MoEConfig) -> TokenChoice:
     """The experts with a gate above zero, the highest of them if there is a limit."""
-    gates, experts = jax.lax.top_k(gates, _limit(config))
-    return choose(jnp.where(gates > 0, experts, config.num_experts), gates, context, config)
+    experts = best(gates, _limit(config), context)
+    gates = gates_of(gates, experts)
+    used = (gates > 0) | (context.routes is not None)
+    return choose(jnp.where(used, experts, config.num_experts), gates, context, config)
 
 
 def _validate_null(config: MoEConfig) -> None:
@@ -186,14 +191,17 @@ def _validate_code(config: MoEConfig) -> None:
         raise ValueError(f"scheme={config.scheme!r}: num_experts={config.num_experts} must be a power of two")
 
 
-TOP_P = Scheme(top_p, defaults={"threshold": 0.4, "entropy_weight": 1e-4, "limit": 0.0})
-REMOE = Scheme(remoe, init_l1, update_l1, defaults={"initial_l1": 1e-8, "l1_rate": 1.2, "limit": 0.0})
+TOP_P = Scheme(top_p, defaults={"threshold": 0.4, "entropy_weight": 1e-4, "limit": 0.0}, replays=True)
+REMOE = Scheme(
+    remoe, init_l1, update_l1, defaults={"initial_l1": 1e-8, "l1_rate": 1.2, "limit": 0.0}, replays=True
+)
 EXPERT_THRESHOLD = Scheme(
     expert_threshold,
     init_threshold,
     update_threshold,
     defaults={"decay": 0.99, "limit": 0.0},
     measure=measure_cutoff,
+    replays=True,
 )
 NULL_EXPERTS = Scheme(
     null_experts,
@@ -201,6 +209,7 @@ NULL_EXPERTS = Scheme(
     columns=lambda config: config.num_experts + int(config.option("count")),
     scores=lambda logits, config: jax.nn.softmax(logits, axis=-1)[..., : config.num_experts],
     validate=_validate_null,
+    replays=True,
 )
 DSELECT_K = Scheme(
     dselect_k,
@@ -208,4 +217,5 @@ DSELECT_K = Scheme(
     columns=lambda config: config.top_k * (_code_bits(config) + 1),
     scores=_dselect_scores,
     validate=_validate_code,
+    replays=True,
 )

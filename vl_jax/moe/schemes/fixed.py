@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 from vl_jax.batch import TEXT, VISION
 from vl_jax.moe import losses as losses_lib
 from vl_jax.moe.assignment import Losses, RoutingContext, State, TokenChoice
-from vl_jax.moe.routing import MoEConfig, Scheme, choose
+from vl_jax.moe.routing import MoEConfig, Scheme, best, choose, gates_of
 
 
 def hash_tokens(
@@ -27,9 +27,10 @@ def hash_tokens(
         raise ValueError(f"scheme={config.scheme!r} needs the token ids, which this model does not hand on")
     text = (context.modality == TEXT)[:, None]
     scores = jax.nn.softmax(logits, axis=-1)
-    gates, learned = jax.lax.top_k(scores, config.top_k)
-    experts = jnp.where(text, hashed(context.tokens, config.num_experts, config.top_k), learned)
-    gates = jnp.where(text, 1.0 / config.top_k, gates)
+    experts = best(scores, config.top_k, context)
+    if context.routes is None:
+        experts = jnp.where(text, hashed(context.tokens, config.num_experts, config.top_k), experts)
+    gates = jnp.where(text, 1.0 / config.top_k, gates_of(scores, experts))
     return choose(experts, gates, context, config), losses_lib.z_loss(logits, context, config)
 
 
@@ -54,7 +55,8 @@ def modality_top_k(
     """
     own = context.modality[:, None] == modality_of_experts(config)
     scores = jax.nn.softmax(jnp.where(own, logits, jnp.finfo(logits.dtype).min), axis=-1)
-    gates, experts = jax.lax.top_k(scores, config.top_k)
+    experts = best(scores, config.top_k, context)
+    gates = gates_of(scores, experts)
     losses = losses_lib.token_losses(logits, scores, experts, context, state, config)
     return choose(experts, gates, context, config), losses
 
@@ -78,5 +80,7 @@ def validate_split(config: MoEConfig, *, at_least: int | None = None) -> None:
         )
 
 
-HASH = Scheme(hash_tokens)
-MODALITY_TOP_K = Scheme(modality_top_k, defaults={"vision_experts": 0.0}, validate=validate_split)
+HASH = Scheme(hash_tokens, replays=True)
+MODALITY_TOP_K = Scheme(
+    modality_top_k, defaults={"vision_experts": 0.0}, validate=validate_split, replays=True
+)

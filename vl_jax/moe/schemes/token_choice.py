@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 from vl_jax.batch import MODALITIES
 from vl_jax.moe import losses as losses_lib
 from vl_jax.moe.assignment import Losses, RoutingContext, RoutingStats, State, TokenChoice
-from vl_jax.moe.routing import MASKED, MoEConfig, Scheme, choose
+from vl_jax.moe.routing import MASKED, MoEConfig, Scheme, best, choose, gates_of
 
 
 def top_k(
@@ -21,8 +21,8 @@ def top_k(
     LIMoE (arXiv 2206.02770), for each modality.
     """
     scores = scores_of(logits, config, "softmax")
-    experts = jax.lax.top_k(within_groups(scores, config, best=1), config.top_k)[1]
-    gates = jnp.take_along_axis(scores, experts, axis=-1)
+    experts = best(within_groups(scores, config, by=1), config.top_k, context)
+    gates = gates_of(scores, experts)
     losses = losses_lib.token_losses(logits, scores, experts, context, state, config)
     losses |= losses_lib.entropy_losses(scores, context, config)
     return choose(experts, gates, context, config), losses
@@ -32,8 +32,9 @@ def top_k_softmax(
     logits: Float[Array, "T E"], context: RoutingContext, state: State, config: MoEConfig
 ) -> tuple[TokenChoice, Losses]:
     """The best experts by logit; gates are the softmax over the chosen logits alone (GPT-OSS)."""
-    chosen, experts = jax.lax.top_k(within_groups(logits, config, best=1), config.top_k)
-    gates, scores = jax.nn.softmax(chosen, axis=-1), jax.nn.softmax(logits, axis=-1)
+    experts = best(within_groups(logits, config, by=1), config.top_k, context)
+    gates = jax.nn.softmax(gates_of(logits, experts, unused=MASKED), axis=-1)
+    scores = jax.nn.softmax(logits, axis=-1)
     losses = losses_lib.token_losses(logits, scores, experts, context, state, config)
     return choose(experts, gates, context, config), losses
 
@@ -59,10 +60,11 @@ def gshard(
     stand side by side in the queue.
     """
     scores = jax.nn.softmax(logits, axis=-1)
-    gates, experts = jax.lax.top_k(scores, 2)
-    gates = gates / jnp.sum(gates, axis=-1, keepdims=True)
+    experts = best(scores, 2, context)
+    gates = gates_of(scores, experts)
+    gates = gates / jnp.maximum(jnp.sum(gates, axis=-1, keepdims=True), 1e-20)
     losses = losses_lib.token_losses(logits, scores, experts[:, :1], context, state, config)
-    if context.rng is not None:
+    if context.rng is not None and context.routes is None:
         kept = 2 * gates[:, 1] > jax.random.uniform(context.rng, gates.shape[:1])
         experts = experts.at[:, 1].set(jnp.where(kept, experts[:, 1], config.num_experts))
         gates = gates.at[:, 1].set(jnp.where(kept, gates[:, 1], 0.0))
@@ -84,8 +86,8 @@ def noisy_top_k(
     noisy = clean
     if context.rng is not None:
         noisy = clean + jax.random.normal(context.rng, clean.shape) * deviation
-    chosen, experts = jax.lax.top_k(noisy, config.top_k)
-    gates = jax.nn.softmax(chosen, axis=-1)
+    experts = best(noisy, config.top_k, context)
+    gates = jax.nn.softmax(gates_of(noisy, experts, unused=MASKED), axis=-1)
     dense = jnp.sum(jax.nn.one_hot(experts, config.num_experts) * gates[..., None], axis=1)
     chances = jax.scipy.stats.norm.cdf((clean - _to_beat(noisy, config.top_k)) / deviation)
     losses = losses_lib.z_loss(clean, context, config)
@@ -105,8 +107,9 @@ def v_moe(
     noisy = logits
     if context.rng is not None:
         noisy = logits + jax.random.normal(context.rng, logits.shape) * deviation
-    gates, experts = jax.lax.top_k(jax.nn.softmax(noisy, axis=-1), config.top_k)
-    lowest = jnp.take_along_axis(noisy, experts[:, -1:], axis=-1)
+    noisy_scores = jax.nn.softmax(noisy, axis=-1)
+    experts = best(noisy_scores, config.top_k, context)
+    gates, lowest = gates_of(noisy_scores, experts), gates_of(noisy, experts[:, -1:])
     chances = jax.scipy.stats.norm.cdf((logits - lowest) / deviation)
     scores = jax.nn.softmax(logits, axis=-1)
     losses = losses_lib.z_loss(logits, context, config)
@@ -127,8 +130,8 @@ def sinkhorn(
     choice = logits
     if context.rng is not None:
         choice = sinkhorn_plan(logits, context.valid, iterations=int(config.option("iterations")))
-    experts = jax.lax.top_k(jax.lax.stop_gradient(choice), config.top_k)[1]
-    gates = jnp.take_along_axis(scores, experts, axis=-1)
+    experts = best(jax.lax.stop_gradient(choice), config.top_k, context)
+    gates = gates_of(scores, experts)
     return choose(experts, gates, context, config), losses_lib.z_loss(logits, context, config)
 
 
@@ -170,8 +173,8 @@ def modality_bias(
 def _biased(logits: jax.Array, bias: jax.Array, context: RoutingContext, state: State, config: MoEConfig):
     scores = scores_of(logits, config, "sigmoid")
     biased = jnp.where(logits > MASKED, scores + bias, jnp.finfo(scores.dtype).min)
-    experts = jax.lax.top_k(within_groups(biased, config, best=2), config.top_k)[1]
-    gates = jnp.take_along_axis(scores, experts, axis=-1)
+    experts = best(within_groups(biased, config, by=2), config.top_k, context)
+    gates = gates_of(scores, experts)
     probabilities = scores / (jnp.sum(scores, axis=-1, keepdims=True) + 1e-20)
     losses = losses_lib.token_losses(logits, probabilities, experts, context, state, config)
     return choose(experts, gates, context, config), losses
@@ -209,12 +212,12 @@ def scores_of(logits: Float[Array, "T E"], config: MoEConfig, default: str) -> F
     return jax.nn.sigmoid(logits)
 
 
-def within_groups(choice: Float[Array, "T E"], config: MoEConfig, *, best: int) -> Float[Array, "T E"]:
-    """Leaves the selection scores of the best groups; a group's score is the sum of its ``best`` highest."""
+def within_groups(choice: Float[Array, "T E"], config: MoEConfig, *, by: int) -> Float[Array, "T E"]:
+    """Leaves the selection scores of the best groups; a group's score is the sum of its ``by`` highest."""
     if config.top_groups == config.num_groups:
         return choice
     grouped = choice.reshape(-1, config.num_groups, config.group_size)
-    highest = jax.lax.top_k(grouped, min(best, config.group_size))[0]
+    highest = jax.lax.top_k(grouped, min(by, config.group_size))[0]
     groups = jax.lax.top_k(jnp.sum(highest, axis=-1), config.top_groups)[1]
     kept = jax.nn.one_hot(groups, config.num_groups, dtype=jnp.bool_).any(axis=1)
     fill = 0.0 if config.excluded == "zero" else jnp.finfo(choice.dtype).min
@@ -247,21 +250,23 @@ def _exactly(count: int):
     return validate
 
 
-TOP_K = Scheme(top_k, defaults=losses_lib.ENTROPY_OPTIONS)
-TOP_K_SOFTMAX = Scheme(top_k_softmax)
-SWITCH = Scheme(switch, defaults=losses_lib.ENTROPY_OPTIONS, validate=_exactly(1))
-GSHARD = Scheme(gshard, validate=_exactly(2), rng=True)
+TOP_K = Scheme(top_k, defaults=losses_lib.ENTROPY_OPTIONS, replays=True)
+TOP_K_SOFTMAX = Scheme(top_k_softmax, replays=True)
+SWITCH = Scheme(switch, defaults=losses_lib.ENTROPY_OPTIONS, validate=_exactly(1), replays=True)
+GSHARD = Scheme(gshard, validate=_exactly(2), rng=True, replays=True)
 NOISY_TOP_K = Scheme(
     noisy_top_k,
     defaults={"importance_weight": 0.1, "load_weight": 0.1},
     columns=lambda config: 2 * config.num_experts,
     rng=True,
+    replays=True,
 )
 V_MOE = Scheme(
     v_moe,
     defaults={"importance_weight": 0.005, "load_weight": 0.005, **losses_lib.ENTROPY_OPTIONS},
     rng=True,
+    replays=True,
 )
-SINKHORN = Scheme(sinkhorn, causal=False, defaults={"iterations": 16.0}, rng=True)
-LOSS_FREE = Scheme(loss_free, init_bias, update_bias)
-MODALITY_BIAS = Scheme(modality_bias, init_modality_bias, update_modality_bias)
+SINKHORN = Scheme(sinkhorn, causal=False, defaults={"iterations": 16.0}, rng=True, replays=True)
+LOSS_FREE = Scheme(loss_free, init_bias, update_bias, replays=True)
+MODALITY_BIAS = Scheme(modality_bias, init_modality_bias, update_modality_bias, replays=True)
