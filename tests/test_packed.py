@@ -8,6 +8,7 @@ import json
 import logging
 import random
 from collections import Counter
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +77,7 @@ def test_a_config_with_packing_survives_json():
 
 @pytest.mark.parametrize("taken", [0, pytest.param(1, marks=pytest.mark.slow), 7])
 def test_resume_gives_the_very_batches_that_were_to_come(taken):
-    first, second = (PackedIterator(CONFIG, SPEC, batch_size=4) for _ in range(2))
+    first, second = (PackedIterator(CONFIG, SPEC, batch_size=2) for _ in range(2))
     for _ in range(taken):
         next(first)
     next(second)  # A used iterator must forget what it had prepared.
@@ -108,7 +109,9 @@ class Hosts:
     """One global stream, read by several hosts that each fill their own rows."""
 
     def __init__(self, config, count, state=None):
-        self.streams = [PackedIterator(config, SPEC, batch_size=8, host=(h, count)) for h in range(count)]
+        share = 8 // count
+        rows = [range(h * share, (h + 1) * share) for h in range(count)]
+        self.streams = [PackedIterator(config, SPEC, batch_size=8, rows=r) for r in rows]
         for stream in self.streams:
             if state is not None:
                 stream.set_state(state)
@@ -119,6 +122,7 @@ class Hosts:
         parts = [
             jax.tree.map(lambda x, h=h: x[h * share : (h + 1) * share], b) for h, b in enumerate(batches)
         ]
+        assert all((b.segment_ids == batches[0].segment_ids).all() for b in batches)
         ids = [stream.ids[h * share : (h + 1) * share] for h, stream in enumerate(self.streams)]
         return jax.tree.map(lambda *x: np.concatenate(x), *parts), sum(ids, [])
 
@@ -133,6 +137,8 @@ class Hosts:
 @pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.slow)])
 def test_any_number_of_hosts_goes_on_with_the_same_rows(tmp_path, kills):
     config, chance = texts(tmp_path, bad={3, 40}), random.Random(0)
+    row = PackingConfig(max_tokens=50, max_tiles=1, window=40, index=str(tmp_path / "index"))
+    config = dataclasses.replace(config, max_tokens=40, packing=row, prefetch=1)
     whole, state, read = Hosts(config, 1), None, []
     for _ in range(kills):
         hosts = Hosts(config, chance.choice([1, 2, 4, 8]), state)
@@ -191,6 +197,22 @@ def test_a_source_of_bad_samples_only_is_one_clear_error(tmp_path):
 def test_a_config_that_cannot_be_packed_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(CONFIG, **change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"balance_scope": "sequence"}, "balance_scope='sequence': a packed row is no sequence"),
+        ({"scheme": "sinkhorn"}, "scheme='sinkhorn'.* would act on one another"),
+        ({"capacity_factor": 1.0, "priority": "gate"}, "priority='gate'.* would act on one another"),
+    ],
+)
+def test_routing_that_lets_packed_samples_act_on_one_another_is_refused(change, message):
+    pytest.importorskip("ml_collections")  # experiment files return its ConfigDict
+    experiment = config_lib.load(str(Path(__file__).with_name("tiny_experiment.py:packed")))
+    moe = dataclasses.replace(experiment.model.moe, **change)
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, moe=moe))
 
 
 def test_a_wrong_state_is_refused():

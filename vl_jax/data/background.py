@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections import Counter
@@ -37,6 +38,8 @@ class Background(Generic[T]):
     def stop(self) -> None:
         """Ends the work and waits for it."""
         self._stop.set()
+        with contextlib.suppress(queue.Empty):
+            self._queue.get_nowait()  # So that the thread does not wait for room.
         if threading.current_thread() is not self._thread:  # Garbage collection may call from anywhere.
             self._thread.join()
 

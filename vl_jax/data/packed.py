@@ -15,11 +15,13 @@ import os
 import threading
 import weakref
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from vl_jax.batch import Batch
 from vl_jax.data.background import Background, BadRuns
@@ -55,7 +57,7 @@ class PackedIterator:
         sources: Mapping[str, float] | None = None,
         targets: Targets = "answers",
         seed: int | None = None,
-        host: tuple[int, int] = (0, 1),
+        rows: Sequence[int] | None = None,
     ):
         """Opens the sources; makes their indices where the config names a folder for them.
 
@@ -63,19 +65,18 @@ class PackedIterator:
           batch_size: rows of the global batch.
           sources: names from ``config.sources`` and their relative weights; None takes all alike.
           seed: of order, turn choice and image dropout; None takes ``config.seed``.
-          host: (which, of how many): rows of other hosts stay empty and are neither read nor decoded.
+          rows: of a batch, those this host needs; the others are neither read nor decoded. None: all.
 
         Raises:
           ValueError: a source is unknown or unreadable, or a weight or size is out of range.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: must be at least 1")
-        which, count = host
-        if not 0 <= which < count or batch_size % count:
-            raise ValueError(f"host={host}: needs 0 <= which < count, and {batch_size} rows divide by count")
-        self._planner, reader = open_planner(config, spec, sources=sources, targets=targets, seed=seed)
-        share = batch_size // count
-        self._work = _Work(reader, self._planner, batch_size, range(which * share, (which + 1) * share))
+        own = frozenset(range(batch_size) if rows is None else rows)
+        if not own <= set(range(batch_size)):
+            raise ValueError(f"rows={rows}: must be from 0 to {batch_size - 1}, the rows of a batch")
+        planner, reader = open_planner(config, spec, sources=sources, targets=targets, seed=seed)
+        self._work = _Work(reader, planner, batch_size, own)
         self._cursor = Cursor()
         self._skipped: dict[str, str] = {}
         self._producer: Background[_Made] | None = None
@@ -259,7 +260,7 @@ class _Work:
     reader: Reader
     planner: Planner
     batch_size: int
-    own: range  # the rows of a batch that this host fills
+    own: frozenset[int]  # the rows of a batch that this host fills
 
     def batches(self, cursor: Cursor, stop: threading.Event) -> Iterator[_Made]:
         """Batches from a position on, until told to stop."""
@@ -297,8 +298,12 @@ class _Work:
                     skipped[f"{item.source}/{item.record}"] = (result.reason, str(result))
                 else:
                     examples[-1].append(result)
-        ids = [[e.id for e in row] for row in examples]
-        return _Made(self.reader.encoder.collate(examples), ids, rows[-1][0].cursor, skipped)
+        ids, batch = [[e.id for e in row] for row in examples], self.reader.encoder.collate(examples)
+        for place in set(range(self.batch_size)) - self.own:  # Every host counts the tokens of all of them.
+            lengths = [item.tokens for item in rows[place][0].items]
+            segments = np.repeat(np.arange(1, 1 + len(lengths), dtype=np.int32), lengths)
+            batch.segment_ids[place, : len(segments)] = segments
+        return _Made(batch, ids, rows[-1][0].cursor, skipped)
 
 
 def _rows_from(planner: Planner, cursor: Cursor, pool: ThreadPoolExecutor) -> Iterator[_Row]:
