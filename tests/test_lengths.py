@@ -118,6 +118,7 @@ def test_an_index_is_made_once_and_goes_on_where_it_was_interrupted(tmp_path, mo
     expected = Measuring(source, measure).take(np.arange(12))
     read.clear()
     again = open_index(tmp_path / "index", config, source, measure)
+    assert again.turns.dtype == again.fault.dtype == np.uint8  # a million records are some tens of megabytes
     assert not read and again.faults == index.faults == expected.faults
     for name in ("trunk", "tiles", "offsets", "turns", "targets", "answers"):
         np.testing.assert_array_equal(getattr(again, name), getattr(expected, name))

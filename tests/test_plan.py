@@ -219,4 +219,4 @@ def test_a_million_samples_are_planned_in_seconds():
         rows, items = rows + len(made.rows), items + sum(map(len, made.rows))
     seconds = (time.process_time() - start) * 1e6 / (20 * 4096)
     print(f"1 M samples in {seconds:.1f} s, {items / rows:.1f} a row")
-    assert seconds < 300
+    assert seconds < 60

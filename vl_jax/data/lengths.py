@@ -2,7 +2,7 @@
 
 A sample is a trunk and turns, and their lengths add up: a draw of some of the turns costs the trunk and
 those turns (in the *dialogue* form a draw takes the first few, and the trunk belongs to the first). So a
-record needs a few numbers, and a million records some tens of megabytes::
+record needs a few small numbers, most of them of one byte, and a million records some tens of megabytes::
 
     trunk[r]  tiles[r]  fault[r]    offsets[r] .. offsets[r + 1]  -->  turns[...]  targets[...]  answers[...]
 
@@ -17,7 +17,6 @@ import hashlib
 import json
 import logging
 import os
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -39,7 +38,7 @@ _PER_TURN = ("turns", "targets", "answers")
 
 @dataclass(frozen=True)
 class Lengths:
-    """The lengths of records, in the order asked for. Arrays are i32 where nothing else is said."""
+    """The lengths of records, in the order asked for; whole numbers of any width, as small as they come."""
 
     trunk: np.ndarray  # [n] tokens that every draw of the record has
     trunk_targets: np.ndarray  # [n] those of them that are predicted
@@ -48,7 +47,7 @@ class Lengths:
     offsets: np.ndarray  # i64[n + 1] where the record's turns begin in the arrays below
     turns: np.ndarray  # [m] tokens
     targets: np.ndarray  # [m] predicted tokens
-    answers: np.ndarray  # u32[m] a number for the text of the answer
+    answers: np.ndarray  # [m] the first of the record's turns that has the same answer
     reasons: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -59,9 +58,15 @@ class Lengths:
         starts, counts = self.offsets[records], self.offsets[records + 1] - self.offsets[records]
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
         chosen = np.repeat(starts - offsets[:-1], counts) + np.arange(offsets[-1])
-        parts = {name: np.asarray(getattr(self, name)[records]) for name in _PER_RECORD}
-        parts |= {name: np.asarray(getattr(self, name)[chosen]) for name in _PER_TURN}
+        parts = {name: np.asarray(getattr(self, name)[records], np.int32) for name in _PER_RECORD}
+        parts |= {name: np.asarray(getattr(self, name)[chosen], np.int32) for name in _PER_TURN}
         return Lengths(**parts, offsets=offsets, reasons=self.reasons)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The arrays by name, each of the smallest type that holds its numbers."""
+        small = {name: getattr(self, name) for name in (*_PER_RECORD, *_PER_TURN)}
+        small = {name: x.astype(np.min_scalar_type(x.max(initial=0))) for name, x in small.items()}
+        return {**small, "offsets": self.offsets}
 
     @property
     def faults(self) -> dict[int, str]:
@@ -115,7 +120,7 @@ class Measure:
             offsets=np.cumsum([0, *(len(t) for t in turns)], dtype=np.int64),
             turns=np.array([t for row in turns for t in row], np.int32),
             targets=np.array([t for row in targets for t in row], np.int32),
-            answers=np.array([a for row in answers for a in row], np.uint32),
+            answers=np.array([a for row in answers for a in row], np.int32),
             reasons=reasons,
         )
 
@@ -145,7 +150,9 @@ class Measure:
         targets = np.bincount(part, weights=predicted, minlength=count).astype(np.int64)
         for run, length in zip(dialogue.visual_runs, visual, strict=True):
             tokens[part[run.start] if self.turns == "dialogue" else 0] += length
-        answers = [zlib.crc32(t.answer.strip().lower().encode()) for t in sample.turns]
+        texts = [t.answer.strip().lower() for t in sample.turns]
+        first = {text: turn for turn, text in reversed(list(enumerate(texts)))}
+        answers = [first[text] for text in texts]
         head = (int(tokens[0]), int(targets[0]), tiles)
         return (*head, tokens[1:].tolist(), targets[1:].tolist(), answers)
 
@@ -218,8 +225,8 @@ def _build(
             parts.append(_load_part(file))
             progress(min(start + _PART, total), total)
     whole = concatenate(parts) if parts else measure([])
-    for name in (*_PER_RECORD, "offsets", *_PER_TURN):
-        _write(place / f"{name}.npy", lambda out, name=name: np.save(out, getattr(whole, name)))
+    for name, array in whole.arrays().items():
+        _write(place / f"{name}.npy", lambda out, array=array: np.save(out, array))
     counts = {reason: int((whole.fault == 1 + i).sum()) for i, reason in enumerate(whole.reasons)}
     text = json.dumps({"records": total, "reasons": list(whole.reasons), "faults": counts}, indent=1)
     _write(place / "index.json", lambda out: out.write(text.encode()))
@@ -229,8 +236,8 @@ def _build(
 
 
 def _save_part(file: Path, lengths: Lengths) -> None:
-    arrays = {name: getattr(lengths, name) for name in (*_PER_RECORD, "offsets", *_PER_TURN)}
-    _write(file, lambda out: np.savez(out, **arrays, reasons=np.array(lengths.reasons, np.str_)))
+    arrays: dict[str, Any] = {**lengths.arrays(), "reasons": np.array(lengths.reasons, np.str_)}
+    _write(file, lambda out: np.savez(out, **arrays))
 
 
 def _load_part(file: Path) -> Lengths:

@@ -221,17 +221,22 @@ class Reader:
                 for image in sample.images:  # A broken image is a bad sample in every draw, not only in most.
                     image()
                 sample = sample.without_images()
+            if max(item.turns) >= len(sample.turns):
+                raise self._changed(item, f"{len(sample.turns)} turns", str(item.turns))
             turns, targets = self.config.turns, self._targets
             example = self.encoder.draw(sample, turns=turns, targets=targets, chosen=item.turns)
         except BadSample as error:
             return error
         found, planned = (len(example.tokens), len(example.tiles)), (item.tokens, item.tiles)
         if found != planned:
-            raise ValueError(
-                f"{item.source}/{item.record}: {found} tokens and tiles where its index says {planned}; its "
-                f"files have changed, delete the index {getattr(self.config.packing, 'index', '')!r}"
-            )
+            raise self._changed(item, f"{found} tokens and tiles", str(planned))
         return example
+
+    def _changed(self, item: Item, found: str, planned: str) -> ValueError:
+        return ValueError(
+            f"{item.source}/{item.record}: {found} where its index says {planned}; its files have changed, "
+            f"delete the index {getattr(self.config.packing, 'index', '')!r}"
+        )
 
 
 @dataclass(frozen=True)
