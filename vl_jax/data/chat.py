@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from vl_jax.data.sample import IMAGE_PLACEHOLDER, BadSample, Sample, standalone_questions
+from vl_jax.data.sample import IMAGE_PLACEHOLDER, TEXT, BadSample, Sample, standalone_questions
 from vl_jax.data.tokenizer import GROUNDING, SPECIAL, Tokenizer
 
 Turns = Literal["dialogue", "independent"]
@@ -107,6 +107,8 @@ def encode_dialogue(
     for turn, question, branch in zip(sample.turns, questions, branches, strict=True):
         opened = turns == "independent" and bool(sample.images)
         prompt = _tail(tokenizer, question) if opened else _user(tokenizer, question)
+        if turn.kind == TEXT and not opened:
+            prompt = []
         answer = [*_encode(tokenizer, turn.answer.strip()), tokenizer.eos]
         parts: list[_Part] = [(prompt, False), (answer, True)]
         images = iter(image_lengths[len(result.visual_runs) :])
