@@ -197,6 +197,15 @@ def test_inspect_params_names_sizes_axes_stages_and_what_does_not_divide(capsys,
     assert any("encoder/blocks/fc1/kernel: mlp=33 does not divide" in message for message in caplog.messages)
 
 
+def test_convert_data_names_the_source_that_takes_the_other_s_place(capsys, tmp_path):
+    pytest.importorskip("array_record")
+    options = (f"--config.data.root={tmp_path}", "--source=heldout", f"--to={tmp_path / 'new'}")
+    assert cli.main(["convert-data", CONFIG, *options]) == 0
+    printed = capsys.readouterr().out
+    assert "4 records" in printed and "ArrayRecordConfig(name='heldout', file='new/*.arrayrecord'" in printed
+    assert "known: heldout, scenes" in refused(capsys, "convert-data", CONFIG, "--source=x", "--to=y")
+
+
 def test_inspect_data_prints_samples_and_writes_the_page(capsys, tmp_path):
     page = tmp_path / "page.html"
     assert cli.main(["inspect", "data", CONFIG, "--samples=1", f"--html={page}"]) == 0

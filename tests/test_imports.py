@@ -21,7 +21,7 @@ LEVELS = (
     "model",
     "layout checkpoint interop compress generation",
     "train evaluate serving export fit",
-    "experiment gallery report inspection benchmark",
+    "experiment gallery report inspection benchmark conversion",
     "comparison routing_page routing_benchmark routing_aot",
     "sweep",
     "cli",
@@ -35,6 +35,8 @@ OPTIONAL = {
     "grain": {f"{PACKAGE}.data.pipeline"},
     "tensorflow_datasets": set(),
     "ml_collections": set(),
+    "pyarrow": set(),
+    "array_record": set(),
 }
 
 

@@ -16,10 +16,8 @@ import numpy as np
 from vl_jax.batch import Batch
 from vl_jax.data import chat, images
 from vl_jax.data.collate import Example, RowSizes, collate
-from vl_jax.data.llava import LlavaConfig
 from vl_jax.data.packing import PackingConfig
 from vl_jax.data.sample import BadSample, Sample
-from vl_jax.data.scenes import ScenesConfig
 from vl_jax.data.sources import SourceConfig
 from vl_jax.data.tokenizer import Tokenizer, load_tokenizer
 from vl_jax.data.turns import TurnSampling
@@ -30,8 +28,8 @@ class DataConfig:
     """Where samples come from and how they become batches."""
 
     root: str = "."  # folder that file names of the sources are relative to
-    sources: tuple[ScenesConfig | LlavaConfig, ...] = ()
-    evaluation: tuple[ScenesConfig | LlavaConfig, ...] = ()
+    sources: tuple[SourceConfig, ...] = ()
+    evaluation: tuple[SourceConfig, ...] = ()
     tokenizer: str = ""  # a tokenizer.json; empty means the shipped vocabulary
     max_tokens: int = 512  # T, length of a row
     max_tiles: int = 1  # M, tiles of a row

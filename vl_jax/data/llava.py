@@ -17,6 +17,7 @@ from typing import Any
 from vl_jax.data.conversation import parse
 from vl_jax.data.lines import Lines
 from vl_jax.data.sample import DEFAULT_MAX_PIXELS, BadSample, Sample, image_in
+from vl_jax.data.shards import check_fields
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,7 @@ class LlavaConfig:
     max_pixels: int = DEFAULT_MAX_PIXELS
 
     def __post_init__(self):
-        if not self.name:
-            raise ValueError("name='' of a source: must not be empty")
-        if not self.file.endswith((".json", ".jsonl")):
-            raise ValueError(f"file={self.file!r} of source {self.name!r}: must end in .json or .jsonl")
-        if self.max_pixels < 1:
-            raise ValueError(f"max_pixels={self.max_pixels} of source {self.name!r}: must be at least 1")
+        check_fields(self.name, self.file, (".json", ".jsonl"), self.max_pixels)
 
 
 class LlavaSource:
@@ -47,6 +43,7 @@ class LlavaSource:
     def __init__(self, config: LlavaConfig, *, root: str = "."):
         self._config = config
         self._file = Path(root) / config.file
+        self.files = [self._file]
         self._folder = (Path(root) / config.root if config.root else self._file.parent).resolve()
         if not self._file.is_file():
             raise ValueError(f"source {config.name!r}: no such file {self._file}")

@@ -137,7 +137,11 @@ class FileImage:
         return self.path.read_bytes()
 
     def _open(self, use: Callable[[PilImage.Image], T]) -> T:
-        if not self.path.is_file():
+        try:
+            there = self.path.is_file()
+        except OSError:  # such as a name that is too long for any file
+            there = False
+        if not there:
             raise BadSample("missing_image", f"{self.where}: no image file {self.path}")
         return _open(self.path, str(self.path), self.where, self.max_pixels, use)
 
