@@ -29,7 +29,7 @@ STEPS = 16
 pytestmark = pytest.mark.slow
 
 
-def launch(workdir: Path) -> list[subprocess.Popen]:
+def launch(workdir: Path, config: str = TINY) -> list[subprocess.Popen]:
     """Starts both processes of a job; each writes to a file of its own beside the run."""
     with socket.socket() as probe:  # jax takes its port from the last 12 bits of the job
         probe.bind(("localhost", 0))
@@ -51,7 +51,8 @@ def launch(workdir: Path) -> list[subprocess.Popen]:
             "SLURM_STEP_NUM_NODES": "1",
             "SLURM_NNODES": "1",
         }
-        command = [sys.executable, "-m", "vl_jax", "train", f"--config={TINY}", f"--workdir={workdir}", *MESH]
+        options = [f"--config={config}", f"--workdir={workdir}", *MESH]
+        command = [sys.executable, "-m", "vl_jax", "train", *options]
         with output_of(workdir, rank).open("a", encoding="utf-8") as output:
             process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
         processes.append(process)
@@ -107,3 +108,10 @@ def test_a_job_that_is_asked_to_stop_saves_and_resumes(single, tmp_path):
     assert wait(processes) == [128 + signal.SIGTERM] * 2
     assert wait(launch(workdir)) == [0, 0]
     np.testing.assert_allclose(losses(workdir), losses(single), rtol=1e-5)
+
+
+def test_two_processes_that_fill_their_own_packed_rows_train_as_one_does(tmp_path):
+    config, single, double = f"{TINY}:packed", tmp_path / "single", tmp_path / "double"
+    assert cli.main(["train", f"--config={config}", f"--workdir={single}", *MESH]) == 0
+    assert wait(launch(double, config)) == [0, 0], output_of(double, 0).read_text(encoding="utf-8")
+    np.testing.assert_allclose(losses(double), losses(single), rtol=1e-5)

@@ -31,8 +31,8 @@ def log(workdir: Path) -> list[dict]:
     return [without_timings(line) for line in read_metrics(workdir / METRICS_FILE)]
 
 
-def train(workdir: Path) -> int:
-    return cli.main(["train", f"--config={TINY}", f"--workdir={workdir}"])
+def train(workdir: Path, config: str = TINY) -> int:
+    return cli.main(["train", f"--config={config}", f"--workdir={workdir}"])
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +133,7 @@ def test_another_number_of_devices_resumes_the_same_run(uninterrupted, tmp_path,
 
 
 @contextlib.contextmanager
-def launch(workdir: Path) -> Iterator[subprocess.Popen]:
+def launch(workdir: Path, config: str) -> Iterator[subprocess.Popen]:
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
@@ -142,7 +142,7 @@ def launch(workdir: Path) -> Iterator[subprocess.Popen]:
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         "JAX_NUMPY_DTYPE_PROMOTION": "strict",
     }
-    command = [sys.executable, "-m", "vl_jax", "train", f"--config={TINY}", f"--workdir={workdir}"]
+    command = [sys.executable, "-m", "vl_jax", "train", f"--config={config}", f"--workdir={workdir}"]
     with output_of(workdir).open("a", encoding="utf-8") as output:
         with subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT) as process:
             yield process
@@ -152,9 +152,9 @@ def output_of(workdir: Path) -> Path:
     return workdir.with_suffix(".output")
 
 
-def interrupt(workdir: Path, *, step: int, number: int, delay: float = 0.0) -> int:
+def interrupt(workdir: Path, *, step: int, number: int, delay: float = 0.0, config: str = TINY) -> int:
     """Launches the run and sends a signal some seconds after its log has reached a step; its exit status."""
-    with launch(workdir) as process:
+    with launch(workdir, config) as process:
         while process.poll() is None:
             lines = read_metrics(workdir / METRICS_FILE)
             if lines and lines[-1]["step"] >= step:
@@ -165,8 +165,8 @@ def interrupt(workdir: Path, *, step: int, number: int, delay: float = 0.0) -> i
         return process.returncode
 
 
-def finish(workdir: Path) -> None:
-    with launch(workdir) as process:
+def finish(workdir: Path, config: str = TINY) -> None:
+    with launch(workdir, config) as process:
         assert process.wait() == 0, output_of(workdir).read_text(encoding="utf-8")
 
 
@@ -175,6 +175,16 @@ def test_a_killed_process_resumes_with_the_same_log(uninterrupted, tmp_path):
     assert interrupt(tmp_path / "run", step=6, number=signal.SIGKILL) == -signal.SIGKILL
     finish(tmp_path / "run")
     assert log(tmp_path / "run") == log(uninterrupted)
+
+
+@pytest.mark.slow
+def test_a_killed_run_of_packed_rows_resumes_with_the_same_log(tmp_path):
+    config, whole, killed = f"{TINY}:packed", tmp_path / "whole", tmp_path / "killed"
+    assert train(whole, config) == 0
+    for step in (2, 6, 10):
+        assert interrupt(killed, step=step, number=signal.SIGKILL, config=config) == -signal.SIGKILL
+    finish(killed, config)
+    assert log(killed) == log(whole)
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond")
 
 
 def scene_of(index: int, source: ScenesSource = SOURCE):
-    return source[index].images[0].args[0]
+    return source[index].images[0].scene
 
 
 def near_colour(pixels: np.ndarray, colour: str) -> np.ndarray:

@@ -1,9 +1,13 @@
-"""An experiment of seconds: two stages of ten steps on procedural scenes, a checkpoint every four steps."""
+"""An experiment of seconds: two stages of ten steps on procedural scenes, a checkpoint every four steps.
+
+With ``:packed`` behind the file's name, a row holds several samples.
+"""
 
 from vl_jax import config
 from vl_jax.adapter import AdapterConfig
 from vl_jax.data.encode import DataConfig
 from vl_jax.data.images import TilingConfig
+from vl_jax.data.packing import PackingConfig
 from vl_jax.data.scenes import ScenesConfig
 from vl_jax.encoders.vit import ViTConfig
 from vl_jax.evaluate.runner import EvaluationConfig
@@ -17,6 +21,7 @@ from vl_jax.train.stages import Stage
 
 
 def get_config(arg: str = ""):
+    packed = arg == "packed"
     return config.view(
         Experiment(
             name="tiny",
@@ -35,7 +40,14 @@ def get_config(arg: str = ""):
                         num_heads=2, kv_lora_rank=8, qk_nope_dim=4, qk_rope_dim=4, v_head_dim=4
                     ),
                 ),
-                moe=MoEConfig(scheme="loss_free", num_experts=4, top_k=2, expert_dim=8, num_shared=1),
+                moe=MoEConfig(
+                    scheme="loss_free",
+                    num_experts=4,
+                    top_k=2,
+                    expert_dim=8,
+                    num_shared=1,
+                    balance_scope="batch" if packed else "sequence",
+                ),
             ),
             data=DataConfig(
                 sources=(ScenesConfig("scenes", num_examples=1000),),
@@ -45,6 +57,7 @@ def get_config(arg: str = ""):
                 turn_sampling="uniform",
                 image_dropout_rate=0.1,
                 tiling=TilingConfig(tile_size=32, views="global"),
+                packing=PackingConfig(max_tokens=192, max_tiles=5, window=100) if packed else None,
             ),
             stages=(
                 Stage("first", steps=9, batch_size=8, targets="all", trainable=("adapter/.*", "language/.*")),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -30,9 +31,9 @@ from vl_jax.data.sources import open_source
 from vl_jax.evaluate.runner import EvaluationConfig, evaluate
 from vl_jax.generation import GenerationConfig
 from vl_jax.interop import pretrained
-from vl_jax.layout import Layout, init_params, plan_layout, put_batch
+from vl_jax.layout import Layout, init_params, plan_layout, put_batch, rows_here
 from vl_jax.model import VisionLanguage, VisionLanguageConfig, init_routing_state
-from vl_jax.moe.routing import State
+from vl_jax.moe.routing import State, is_causal
 from vl_jax.sharding import MeshConfig
 from vl_jax.train import loop
 from vl_jax.train.loop import LoopConfig
@@ -71,7 +72,7 @@ class Experiment:
 
     def __post_init__(self):
         if not self.init:
-            check_tiles(self.data, self.model)
+            check_data(self.data, self.model)
         if not self.stages:
             raise ValueError("stages is empty; an experiment needs at least one")
         names = [source.name for source in self.data.sources]
@@ -83,13 +84,24 @@ class Experiment:
                 )
 
 
-def check_tiles(data: DataConfig, model: VisionLanguageConfig) -> None:
-    """Refuses tiles of another size than the encoder's images."""
+def check_data(data: DataConfig, model: VisionLanguageConfig) -> None:
+    """Refuses tiles of another size than the encoder's images, and packing where samples would mix."""
     if model.encoder is not None and data.tiling.tile_size != model.encoder.image_size:
         raise ValueError(
             f"data.tiling.tile_size={data.tiling.tile_size} differs from "
             f"model.encoder.image_size={model.encoder.image_size}"
         )
+    if data.packing is not None and model.num_sparse_layers:
+        if not is_causal(model.moe):
+            raise ValueError(
+                f"data.packing with model.moe.scheme={model.moe.scheme!r}, priority={model.moe.priority!r}: "
+                "tokens of a row are routed together, and the samples packed in it would act on one another"
+            )
+        if model.moe.balance_scope == "sequence":
+            raise ValueError(
+                "data.packing with model.moe.balance_scope='sequence': a packed row is no sequence; "
+                "it must be 'batch' or 'step'"
+            )
 
 
 def resolve(experiment: Experiment) -> Experiment:
@@ -121,7 +133,7 @@ def resolve(experiment: Experiment) -> Experiment:
     if data.tiling == TilingConfig() and (folder / "processor_config.json").is_file():
         processor = Processor.load(folder)
         data = dataclasses.replace(data, tiling=processor.config.tiling(processor.views))
-    check_tiles(data, model)
+    check_data(data, model)
     return dataclasses.replace(experiment, model=model, data=data)
 
 
@@ -186,7 +198,7 @@ def run(experiment: Experiment, workdir: Path) -> dict[str, Any]:
     state = loop.train(
         layout,
         experiment.stages,
-        lambda stage: open_stream(experiment, stage),
+        lambda stage: open_stream(experiment, stage, rows_here(layout, stage.batch_size)),
         begin=lambda: first_weights(experiment, layout),
         workdir=workdir,
         config=experiment.loop,
@@ -344,20 +356,31 @@ def answer(workdir: Path, *, prompt: str, image: Path | None, max_new_tokens: in
     return encoder.tokenizer.decode(generation.answer_ids(tokens, stop=stop)[0])
 
 
-def open_stream(experiment: Experiment, stage: Stage) -> loop.Stream:
-    """The training batches of a stage, in an order that follows from the seed and the stage's name."""
+def open_stream(experiment: Experiment, stage: Stage, rows: Sequence[int] | None = None) -> loop.Stream:
+    """The training batches of a stage, in an order that follows from the seed and the stage's name.
+
+    Args:
+      rows: of the global batch, those that this process needs; None: all of them.
+    """
+    from vl_jax.data.packed import PackedIterator
     from vl_jax.data.pipeline import TrainIterator
 
-    names = stage.sources or tuple(source.name for source in experiment.data.sources)
-    weights = stage.weights or (1.0,) * len(names)
-    return TrainIterator(
+    packed = experiment.data.packing is not None
+    iterator = functools.partial(PackedIterator, rows=rows) if packed else TrainIterator
+    return iterator(
         experiment.data,
         model_spec(experiment),
         batch_size=stage.batch_size,
-        sources=dict(zip(names, weights, strict=True)),
+        sources=mixture(experiment, stage),
         targets=stage.targets,
         seed=_stage_seed(experiment, stage),
     )
+
+
+def mixture(experiment: Experiment, stage: Stage) -> dict[str, float]:
+    """The sources of a stage and their weights."""
+    names = stage.sources or tuple(source.name for source in experiment.data.sources)
+    return dict(zip(names, stage.weights or (1.0,) * len(names), strict=True))
 
 
 def _stage_seed(experiment: Experiment, stage: Stage) -> int:

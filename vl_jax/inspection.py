@@ -9,8 +9,8 @@ from rich.table import Table
 
 from vl_jax import config as config_lib
 from vl_jax import params as params_lib
-from vl_jax.data import preview
-from vl_jax.experiment import Experiment, model_spec, plan
+from vl_jax.data import packed, preview, waste
+from vl_jax.experiment import Experiment, mixture, model_spec, plan
 from vl_jax.train.stages import adapter_shapes, trainable_paths
 
 
@@ -58,7 +58,7 @@ def _bytes_on_device(leaf) -> int:
 
 
 def show_data(experiment: Experiment, console: Console, *, samples: int, html: Path | None) -> None:
-    """Renders samples of every source: text with the predicted tokens marked, and tiles."""
+    """Renders samples of every source (text with the predicted tokens marked, tiles), and counts padding."""
     pages = []
     for source in (*experiment.data.sources, *experiment.data.evaluation):
         previews = preview.render_samples(
@@ -71,6 +71,17 @@ def show_data(experiment: Experiment, console: Console, *, samples: int, html: P
         console.rule(source.name)
         console.print(preview.to_text(previews), markup=False, highlight=False)
         pages += previews
+    if experiment.data.packing is not None:
+        for stage in experiment.stages:
+            console.rule(f"packed rows of stage {stage.name}")
+            planner, _ = packed.open_planner(
+                experiment.data,
+                model_spec(experiment),
+                sources=mixture(experiment, stage),
+                targets=stage.targets,
+            )
+            report = str(waste.predict(planner, experiment.data))
+            console.print(report, markup=False, highlight=False)
     if html is not None:
         html.write_text(preview.to_html(pages), encoding="utf-8")
         console.print(f"page: {html}")

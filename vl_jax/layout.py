@@ -96,10 +96,20 @@ def init_params(layout: Layout, example: Batch, seed: int) -> Any:
 
 
 def put_batch(batch: Batch, layout: Layout) -> Batch:
-    """Host arrays of the global batch to the shards of the devices; every process holds the whole batch."""
+    """Host arrays of the global batch to the shards of the devices.
+
+    Of the rows a process needs those of ``rows_here``; what stands in the others is not read.
+    """
     target = sharding.batch_sharding(layout.mesh, layout.rules)
 
     def put(x: np.ndarray) -> jax.Array:
         return jax.make_array_from_callback(x.shape, target, lambda index: x[index])
 
     return jax.tree.map(put, batch)
+
+
+def rows_here(layout: Layout, batch_size: int) -> list[int]:
+    """The rows of a global batch that devices of this process hold, in order."""
+    target = sharding.batch_sharding(layout.mesh, layout.rules)
+    parts = target.addressable_devices_indices_map((batch_size,)).values()
+    return sorted({row for part in parts if part is not None for row in range(batch_size)[part[0]]})

@@ -64,6 +64,8 @@ class Dialogue:
             self.branch_ids.append(branch)
 
 
+_PER_POSITION = ("tokens", "targets", "loss_weights", "positions", "branch_ids")
+
 # A part of a conversation: ids, with None standing for one image's run; and whether it is an answer.
 _Part = tuple[Sequence[int | None], bool]
 
@@ -116,6 +118,33 @@ def encode_dialogue(
     if not result.num_turns:
         raise BadSample("too_long", f"sample {sample.id}: its first turn does not fit {max_tokens} tokens")
     return result
+
+
+def keep_turns(dialogue: Dialogue, turns: Turns, chosen: Sequence[int]) -> Dialogue:
+    """The dialogue with some of its turns only.
+
+    Args:
+      chosen: of the independent form any turns in any order; of the dialogue form the first few.
+    """
+    if turns == "dialogue":
+        places = list(range(dialogue.answer_runs[len(chosen) - 1].stop))
+    else:
+        branches: dict[int, list[int]] = {0: []}
+        for place, branch in enumerate(dialogue.branch_ids):
+            branches.setdefault(branch, []).append(place)
+        places = [p for branch in (0, *(1 + turn for turn in chosen)) for p in branches[branch]]
+    new = {place: index for index, place in enumerate(places)}
+    kept = {name: [getattr(dialogue, name)[p] for p in places] for name in _PER_POSITION}
+    if kept["loss_weights"][-1]:  # What was to be predicted here is not there any more.
+        kept["loss_weights"][-1], kept["targets"][-1] = 0.0, 0
+    runs = [r for r in dialogue.visual_runs if r.start in new]
+    answers = [dialogue.answer_runs[turn] for turn in chosen]
+    return Dialogue(
+        **kept,
+        visual_runs=runs,
+        answer_runs=[range(new[run.start], new[run.start] + len(run)) for run in answers],
+        num_turns=len(chosen),
+    )
 
 
 def encode_prompt(sample: Sample, tokenizer: Tokenizer, *, image_lengths: Sequence[int]) -> Dialogue:

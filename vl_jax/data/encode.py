@@ -1,11 +1,12 @@
 """Samples to padded batches: text, tiles and layout meet here.
 
 ``Encoder.example`` turns one sample into unpadded arrays, ``Encoder.collate`` lays examples out in rows
-of static shape. A row may hold several examples, one segment each.
+of static shape.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -14,7 +15,9 @@ import numpy as np
 
 from vl_jax.batch import Batch
 from vl_jax.data import chat, images
+from vl_jax.data.collate import Example, RowSizes, collate
 from vl_jax.data.llava import LlavaConfig
+from vl_jax.data.packing import PackingConfig
 from vl_jax.data.sample import BadSample, Sample
 from vl_jax.data.scenes import ScenesConfig
 from vl_jax.data.sources import SourceConfig
@@ -38,6 +41,7 @@ class DataConfig:
     turn_sampling: TurnSampling = "first"
     image_dropout_rate: float = 0.0  # share of the draws whose images are withheld
     tiling: images.TilingConfig = field(default_factory=images.TilingConfig)
+    packing: PackingConfig | None = None  # rows of several samples in training; None: one sample a row
     seed: int = 0
     num_threads: int = 2
     prefetch: int = 2  # batches made ahead of the training step
@@ -51,10 +55,31 @@ class DataConfig:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1, or None for all")
         if not 0 <= self.image_dropout_rate <= 1:
             raise ValueError(f"image_dropout_rate={self.image_dropout_rate}: must lie in 0..1")
+        self._check_packing()
         for group in (self.sources, self.evaluation):
             names = [s.name for s in group]
             if len(set(names)) < len(names):
                 raise ValueError(f"source names {names}: must be different")
+
+    def _check_packing(self) -> None:
+        row = self.packing
+        if row is None:
+            return
+        if self.turns == "dialogue" and (self.max_turns is not None or self.turn_sampling != "first"):
+            raise ValueError(
+                f"packing with turns='dialogue', max_turns={self.max_turns}, turn_sampling="
+                f"{self.turn_sampling!r}: packed dialogues are whole; set max_turns=None and "
+                "turn_sampling='first', or turns='independent'"
+            )
+        answers = row.max_answer_tokens or row.max_tokens
+        limits = {
+            "max_tokens": (self.max_tokens, row.max_tokens),
+            "max_tiles": (self.max_tiles, row.max_tiles),
+            "max_answer_tokens": (min(self.max_answer_tokens or self.max_tokens, self.max_tokens), answers),
+        }
+        for name, (sample, most) in limits.items():
+            if sample > most:
+                raise ValueError(f"packing.{name}={most}: must be at least {name}={sample} of one sample")
 
 
 @dataclass(frozen=True)
@@ -69,25 +94,6 @@ class ModelSpec:
     tile_tokens_side: int  # h: a tile becomes h * h tokens
     fusion: Literal["prefix", "gated"]
     vocab_size: int
-
-
-@dataclass(frozen=True)
-class Example:
-    """One encoded sample, unpadded; field meanings are those of ``Batch``, indices count from 0."""
-
-    id: str
-    tokens: np.ndarray  # i32[t]
-    targets: np.ndarray  # i32[t]
-    loss_weights: np.ndarray  # f32[t]
-    positions: np.ndarray  # i32[t]
-    branch_ids: np.ndarray  # i32[t]
-    visual_slot: np.ndarray  # i32[t]
-    tiles: np.ndarray  # u8[m h w c]
-    visual_index: np.ndarray  # i32[s]
-    visual_start: np.ndarray  # i32[s]
-    num_turns: int = 1  # turns that fitted
-    grids: tuple[images.Grid, ...] = ()  # of the local view of each image
-    answer_runs: tuple[range, ...] = ()  # positions of the answers, their EOS included
 
 
 @dataclass(frozen=True)
@@ -148,6 +154,34 @@ class Encoder:
             raise BadSample("too_many_targets", message)
         return example
 
+    def draw(
+        self, sample: Sample, *, turns: chat.Turns, targets: chat.Targets, chosen: Sequence[int]
+    ) -> Example:
+        """Encodes some turns of a sample for training (see ``chat.keep_turns``), whatever room they need.
+
+        Raises:
+          BadSample: an image cannot be used.
+        """
+        pictures = self._pictures(sample)
+        lengths = self._image_lengths(pictures)
+        dialogue = chat.encode_dialogue(
+            sample, self.tokenizer, image_lengths=lengths, turns=turns, targets=targets
+        )
+        return self._assemble(sample, chat.keep_turns(dialogue, turns, chosen), pictures)
+
+    def room_of(self, sizes: Sequence[tuple[int, int]]) -> tuple[int, list[int]]:
+        """What the images of one sample take: tiles in all, and sequence positions of each.
+
+        Args:
+          sizes: width and height of each image in pixels.
+        """
+        grids = [images.best_grid(*size, self.tiling, num_images=len(sizes)) for size in sizes]
+        tiles = sum(images.num_views_tiles(g, self.tiling.views) for g in grids)
+        side, views = self.spec.tile_tokens_side, self.tiling.views
+        if self.spec.fusion != "prefix":
+            return tiles, [1] * len(sizes)
+        return tiles, [images.num_visual_tokens(g, tile_tokens_side=side, views=views) for g in grids]
+
     def prompt(self, sample: Sample) -> Example:
         """Encodes a conversation up to where the answer of its last turn begins.
 
@@ -186,20 +220,15 @@ class Encoder:
         Raises:
           ValueError: a row does not fit.
         """
-        tokens = length or self.max_tokens
-        tile = self.tiling.tile_size
-        batch = _empty_batch(
-            len(rows),
-            tokens,
-            self.max_tiles,
-            tile,
-            self.max_visual_tokens,
-            self.max_targets,
-            self.tokenizer.pad,
+        sizes = RowSizes(
+            tokens=length or self.max_tokens,
+            tiles=self.max_tiles,
+            tile_size=self.tiling.tile_size,
+            tile_tokens=self.spec.tile_tokens_side**2,
+            visual=self.max_visual_tokens,
+            targets=self.max_targets,
         )
-        for index, row in enumerate(rows):
-            self._fill_row(batch, index, row, tokens, pad_left)
-        return batch
+        return collate(rows, sizes, padding_id=self.tokenizer.pad, pad_left=pad_left)
 
     def _fitting(self, sample: Sample, dialogue: chat.Dialogue) -> chat.Dialogue:
         if len(dialogue.tokens) > self.max_tokens:
@@ -266,41 +295,6 @@ class Encoder:
             answer_runs=tuple(dialogue.answer_runs),
         )
 
-    def _fill_row(
-        self, batch: Batch, row: int, examples: Sequence[Example], tokens: int, pad_left: bool
-    ) -> None:
-        used = sum(len(e.tokens) for e in examples)
-        tiles = sum(len(e.tiles) for e in examples)
-        visual = sum(len(e.visual_index) for e in examples)
-        predicted = sum(np.count_nonzero(e.loss_weights) for e in examples)
-        found = (used, tiles, visual, predicted)
-        limits = (tokens, self.max_tiles, self.max_visual_tokens, self.max_targets)
-        if any(f > limit for f, limit in zip(found, limits, strict=True)):
-            names = ", ".join(e.id for e in examples)
-            raise ValueError(
-                f"row of {names}: tokens, tiles, visual tokens, targets {found} exceed the limits {limits}"
-            )
-        start, tile, slot, target = tokens - used if pad_left else 0, 0, 0, 0
-        tile_tokens = self.spec.tile_tokens_side**2
-        for segment, e in enumerate(examples, start=1):
-            here, there = slice(start, start + len(e.tokens)), slice(slot, slot + len(e.visual_index))
-            for name in ("tokens", "positions", "branch_ids"):
-                getattr(batch, name)[row, here] = getattr(e, name)
-            predicted = np.flatnonzero(e.loss_weights)
-            wanted = slice(target, target + len(predicted))
-            batch.target_index[row, wanted] = predicted + start
-            batch.targets[row, wanted] = e.targets[predicted]
-            batch.loss_weights[row, wanted] = e.loss_weights[predicted]
-            batch.segment_ids[row, here] = segment
-            batch.visual_slot[row, here] = np.where(e.visual_slot < 0, -1, e.visual_slot + slot)
-            batch.tiles[row, tile : tile + len(e.tiles)] = e.tiles
-            # Newline and separator have one place in the table for the whole row; tile tokens move.
-            of_tile = e.visual_index < self.max_tiles * tile_tokens
-            batch.visual_index[row, there] = e.visual_index + of_tile * np.int32(tile * tile_tokens)
-            batch.visual_start[row, there] = e.visual_start + start
-            batch.visual_segment_ids[row, there] = segment
-            start, tile, slot, target = here.stop, tile + len(e.tiles), there.stop, wanted.stop
-
 
 def make_encoder(config: DataConfig, spec: ModelSpec, *, targets: chat.Targets = "all") -> Encoder:
     """The encoder of a data config for a model.
@@ -322,6 +316,24 @@ def make_encoder(config: DataConfig, spec: ModelSpec, *, targets: chat.Targets =
     )
 
 
+def make_row_encoder(config: DataConfig, spec: ModelSpec, *, targets: chat.Targets) -> Encoder:
+    """The encoder of training rows: with packing, rows are longer than a sample may be.
+
+    Raises:
+      ValueError: as ``make_encoder``.
+    """
+    if config.packing is not None:
+        row = config.packing
+        config = dataclasses.replace(
+            config,
+            max_tokens=row.max_tokens,
+            max_tiles=row.max_tiles,
+            max_answer_tokens=row.max_answer_tokens,
+            packing=None,
+        )
+    return make_encoder(config, spec, targets=targets)
+
+
 def find_source(config: DataConfig, name: str) -> SourceConfig:
     """The source config of that name, first among ``evaluation``, then among ``sources``.
 
@@ -333,23 +345,3 @@ def find_source(config: DataConfig, name: str) -> SourceConfig:
         if source.name == name:
             return source
     raise ValueError(f"source {name!r}: not in the config; known: {', '.join(s.name for s in every)}")
-
-
-def _empty_batch(rows: int, tokens: int, tiles: int, size: int, visual: int, targets: int, pad: int) -> Batch:
-    def full(value: int, *shape: int) -> np.ndarray:
-        return np.full((rows, *shape), value, np.int32)
-
-    return Batch(
-        tokens=full(pad, tokens),
-        target_index=full(0, targets),
-        targets=full(0, targets),
-        loss_weights=np.zeros((rows, targets), np.float32),
-        positions=full(0, tokens),
-        segment_ids=full(0, tokens),
-        branch_ids=full(0, tokens),
-        visual_slot=full(-1, tokens),
-        tiles=np.zeros((rows, tiles, size, size, 3), np.uint8),
-        visual_index=full(-1, visual),
-        visual_start=full(tokens, visual),  # past the end: nothing ever sees padding
-        visual_segment_ids=full(0, visual),
-    )

@@ -9,12 +9,12 @@ the account of what was skipped.
 
 from __future__ import annotations
 
+import functools
 import logging
-import queue
 import threading
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -22,14 +22,15 @@ from typing import Any
 import numpy as np
 
 from vl_jax.batch import Batch
+from vl_jax.data.background import Background, BadRuns
 from vl_jax.data.chat import Targets
-from vl_jax.data.encode import DataConfig, Encoder, Example, ModelSpec, make_encoder
+from vl_jax.data.collate import Example
+from vl_jax.data.encode import DataConfig, Encoder, ModelSpec, make_encoder
 from vl_jax.data.sample import BadSample
 from vl_jax.data.sources import Source, open_source
 from vl_jax.data.turns import vary
 
 _log = logging.getLogger(__name__)
-_MAX_BAD_RUN = 2000
 
 
 class TrainIterator:
@@ -78,7 +79,7 @@ class TrainIterator:
         self._batch_size = batch_size
         self._index = 0
         self._skipped: dict[str, str] = {}
-        self._producer: _Producer | None = None
+        self._producer: Background[_Made] | None = None
         self.ids: list[list[str]] = []  # of the samples in each row of the last batch
 
     @property
@@ -101,7 +102,8 @@ class TrainIterator:
           ValueError: a source gives nothing but bad samples.
         """
         if self._producer is None:
-            self._producer = _Producer(self._reader, self._index, self._batch_size)
+            make = functools.partial(_produce, self._reader, self._index, self._batch_size)
+            self._producer = Background(make, prefetch=self._reader.config.prefetch)
             weakref.finalize(self, self._producer.stop)
         made = self._producer.next()
         for record, error in made.skipped:
@@ -215,38 +217,13 @@ def _order(
     return look_up
 
 
-class _Producer:
-    """Makes batches in the background, in stream order, a few ahead of their use."""
-
-    def __init__(self, reader: _Reader, index: int, batch_size: int):
-        self._queue: queue.Queue[_Made | Exception] = queue.Queue(reader.config.prefetch)
-        self._stop = threading.Event()
-        arguments = (reader, index, batch_size, self._queue, self._stop)
-        self._thread = threading.Thread(target=_produce, args=arguments, daemon=True)
-        self._thread.start()
-
-    def next(self) -> _Made:
-        made = self._queue.get()
-        if isinstance(made, Exception):
-            self._queue.put(made)  # Whoever asks again is told again.
-            raise made
-        return made
-
-    def stop(self) -> None:
-        self._stop.set()
-        if threading.current_thread() is not self._thread:  # Garbage collection may call from anywhere.
-            self._thread.join()
-
-
-def _produce(
-    reader: _Reader, index: int, batch_size: int, out: queue.Queue[_Made | Exception], stop: threading.Event
-) -> None:
-    """Fills the queue until told to stop; an error becomes the last thing in it."""
+def _produce(reader: _Reader, index: int, batch_size: int, stop: threading.Event) -> Iterator[_Made]:
+    """Batches in stream order, read by threads, until told to stop."""
     pending: deque[Future[_Read]] = deque()
     with ThreadPoolExecutor(reader.config.num_threads, thread_name_prefix="data") as pool:
         try:
             submitted = index
-            guard = _BadRuns({name: len(s) for name, s in reader.sources.items()})
+            guard = BadRuns({name: len(s) for name, s in reader.sources.items()})
             while not stop.is_set():
                 rows: list[list[Example]] = []
                 skipped: list[tuple[str, BadSample]] = []
@@ -256,47 +233,15 @@ def _produce(
                         submitted += 1
                     read = pending.popleft().result()
                     index += 1
-                    guard.see(read)
                     if isinstance(read.result, BadSample):
+                        guard.bad(read.source, read.result.reason, str(read.result))
                         skipped.append((read.record, read.result))
                     else:
+                        guard.good(read.source)
                         rows.append([read.result])
                 if len(rows) == batch_size:
                     ids = [[e.id for e in row] for row in rows]
-                    _put(out, _Made(reader.encoder.collate(rows), ids, index, skipped), stop)
-        except Exception as error:
-            _put(out, error, stop)
+                    yield _Made(reader.encoder.collate(rows), ids, index, skipped)
         finally:
             for future in pending:
                 future.cancel()
-
-
-class _BadRuns:
-    """Notices a source that gives nothing but bad samples."""
-
-    def __init__(self, sizes: Mapping[str, int]):
-        # Two passes over the records without a good one, or very many in a row.
-        self._limits = {name: min(2 * size, _MAX_BAD_RUN) for name, size in sizes.items()}
-        self._runs: dict[str, list[BadSample]] = {name: [] for name in sizes}
-
-    def see(self, read: _Read) -> None:
-        run = self._runs[read.source]
-        if not isinstance(read.result, BadSample):
-            run.clear()
-            return
-        run.append(read.result)
-        if len(run) >= self._limits[read.source]:
-            reasons = ", ".join(f"{n} {reason}" for reason, n in Counter(e.reason for e in run).items())
-            raise ValueError(
-                f"source {read.source!r}: no usable record among {len(run)} in a row ({reasons}); "
-                f"first: {run[0]}"
-            )
-
-
-def _put(out: queue.Queue[_Made | Exception], item: _Made | Exception, stop: threading.Event) -> None:
-    while not stop.is_set():
-        try:
-            out.put(item, timeout=0.1)
-            return
-        except queue.Full:
-            continue

@@ -6,14 +6,33 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, TypeVar, runtime_checkable
 
 from PIL import Image as PilImage
 
 IMAGE_PLACEHOLDER = "<image>"
 DEFAULT_MAX_PIXELS = 64_000_000
 
+T = TypeVar("T")
+
 # An image is a function without arguments that gives an RGB picture; files open only when it is called.
 Image = Callable[[], PilImage.Image]
+
+
+@runtime_checkable
+class SizedImage(Protocol):
+    """An image that knows its size before a pixel of it is there."""
+
+    def size(self) -> tuple[int, int]: ...
+
+
+def image_size(image: Image) -> tuple[int, int]:
+    """Width and height in pixels, without decoding or drawing the picture where that is possible.
+
+    Raises:
+      BadSample: the image cannot be used.
+    """
+    return image.size() if isinstance(image, SizedImage) else image().size
 
 
 class BadSample(ValueError):
@@ -101,6 +120,17 @@ class FileImage:
         Raises:
           BadSample: the file is missing, its header promises too many pixels, or it cannot be decoded.
         """
+        return self._open(to_rgb)
+
+    def size(self) -> tuple[int, int]:
+        """Width and height as the file's header has them.
+
+        Raises:
+          BadSample: the file is missing, its header cannot be read or promises too many pixels.
+        """
+        return self._open(lambda picture: picture.size)
+
+    def _open(self, use: Callable[[PilImage.Image], T]) -> T:
         if not self.path.is_file():
             raise BadSample("missing_image", f"{self.where}: no image file {self.path}")
         try:
@@ -111,7 +141,7 @@ class FileImage:
                         "image_too_large",
                         f"{self.where}: {self.path} is {width}x{height}, limit {self.max_pixels} pixels",
                     )
-                return to_rgb(picture)
+                return use(picture)
         except (PilImage.DecompressionBombError, PilImage.DecompressionBombWarning) as error:
             raise BadSample("image_too_large", f"{self.where}: {self.path}: {error}") from None
         except BadSample:

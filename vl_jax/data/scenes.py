@@ -123,8 +123,23 @@ class ScenesSource:
         return Sample(
             id=f"scene-{config.seed}-{number}",
             turns=turns,
-            images=(functools.partial(draw_scene, scene),),
+            images=(SceneImage(scene),),
         )
+
+
+@dataclass(frozen=True)
+class SceneImage:
+    """A scene as an image, drawn when it is called."""
+
+    scene: Scene
+
+    def __call__(self) -> PilImage.Image:
+        """The RGB picture."""
+        return draw_scene(self.scene)
+
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels."""
+        return self.scene.image_size, self.scene.image_size
 
 
 def make_scene(config: ScenesConfig, rng: random.Random) -> Scene:

@@ -7,6 +7,7 @@ was trained by ``train_tokenizer`` on openly licensed English and Chinese text p
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -60,6 +61,11 @@ class Tokenizer:
         self._ids = {s: self.token_id(s) for s in special}
         self.bos, self.eos, self.pad = self._ids[BOS], self._ids[EOS], self._ids[pad]
         self.image, self.user, self.assistant = self._ids[IMAGE], self._ids[USER], self._ids[ASSISTANT]
+
+    @property
+    def fingerprint(self) -> str:
+        """A name for the whole vocabulary and its rules."""
+        return hashlib.sha256(self._plain.to_str().encode()).hexdigest()
 
     @property
     def vocab_size(self) -> int:

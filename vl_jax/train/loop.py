@@ -272,7 +272,7 @@ def _run_stage(
         lora_scale=1.0 if stage.lora is None else stage.lora.scale,
     )
     rate = schedule(stage.optimizer, stage.steps)
-    clock = _Clock(stage.batch_size)
+    clock = _Clock()
     try:
         with sharding.use_mesh(layout.mesh, layout.rules):
             compiled = jax.jit(step, donate_argnums=0)
@@ -331,12 +331,12 @@ def _save(run: Run, state: TrainState, position: Position) -> None:
 class _Clock:
     """Tokens per second and milliseconds waited for data, since the last reading."""
 
-    def __init__(self, rows: int):
-        self._rows = rows
+    def __init__(self):
         self._reset()
 
     def _reset(self) -> None:
-        self._start, self._waited, self._steps, self._tokens = time.perf_counter(), 0.0, 0, 0
+        self._start, self._waited, self._steps = time.perf_counter(), 0.0, 0
+        self._tokens = self._samples = 0
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -347,12 +347,13 @@ class _Clock:
 
     def count(self, batch: Batch) -> None:
         self._tokens += int(np.count_nonzero(batch.segment_ids))
+        self._samples += int(batch.segment_ids.max(axis=1).sum())
 
     def read(self) -> dict[str, float]:
         elapsed = time.perf_counter() - self._start
         result = {
             "tokens_per_second": self._tokens / elapsed,
-            "samples_per_second": self._rows * self._steps / elapsed,
+            "samples_per_second": self._samples / elapsed,
             "data_wait_ms": 1000 * self._waited / max(1, self._steps),
             "step_ms": 1000 * elapsed / max(1, self._steps),
         }

@@ -1,0 +1,95 @@
+"""Work ahead of its use: a thread that fills a queue, and a watch over sources that give nothing usable."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+_MAX_BAD_RUN = 2000
+
+
+class Background(Generic[T]):
+    """Runs an iterator in a thread, a few items ahead."""
+
+    def __init__(self, make: Callable[[threading.Event], Iterator[T]], *, prefetch: int):
+        """Starts at once.
+
+        Args:
+          make: gives the iterator; between two items it should end when the event is set.
+        """
+        self._queue: queue.Queue[T | Exception] = queue.Queue(prefetch)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=_run, args=(make, self._queue, self._stop), daemon=True)
+        self._thread.start()
+
+    def next(self) -> T:
+        """The next item; raises what the iterator raised, again and again."""
+        item = self._queue.get()
+        if isinstance(item, Exception):
+            self._queue.put(item)  # Whoever asks again is told again.
+            raise item
+        return item
+
+    def stop(self) -> None:
+        """Ends the work and waits for it."""
+        self._stop.set()
+        with contextlib.suppress(queue.Empty):
+            self._queue.get_nowait()  # So that the thread does not wait for room.
+        if threading.current_thread() is not self._thread:  # Garbage collection may call from anywhere.
+            self._thread.join()
+
+
+def _run(
+    make: Callable[[threading.Event], Iterator[T]], out: queue.Queue[T | Exception], stop: threading.Event
+) -> None:
+    """Fills the queue until told to stop; an error becomes the last thing in it."""
+    try:
+        for item in make(stop):
+            _put(out, item, stop)
+            if stop.is_set():
+                return
+    except Exception as error:
+        _put(out, error, stop)
+
+
+def _put(out: queue.Queue[T | Exception], item: T | Exception, stop: threading.Event) -> None:
+    while not stop.is_set():
+        try:
+            out.put(item, timeout=0.1)
+            return
+        except queue.Full:
+            continue
+
+
+class BadRuns:
+    """Notices a source that gives nothing but bad samples."""
+
+    def __init__(self, sizes: Mapping[str, int]):
+        """Takes the number of records of each source."""
+        # Two passes over the records without a good one, or very many in a row.
+        self._limits = {name: min(2 * size, _MAX_BAD_RUN) for name, size in sizes.items()}
+        self._runs: dict[str, list[tuple[str, str]]] = {name: [] for name in sizes}
+
+    def good(self, source: str) -> None:
+        """Notes a usable record."""
+        self._runs[source].clear()
+
+    def bad(self, source: str, reason: str, message: str) -> None:
+        """Notes a record that cannot be used.
+
+        Raises:
+          ValueError: there were too many of them one after the other.
+        """
+        run = self._runs[source]
+        run.append((reason, message))
+        if len(run) >= self._limits[source]:
+            reasons = ", ".join(f"{n} {reason}" for reason, n in Counter(r for r, _ in run).items())
+            raise ValueError(
+                f"source {source!r}: no usable record among {len(run)} in a row ({reasons}); "
+                f"first: {run[0][1]}"
+            )

@@ -1,0 +1,340 @@
+"""Batches of packed rows, with a position that can be saved and restored on any number of hosts.
+
+    Planner: windows of rows --> items of the next batch --threads: read, encode--> examples --> Batch
+
+What is in a row follows from the plan alone. A sample that turns out to be broken only now leaves its place
+in the row empty, is counted, and changes nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import os
+import threading
+import weakref
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vl_jax.batch import Batch
+from vl_jax.data.background import Background, BadRuns
+from vl_jax.data.chat import Targets
+from vl_jax.data.collate import Example
+from vl_jax.data.encode import DataConfig, Encoder, ModelSpec, make_row_encoder
+from vl_jax.data.lengths import Measure, Measured, Measuring, open_index
+from vl_jax.data.mixture import Mixture
+from vl_jax.data.plan import Cursor, Draw, Item, Plan, Planner
+from vl_jax.data.sample import BadSample
+from vl_jax.data.sources import Source, SourceConfig, open_source
+
+_log = logging.getLogger(__name__)
+_MAX_EMPTY_WINDOWS = 1000
+
+
+class PackedIterator:
+    """An endless iterator of batches of packed rows; ``TrainIterator`` is the one of unpacked rows.
+
+    Example::
+
+        batches = PackedIterator(config, spec, batch_size=8)   # config.packing is set
+        batch = next(batches)
+        state = batches.get_state()   # JSON-able; on any number of hosts another one goes on from here
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        spec: ModelSpec,
+        *,
+        batch_size: int,
+        sources: Mapping[str, float] | None = None,
+        targets: Targets = "answers",
+        seed: int | None = None,
+        rows: Sequence[int] | None = None,
+    ):
+        """Opens the sources; makes their indices where the config names a folder for them.
+
+        Args:
+          batch_size: rows of the global batch.
+          sources: names from ``config.sources`` and their relative weights; None takes all alike.
+          seed: of order, turn choice and image dropout; None takes ``config.seed``.
+          rows: of a batch, those this host needs; the others are neither read nor decoded. None: all.
+
+        Raises:
+          ValueError: a source is unknown or unreadable, or a weight or size is out of range.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: must be at least 1")
+        own = frozenset(range(batch_size) if rows is None else rows)
+        if not own <= set(range(batch_size)):
+            raise ValueError(f"rows={rows}: must be from 0 to {batch_size - 1}, the rows of a batch")
+        planner, reader = open_planner(config, spec, sources=sources, targets=targets, seed=seed)
+        self._work = _Work(reader, planner, batch_size, own)
+        self._cursor = Cursor()
+        self._skipped: dict[str, str] = {}
+        self._producer: Background[_Made] | None = None
+        self.ids: list[list[str]] = []  # of the samples in each row of the last batch
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """How many different records were skipped, by reason."""
+        return dict(Counter(self._skipped.values()))
+
+    @property
+    def skipped_records(self) -> dict[str, str]:
+        """The skipped records as ``source/record index`` with the reason of each."""
+        return dict(self._skipped)
+
+    def __iter__(self) -> PackedIterator:
+        return self
+
+    def __next__(self) -> Batch:
+        """The next batch of NumPy arrays.
+
+        Raises:
+          ValueError: a source gives nothing but bad samples, or is not what its index says.
+        """
+        if self._producer is None:
+            make = functools.partial(self._work.batches, self._cursor)
+            self._producer = Background(make, prefetch=self._work.reader.config.prefetch)
+            weakref.finalize(self, self._producer.stop)
+        made = self._producer.next()
+        for record, (reason, message) in made.skipped.items():
+            if record not in self._skipped:
+                self._skipped[record] = reason
+                _log.warning("skipped %s: %s", record, message)
+        self._cursor, self.ids = made.cursor, made.ids
+        return made.batch
+
+    def get_state(self) -> dict[str, Any]:
+        """The position behind the last batch that was taken, as JSON-able values."""
+        return {"cursor": dataclasses.asdict(self._cursor), "skipped": dict(self._skipped)}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a position that ``get_state`` gave, here or on another host.
+
+        Raises:
+          ValueError: this is not such a state.
+        """
+        skipped = state.get("skipped")
+        if not isinstance(skipped, Mapping) or "cursor" not in state:
+            raise ValueError(f"state={dict(state)}: expected cursor and skipped, as packed batches give")
+        cursor = Cursor.from_state(state["cursor"])
+        self.close()
+        self._cursor, self._skipped = cursor, dict(skipped)
+
+    def close(self) -> None:
+        """Stops the background work; the next batch would start it again."""
+        if self._producer is not None:
+            self._producer.stop()
+            self._producer = None
+
+
+def open_planner(
+    config: DataConfig,
+    spec: ModelSpec,
+    *,
+    sources: Mapping[str, float] | None = None,
+    targets: Targets = "answers",
+    seed: int | None = None,
+) -> tuple[Planner, Reader]:
+    """The planner of a packed stream and the reader of its items; arguments as for ``PackedIterator``.
+
+    Raises:
+      ValueError: there is no ``config.packing``; or as ``PackedIterator``.
+    """
+    if config.packing is None:
+        raise ValueError("packing=None: needs a PackingConfig")
+    row = config.packing
+    if targets != "answers":
+        row = dataclasses.replace(row, max_answer_tokens=None)
+    weights = dict(sources) if sources else {s.name: 1.0 for s in config.sources}
+    known = {s.name: s for s in config.sources}
+    for name in weights:
+        if name not in known:
+            raise ValueError(f"source {name!r}: not in the config; known: {', '.join(known)}")
+    opened = {name: open_source(known[name], root=config.root) for name in weights}
+    seed = config.seed if seed is None else seed
+    encoder = make_row_encoder(config, spec, targets=targets)
+    mixture = Mixture({name: len(s) for name, s in opened.items()}, weights, seed=seed, warmup=row.warmup)
+
+    def lengths(blind: bool) -> dict[str, Measured]:
+        measure = Measure(encoder, config.turns, targets, blind=blind, verify=bool(row.index))
+        return {name: _lengths(known[name], source, measure, config) for name, source in opened.items()}
+
+    answers = config.max_answer_tokens if targets == "answers" else None
+    draw = Draw(
+        max_tokens=config.max_tokens,
+        max_tiles=config.max_tiles,
+        max_targets=min(answers or config.max_tokens, config.max_tokens),
+        max_turns=config.max_turns,
+        sampling=config.turn_sampling,
+        blind_rate=config.image_dropout_rate,
+    )
+    blind = lengths(True) if draw.blind_rate else {}
+    planner = Planner(mixture, lengths(False), blind, draw, row, seed=seed)
+    return planner, Reader(opened, encoder, config, targets)
+
+
+def _lengths(config: SourceConfig, source: Source, measure: Measure, data: DataConfig) -> Measured:
+    assert data.packing is not None
+    if not data.packing.index:
+        return Measuring(source, measure)
+    stamp = stamp_of(config, data.root)
+    folder = Path(data.packing.index)
+    return open_index(folder, config, source, measure, stamp=stamp, num_threads=data.num_threads)
+
+
+def stamp_of(config: SourceConfig, root: str) -> str:
+    """Size and time of change of a source's file; empty for a source without one."""
+    file = getattr(config, "file", "")
+    if not file:
+        return ""
+    status = os.stat(Path(root) / file)
+    return f"{status.st_size}/{status.st_mtime_ns}"
+
+
+class Reader:
+    """Maps an item of a plan to its example: a pure function, safe to call from many threads."""
+
+    def __init__(self, sources: Mapping[str, Source], encoder: Encoder, config: DataConfig, targets: Targets):
+        """Takes open sources, and the encoder of rows."""
+        self.sources, self.encoder, self.config = sources, encoder, config
+        self._targets: Targets = targets
+
+    def __call__(self, item: Item) -> Example | BadSample:
+        """The encoded draw, or why its record cannot be used after all.
+
+        Raises:
+          ValueError: the record has another length than the plan says.
+        """
+        try:
+            sample = self.sources[item.source][item.record]
+            if item.blind:
+                for image in sample.images:  # A broken image is a bad sample in every draw, not only in most.
+                    image()
+                sample = sample.without_images()
+            if max(item.turns) >= len(sample.turns):
+                raise self._changed(item, f"{len(sample.turns)} turns", str(item.turns))
+            turns, targets = self.config.turns, self._targets
+            example = self.encoder.draw(sample, turns=turns, targets=targets, chosen=item.turns)
+        except BadSample as error:
+            return error
+        found, planned = (len(example.tokens), len(example.tiles)), (item.tokens, item.tiles)
+        if found != planned:
+            raise self._changed(item, f"{found} tokens and tiles", str(planned))
+        return example
+
+    def _changed(self, item: Item, found: str, planned: str) -> ValueError:
+        return ValueError(
+            f"{item.source}/{item.record}: {found} where its index says {planned}; its files have changed, "
+            f"delete the index {getattr(self.config.packing, 'index', '')!r}"
+        )
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A batch, the position behind it, and what was passed over on the way: (reason, message) by record."""
+
+    batch: Batch
+    ids: list[list[str]]
+    cursor: Cursor
+    skipped: dict[str, tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A planned row on its way, and the position behind it; ``skipped`` is that of a window it begins."""
+
+    items: tuple[Item, ...]
+    cursor: Cursor
+    skipped: tuple[tuple[str, int, str], ...]
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What a background thread does."""
+
+    reader: Reader
+    planner: Planner
+    batch_size: int
+    own: frozenset[int]  # the rows of a batch that this host fills
+
+    def batches(self, cursor: Cursor, stop: threading.Event) -> Iterator[_Made]:
+        """Batches from a position on, until told to stop."""
+        threads = self.reader.config.num_threads
+        pending: deque[tuple[_Row, list[Future[Example | BadSample]]]] = deque()
+        with (
+            ThreadPoolExecutor(threads, thread_name_prefix="data") as pool,
+            ThreadPoolExecutor(1) as planning,
+        ):
+            rows, place = _rows_from(self.planner, cursor, planning), 0
+            try:
+                while not stop.is_set():
+                    while len(pending) < self.batch_size + threads:
+                        row = next(rows)
+                        ours = place % self.batch_size in self.own
+                        futures = [pool.submit(self.reader, item) for item in row.items if ours]
+                        pending.append((row, futures))
+                        place += 1
+                    yield self._batch([pending.popleft() for _ in range(self.batch_size)])
+            finally:
+                for _, futures in pending:
+                    for future in futures:
+                        future.cancel()
+
+    def _batch(self, rows: list[tuple[_Row, list[Future[Example | BadSample]]]]) -> _Made:
+        examples: list[list[Example]] = []
+        skipped: dict[str, tuple[str, str]] = {}
+        for row, futures in rows:
+            for source, record, reason in row.skipped:
+                skipped[f"{source}/{record}"] = (reason, f"{reason}, as found when it was measured")
+            examples.append([])
+            for item, future in zip(row.items, futures, strict=False):
+                result = future.result()
+                if isinstance(result, BadSample):
+                    skipped[f"{item.source}/{item.record}"] = (result.reason, str(result))
+                else:
+                    examples[-1].append(result)
+        ids, batch = [[e.id for e in row] for row in examples], self.reader.encoder.collate(examples)
+        for place in set(range(self.batch_size)) - self.own:  # Every host counts the tokens of all of them.
+            lengths = [item.tokens for item in rows[place][0].items]
+            segments = np.repeat(np.arange(1, 1 + len(lengths), dtype=np.int32), lengths)
+            batch.segment_ids[place, : len(segments)] = segments
+        return _Made(batch, ids, rows[-1][0].cursor, skipped)
+
+
+def _rows_from(planner: Planner, cursor: Cursor, pool: ThreadPoolExecutor) -> Iterator[_Row]:
+    """Rows from a position on, without end; the next window is planned while one is read."""
+    guard, empty, skipped = BadRuns(planner.mixture.sizes), 0, ()
+    cursor = planner.begin(cursor)
+    plan = planner.plan(cursor)
+    while True:
+        following = planner.advance(cursor)
+        next_plan = pool.submit(planner.plan, following)
+        skipped += plan.skipped if cursor.row == 0 else ()
+        _watch(guard, plan)
+        empty = 0 if plan.rows else empty + 1
+        if empty > _MAX_EMPTY_WINDOWS:
+            raise ValueError(f"mixture: nothing is drawn from any source in {empty} windows of the stream")
+        for index in range(cursor.row, len(plan.rows)):
+            yield _Row(plan.rows[index], dataclasses.replace(cursor, row=index + 1), skipped)
+            skipped = ()
+        cursor, plan = following, next_plan.result()
+
+
+def _watch(guard: BadRuns, plan: Plan) -> None:
+    """Tells the guard of the sources that have something to read in a window, or nothing but bad samples."""
+    good = {item.source for row in plan.rows for item in row}
+    for source in good:
+        guard.good(source)
+    for source, record, reason in plan.skipped:
+        if source not in good:
+            guard.bad(source, reason, f"record {record}: {reason}")
