@@ -85,8 +85,8 @@ class LayerNorm(nn.Module):
 def project(x: Float[Array, "*batch D"], kernel: Float[Array, "D F"]) -> Float[Array, "*batch F"]:
     """``x @ kernel``, whose weight gradient transposes the narrower of ``x`` and the output's gradient.
 
-    Autodiff always transposes the latter, which a CPU does slowly: with the output head of a small model, whose
-    gradient is thousands wide, a step took a fifth longer.
+    Autodiff always transposes the latter, which a CPU does slowly: with the output head of a small model,
+    whose gradient is thousands wide, a step took a fifth longer.
     """
     return x @ kernel
 
