@@ -99,7 +99,7 @@ def reference(image: jax.Array, weights: Any, c: ResNetConfig) -> list[np.ndarra
                 strides = (stride, 1, 1)
             name, y = f"encoder.stages.{i}.layers.{j}", x
             for k, s in enumerate(strides):
-                y = ref_conv(activation(y) if k else y, w, f"{name}.layer.{k}", s)
+                y = ref_conv(np.maximum(y, 0) if k else y, w, f"{name}.layer.{k}", s)
             shortcut = f"{name}.shortcut" if f"{name}.shortcut.convolution.weight" in w else None
             assert (shortcut is not None) == (stride != 1 or x.shape[0] != c.stage_dims[i])
             x = activation(y + (ref_conv(x, w, shortcut, stride) if shortcut else x))

@@ -333,7 +333,7 @@ def _text(config: Any, tokens: np.ndarray, targets: np.ndarray | None = None) ->
 
 
 def _our_step(case: Case, folder: Path) -> dict[str, Action]:
-    layout, params, state = _our_model(case, folder, scan_layers=True)
+    layout, params, state = _our_model(case, folder, scan_layers=False)
     import jax
     import jax.numpy as jnp
 

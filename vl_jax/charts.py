@@ -122,6 +122,40 @@ def line_chart(
     return _svg(parts, title=title, width=_WIDTH, height=_HEIGHT)
 
 
+def histogram(values: Sequence[float], *, title: str, limit: float | None = None, bins: int = 30) -> str:
+    """How many values fall into each of some stretches of equal width.
+
+    Args:
+      limit: a value to mark, such as the most that fits.
+    """
+    low, high = min(values), max(values)
+    width = (high - low) / bins
+    if all(v == int(v) for v in values):  # whole numbers get stretches of whole width
+        width = max(1, math.ceil((high - low + 1) / bins))
+    counts = [0] * (int((high - low) // width) + 1)
+    for value in values:
+        counts[int((value - low) // width)] += 1
+    stop = low + len(counts) * width
+    xs = (low, max(stop, limit or low))
+    x = _scale(*xs, _LEFT, _WIDTH - _RIGHT)
+    y = _scale(0, max(counts), _HEIGHT - _BOTTOM, _TOP)
+    parts = _axes(x, y, xs, (0, max(counts)), number)
+    for n, count in enumerate(counts):
+        start, end = low + n * width, low + (n + 1) * width
+        name = f"{number(start)}" if width == 1 else f"{number(start)} to {number(end)}"
+        top, left = y(count), x(start)
+        parts.append(
+            f'<g><title>{name}: {count:,}</title><rect class="column" x="{left:.1f}" y="{top:.1f}" '
+            f'width="{max(x(end) - left - 1, 1):.1f}" height="{_HEIGHT - _BOTTOM - top:.1f}"/></g>'
+        )
+    if limit is not None:
+        parts.append(
+            f'<line class="edge" x1="{x(limit):.1f}" x2="{x(limit):.1f}" y1="{_TOP}" '
+            f'y2="{_HEIGHT - _BOTTOM}"/>'
+        )
+    return _svg(parts, title=title, width=_WIDTH, height=_HEIGHT)
+
+
 def heatmap(
     rows: Sequence[Sequence[float | None]],
     *,

@@ -93,7 +93,8 @@ def _add_runs(command: Command) -> None:
     inspect.add_argument("what", choices=("config", "params", "data", "routing"))
     inspect.add_argument("--workdir", type=Path, help="with routing, in place of --config: folder of a run")
     inspect.add_argument("--batches", type=int, default=4, help="with routing: held-out batches to look at")
-    inspect.add_argument("--html", type=Path, help="with data: also write the samples as a page")
+    inspect.add_argument("--html", type=Path, help="with data: also write all of it as a page")
+    inspect.add_argument("--examine", type=int, default=1000, help="with data: records examined per source")
     inspect.add_argument("--samples", type=int, default=3, help="with data: samples per source")
     sweep = _with_config(
         command(
@@ -250,7 +251,13 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
     if arguments.config is None:
         raise ConfigError(f"inspect {arguments.what} needs --config, an experiment file")
-    inspection.show(_load(arguments), arguments.what, samples=arguments.samples, html=arguments.html)
+    inspection.show(
+        _load(arguments),
+        arguments.what,
+        samples=arguments.samples,
+        examine=arguments.examine,
+        html=arguments.html,
+    )
 
 
 def _sweep(arguments: argparse.Namespace) -> None:

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import functools
+import statistics
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from vl_jax import config as config_lib
+from vl_jax import data_page, doctor
 from vl_jax import params as params_lib
-from vl_jax.data import packed, preview, waste
+from vl_jax.data import preview
+from vl_jax.doctor import Examination
 from vl_jax.experiment import Experiment, mixture, model_spec, plan
 from vl_jax.train.stages import adapter_shapes, trainable_paths
 
 
-def show(experiment: Experiment, what: str, *, samples: int, html: Path | None) -> None:
-    """Prints the resolved config, the parameter table, or rendered samples."""
+def show(experiment: Experiment, what: str, *, samples: int, examine: int, html: Path | None) -> None:
+    """Prints the resolved config, the parameter table, or what the data is like."""
     console = Console()
     if what == "config":
         console.print_json(config_lib.to_json(experiment))
     elif what == "params":
         console.print(parameter_table(experiment))
     else:
-        show_data(experiment, console, samples=samples, html=html)
+        show_data(experiment, console, samples=samples, examine=examine, html=html)
 
 
 def parameter_table(experiment: Experiment) -> Table:
@@ -57,31 +63,59 @@ def _bytes_on_device(leaf) -> int:
     return size
 
 
-def show_data(experiment: Experiment, console: Console, *, samples: int, html: Path | None) -> None:
-    """Renders samples of every source (text with the predicted tokens marked, tiles), and counts padding."""
-    pages = []
-    for source in (*experiment.data.sources, *experiment.data.evaluation):
-        previews = preview.render_samples(
-            experiment.data,
-            model_spec(experiment),
-            source.name,
-            count=samples,
-            targets=experiment.stages[-1].targets,
+def show_data(
+    experiment: Experiment, console: Console, *, samples: int, examine: int, html: Path | None
+) -> None:
+    """Examines every source, predicts padding, and shows samples as the model will read them."""
+    data, spec, targets = experiment.data, model_spec(experiment), experiment.stages[-1].targets
+    examinations, previews = [], {}
+    for source in (*data.sources, *data.evaluation):
+        watch: Any = functools.partial(track, description=source.name, console=console, transient=True)
+        found = doctor.examine(data, spec, source.name, targets=targets, limit=examine, progress=watch)
+        examinations.append(found)
+        previews[source.name] = preview.render_samples(
+            data, spec, source.name, count=samples, targets=targets
         )
         console.rule(source.name)
-        console.print(preview.to_text(previews), markup=False, highlight=False)
-        pages += previews
-    if experiment.data.packing is not None:
-        for stage in experiment.stages:
-            console.rule(f"packed rows of stage {stage.name}")
-            planner, _ = packed.open_planner(
-                experiment.data,
-                model_spec(experiment),
-                sources=mixture(experiment, stage),
-                targets=stage.targets,
-            )
-            report = str(waste.predict(planner, experiment.data))
-            console.print(report, markup=False, highlight=False)
+        console.print(preview.to_text(previews[source.name]), markup=False, highlight=False)
+        console.print(_summary(found), markup=False, highlight=False)
+    padding = {}
+    for stage in experiment.stages:
+        weights = mixture(experiment, stage)
+        padding[stage.name] = doctor.padding(data, spec, sources=weights, targets=stage.targets)
+        row, report = padding[stage.name]
+        console.rule(f"padding of stage {stage.name}")
+        known = "" if data.packing else ", which data.packing could make"
+        rows = f"rows of {row.max_tokens:,} tokens and {row.max_tiles:,} tiles{known}"
+        console.print(rows, highlight=False)
+        console.print(str(report), markup=False, highlight=False)
     if html is not None:
-        html.write_text(preview.to_html(pages), encoding="utf-8")
+        page = data_page.render(
+            experiment.name,
+            examinations,
+            padding,
+            previews,
+            max_tokens=data.max_tokens,
+            max_tiles=data.max_tiles,
+        )
+        html.write_text(page, encoding="utf-8")
         console.print(f"page: {html}")
+
+
+def _summary(found: Examination) -> str:
+    """A source in a few lines."""
+    lines = [f"{found.num_usable:,} of {found.num_examined:,} records examined can be used"]
+    lines[0] += f" ({found.num_records:,} in all)"
+    if found.tokens:
+        middle = statistics.median(found.tokens)
+        lines.append(
+            f"a sample has {middle:,.0f} tokens (median), at most {max(found.tokens):,}; "
+            f"at most {max(found.tiles):,} tiles"
+        )
+    lines += [f"{f.count:,} x {f.what}, for example {f.examples[0]}" for f in found.findings]
+    if found.blind is not None:
+        lines.append(
+            f"{found.blind:.0%} of {found.num_repeated:,} answers to questions asked often are the usual one"
+        )
+    lines += [f"always {g.answer!r} ({g.share:.0%} of {g.asked}): {g.question}" for g in found.guesses]
+    return "\n".join(lines)

@@ -104,7 +104,7 @@ def render(run: Run) -> str:
     return page(run.folder.resolve().name, _lead(run), sections)
 
 
-def page(name: str, lead: str, sections: Sequence[tuple[str, str]]) -> str:
+def page(name: str, lead: str, sections: Sequence[tuple[str, str]], *, kind: str = "run") -> str:
     """A whole page: title, first line, and sections of HTML under their headings."""
     style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
     # The policy makes the browser itself refuse anything that is not in this file.
@@ -117,7 +117,7 @@ def page(name: str, lead: str, sections: Sequence[tuple[str, str]]) -> str:
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(name)} – run report</title><style>{style}</style></head>"
+        f"<title>{escape(name)} – {kind} report</title><style>{style}</style></head>"
         f"<body><main><h1>{escape(name)}</h1><p class='lead'>{escape(lead)}</p>{body}</main></body></html>\n"
     )
 

@@ -11,23 +11,13 @@ from itertools import groupby
 
 from PIL import Image as PilImage
 
+from vl_jax.data import grounding
 from vl_jax.data.chat import Targets
 from vl_jax.data.collate import Example
 from vl_jax.data.encode import DataConfig, ModelSpec, find_source, make_encoder
-from vl_jax.data.sample import BadSample
+from vl_jax.data.sample import BadSample, Sample
 from vl_jax.data.sources import open_source
 from vl_jax.data.tokenizer import Tokenizer
-
-_STYLE = """
-body { font: 15px/1.6 system-ui, sans-serif; color: #222; max-width: 60rem; margin: 2rem auto;
-  padding: 0 1rem }
-article { border: 1px solid #ddd; border-radius: 10px; padding: 1rem; margin: 1rem 0 }
-img { image-rendering: pixelated; width: 128px; margin: 0 6px 6px 0; border-radius: 4px;
-  border: 1px solid #ddd }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; font: inherit }
-.target { background: #c8f0d2; border-radius: 3px; padding: 0 2px } .visual { color: #7a4dd8 }
-.branch { display: block; border-left: 3px solid #bbb; padding-left: .6rem; margin: .3rem 0 }
-"""
 
 
 @dataclass(frozen=True)
@@ -47,6 +37,7 @@ class Preview:
     id: str
     spans: tuple[Span, ...]
     tiles: tuple[PilImage.Image, ...]
+    boxed: tuple[PilImage.Image, ...]  # the picture with the boxes of all turns, if it has any
     num_tokens: int
     num_targets: int
     error: str = ""
@@ -67,20 +58,30 @@ def render_samples(
     previews = []
     for index in range(first, min(first + count, len(source))):
         try:
-            example = encoder.example(source[index], turns=config.turns, targets=targets)
+            sample = source[index]
+            example = encoder.example(sample, turns=config.turns, targets=targets)
+            boxed = _boxed(sample)
         except BadSample as error:
-            previews.append(Preview(f"{source_name}/{index}", (), (), 0, 0, error=str(error)))
+            previews.append(Preview(f"{source_name}/{index}", (), (), (), 0, 0, error=str(error)))
             continue
         previews.append(
             Preview(
                 id=example.id,
                 spans=_spans(example, encoder.tokenizer),
                 tiles=tuple(PilImage.fromarray(t) for t in example.tiles),
+                boxed=boxed,
                 num_tokens=len(example.tokens),
                 num_targets=int((example.loss_weights > 0).sum()),
             )
         )
     return previews
+
+
+def _boxed(sample: Sample) -> tuple[PilImage.Image, ...]:
+    boxes = tuple(dict.fromkeys(box for turn in sample.turns for box in turn.boxes))
+    if not boxes or len(sample.images) != 1:  # boxes do not say which of several pictures they are on
+        return ()
+    return (grounding.draw(sample.images[0](), boxes).picture,)
 
 
 def to_text(previews: Sequence[Preview]) -> str:
@@ -96,18 +97,20 @@ def to_text(previews: Sequence[Preview]) -> str:
 
 
 def to_html(previews: Sequence[Preview]) -> str:
-    """Previews as one self-contained page: green is supervised, violet stands for an image."""
+    """Previews as pieces of a page: green is supervised, violet stands for an image."""
     articles = []
     for preview in previews:
         pictures = "".join(f'<img alt="tile {i}" src="{_data_uri(t)}">' for i, t in enumerate(preview.tiles))
+        pictures += "".join(f'<img class="picture" alt="boxes" src="{_data_uri(p)}">' for p in preview.boxed)
         branches = "".join(
             f'<span class="branch">{"".join(_markup(s) for s in spans)}</span>'
             for _, spans in groupby(preview.spans, key=lambda s: s.branch)
         )
         title = html.escape(_title(preview))
-        articles.append(f"<article><h2>{title}</h2><div>{pictures}</div><pre>{branches}</pre></article>")
-    head = f'<meta charset="utf-8"><title>Data preview</title><style>{_STYLE}</style>'
-    return f"<!doctype html><html><head>{head}</head><body>{''.join(articles)}</body></html>\n"
+        articles.append(
+            f'<div class="card preview"><h3>{title}</h3><div>{pictures}</div><pre>{branches}</pre></div>'
+        )
+    return "".join(articles)
 
 
 def _spans(example: Example, tokenizer: Tokenizer) -> tuple[Span, ...]:

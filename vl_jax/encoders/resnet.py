@@ -40,6 +40,7 @@ class ResNetConfig:
     bottleneck: int = 4  # how much narrower the 3x3 convolution of a bottleneck is
     bottleneck_stride: Literal["1x1", "3x3"] = "3x3"  # the convolution of a bottleneck that has the stride
     first_stage_stride: int = 1
+    # Of the stem and behind each sum; between the convolutions of a block published models have ReLU always.
     activation: Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "selu"] = "relu"
 
     def __post_init__(self):
@@ -142,7 +143,7 @@ class Block(nn.Module):
         activation = ACTIVATIONS[self.config.activation]
         y = x
         for i, (width, size, stride) in enumerate(self.config.convolutions(self.width, self.stride)):
-            y = activation(y) if i else y
+            y = nn.relu(y) if i else y
             y = NormedConv(width, size, stride, self.frozen, name=f"conv{i}")(y)
         if x.shape[-1] != self.width or self.stride != 1:
             x = NormedConv(self.width, 1, self.stride, self.frozen, name="shortcut")(x)

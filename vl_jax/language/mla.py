@@ -66,10 +66,11 @@ def expand(
 ) -> tuple[Float[Array, "B T N HP"], Float[Array, "B T N HP"], Float[Array, "B T N V"]]:
     """Query, key and value of every head, written out: the training form."""
     heads, nope = q_nope.shape[2:]
-    kv = split_heads(latent, kv_up)
+    # Two products: the weights are cut, not the activations, whose gradients would have to be padded again.
+    k_nope, value = split_heads(latent, kv_up[..., :nope]), split_heads(latent, kv_up[..., nope:])
     shared = jnp.broadcast_to(key_rope[:, :, None], (*key_rope.shape[:2], heads, key_rope.shape[-1]))
     query = jnp.concatenate([q_nope, q_rope], axis=-1)
-    return query, jnp.concatenate([kv[..., :nope], shared], axis=-1), kv[..., nope:]
+    return query, jnp.concatenate([k_nope, shared], axis=-1), value
 
 
 def absorbed_attention(

@@ -77,6 +77,9 @@ def masked_softmax(
 # Queries are taken so many at a time, or more where that would give too many pieces to compile.
 QUERY_CHUNK, MOST_CHUNKS = 128, 8
 
+# The score of a key that may not be seen; beside half of it as the highest score, its weight is exactly 0.
+UNSEEN = float(jnp.finfo(jnp.float32).min)
+
 
 def _chunks(length: int) -> list[slice]:
     """Consecutive pieces of a sequence, all but the last a multiple of ``QUERY_CHUNK`` long."""
@@ -104,11 +107,9 @@ def _causal_forward(
     mixed, normalizers = [], []
     for rows in _chunks(length):
         seen = slice(0, rows.stop)
-        scores = _scores(query[..., rows, :], key[..., seen, :], scale)
-        visible = mask[:, None, None, rows, seen]
-        scores = jnp.where(visible, scores, jnp.finfo(scores.dtype).min)
-        highest = jnp.max(scores, axis=-1, keepdims=True)
-        weights = jnp.where(visible, jnp.exp(scores - highest), 0.0)
+        scores = _scores(query[..., rows, :], key[..., seen, :], mask[:, None, None, rows, seen], scale)
+        highest = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), UNSEEN / 2)
+        weights = jnp.exp(scores - highest)
         total = jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), jnp.finfo(scores.dtype).tiny)
         mixed.append(_mix("BKGTS,BKSV->BKGTV", weights, value[..., seen, :]) / total)
         normalizers.append(highest + jnp.log(total))
@@ -125,25 +126,25 @@ def _causal_backward(
     mean = jnp.sum(grad.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
     mean = mean.swapaxes(1, 2).reshape(normalizer.shape)
     grad = grad.swapaxes(1, 2).reshape(*query.shape[:-1], value.shape[-1])
-    grad_query, grad_key, grad_value = [], 0.0, 0.0
-    for rows in _chunks(query.shape[3]):
+    chunks = _chunks(query.shape[3])
+    grad_query, grad_key, grad_value = [], [], []
+    for rows in chunks:
         seen = slice(0, rows.stop)
         q, k, v, g = query[..., rows, :], key[..., seen, :], value[..., seen, :], grad[..., rows, :]
-        weights = jnp.exp(_scores(q, k, scale) - normalizer[..., rows, :])
-        weights = jnp.where(mask[:, None, None, rows, seen], weights, 0.0)
+        scores = _scores(q, k, mask[:, None, None, rows, seen], scale)
+        weights = jnp.exp(scores - normalizer[..., rows, :])
         grad_weights = jnp.einsum("BKGTV,BKSV->BKGTS", g, v, preferred_element_type=jnp.float32)
         grad_scores = weights * (grad_weights - mean[..., rows, :]) * scale
         grad_query.append(_mix("BKGTS,BKSH->BKGTH", grad_scores, k))
         # The small operand is the one to transpose: these give [H S], not [S H].
-        rest = ((0, 0), (0, 0), (0, 0), (0, key.shape[2] - rows.stop))
-        grad_key += jnp.pad(_mix("BKGTS,BKGTH->BKHS", grad_scores, q), rest)
-        grad_value += jnp.pad(_mix("BKGTS,BKGTV->BKVS", weights, g), rest)
+        grad_key.append(_mix("BKGTS,BKGTH->BKHS", grad_scores, q))
+        grad_value.append(_mix("BKGTS,BKGTV->BKVS", weights, g))
     grad_query = jnp.concatenate(grad_query, axis=3)
     grad_query = grad_query.reshape(grad_query.shape[0], -1, *grad_query.shape[3:]).swapaxes(1, 2)
     return (
         grad_query.astype(query.dtype),
-        jnp.moveaxis(grad_key, 3, 1).astype(key.dtype),
-        jnp.moveaxis(grad_value, 3, 1).astype(value.dtype),
+        jnp.moveaxis(_total(grad_key, chunks), 3, 1).astype(key.dtype),
+        jnp.moveaxis(_total(grad_value, chunks), 3, 1).astype(value.dtype),
         None,
     )
 
@@ -151,8 +152,18 @@ def _causal_backward(
 _causal.defvjp(_causal_forward, _causal_backward)
 
 
-def _scores(query: jax.Array, key: jax.Array, scale: float) -> jax.Array:
-    return jnp.einsum("BKGTH,BKSH->BKGTS", query, key, preferred_element_type=jnp.float32) * scale
+def _total(parts: list[jax.Array], chunks: list[slice]) -> jax.Array:
+    """The sum of what every chunk of queries gives the keys up to its end, [... S].
+
+    Piece by piece: padding the parts to one length costs three times as much.
+    """
+    pieces = [sum(p[..., keys] for p in parts[i:]) for i, keys in enumerate(chunks)]
+    return jnp.concatenate(pieces, axis=-1)
+
+
+def _scores(query: jax.Array, key: jax.Array, visible: jax.Array, scale: float) -> jax.Array:
+    scores = jnp.einsum("BKGTH,BKSH->BKGTS", query, key, preferred_element_type=jnp.float32) * scale
+    return jnp.where(visible, scores, UNSEEN)
 
 
 def _mix(equation: str, weights: jax.Array, values: jax.Array) -> jax.Array:

@@ -1,0 +1,144 @@
+"""What is found wrong with records, what is guessable, and the page that shows it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vl_jax import data_page, doctor
+from vl_jax.data import preview
+from vl_jax.data.encode import DataConfig, ModelSpec
+from vl_jax.data.images import TilingConfig
+from vl_jax.data.llava import LlavaConfig
+from vl_jax.data.packing import PackingConfig
+from vl_jax.data.sample import Box, Sample, Turn
+from vl_jax.data.scenes import ScenesConfig
+
+SPEC = ModelSpec(tile_tokens_side=2, fusion="prefix", vocab_size=2048)
+CONFIG = DataConfig(
+    sources=(ScenesConfig("scenes", num_examples=50),),
+    max_tokens=200,
+    tiling=TilingConfig(tile_size=32, views="global"),
+)
+
+
+def picture(seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (16, 24, 3), np.uint8))
+
+
+def sample(identity: str, *turns: Turn, seed: int = 0) -> Sample:
+    first = dataclasses.replace(turns[0], question=f"<image>\n{turns[0].question}")
+    return Sample(identity, (first, *turns[1:]), images=(lambda: picture(seed),))
+
+
+def examine(monkeypatch, samples: list[Sample], **options) -> doctor.Examination:
+    monkeypatch.setattr(doctor, "open_source", lambda config, root: samples)
+    return doctor.examine(CONFIG, SPEC, "scenes", **options)
+
+
+def found(examination: doctor.Examination) -> dict[str, int]:
+    return {f.what: f.count for f in examination.findings}
+
+
+def test_files_tell_what_is_wrong_with_them(tmp_path):
+    picture(0).save(tmp_path / "a.png")
+    picture(0).save(tmp_path / "again.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
+    question = {"from": "human", "value": "<image>\nwhat?"}
+    conversation = [question, {"from": "gpt", "value": "this"}]
+    records = [
+        {"id": name, "image": f"{name}.png", "conversations": conversation} for name in ("a", "cut", "no")
+    ]
+    records += [
+        {"id": "again", "image": "again.png", "conversations": conversation},
+        {"id": "a", "image": "a.png", "conversations": conversation},
+        {"id": "bare", "conversations": conversation},
+        7,
+    ]
+    (tmp_path / "train.json").write_text(json.dumps(records), encoding="utf-8")
+    config = dataclasses.replace(CONFIG, root=str(tmp_path), sources=(LlavaConfig("files", "train.json"),))
+    examination = doctor.examine(config, SPEC, "files")
+    assert found(examination) == {
+        "cannot be used: missing image": 1,
+        "cannot be used: corrupt image": 1,
+        "cannot be used: placeholder mismatch": 1,
+        "cannot be used: not an object": 1,
+        "picture that an earlier record has": 1,
+        "id that an earlier record has": 1,
+    }
+    assert examination.num_usable == 3 and examination.num_records == examination.num_examined == 7
+    examples = {f.what: f.examples for f in examination.findings}
+    assert "no.png" in examples["cannot be used: missing image"][0]
+    assert examples["picture that an earlier record has"] == ("again and a",)
+
+
+@pytest.mark.parametrize(
+    ("corners", "finding"),
+    [
+        ((0, 0, 24, 16), None),
+        ((3, 3, 3, 9), "box without an area"),
+        ((0, 0, float("nan"), 9), "box without an area"),
+        ((9, 3, 3, 9), "box without an area"),
+        ((0, 0, 25, 16), "box that reaches over the picture"),
+        ((-1, 0, 5, 5), "box that reaches over the picture"),
+    ],
+)
+def test_boxes_lie_on_the_picture(monkeypatch, corners, finding):
+    turn = Turn("where?", "there", boxes=(Box("it", corners),))
+    assert found(examine(monkeypatch, [sample("a", turn)])) == ({finding: 1} if finding else {})
+
+
+def test_empty_answers_and_samples_that_do_not_fit_are_named(monkeypatch):
+    long = [Turn(f"what is number {n} of many, many things?", "a thing") for n in range(40)]
+    samples = [sample("a", Turn("what?", " ")), sample("b", *long, seed=1)]
+    assert found(examine(monkeypatch, samples)) == {
+        "empty answer": 1,
+        "longer than max_tokens=200: its last turns are left out": 1,
+    }
+
+
+def test_questions_with_nearly_always_the_same_answer_are_guessable(monkeypatch):
+    answers = ["yes"] * 9 + ["no"] + ["red", "blue", "green", "black", "white"] + ["rare"]
+    questions = ["is it?"] * 10 + ["what colour?"] * 5 + ["asked once?"]
+    samples = [
+        sample(str(n), Turn(q, a), seed=n) for n, (q, a) in enumerate(zip(questions, answers, strict=True))
+    ]
+    examination = examine(monkeypatch, samples)
+    assert examination.guesses == (doctor.Guess("is it?", "yes", 0.9, 10),)
+    assert examination.num_repeated == 15 and examination.blind == 10 / 15
+
+
+def test_records_are_examined_evenly_over_the_source(monkeypatch):
+    samples = [sample(str(n), Turn("what?", "that"), seed=n) for n in range(10)]
+    seen = []
+    examination = examine(
+        monkeypatch, samples, limit=4, progress=lambda numbers: seen.extend(numbers) or numbers
+    )
+    assert seen == [0, 3, 6, 9] and examination.num_examined == 4 and examination.num_records == 10
+
+
+def test_padding_is_that_of_the_config_or_of_rows_that_suit_the_data():
+    sources = {"scenes": 1.0}
+    row, report = doctor.padding(CONFIG, SPEC, sources=sources, targets="answers", window=256)
+    assert row.max_tokens == 2048 and report.packed.tokens < 0.1 and report.packed.tiles < 0.1
+    packing = PackingConfig(max_tokens=400, max_tiles=30, window=64)
+    own, report = doctor.padding(
+        dataclasses.replace(CONFIG, packing=packing), SPEC, sources=sources, targets="answers"
+    )
+    assert own == packing and report.packed.tiles > 0.5
+
+
+def test_the_page_shows_findings_escaped_and_boxes(monkeypatch):
+    bad = sample("<b>a</b>", Turn("where?", "", boxes=(Box("it", (1, 1, 9, 9)),)))
+    examination = examine(monkeypatch, [bad, sample("b", Turn("what?", "that, of several words"), seed=1)])
+    monkeypatch.setattr(preview, "open_source", lambda config, root: [bad])
+    shown = {"scenes": preview.render_samples(CONFIG, SPEC, "scenes", count=1)}
+    padding = {"sft": doctor.padding(CONFIG, SPEC, sources={"scenes": 1.0}, targets="answers", window=64)}
+    page = data_page.render("name", [examination], padding, shown, max_tokens=200, max_tiles=1)
+    assert "empty answer" in page and "&lt;b&gt;a&lt;/b&gt;" in page and "<b>a</b>" not in page
+    assert 'alt="boxes"' in page and "http" not in page.replace("http-equiv", "")
+    assert "tokens of a sample" in page and "every sample has 1 tile." in page
