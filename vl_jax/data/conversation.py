@@ -157,7 +157,7 @@ def _turn(
     """A turn; ``<box:i>`` in the answer becomes the box on the grid of 0..999."""
     kind = "yes/no" if answer.strip().rstrip(".。!！").lower() in _YES_NO else "open"
     kind = kind if question.strip() else TEXT
-    numbers = [int(n) for n in _BOX_MARK.findall(answer)]
+    numbers = [int(n) for n in _BOX_MARK.findall(answer)] if "<box:" in answer else []
     if not numbers:
         return Turn(question, answer, kind=kind, language=language)
     size = (record.get("width"), record.get("height"))
