@@ -22,6 +22,7 @@ from vl_jax.data.sources import (
     MetaConfig,
     ParquetConfig,
     ScenesConfig,
+    TfdsConfig,
     WebDatasetConfig,
     open_source,
 )
@@ -278,3 +279,68 @@ def test_a_part_that_was_being_written_is_written_again(tmp_path, monkeypatch):
         (tmp_path / "new.partial").mkdir()
         (tmp_path / "new.partial" / "source.json").write_text("{}")
         convert(config, open_source(config), tmp_path / "new")
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    """A folder with a small data set of TensorFlow Datasets, built without TensorFlow."""
+    tfds = pytest.importorskip("tensorflow_datasets")
+    folder = tmp_path_factory.mktemp("prepared")
+    features = {"image": tfds.features.Image(), "question": tfds.features.Text(), "said": {}}
+    features["said"]["answers"] = tfds.features.Sequence(tfds.features.Text())
+
+    class TinyVqa(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+        pkg_dir_path = folder  # where it would look for texts about itself
+
+        def _info(self):
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for i in range(3):
+                (folder / f"{i}.png").write_bytes(png(i))
+                answers = ["red", "blue", "blue"]
+                yield (
+                    i,
+                    {"image": folder / f"{i}.png", "question": f"What {i}?", "said": {"answers": answers}},
+                )
+
+    TinyVqa(data_dir=folder / "data", file_format="array_record").download_and_prepare()
+    return folder
+
+
+def test_a_data_set_of_tfds_is_read_by_name(prepared):
+    config = TfdsConfig("t", "tiny_vqa", root="data", question="question", answer="said/answers")
+    source = open_source(config, root=str(prepared))
+    assert len(source) == 3 and len(source.files) == 1
+    numbers = set()
+    for i in range(3):
+        sample = source[i]
+        number = sample.images[0]().getpixel((0, 0))[0]
+        numbers.add(number)
+        question = f"What {number}?"
+        assert [(t.question, t.answer) for t in sample.turns] == [
+            (f"<image>\n{question}", "blue"),
+            (question, "red"),
+        ]
+    assert numbers == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dataset": "absent"}, "data, absent, train: "),
+        ({"split": "test"}, "tiny_vqa, test: "),
+        ({"answer": "reply"}, "no feature 'reply'; there are image, question, said"),
+    ],
+)
+def test_a_data_set_that_is_not_there_is_named(prepared, change, message):
+    config = TfdsConfig(
+        **{"name": "t", "dataset": "tiny_vqa", "root": "data", "answer": "question", **change}
+    )
+    with pytest.raises(ValueError, match=f"source 't': .*{message}") as caught:
+        open_source(config, root=str(prepared))
+    assert "\n" not in str(caught.value)

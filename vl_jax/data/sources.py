@@ -12,6 +12,7 @@ from vl_jax.data.meta import MetaConfig, MetaSource
 from vl_jax.data.parquet import ParquetConfig, ParquetSource
 from vl_jax.data.sample import BadSample, Box, Image, Sample, Turn
 from vl_jax.data.scenes import ScenesConfig, ScenesSource
+from vl_jax.data.tfds import TfdsConfig, TfdsSource
 from vl_jax.data.webdataset import WebDatasetConfig, WebDatasetSource
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "ScenesConfig",
     "Source",
     "SourceConfig",
+    "TfdsConfig",
     "Turn",
     "WebDatasetConfig",
     "open_source",
@@ -40,6 +42,7 @@ SourceConfig = (
     | CocoConfig
     | WebDatasetConfig
     | ParquetConfig
+    | TfdsConfig
     | ArrayRecordConfig
 )
 
@@ -59,6 +62,7 @@ _FILES: dict[type, Any] = {
     CocoConfig: CocoSource,
     WebDatasetConfig: WebDatasetSource,
     ParquetConfig: ParquetSource,
+    TfdsConfig: TfdsSource,
     ArrayRecordConfig: ArrayRecordSource,
 }
 
