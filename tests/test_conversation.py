@@ -74,6 +74,8 @@ def test_boxes_are_written_on_the_grid():
         (boxed(box=(float("nan"), 0, 1, 1)), "bad_box"),
         (boxed(box=(10**400, 0, 10**401, 1)), "bad_box"),
         (boxed(box=(5, 0, 1, 1)), "bad_box"),
+        (boxed(box=(101, 0, 120, 9)), "bad_box"),
+        (boxed(box=(0, -9, 5, -1)), "bad_box"),
         (boxed(box=(0, 0, 1)), "bad_box"),
         (boxed(box=(True, 0, 1, 1)), "bad_box"),
         (boxed(width=None), "bad_box"),

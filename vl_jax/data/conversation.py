@@ -173,6 +173,12 @@ def _turn(
         return f"<|det|>[[{', '.join(map(str, corners))}]]<|/det|>"
 
     named = tuple(boxes[n] for n in numbers)
+    for box in named:
+        x0, y0, x1, y1 = box.corners
+        if not (x0 <= width and y0 <= height and x1 >= 0 and y1 >= 0):
+            raise BadSample(
+                "bad_box", f"{where}: a box at {box.corners} is outside its {width}x{height} picture"
+            )
     return Turn(question, _BOX_MARK.sub(written, answer), kind="grounding", language=language, boxes=named)
 
 

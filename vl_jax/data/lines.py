@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-_CHUNK = 1 << 26
+_CHUNK = 1 << 22
 _BLANK = 8  # lines up to this many bytes are looked at when the file is opened
 
 
@@ -45,7 +45,7 @@ class Lines:
     def _ends(self) -> np.ndarray:
         size, found = len(self._bytes), []
         for start in range(0, size, _CHUNK):
-            chunk = np.frombuffer(self._bytes[start : start + _CHUNK], np.uint8)
+            chunk = np.frombuffer(self._bytes, np.uint8, min(_CHUNK, size - start), start)
             found.append(start + np.flatnonzero(chunk == ord("\n")))
         if size and self._bytes[size - 1 : size] != b"\n":
             found.append(np.array([size]))

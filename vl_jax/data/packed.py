@@ -88,7 +88,10 @@ class PackedIterator:
 
     @property
     def skipped_records(self) -> dict[str, str]:
-        """The skipped records as ``source/record index`` with the reason of each."""
+        """The skipped records as ``source/record index`` with the reason of each.
+
+        What the lengths do not show, a record that breaks later, is known to the host that reads it.
+        """
         return dict(self._skipped)
 
     def __iter__(self) -> PackedIterator:
