@@ -182,8 +182,8 @@ def plan(experiment: Experiment) -> Layout:
     moe = experiment.model.moe
     if experiment.model.num_sparse_layers and moe.top_k == 1 and moe.normalize_gates:
         logger.warning(
-            "model.moe.top_k=1 with normalize_gates=True: the only gate of a token is always 1, so the router "
-            "learns nothing from the task; set normalize_gates=False"
+            "model.moe.top_k=1 with normalize_gates=True: the only gate of a token is always 1, so the "
+            "router learns nothing from the task; set normalize_gates=False"
         )
     return layout
 
