@@ -47,6 +47,7 @@ EXTRAS = {
         "pytest-xdist>=3.8",
         "ruff>=0.17.5,<0.18",
     ],
+    "parquet": ["pyarrow>=25"],
     "benchmark": ["torch>=2.9", "transformers>=5.0"],
     "export": ["flatbuffers>=25.12", "jax2onnx>=0.17.1", "onnxruntime>=1.31.1"],
     "serve": ["starlette>=1.10", "uvicorn>=0.54"],

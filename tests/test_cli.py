@@ -204,6 +204,15 @@ def test_a_single_gate_that_is_normalised_is_warned_of(capsys, caplog):
     assert any("set normalize_gates=False" in message for message in caplog.messages)
 
 
+def test_convert_data_names_the_source_that_takes_the_other_s_place(capsys, tmp_path):
+    pytest.importorskip("array_record")
+    options = (f"--config.data.root={tmp_path}", "--source=heldout", f"--to={tmp_path / 'new'}")
+    assert cli.main(["convert-data", CONFIG, *options]) == 0
+    printed = capsys.readouterr().out
+    assert "4 records" in printed and "ArrayRecordConfig(name='heldout', file='new/*.arrayrecord'" in printed
+    assert "known: heldout, scenes" in refused(capsys, "convert-data", CONFIG, "--source=x", "--to=y")
+
+
 def test_inspect_data_prints_samples_and_writes_the_page(capsys, tmp_path):
     page = tmp_path / "page.html"
     assert cli.main(["inspect", "data", CONFIG, "--samples=1", f"--html={page}"]) == 0

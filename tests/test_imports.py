@@ -21,7 +21,7 @@ LEVELS = (
     "model",
     "layout checkpoint interop compress generation",
     "train evaluate serving export fit",
-    "experiment gallery report doctor benchmark",
+    "experiment gallery report doctor benchmark conversion",
     "comparison routing_page routing_benchmark routing_aot data_page",
     "inspection",
     "sweep",
@@ -36,6 +36,8 @@ OPTIONAL = {
     "grain": {f"{PACKAGE}.data.pipeline"},
     "tensorflow_datasets": set(),
     "ml_collections": set(),
+    "pyarrow": set(),
+    "array_record": set(),
 }
 
 

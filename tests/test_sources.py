@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import struct
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image as PilImage
 
-from vl_jax.data.sample import Sample, Turn, standalone_questions
+from vl_jax.data.encode import DataConfig, ModelSpec, make_encoder
+from vl_jax.data.images import TilingConfig
+from vl_jax.data.sample import FileImage, Sample, Turn, standalone_questions
 from vl_jax.data.sources import BadSample, LlavaConfig, ScenesConfig, open_source
 
 
@@ -205,3 +209,22 @@ def test_cutting_a_conversation_drops_the_images_of_its_later_turns():
 def test_withheld_images_leave_no_placeholder():
     sample = conversation("<image>\n<image>\none?", "two?").without_images()
     assert [t.question for t in sample.turns] == ["one?", "two?"] and sample.images == ()
+
+
+def test_a_reduced_jpeg_gives_nearly_the_same_tiles(tmp_path):
+    gradient = PilImage.linear_gradient("L").resize((900, 500))
+    PilImage.merge("RGB", [gradient, gradient.rotate(180), gradient]).save(tmp_path / "a.jpg", quality=95)
+    gradient.save(tmp_path / "b.png")
+    tiling = TilingConfig(tile_size=32, candidates=((1, 1), (2, 1)))
+    config = DataConfig(max_tiles=3, tiling=tiling)
+    whole, reduced = (
+        make_encoder(dataclasses.replace(config, decoding=way), ModelSpec(2, "prefix", 2048))
+        for way in ("whole", "reduced")
+    )
+    image = FileImage(tmp_path / "a.jpg", "here")
+    assert image.at_least(64, 36).size == (113, 63) and image.size() == (900, 500)
+    for name, most in (("a.jpg", 2.0), ("b.png", 0.0)):
+        sample = Sample("s", (Turn("<image>", "a"),), (FileImage(tmp_path / name, "here"),))
+        a, b = (encoder.example(sample) for encoder in (whole, reduced))
+        assert a.grids == b.grids == ((2, 1),)
+        assert np.abs(a.tiles.astype(int) - b.tiles.astype(int)).mean() <= most

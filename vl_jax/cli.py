@@ -175,6 +175,17 @@ def _add_tools(command: Command) -> None:
     benchmark.add_argument("--json", type=Path, help="file for the figures")
     benchmark.add_argument("--topology", help="with routing: compile for a TPU not here, e.g. v5e:2x4")
     benchmark.add_argument("--repeats", type=int, default=9, help="turns of each side")
+    data = _with_config(
+        command(
+            "convert-data",
+            _convert_data,
+            "Convert a source of an experiment to ArrayRecord files, images and all, and report what was "
+            "left out; goes on where it was interrupted; with config.data.packing.index, measure lengths.",
+            "convert-data --config=experiments/easy_vqa.py --source=train --to=data/easy_vqa",
+        )
+    )
+    data.add_argument("--source", required=True, help="name in config.data.sources or .evaluation")
+    data.add_argument("--to", dest="target", required=True, type=Path, help="folder; appears when complete")
     tokenizer = command(
         "tokenizer",
         _tokenizer,
@@ -369,6 +380,12 @@ def _benchmark(arguments: argparse.Namespace) -> None:
     from vl_jax import benchmark
 
     benchmark.run(arguments.name, repeats=arguments.repeats, json_file=arguments.json)
+
+
+def _convert_data(arguments: argparse.Namespace) -> None:
+    from vl_jax import conversion
+
+    conversion.run(_load(arguments), arguments.source, arguments.target)
 
 
 def _tokenizer(arguments: argparse.Namespace) -> None:

@@ -15,11 +15,11 @@ beginning, the *trunk*, up to the last image:
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from vl_jax.data.sample import IMAGE_PLACEHOLDER, BadSample, Sample, standalone_questions
+from vl_jax.data.sample import IMAGE_PLACEHOLDER, TEXT, BadSample, Sample, standalone_questions
 from vl_jax.data.tokenizer import GROUNDING, SPECIAL, Tokenizer
 
 Turns = Literal["dialogue", "independent"]
@@ -51,17 +51,16 @@ class Dialogue:
     answer_runs: list[range] = field(default_factory=list)  # where the answers stand, their EOS included
     num_turns: int = 0
 
-    def _append(self, ids: Sequence[int], *, branch: int, position: int, supervised: Sequence[bool]) -> None:
-        """Adds tokens of one branch that follow one another; ``supervised`` says which are targets."""
-        for offset, (token, is_target) in enumerate(zip(ids, supervised, strict=True)):
-            follows = bool(self.tokens) and self.branch_ids[-1] == branch
-            if is_target and follows:
-                self.targets[-1], self.loss_weights[-1] = token, 1.0
-            self.tokens.append(token)
-            self.targets.append(0)
-            self.loss_weights.append(0.0)
-            self.positions.append(position + offset)
-            self.branch_ids.append(branch)
+    def _append(self, ids: list[int], *, branch: int, position: int, first: bool, rest: bool) -> None:
+        """Adds a run of tokens of one branch; whether the first is a target, and whether the rest are."""
+        count = len(ids)
+        if first and self.tokens and self.branch_ids[-1] == branch:
+            self.targets[-1], self.loss_weights[-1] = ids[0], 1.0
+        self.tokens += ids
+        self.targets += [*ids[1:], 0] if rest else [0] * count
+        self.loss_weights += [1.0] * (count - 1) + [0.0] if rest else [0.0] * count
+        self.positions += range(position, position + count)
+        self.branch_ids += [branch] * count
 
 
 _PER_POSITION = ("tokens", "targets", "loss_weights", "positions", "branch_ids")
@@ -107,6 +106,8 @@ def encode_dialogue(
     for turn, question, branch in zip(sample.turns, questions, branches, strict=True):
         opened = turns == "independent" and bool(sample.images)
         prompt = _tail(tokenizer, question) if opened else _user(tokenizer, question)
+        if turn.kind == TEXT and not opened:
+            prompt = []
         answer = [*_encode(tokenizer, turn.answer.strip()), tokenizer.eos]
         parts: list[_Part] = [(prompt, False), (answer, True)]
         images = iter(image_lengths[len(result.visual_runs) :])
@@ -237,6 +238,21 @@ def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.encode(text, allowed=GROUNDING)
 
 
+def _runs(ids: Sequence[int | None]) -> Iterator[list[int] | None]:
+    """The stretches of tokens between images, and None for each image."""
+    run: list[int] = []
+    for token in ids:
+        if token is not None:
+            run.append(token)
+            continue
+        if run:
+            yield run
+        yield None
+        run = []
+    if run:
+        yield run
+
+
 def _extend(
     result: Dialogue,
     parts: Sequence[_Part],
@@ -253,20 +269,15 @@ def _extend(
         position = result.branch_ids.count(0)
     after_text = bool(result.tokens)  # The first piece of a branch has its supervision cut by ``_append``.
     for ids, is_answer in parts:
-        start = len(result.tokens)
-        for token in ids:
-            if token is None:
+        start, always = len(result.tokens), (is_answer and answers) or every
+        for run in _runs(ids):
+            first, rest = always or (adjacent and after_text), always or adjacent
+            after_text = run is not None
+            if run is None:
                 length = image_lengths[len(result.visual_runs)]
                 result.visual_runs.append(VisualRun(len(result.visual_runs), len(result.tokens), length))
-                result._append(
-                    [image_id] * length, branch=branch, position=position, supervised=[False] * length
-                )
-                position += length
-                after_text = False
-                continue
-            supervised = (is_answer and answers) or every or (adjacent and after_text)
-            result._append([token], branch=branch, position=position, supervised=[supervised])
-            position += 1
-            after_text = True
+                run, first, rest = [image_id] * length, False, False
+            result._append(run, branch=branch, position=position, first=first, rest=rest)
+            position += len(run)
         if is_answer:
             result.answer_runs.append(range(start, len(result.tokens)))

@@ -1,19 +1,23 @@
-"""LLaVA-style conversation files: a JSON list, or JSON lines, of records with images beside them.
+"""Conversation files with images beside them: a JSON list of records, or one record a line.
 
 {"id": "7", "image": "a.png" | ["a.png", "b.png"] | absent, "lang": "en",
  "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"}, {"from": "gpt", "value": "A cat."}]}
+
+Records of other dialects (``messages`` with roles, plain texts) are read as well: see ``conversation``.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vl_jax.data.sample import DEFAULT_MAX_PIXELS, IMAGE_PLACEHOLDER, BadSample, FileImage, Sample, Turn
-
-_YES_NO = frozenset({"yes", "no", "是", "否", "不是", "是的"})
+from vl_jax.data.conversation import parse
+from vl_jax.data.lines import Lines
+from vl_jax.data.sample import DEFAULT_MAX_PIXELS, BadSample, Sample, image_in
+from vl_jax.data.shards import check_fields
 
 
 @dataclass(frozen=True)
@@ -26,12 +30,7 @@ class LlavaConfig:
     max_pixels: int = DEFAULT_MAX_PIXELS
 
     def __post_init__(self):
-        if not self.name:
-            raise ValueError("name='' of a source: must not be empty")
-        if not self.file.endswith((".json", ".jsonl")):
-            raise ValueError(f"file={self.file!r} of source {self.name!r}: must end in .json or .jsonl")
-        if self.max_pixels < 1:
-            raise ValueError(f"max_pixels={self.max_pixels} of source {self.name!r}: must be at least 1")
+        check_fields(self.name, self.file, (".json", ".jsonl"), self.max_pixels)
 
 
 class LlavaSource:
@@ -44,8 +43,12 @@ class LlavaSource:
     def __init__(self, config: LlavaConfig, *, root: str = "."):
         self._config = config
         self._file = Path(root) / config.file
+        self.files = [self._file]
         self._folder = (Path(root) / config.root if config.root else self._file.parent).resolve()
-        self._records = self._read()
+        if not self._file.is_file():
+            raise ValueError(f"source {config.name!r}: no such file {self._file}")
+        by_line = self._file.suffix == ".jsonl"
+        self._records: Sequence[Any] | Lines = Lines(self._file) if by_line else read_list(self._file)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -59,98 +62,46 @@ class LlavaSource:
         Raises:
           BadSample: this record breaks a rule; the message names the sample, the file and the record.
         """
-        record = self._records[index]
-        if isinstance(record, str) and self._file.suffix == ".jsonl":
-            record = self._parse_line(record, index)
-        if not isinstance(record, dict):
-            raise BadSample("not_an_object", f"{self._where('?', index)}: expected an object")
-        where = self._where(record.get("id", index), index)
-        system, turns = _conversation(record, where)
-        names = record.get("image") or []
-        names = [names] if isinstance(names, str) else names
-        if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
-            raise BadSample("bad_image_field", f"{where}: image must be a path or a list of paths")
-        images = tuple(self._image(name, where) for name in names)
-        placeholders = sum(t.question.count(IMAGE_PLACEHOLDER) for t in turns)
-        if placeholders != len(images):
-            message = f"{where}: {placeholders} {IMAGE_PLACEHOLDER} placeholders for {len(images)} images"
-            raise BadSample("placeholder_mismatch", message)
-        identity = str(record.get("id", f"{self._config.name}-{index}"))
-        return Sample(id=identity, turns=turns, images=images, system=system)
-
-    def _read(self) -> list[Any]:
-        """The records; those of a JSON lines file stay text until they are asked for."""
-        if not self._file.is_file():
-            raise ValueError(f"source {self._config.name!r}: no such file {self._file}")
-        try:
-            text = self._file.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{self._file}: not UTF-8 at byte {error.start}") from None
-        if self._file.suffix == ".jsonl":
-            return [line for line in text.split("\n") if line.strip()]
-        try:
-            records = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{self._file}: not JSON: {error}") from None
-        if not isinstance(records, list):
-            raise ValueError(f"{self._file}: expected a list of records, found {type(records).__name__}")
-        return records
-
-    def _parse_line(self, line: str, index: int) -> Any:
-        try:
-            return json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise BadSample("not_json", f"{self._where('?', index)}: {error}") from None
-
-    def _where(self, identity: Any, index: int) -> str:
-        return f"sample {identity} ({self._file}, record {index})"
-
-    def _image(self, name: str, where: str) -> FileImage:
-        """The image file, provided it lies inside the image folder once links are followed."""
-        try:
-            path = (self._folder / name).resolve()
-        except (OSError, ValueError, RuntimeError) as error:
-            raise BadSample("missing_image", f"{where}: bad path {name!r}: {error}") from None
-        if Path(name).is_absolute() or not path.is_relative_to(self._folder):
-            raise BadSample("outside_root", f"{where}: {name!r} leaves the image folder {self._folder}")
-        return FileImage(path, where, self._config.max_pixels)
+        record, where = self._records[index], f"{self._file}, record {index}"
+        if isinstance(record, bytes):
+            record = parse_line(record, where)
+        found = parse(record, where, default_id=f"{self._config.name}-{index}")
+        where = f"sample {found.id} ({where})"
+        images = tuple(image_in(self._folder, n, where, self._config.max_pixels) for n in found.images)
+        return Sample(id=found.id, turns=found.turns, images=images, system=found.system)
 
 
-def _conversation(record: dict[str, Any], where: str) -> tuple[str, tuple[Turn, ...]]:
-    """The system text and the question-answer pairs of a record."""
-    messages = record.get("conversations")
-    if not isinstance(messages, list) or not messages:
-        raise BadSample("bad_conversation", f"{where}: conversations must be a non-empty list")
-    pairs = [_message(m, where) for m in messages]
-    system = ""
-    if pairs[0][0] == "system":
-        system, pairs = pairs[0][1], pairs[1:]
-    expected = ["human", "gpt"] * (len(pairs) // 2)
-    if not pairs or [role for role, _ in pairs] != expected:
-        raise BadSample("bad_conversation", f"{where}: expected human and gpt messages by turns")
-    if IMAGE_PLACEHOLDER in system:
-        raise BadSample("placeholder_mismatch", f"{where}: {IMAGE_PLACEHOLDER} in the system message")
-    language = record.get("lang")
-    language = language if isinstance(language, str) else ""
-    turns = [
-        Turn(question, answer, kind="yes/no" if _is_yes_no(answer) else "open", language=language)
-        for (_, question), (_, answer) in zip(pairs[::2], pairs[1::2], strict=True)
-    ]
-    return system, tuple(turns)
+def read_list(file: Path) -> list[Any]:
+    """The records of a JSON file.
+
+    Raises:
+      ValueError: it is not a JSON list in UTF-8; one line with the file and the position.
+    """
+    records = read_json(file)
+    if not isinstance(records, list):
+        raise ValueError(f"{file}: expected a list of records, found {type(records).__name__}")
+    return records
 
 
-def _message(message: Any, where: str) -> tuple[str, str]:
-    role = message.get("from") if isinstance(message, dict) else None
-    value = message.get("value") if isinstance(message, dict) else None
-    if role not in ("human", "gpt", "system") or not isinstance(value, str):
-        rule = "a message needs from: human, gpt or system, and a text value"
-        raise BadSample("bad_conversation", f"{where}: {rule}")
+def read_json(file: Path) -> Any:
+    """What a JSON file holds; raises as ``read_list``."""
     try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise BadSample("bad_conversation", f"{where}: half a surrogate pair in the text") from None
-    return role, value
+        return json.loads(file.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not UTF-8 at byte {error.start}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: not JSON: {error}") from None
 
 
-def _is_yes_no(answer: str) -> bool:
-    return answer.strip().rstrip(".。!！").lower() in _YES_NO
+def parse_line(line: bytes, where: str) -> Any:
+    """The JSON of one record.
+
+    Raises:
+      BadSample: it is not JSON, or not UTF-8.
+    """
+    try:
+        return json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise BadSample("not_utf8", f"sample ? ({where}): not UTF-8 at byte {error.start}") from None
+    except (ValueError, RecursionError) as error:
+        raise BadSample("not_json", f"sample ? ({where}): {error}") from None

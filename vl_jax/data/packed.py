@@ -11,11 +11,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import os
 import threading
 import weakref
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,7 @@ from vl_jax.data.lengths import Measure, Measured, Measuring, open_index
 from vl_jax.data.mixture import Mixture
 from vl_jax.data.plan import Cursor, Draw, Item, Plan, Planner
 from vl_jax.data.sample import BadSample
-from vl_jax.data.sources import Source, SourceConfig, open_source
+from vl_jax.data.sources import Source, SourceConfig, open_source, stamp_of
 
 _log = logging.getLogger(__name__)
 _MAX_EMPTY_WINDOWS = 1000
@@ -144,8 +143,12 @@ def open_planner(
     sources: Mapping[str, float] | None = None,
     targets: Targets = "answers",
     seed: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Planner, Reader]:
     """The planner of a packed stream and the reader of its items; arguments as for ``PackedIterator``.
+
+    Args:
+      progress: called, while an index is made, with the number of records measured and of all.
 
     Raises:
       ValueError: there is no ``config.packing``; or as ``PackedIterator``.
@@ -167,7 +170,9 @@ def open_planner(
 
     def lengths(blind: bool) -> dict[str, Measured]:
         measure = Measure(encoder, config.turns, targets, blind=blind, verify=bool(row.index))
-        return {name: _lengths(known[name], source, measure, config) for name, source in opened.items()}
+        return {
+            name: _lengths(known[name], source, measure, config, progress) for name, source in opened.items()
+        }
 
     answers = config.max_answer_tokens if targets == "answers" else None
     draw = Draw(
@@ -183,22 +188,25 @@ def open_planner(
     return planner, Reader(opened, encoder, config, targets)
 
 
-def _lengths(config: SourceConfig, source: Source, measure: Measure, data: DataConfig) -> Measured:
+def _lengths(
+    config: SourceConfig,
+    source: Source,
+    measure: Measure,
+    data: DataConfig,
+    progress: Callable[[int, int], None],
+) -> Measured:
     assert data.packing is not None
     if not data.packing.index:
         return Measuring(source, measure)
-    stamp = stamp_of(config, data.root)
-    folder = Path(data.packing.index)
-    return open_index(folder, config, source, measure, stamp=stamp, num_threads=data.num_threads)
-
-
-def stamp_of(config: SourceConfig, root: str) -> str:
-    """Size and time of change of a source's file; empty for a source without one."""
-    file = getattr(config, "file", "")
-    if not file:
-        return ""
-    status = os.stat(Path(root) / file)
-    return f"{status.st_size}/{status.st_mtime_ns}"
+    return open_index(
+        Path(data.packing.index),
+        config,
+        source,
+        measure,
+        stamp=stamp_of(source),
+        num_threads=data.num_threads,
+        progress=progress,
+    )
 
 
 class Reader:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from PIL import Image as PilImage
 
 IMAGE_PLACEHOLDER = "<image>"
 DEFAULT_MAX_PIXELS = 64_000_000
+TEXT = "text"  # the kind of a turn without a question: its answer is read as it is, no mark before it
 
 T = TypeVar("T")
 
@@ -24,6 +26,15 @@ class SizedImage(Protocol):
     """An image that knows its size before a pixel of it is there."""
 
     def size(self) -> tuple[int, int]: ...
+
+
+@runtime_checkable
+class ReducibleImage(SizedImage, Protocol):
+    """An image that may be decoded at a part of its size."""
+
+    def __call__(self) -> PilImage.Image: ...
+
+    def at_least(self, width: int, height: int, /) -> PilImage.Image: ...
 
 
 def image_size(image: Image) -> tuple[int, int]:
@@ -130,25 +141,88 @@ class FileImage:
         """
         return self._open(lambda picture: picture.size)
 
+    def at_least(self, width: int, height: int) -> PilImage.Image:
+        """Decodes to RGB, no smaller than that where the file is not, but quicker where the format can."""
+        return self._open(lambda picture: _reduced(picture, width, height))
+
+    def encoded(self) -> bytes:
+        """The file as it is."""
+        return self.path.read_bytes()
+
     def _open(self, use: Callable[[PilImage.Image], T]) -> T:
-        if not self.path.is_file():
-            raise BadSample("missing_image", f"{self.where}: no image file {self.path}")
         try:
-            with PilImage.open(self.path) as picture:  # reads the header only
-                width, height = picture.size
-                if width * height > self.max_pixels:
-                    raise BadSample(
-                        "image_too_large",
-                        f"{self.where}: {self.path} is {width}x{height}, limit {self.max_pixels} pixels",
-                    )
-                return use(picture)
-        except (PilImage.DecompressionBombError, PilImage.DecompressionBombWarning) as error:
-            raise BadSample("image_too_large", f"{self.where}: {self.path}: {error}") from None
-        except BadSample:
-            raise
-        except Exception as error:  # Decoders of hostile files raise almost anything.
-            message = f"{self.where}: cannot decode {self.path}: {error or type(error).__name__}"
-            raise BadSample("corrupt_image", message) from None
+            there = self.path.is_file()
+        except OSError:  # such as a name that is too long for any file
+            there = False
+        if not there:
+            raise BadSample("missing_image", f"{self.where}: no image file {self.path}")
+        return _open(self.path, str(self.path), self.where, self.max_pixels, use)
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """An image file inside another file, read when it is asked for; otherwise like ``FileImage``."""
+
+    encoded: Callable[[], bytes]
+    label: str  # what messages call it
+    where: str
+    max_pixels: int = DEFAULT_MAX_PIXELS
+
+    def __call__(self) -> PilImage.Image:
+        """Decodes to RGB; raises as ``FileImage``."""
+        return _open(io.BytesIO(self.encoded()), self.label, self.where, self.max_pixels, to_rgb)
+
+    def at_least(self, width: int, height: int) -> PilImage.Image:
+        """Decodes as ``FileImage`` does."""
+        data = io.BytesIO(self.encoded())
+        return _open(
+            data, self.label, self.where, self.max_pixels, lambda picture: _reduced(picture, width, height)
+        )
+
+    def size(self) -> tuple[int, int]:
+        """Width and height as the header has them; raises as ``FileImage``."""
+        data = io.BytesIO(self.encoded())
+        return _open(data, self.label, self.where, self.max_pixels, lambda picture: picture.size)
+
+
+def image_in(folder: Path, name: str, where: str, max_pixels: int) -> FileImage:
+    """The image file of that name, provided it lies inside the (resolved) folder once links are followed.
+
+    Raises:
+      BadSample: it does not, or this is no name of a file.
+    """
+    try:
+        path = (folder / name).resolve()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise BadSample("missing_image", f"{where}: bad path {name!r}: {error}") from None
+    if Path(name).is_absolute() or not path.is_relative_to(folder):
+        raise BadSample("outside_root", f"{where}: {name!r} leaves the image folder {folder}")
+    return FileImage(path, where, max_pixels)
+
+
+def _open(
+    file: Path | io.BytesIO, label: str, where: str, max_pixels: int, use: Callable[[PilImage.Image], T]
+) -> T:
+    try:
+        with PilImage.open(file) as picture:  # reads the header only
+            width, height = picture.size
+            if width * height > max_pixels:
+                message = f"{where}: {label} is {width}x{height}, limit {max_pixels} pixels"
+                raise BadSample("image_too_large", message)
+            return use(picture)
+    except (PilImage.DecompressionBombError, PilImage.DecompressionBombWarning) as error:
+        raise BadSample("image_too_large", f"{where}: {label}: {error}") from None
+    except BadSample:
+        raise
+    except Exception as error:  # Decoders of hostile files raise almost anything.
+        message = f"{where}: cannot decode {label}: {error or type(error).__name__}"
+        raise BadSample("corrupt_image", message) from None
+
+
+def _reduced(picture: PilImage.Image, width: int, height: int) -> PilImage.Image:
+    """An RGB copy; a JPEG comes at 1/2, 1/4 or 1/8 of its size if that is still no smaller than asked for."""
+    picture.draft("RGB", (width, height))
+    return to_rgb(picture)
 
 
 def to_rgb(picture: PilImage.Image) -> PilImage.Image:

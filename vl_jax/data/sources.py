@@ -2,26 +2,49 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+import os
+from typing import Any, Protocol, runtime_checkable
 
+from vl_jax.data.array_records import ArrayRecordConfig, ArrayRecordSource
+from vl_jax.data.coco import CocoConfig, CocoSource
 from vl_jax.data.llava import LlavaConfig, LlavaSource
+from vl_jax.data.meta import MetaConfig, MetaSource
+from vl_jax.data.parquet import ParquetConfig, ParquetSource
 from vl_jax.data.sample import BadSample, Box, Image, Sample, Turn
 from vl_jax.data.scenes import ScenesConfig, ScenesSource
+from vl_jax.data.tfds import TfdsConfig, TfdsSource
+from vl_jax.data.webdataset import WebDatasetConfig, WebDatasetSource
 
 __all__ = [
+    "ArrayRecordConfig",
     "BadSample",
     "Box",
+    "CocoConfig",
     "Image",
     "LlavaConfig",
+    "MetaConfig",
+    "ParquetConfig",
     "Sample",
     "ScenesConfig",
     "Source",
     "SourceConfig",
+    "TfdsConfig",
     "Turn",
+    "WebDatasetConfig",
     "open_source",
+    "stamp_of",
 ]
 
-SourceConfig = ScenesConfig | LlavaConfig
+SourceConfig = (
+    ScenesConfig
+    | LlavaConfig
+    | MetaConfig
+    | CocoConfig
+    | WebDatasetConfig
+    | ParquetConfig
+    | TfdsConfig
+    | ArrayRecordConfig
+)
 
 
 @runtime_checkable
@@ -33,6 +56,17 @@ class Source(Protocol):
     def __getitem__(self, index: int, /) -> Sample: ...
 
 
+_FILES: dict[type, Any] = {
+    LlavaConfig: LlavaSource,
+    MetaConfig: MetaSource,
+    CocoConfig: CocoSource,
+    WebDatasetConfig: WebDatasetSource,
+    ParquetConfig: ParquetSource,
+    TfdsConfig: TfdsSource,
+    ArrayRecordConfig: ArrayRecordSource,
+}
+
+
 def open_source(config: SourceConfig, *, root: str = ".") -> Source:
     """Opens a source; ``root`` is the folder that file names in the config are relative to.
 
@@ -41,4 +75,10 @@ def open_source(config: SourceConfig, *, root: str = ".") -> Source:
     """
     if isinstance(config, ScenesConfig):
         return ScenesSource(config)
-    return LlavaSource(config, root=root)
+    return _FILES[type(config)](config, root=root)
+
+
+def stamp_of(source: Source) -> str:
+    """Size and time of change of a source's files; empty for a source without any."""
+    states = [os.stat(file) for file in getattr(source, "files", ())]
+    return " ".join(f"{state.st_size}/{state.st_mtime_ns}" for state in states)

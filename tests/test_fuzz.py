@@ -1,0 +1,274 @@
+"""Hostile inputs: every record is read or counted under a reason, every file is read or refused by name."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import string
+import tarfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image as PilImage
+
+from vl_jax.data import array_records
+from vl_jax.data.conversation import parse
+from vl_jax.data.sample import BadSample, Sample, Turn
+from vl_jax.data.sources import (
+    ArrayRecordConfig,
+    CocoConfig,
+    LlavaConfig,
+    MetaConfig,
+    ParquetConfig,
+    WebDatasetConfig,
+    open_source,
+)
+
+TOO_LONG = 5.0  # seconds for one small file: it hangs
+
+KEYS = ("id", "image", "images", "conversations", "messages", "question", "answer", "text", "boxes", "width")
+WORDS = (
+    "human",
+    "gpt",
+    "user",
+    "assistant",
+    "system",
+    "<image>",
+    "<box:0>",
+    "<box:99999>",
+    "a.png",
+    "../a.png",
+)
+LEAVES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=8),
+    st.sampled_from(WORDS),
+    st.sampled_from(["\x00", "\ud83d", "/etc/passwd", "a" * 5000, "<|User|>", "https://x/a.png"]),
+)
+FIELDS = st.sampled_from(
+    [*KEYS, "from", "value", "role", "content", "type", "bbox", "label", "height", "url"]
+)
+RECORDS = st.recursive(
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(FIELDS, inner, max_size=5),
+    max_leaves=20,
+)
+
+
+def check(found: Sample) -> None:
+    """What every sample promises."""
+    assert found.turns and all(isinstance(t, Turn) for t in found.turns)
+    assert sum(t.question.count("<image>") for t in found.turns) == len(found.images)
+    json.dumps([(t.question, t.answer) for t in found.turns]).encode()
+
+
+def outcomes(config, folder: Path) -> Counter:
+    """How the records of a file end: ``ok``, a reason, or ``refused`` for the file as a whole."""
+    start, result = time.monotonic(), Counter()
+    try:
+        source = open_source(config, root=str(folder))
+    except ValueError as error:
+        assert "\n" not in str(error) and str(folder) in str(error), error
+        return Counter(refused=1)
+    for index in range(len(source)):
+        try:
+            sample = source[index]
+            check(sample)
+            for image in sample.images:
+                image()
+            result["ok"] += 1
+        except BadSample as error:
+            assert str(folder) in str(error) and "\n" not in error.reason
+            result[error.reason] += 1
+    assert time.monotonic() - start < TOO_LONG
+    return result
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(RECORDS)
+def test_any_json_is_a_conversation_or_has_a_reason(record):
+    try:
+        found = parse(record, "file, record 0", default_id="x")
+    except BadSample as error:
+        assert "file, record 0" in str(error)
+        return
+    assert found.turns and sum(t.question.count("<image>") for t in found.turns) == len(found.images)
+
+
+def picture(random: random.Random) -> bytes:
+    out = io.BytesIO()
+    kind = random.choice(["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+    size = (random.randint(1, 12), random.randint(1, 12))
+    PilImage.new("RGB", size, (random.randint(0, 255), 0, 0)).save(out, kind)
+    return out.getvalue()
+
+
+def damaged(data: bytes, random: random.Random) -> bytes:
+    """Bytes with some changed, cut out, repeated or added; sometimes none left."""
+    result = bytearray(data)
+    for _ in range(random.randint(1, 4)):
+        at, length = random.randint(0, len(result)), random.choice([1, 1, 4, 60, 600])
+        way = random.randrange(6)
+        if way == 0:
+            result[at : at + length] = random.randbytes(len(result[at : at + length]))
+        elif way == 1:
+            del result[at : at + length]
+        elif way == 2:
+            result[at:at] = result[:length]
+        elif way == 3:
+            result[at:at] = random.choice(
+                [b"\x00" * 512, b"\xff\xfe", b'{"a":', b"\xef\xbb\xbf", b"NaN", b"9" * 5000]
+            )
+        elif way == 4:
+            del result[at:]
+        else:
+            result = bytearray() if random.random() < 0.05 else result
+    return bytes(result)
+
+
+def talks(random: random.Random, count: int) -> list[dict]:
+    names = ["a.png", "../a.png", "/etc/hostname", "link.png", "absent.png", "a.png\x00", "a" * 300 + ".png"]
+    records = []
+    for i in range(count):
+        turn = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "It. <box:0>"}]
+        wrong = [[-9, -9, 99, 99], [float("nan")] * 4, [5, 5, 1, 1], [1e308] * 4, "x"]
+        box = random.choice([*[[0, 0, 3, 3]] * 9, *wrong])
+        boxes = [{"label": "x", "bbox": box}]
+        name = random.choice([*["a.png"] * 6, *names])
+        records.append(
+            {"id": i, "image": name, "conversations": turn, "boxes": boxes, "width": 9, "height": 9}
+        )
+    return records
+
+
+def llava(folder: Path, random: random.Random):
+    records, lines = talks(random, 4), random.random() < 0.5
+    text = "\n".join(map(json.dumps, records)) if lines else json.dumps(records)
+    encoding = random.choice(["utf-8"] * 6 + ["utf-16", "latin-1"])
+    name = "d.jsonl" if lines else "d.json"
+    data = text.encode(encoding)
+    (folder / name).write_bytes(damaged(data, random) if random.random() < 0.7 else data)
+    return LlavaConfig("x", name)
+
+
+def webdataset(folder: Path, random: random.Random):
+    with tarfile.open(
+        folder / "d.tar", "w", format=random.choice([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+    ) as out:
+        for i in range(3):
+            name = random.choice(["", "../", "/", "a/" * 70]) + f"{i}"
+            for ending, data in (
+                (".png", picture(random)),
+                (".json", json.dumps(talks(random, 1)[0]).encode()),
+            ):
+                member = tarfile.TarInfo(name + ending)
+                member.size = len(data)
+                out.addfile(member, io.BytesIO(data))
+    whole = (folder / "d.tar").read_bytes()
+    if random.random() < 0.8:
+        (folder / "d.tar").write_bytes(damaged(whole, random))
+    return WebDatasetConfig("x", "d.tar")
+
+
+def coco(folder: Path, random: random.Random):
+    box = random.choice(
+        [[0, 0, 3, 3], [-5, -5, 50, 50], [float("nan")] * 4, [3, 3, -1, 1], [], "box", [10**400] * 4]
+    )
+    content = {
+        "images": [{"id": 1, "file_name": random.choice(["a.png", "../a.png"]), "width": 9, "height": 9}],
+        "categories": [{"id": 1, "name": random.choice(["cat", "<|ref|>", "", "猫"])}],
+        "annotations": [{"image_id": 1, "category_id": random.choice([1, 2, None]), "bbox": box}],
+    }
+    data = json.dumps(content).encode()
+    (folder / "d.json").write_bytes(damaged(data, random) if random.random() < 0.5 else data)
+    return CocoConfig("x", "d.json")
+
+
+def meta(folder: Path, random: random.Random):
+    (folder / "f.jsonl").write_text("\n".join(map(json.dumps, talks(random, 2))))
+    entry = {
+        "root": random.choice([*["."] * 6, "..", "/etc", 3]),
+        "annotation": random.choice([*["f.jsonl"] * 8, "../f.jsonl", "/etc/passwd", "a\0", "a" * 300, ""]),
+        "repeat_time": random.choice([*[1, 2, 0.5] * 2, -1, "2", float("inf"), True]),
+    }
+    data = json.dumps({"x": entry}).encode()
+    (folder / "m.json").write_bytes(damaged(data, random) if random.random() < 0.5 else data)
+    return MetaConfig("x", "m.json")
+
+
+def records(folder: Path, random: random.Random):
+    made = []
+    for i in range(3):
+        data = picture(random)
+        sample = Sample(
+            str(i), (Turn("<image>\nWhat?", "It."),), (lambda d=data: PilImage.open(io.BytesIO(d)),)
+        )
+        encoded = array_records.encode(sample)
+        made.append(damaged(encoded, random) if random.random() < 0.5 else encoded)
+    array_records.write_file(folder / "d.arrayrecord", made)
+    whole = (folder / "d.arrayrecord").read_bytes()
+    if random.random() < 0.3:
+        (folder / "d.arrayrecord").write_bytes(damaged(whole, random))
+    return ArrayRecordConfig("x", "d.arrayrecord")
+
+
+def parquet(folder: Path, random: random.Random):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    good = {"bytes": picture(random)}
+    answer = random.choice([*["It."] * 4, 7, None])
+    image = random.choice([*[good] * 6, {"bytes": b"?"}, {"path": "a.png"}, "a.png"])
+    rows = [{"id": str(i), "question": "What?", "answer": answer, "image": image} for i in range(3)]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "d.parquet")
+    if random.random() < 0.7:
+        (folder / "d.parquet").write_bytes(damaged((folder / "d.parquet").read_bytes(), random))
+    return ParquetConfig("x", "d.parquet")
+
+
+CONTAINERS = {f.__name__: f for f in (llava, webdataset, coco, meta, records, parquet)}
+
+
+@pytest.mark.parametrize("count", [30, pytest.param(1500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_damaged_files_are_read_counted_or_refused(tmp_path, container, count):
+    if container == "records":
+        pytest.importorskip("array_record")
+    inside, ends = tmp_path / "inside", Counter()
+    inside.mkdir()
+    (tmp_path / "a.png").write_bytes(picture(random.Random(0)))
+    (inside / "link.png").symlink_to(tmp_path / "a.png")
+    for seed in range(count):
+        chance = random.Random(f"{container}/{seed}")
+        image = picture(chance)
+        (inside / "a.png").write_bytes(damaged(image, chance) if chance.random() < 0.3 else image)
+        ends.update(outcomes(CONTAINERS[container](inside, chance), inside))
+    assert ends["ok"] and sum(ends.values()) > ends["ok"], ends  # Neither all too tame, nor all too wild.
+
+
+@pytest.mark.parametrize("count", [200, pytest.param(2000, marks=pytest.mark.slow)])
+def test_damaged_pictures_are_decoded_or_corrupt(tmp_path, count):
+    ends = Counter()
+    (tmp_path / "d.json").write_text(json.dumps([{"question": "What?", "answer": "It.", "image": "a.png"}]))
+    for seed in range(count):
+        chance = random.Random(seed)
+        (tmp_path / "a.png").write_bytes(damaged(picture(chance), chance))
+        ends.update(outcomes(LlavaConfig("x", "d.json", max_pixels=10_000), tmp_path))
+    assert ends.keys() <= {"ok", "corrupt_image", "image_too_large"} and ends["ok"] and ends["corrupt_image"]
+
+
+def test_deep_and_long_json_is_refused(tmp_path):
+    for text in ("[" * 200_000, '{"a":' * 50_000, "[" + "9" * 100_000 + "]", string.printable * 1000):
+        (tmp_path / "d.json").write_text(text)
+        (tmp_path / "d.jsonl").write_text(text.replace("\n", " "))
+        assert outcomes(LlavaConfig("x", "d.json"), tmp_path) in ({"refused": 1}, {"not_an_object": 1})
+        found = outcomes(LlavaConfig("x", "d.jsonl"), tmp_path)
+        assert found.keys() <= {"not_json", "not_an_object"} and found

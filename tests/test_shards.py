@@ -1,0 +1,346 @@
+"""Files that hold their images, and mixtures of files: what is read, what is refused, and conversion."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image as PilImage
+
+from vl_jax.data import convert as convert_lib
+from vl_jax.data.convert import convert
+from vl_jax.data.sources import (
+    ArrayRecordConfig,
+    BadSample,
+    CocoConfig,
+    LlavaConfig,
+    MetaConfig,
+    ParquetConfig,
+    ScenesConfig,
+    TfdsConfig,
+    WebDatasetConfig,
+    open_source,
+)
+
+
+def png(colour: int) -> bytes:
+    out = io.BytesIO()
+    PilImage.new("RGB", (8, 6), (colour, 9, 9)).save(out, "PNG")
+    return out.getvalue()
+
+
+def talk(i: int) -> dict:
+    return {"id": f"t{i}", "question": f"What is {i}?", "answer": f"It is {i}."}
+
+
+def write_tar(file: Path, members: list[tuple[str, bytes]]) -> None:
+    with tarfile.open(file, "w") as archive:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+
+
+def sample_tars(folder: Path) -> WebDatasetConfig:
+    for shard in range(2):
+        members = []
+        for i in range(3 * shard, 3 * shard + 3):
+            members += [(f"./{i}.png", png(i)), (f"./{i}.json", json.dumps(talk(i)).encode())]
+        write_tar(folder / f"s{shard}.tar", members)
+    return WebDatasetConfig("w", "s*.tar")
+
+
+def sample_parquet(folder: Path) -> ParquetConfig:
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    rows = [{**talk(i), "image": {"bytes": png(i), "path": None}} for i in range(6)]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "p.parquet", row_group_size=4)
+    return ParquetConfig("p", "p.parquet")
+
+
+def sample_files(folder: Path) -> LlavaConfig:
+    for i in range(6):
+        (folder / f"{i}.png").write_bytes(png(i))
+    lines = [json.dumps({**talk(i), "image": f"{i}.png"}) for i in range(6)]
+    (folder / "f.jsonl").write_text("\n".join(lines))
+    return LlavaConfig("f", "f.jsonl")
+
+
+def sample_records(folder: Path) -> ArrayRecordConfig:
+    pytest.importorskip("array_record")
+    files = sample_files(folder)
+    convert(files, open_source(files, root=str(folder)), folder / "out", per_file=4)
+    return ArrayRecordConfig("a", "out/*.arrayrecord")
+
+
+@pytest.mark.parametrize("write", [sample_files, sample_tars, sample_parquet, sample_records])
+def test_the_same_samples_come_out_of_every_container(tmp_path, write):
+    source = open_source(write(tmp_path), root=str(tmp_path))
+    assert len(source) == 6 and "6 records" in repr(source)
+    for i in range(6):
+        sample = source[i]
+        assert sample.id == f"t{i}" and sample.turns[0].answer == f"It is {i}."
+        assert sample.turns[0].question == f"<image>\nWhat is {i}?"
+        assert sample.images[0]().getpixel((0, 0)) == (i, 9, 9)
+
+
+def test_a_caption_and_several_images_of_a_tar(tmp_path):
+    caption = [("a/x.jpg", png(1)), ("a/x.txt", b"a red field\n"), (".hidden", b""), ("a/none.jpg", png(2))]
+    two = [("b.0.png", png(3)), ("b.1.png", png(4)), ("b.json", json.dumps(talk(7)).encode())]
+    write_tar(tmp_path / "s.tar", [*caption, *two])
+    source = open_source(WebDatasetConfig("w", "s.tar"), root=str(tmp_path))
+    assert source[0].turns[0].answer == "a red field" and source[0].id == "a/x"
+    with pytest.raises(BadSample, match="no_record"):
+        source[1]
+    assert [image().getpixel((0, 0))[0] for image in source[2].images] == [3, 4]
+
+
+def test_links_in_a_tar_are_never_followed(tmp_path):
+    with tarfile.open(tmp_path / "s.tar", "w") as archive:
+        for name, kind in (("x.png", tarfile.SYMTYPE), ("x.json", tarfile.LNKTYPE)):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "/etc/hostname"
+            archive.addfile(member)
+    assert len(open_source(WebDatasetConfig("w", "s.tar"), root=str(tmp_path))) == 0
+
+
+@pytest.mark.parametrize(
+    ("damage", "byte"),
+    [(lambda d: d[:900], 0), (lambda d: d[:1024] + b"x" * 600, 1024), (lambda d: b"hm", 0)],
+)
+def test_a_broken_tar_is_refused_with_the_position(tmp_path, damage, byte):
+    write_tar(tmp_path / "s.tar", [("a.txt", b"x" * 500), ("b.txt", b"y" * 500)])
+    (tmp_path / "s.tar").write_bytes(damage((tmp_path / "s.tar").read_bytes()))
+    with pytest.raises(ValueError, match=f"s.tar: no sound uncompressed tar file at byte {byte}"):
+        open_source(WebDatasetConfig("w", "s.tar"), root=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (ParquetConfig("x", "x.parquet"), "no Parquet file"),
+        (ArrayRecordConfig("x", "x.arrayrecord"), "no ArrayRecord file"),
+    ],
+)
+def test_a_file_of_another_kind_is_refused(tmp_path, config, name):
+    pytest.importorskip("pyarrow")
+    (tmp_path / config.file).write_bytes(b"something else")
+    with pytest.raises(ValueError, match=name) as caught:
+        open_source(config, root=str(tmp_path))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="no such file"):
+        open_source(config, root=str(tmp_path / "nowhere"))
+
+
+def write_meta(folder: Path, **changes) -> MetaConfig:
+    (folder / "inner").mkdir(exist_ok=True)
+    sample_files(folder / "inner")
+    entry = {"root": "inner", "annotation": "inner/f.jsonl", "repeat_time": 0.5, "length": 99, **changes}
+    twice = {"root": "inner", "annotation": "inner/f.jsonl", "repeat_time": 2}
+    (folder / "meta.json").write_text(json.dumps({"half": entry, "twice": twice}))
+    return MetaConfig("m", "meta.json")
+
+
+def test_a_meta_file_repeats_its_files(tmp_path):
+    source = open_source(write_meta(tmp_path), root=str(tmp_path))
+    assert [source[i].id for i in range(len(source))] == [f"t{i}" for i in (*range(3), *range(6), *range(6))]
+    assert source[14].images[0]().size == (8, 6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"annotation": "../f.jsonl"}, "annotation='../f.jsonl' must be a path inside the data root"),
+        ({"root": "/etc"}, "root='/etc' must be a path inside"),
+        ({"repeat_time": 0}, "repeat_time=0 must be a number above 0"),
+        ({"repeat_time": float("nan")}, "repeat_time=nan"),
+        ({"annotation": "inner/absent.jsonl"}, "no such file"),
+        ({"annotation": 3}, "annotation='3' must be a path"),
+    ],
+)
+def test_a_bad_entry_of_a_meta_file_is_named(tmp_path, change, message):
+    config = write_meta(tmp_path, **change)
+    with pytest.raises(ValueError, match="meta.json, entry 'half': .*" + message):
+        open_source(config, root=str(tmp_path))
+
+
+def write_coco(folder: Path, box=(2, 1, 4, 3), **image) -> CocoConfig:
+    (folder / "a.png").write_bytes(png(7))
+    content = {
+        "images": [{"id": 5, "file_name": "a.png", "width": 8, "height": 6, **image}, {"id": 6}],
+        "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
+        "annotations": [
+            {"image_id": 5, "category_id": 1, "bbox": list(box)},
+            {"image_id": 5, "category_id": 2, "bbox": [0, 0, 8, 6], "iscrowd": 1},
+        ],
+    }
+    (folder / "coco.json").write_text(json.dumps(content))
+    return CocoConfig("c", "coco.json")
+
+
+def test_boxes_of_coco_become_questions_about_places(tmp_path):
+    source = open_source(write_coco(tmp_path), root=str(tmp_path))
+    sample = source[0]
+    assert [t.question for t in sample.turns] == [
+        "<image>\nWhich kinds of object are visible?",
+        "Locate every cat.",
+    ]
+    assert sample.turns[1].answer == "<|ref|>cat<|/ref|><|det|>[[250, 166, 749, 666]]<|/det|>"
+    assert sample.turns[1].boxes[0].corners == (2, 1, 6, 4)
+    with pytest.raises(BadSample, match=r"images\[1\]"):
+        source[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"box": (float("nan"), 0, 1, 1)}, "bad_box"),
+        ({"box": (9, 9, 3, 3)}, "bad_box"),
+        ({"box": (1, 1, 0, 2)}, "bad_box"),
+        ({"box": (1, 1)}, "bad_box"),
+        ({"file_name": "../secret.png"}, "outside_root"),
+        ({"width": 0}, "bad_image_field"),
+        ({"id": 7}, "no_boxes"),
+    ],
+)
+def test_a_bad_picture_of_coco_has_a_reason(tmp_path, change, reason):
+    source = open_source(write_coco(tmp_path, **change), root=str(tmp_path))
+    with pytest.raises(BadSample) as caught:
+        source[0]
+    assert caught.value.reason == reason
+
+
+def test_converted_samples_are_those_of_the_source(tmp_path):
+    pytest.importorskip("array_record")
+    config = ScenesConfig("s", num_examples=5)
+    source = open_source(config)
+    report = convert(config, source, tmp_path / "out", per_file=2)
+    assert (report.records, report.skipped) == (5, {})
+    again = open_source(ArrayRecordConfig("s", "out/*.arrayrecord"), root=str(tmp_path))
+    for i in range(5):
+        assert (again[i].id, again[i].turns) == (source[i].id, source[i].turns)
+        np.testing.assert_array_equal(np.asarray(again[i].images[0]()), np.asarray(source[i].images[0]()))
+        assert again[i].images[0].size() == source[i].images[0].size()
+
+
+def test_conversion_counts_what_it_leaves_out_and_goes_on_where_it_was_killed(tmp_path, monkeypatch):
+    pytest.importorskip("array_record")
+    config, out = sample_files(tmp_path), tmp_path / "out"
+    (tmp_path / "1.png").write_bytes(b"no picture")
+    (tmp_path / "4.png").unlink()
+    source = open_source(config, root=str(tmp_path))
+
+    def kill(done, total):
+        if done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(config, source, out, per_file=2, progress=kill)
+    assert not out.exists() and (tmp_path / "out.partial").is_dir()
+    read = []
+    original = type(source).__getitem__
+    monkeypatch.setattr(type(source), "__getitem__", lambda self, i: read.append(i) or original(self, i))
+    report = convert(config, source, out, per_file=2)
+    assert sorted(read) == [4, 5] and report.reasons == {"corrupt_image": 1, "missing_image": 1}
+    assert convert(config, source, out, per_file=2) == report and len(read) == 2
+    assert sorted(f.name for f in out.iterdir()) == [
+        *(f"part-0000{i}.arrayrecord" for i in range(3)),
+        "report.json",
+    ]
+    whole = open_source(ArrayRecordConfig("a", "out/*.arrayrecord"), root=str(tmp_path))
+    assert [whole[i].id for i in range(4)] == ["t0", "t2", "t3", "t5"]
+    os.utime(tmp_path / "f.jsonl", (1, 1))
+    with pytest.raises(ValueError, match="not a conversion of this source as it is now"):
+        convert(config, source, out, per_file=2)
+
+
+def test_a_part_that_was_being_written_is_written_again(tmp_path, monkeypatch):
+    pytest.importorskip("array_record")
+    config = ScenesConfig("s", num_examples=4)
+    write = convert_lib.array_records.write_file
+
+    def cut(file, records):
+        write(file, records)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(convert_lib.array_records, "write_file", cut)
+        with pytest.raises(KeyboardInterrupt):
+            convert(config, open_source(config), tmp_path / "out", per_file=3)
+    assert convert(config, open_source(config), tmp_path / "out", per_file=3).records == 4
+    assert not list((tmp_path / "out").glob("*.tmp"))
+    with pytest.raises(ValueError, match="begun for another source"):
+        (tmp_path / "new.partial").mkdir()
+        (tmp_path / "new.partial" / "source.json").write_text("{}")
+        convert(config, open_source(config), tmp_path / "new")
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    """A folder with a small data set of TensorFlow Datasets, built without TensorFlow."""
+    tfds = pytest.importorskip("tensorflow_datasets")
+    folder = tmp_path_factory.mktemp("prepared")
+    features = {"image": tfds.features.Image(), "question": tfds.features.Text(), "said": {}}
+    features["said"]["answers"] = tfds.features.Sequence(tfds.features.Text())
+
+    class TinyVqa(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+        pkg_dir_path = folder  # where it would look for texts about itself
+
+        def _info(self):
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for i in range(3):
+                (folder / f"{i}.png").write_bytes(png(i))
+                answers = ["red", "blue", "blue"]
+                yield (
+                    i,
+                    {"image": folder / f"{i}.png", "question": f"What {i}?", "said": {"answers": answers}},
+                )
+
+    TinyVqa(data_dir=folder / "data", file_format="array_record").download_and_prepare()
+    return folder
+
+
+def test_a_data_set_of_tfds_is_read_by_name(prepared):
+    config = TfdsConfig("t", "tiny_vqa", root="data", question="question", answer="said/answers")
+    source = open_source(config, root=str(prepared))
+    assert len(source) == 3 and len(source.files) == 1
+    numbers = set()
+    for i in range(3):
+        sample = source[i]
+        number = sample.images[0]().getpixel((0, 0))[0]
+        numbers.add(number)
+        question = f"What {number}?"
+        assert [(t.question, t.answer) for t in sample.turns] == [
+            (f"<image>\n{question}", "blue"),
+            (question, "red"),
+        ]
+    assert numbers == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dataset": "absent"}, "data, absent, train: "),
+        ({"split": "test"}, "tiny_vqa, test: "),
+        ({"answer": "reply"}, "no feature 'reply'; there are image, question, said"),
+    ],
+)
+def test_a_data_set_that_is_not_there_is_named(prepared, change, message):
+    config = TfdsConfig(
+        **{"name": "t", "dataset": "tiny_vqa", "root": "data", "answer": "question", **change}
+    )
+    with pytest.raises(ValueError, match=f"source 't': .*{message}") as caught:
+        open_source(config, root=str(prepared))
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,52 @@
+"""``convert-data``: a source of an experiment to ArrayRecord files, and the lengths that packing needs."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+
+from vl_jax.data import packed
+from vl_jax.data.array_records import ENDING, ArrayRecordConfig
+from vl_jax.data.convert import REPORT, convert
+from vl_jax.data.encode import find_source
+from vl_jax.data.sources import open_source
+from vl_jax.experiment import Experiment, model_spec
+
+
+def run(experiment: Experiment, name: str, target: Path) -> ArrayRecordConfig:
+    """Converts a source, prints the report, and gives the config that takes the source's place.
+
+    Raises:
+      ValueError: there is no such source, it cannot be read, or the folder holds something else.
+    """
+    console, data = Console(), experiment.data
+    config = find_source(data, name)
+    source = open_source(config, root=data.root)
+    with _bar(console, f"convert {name}") as progress:
+        report = convert(config, source, target, num_threads=data.num_threads, progress=progress)
+    console.print(
+        f"{target}: {report}; listed in {target / REPORT}", markup=False, highlight=False, soft_wrap=True
+    )
+    pattern = os.path.join(os.path.relpath(target, data.root), f"*{ENDING}")
+    converted = ArrayRecordConfig(name, pattern)
+    if data.packing is not None and data.packing.index and report.records:
+        alone = dataclasses.replace(data, sources=(converted,), evaluation=())
+        for stage in {stage.targets: stage for stage in experiment.stages}.values():
+            with _bar(console, f"measure {name} ({stage.targets})") as progress:
+                packed.open_planner(alone, model_spec(experiment), targets=stage.targets, progress=progress)
+    console.print(f"in the experiment file: {converted!r}", markup=False, highlight=False, soft_wrap=True)
+    return converted
+
+
+@contextmanager
+def _bar(console: Console, label: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress line; it is told how many are done, and of how many."""
+    with Progress(console=console) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

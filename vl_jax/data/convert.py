@@ -1,0 +1,136 @@
+"""Any source to ArrayRecord files: every image decoded once, bad records left out, counted and listed.
+
+    DIR.partial/  part-00000.arrayrecord  part-00000.json  ...   --when all are there-->   DIR/
+                  source.json                                                               report.json
+
+A part is done when the account beside it is written, so a conversion that was killed goes on behind its last
+part; and there is no ``DIR`` before everything is in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vl_jax.data import array_records
+from vl_jax.data.sample import BadSample
+from vl_jax.data.sources import Source, SourceConfig, stamp_of
+
+_AHEAD = 64  # records read and encoded while others are written
+REPORT, _SOURCE = "report.json", "source.json"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of the records of a source."""
+
+    records: int  # written
+    skipped: dict[str, str]  # the index of each record left out, and the reason with its place
+
+    @property
+    def reasons(self) -> dict[str, int]:
+        """How many records were left out, by reason."""
+        return dict(Counter(message.rpartition("[")[2].rstrip("]") for message in self.skipped.values()))
+
+    def __str__(self) -> str:
+        left = ", ".join(f"{n} {reason}" for reason, n in self.reasons.items())
+        return f"{self.records} records" + (f", left out: {left}" if left else "")
+
+
+def convert(
+    config: SourceConfig,
+    source: Source,
+    target: Path,
+    *,
+    per_file: int = 2000,
+    num_threads: int = 2,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Report:
+    """Writes a source as ArrayRecord files into a new folder; goes on where an earlier call was killed.
+
+    Args:
+      progress: called with the number of records that are done and of all.
+
+    Raises:
+      ValueError: the folder holds something else, or another source was begun there.
+    """
+    facts = {"source": repr(config), "stamp": stamp_of(source), "length": len(source), "per_file": per_file}
+    if target.exists():
+        return _finished(target, facts)
+    folder = target.with_name(f"{target.name}.partial")
+    _claim(folder, facts)
+    total, parts = len(source), []
+    with ThreadPoolExecutor(num_threads) as pool:
+        for number, start in enumerate(range(0, total, per_file)):
+            place = folder / f"part-{number:05d}.json"
+            stop = min(start + per_file, total)
+            if not place.is_file():
+                _write_part(place, source, range(start, stop), pool)
+            parts.append(json.loads(place.read_text(encoding="utf-8")))
+            progress(stop, total)
+    skipped = {index: message for part in parts for index, message in part["skipped"].items()}
+    report = Report(sum(part["records"] for part in parts), skipped)
+    _write(folder / REPORT, {**dataclasses.asdict(report), **facts, "reasons": report.reasons})
+    for file in (folder / _SOURCE, *folder.glob("part-*.json")):
+        file.unlink()
+    os.replace(folder, target)
+    return report
+
+
+def _finished(target: Path, facts: dict[str, Any]) -> Report:
+    file = target / REPORT
+    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if {key: found.get(key) for key in facts} != facts:
+        raise ValueError(f"{target}: exists, and is not a conversion of this source as it is now")
+    return Report(found["records"], found["skipped"])
+
+
+def _claim(folder: Path, facts: dict[str, Any]) -> None:
+    """Makes the folder, or finds that it was begun for the same source."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / _SOURCE
+    if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != facts:
+        raise ValueError(f"{folder}: was begun for another source or other files; delete it")
+    _write(file, facts)
+
+
+def _write_part(place: Path, source: Source, records: range, pool: ThreadPoolExecutor) -> None:
+    """Writes one file of records and then the account of it, each whole or not at all."""
+    skipped: dict[int, str] = {}
+
+    def encoded() -> Iterator[bytes]:
+        for start in range(records.start, records.stop, _AHEAD):
+            chunk = range(start, min(start + _AHEAD, records.stop))
+            for index, result in zip(chunk, pool.map(lambda i: _encode(source, i), chunk), strict=True):
+                if isinstance(result, BadSample):
+                    skipped[index] = str(result)
+                else:
+                    yield result
+
+    file = place.with_suffix(array_records.ENDING)
+    temporary = file.with_suffix(".tmp")
+    count = array_records.write_file(temporary, encoded())
+    os.replace(temporary, file)
+    if not count:
+        file.unlink()
+    _write(place, {"records": count, "skipped": skipped})
+
+
+def _encode(source: Source, index: int) -> bytes | BadSample:
+    try:
+        return array_records.encode(source[index])
+    except BadSample as error:
+        return error
+
+
+def _write(file: Path, content: dict[str, Any]) -> None:
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, file)

@@ -1,0 +1,65 @@
+"""Sources of several files: which files they are, and in which of them a record is."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+
+from vl_jax.data.sample import DEFAULT_MAX_PIXELS
+
+
+def check_fields(
+    name: str, file: str, endings: tuple[str, ...], max_pixels: int = DEFAULT_MAX_PIXELS
+) -> None:
+    """The rules that configs of sources share.
+
+    Raises:
+      ValueError: which field breaks which rule.
+    """
+    if not name:
+        raise ValueError("name='' of a source: must not be empty")
+    if not file.endswith(endings):
+        raise ValueError(f"file={file!r} of source {name!r}: must end in {' or '.join(endings)}")
+    if max_pixels < 1:
+        raise ValueError(f"max_pixels={max_pixels} of source {name!r}: must be at least 1")
+
+
+def find_files(root: str, pattern: str, name: str) -> list[Path]:
+    """The files that a name or a pattern such as ``shards/*.tar`` means, in the order of their names.
+
+    Raises:
+      ValueError: there is none.
+    """
+    whole = Path(root) / pattern
+    if any(mark in pattern for mark in "*?["):
+        base = Path(whole.anchor) if whole.is_absolute() else Path(root)
+        found = sorted(f for f in base.glob(str(whole.relative_to(base))) if f.is_file())
+    else:
+        found = [whole] if whole.is_file() else []
+    if not found:
+        raise ValueError(f"source {name!r}: no such file {whole}")
+    return found
+
+
+class Places:
+    """Numbers the records of several files through."""
+
+    def __init__(self, counts: Sequence[int]):
+        """Takes the number of records of each file."""
+        self._ends = list(accumulate(counts))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        """Which file, and which record of it.
+
+        Raises:
+          IndexError: there are not so many.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        file = bisect_right(self._ends, index)
+        return file, index - (self._ends[file - 1] if file else 0)
