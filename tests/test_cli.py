@@ -215,7 +215,7 @@ def test_convert_data_names_the_source_that_takes_the_other_s_place(capsys, tmp_
 
 def test_inspect_data_prints_samples_and_writes_the_page(capsys, tmp_path):
     page = tmp_path / "page.html"
-    assert cli.main(["inspect", "data", CONFIG, "--samples=1", f"--html={page}"]) == 0
+    assert cli.main(["inspect", "data", CONFIG, "--samples=1", "--examine=20", f"--html={page}"]) == 0
     out = capsys.readouterr().out
     assert "scenes" in out and "heldout" in out
     assert "<html" in page.read_text(encoding="utf-8")
