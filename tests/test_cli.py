@@ -197,6 +197,13 @@ def test_inspect_params_names_sizes_axes_stages_and_what_does_not_divide(capsys,
     assert any("encoder/blocks/fc1/kernel: mlp=33 does not divide" in message for message in caplog.messages)
 
 
+def test_a_single_gate_that_is_normalised_is_warned_of(capsys, caplog):
+    options = ["--config.model.moe.top_k=1", "--config.model.moe.normalize_gates=True"]
+    with caplog.at_level(logging.WARNING):
+        assert cli.main(["inspect", "params", CONFIG, *options]) == 0
+    assert any("set normalize_gates=False" in message for message in caplog.messages)
+
+
 def test_convert_data_names_the_source_that_takes_the_other_s_place(capsys, tmp_path):
     pytest.importorskip("array_record")
     options = (f"--config.data.root={tmp_path}", "--source=heldout", f"--to={tmp_path / 'new'}")
@@ -208,7 +215,7 @@ def test_convert_data_names_the_source_that_takes_the_other_s_place(capsys, tmp_
 
 def test_inspect_data_prints_samples_and_writes_the_page(capsys, tmp_path):
     page = tmp_path / "page.html"
-    assert cli.main(["inspect", "data", CONFIG, "--samples=1", f"--html={page}"]) == 0
+    assert cli.main(["inspect", "data", CONFIG, "--samples=1", "--examine=20", f"--html={page}"]) == 0
     out = capsys.readouterr().out
     assert "scenes" in out and "heldout" in out
     assert "<html" in page.read_text(encoding="utf-8")

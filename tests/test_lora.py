@@ -40,7 +40,7 @@ EVERY = LoraConfig(rank=3, alpha=6.0, targets=tuple(GROUPS))
 KINDS = {
     "layers/attention/query": ((2, 5, 2, 4), "ltd,ldnh->ltnh", "ltd,ldr->ltr", "ltr,lrnh->ltnh"),
     "layers/attention/key": ((2, 5, 2, 4), "ltd,ldnh->ltnh", "ltd,ldr->ltr", "ltr,lrnh->ltnh"),
-    "layers/attention/kv_up": ((2, 5, 2, 4), "ltd,ldnh->ltnh", "ltd,ldr->ltr", "ltr,lrnh->ltnh"),
+    "layers/attention/kv_up": ((2, 2, 4, 5), "ltd,lnhd->ltnh", "ltd,ldr->ltr", "ltr,lrnh->ltnh"),
     "layers/attention/output": ((2, 3, 4, 5), "ltnh,lnhd->ltd", "ltnh,lnhr->ltr", "ltr,lrd->ltd"),
     "layers/gate/output": ((2, 3, 4, 5), "ltnh,lnhd->ltd", "ltnh,lnhr->ltr", "ltr,lrd->ltd"),
     "layers/attention/kv_down/kernel": ((2, 5, 7), "ltd,ldf->ltf", "ltd,ldr->ltr", "ltr,lrf->ltf"),

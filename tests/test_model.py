@@ -58,7 +58,7 @@ def _influence(model, params: Any, state: Any, batch: Batch) -> tuple[jax.Array,
     ("scheme", "fusion"),
     [
         ("loss_free", "prefix"),
-        ("top_k", "gated"),
+        pytest.param("top_k", "gated", marks=pytest.mark.slow),
         pytest.param("capacity", "prefix", marks=pytest.mark.slow),
     ],
 )

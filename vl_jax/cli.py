@@ -94,7 +94,12 @@ def _add_runs(command: Command) -> None:
     inspect.add_argument("--workdir", type=Path, help="with routing, in place of --config: folder of a run")
     inspect.add_argument("--batches", type=int, default=4, help="with routing: held-out batches to look at")
     inspect.add_argument("--html", type=Path, help="with data: also write all of it as a page")
-    inspect.add_argument("--examine", type=int, default=1000, help="with data: records examined per source")
+    inspect.add_argument(
+        "--examine",
+        type=int,
+        default=1000,
+        help="with data: records examined of every source, and draws whose padding is counted",
+    )
     inspect.add_argument("--samples", type=int, default=3, help="with data: samples per source")
     sweep = _with_config(
         command(

@@ -205,7 +205,7 @@ def padding(
     *,
     sources: dict[str, float],
     targets: Targets,
-    window: int = 1024,
+    window: int = 1000,
 ) -> tuple[PackingConfig, WasteReport]:
     """What of the rows would be padding: with the packing of the config, or with one that suits the data.
 

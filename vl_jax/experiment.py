@@ -179,6 +179,12 @@ def plan(experiment: Experiment) -> Layout:
     for path, placement in layout.placements.items():
         if placement.whole:
             logger.warning("%s: %s does not divide, kept whole on the mesh", path, ", ".join(placement.whole))
+    moe = experiment.model.moe
+    if experiment.model.num_sparse_layers and moe.top_k == 1 and moe.normalize_gates:
+        logger.warning(
+            "model.moe.top_k=1 with normalize_gates=True: the only gate of a token is always 1, so the "
+            "router learns nothing from the task; set normalize_gates=False"
+        )
     return layout
 
 

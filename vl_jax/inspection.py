@@ -82,7 +82,9 @@ def show_data(
     padding = {}
     for stage in experiment.stages:
         weights = mixture(experiment, stage)
-        padding[stage.name] = doctor.padding(data, spec, sources=weights, targets=stage.targets)
+        padding[stage.name] = doctor.padding(
+            data, spec, sources=weights, targets=stage.targets, window=examine
+        )
         row, report = padding[stage.name]
         console.rule(f"padding of stage {stage.name}")
         known = "" if data.packing else ", which data.packing could make"

@@ -482,7 +482,7 @@ _MLA: tuple[_Row, ...] = (
     ("kv_a_proj_with_mqa.weight", "attention/kv_down/kernel", "r d -> d r"),
     ("kv_a_proj_with_mqa.bias", "attention/kv_down/bias", "r -> r"),
     ("kv_a_layernorm.weight", "attention/kv_norm/scale", "r -> r"),
-    ("kv_b_proj.weight", "attention/kv_up", "(n x) r -> r n x"),
+    ("kv_b_proj.weight", "attention/kv_up", "(n x) r -> n x r"),
 )
 _MLA_QUERY: tuple[_Row, ...] = (("q_proj.weight", "attention/query", "(n h) d -> d n h"),)
 _MLA_LOW_RANK_QUERY: tuple[_Row, ...] = (

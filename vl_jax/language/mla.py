@@ -62,12 +62,13 @@ def expand(
     q_rope: Float[Array, "B T N P"],
     latent: Float[Array, "B T R"],
     key_rope: Float[Array, "B T P"],
-    kv_up: Float[Array, "R N HV"],
+    kv_up: Float[Array, "N HV R"],
 ) -> tuple[Float[Array, "B T N HP"], Float[Array, "B T N HP"], Float[Array, "B T N V"]]:
     """Query, key and value of every head, written out: the training form."""
     heads, nope = q_nope.shape[2:]
     # Two products: the weights are cut, not the activations, whose gradients would have to be padded again.
-    k_nope, value = split_heads(latent, kv_up[..., :nope]), split_heads(latent, kv_up[..., nope:])
+    up = jnp.moveaxis(kv_up, -1, 0)
+    k_nope, value = split_heads(latent, up[..., :nope]), split_heads(latent, up[..., nope:])
     shared = jnp.broadcast_to(key_rope[:, :, None], (*key_rope.shape[:2], heads, key_rope.shape[-1]))
     query = jnp.concatenate([q_nope, q_rope], axis=-1)
     return query, jnp.concatenate([k_nope, shared], axis=-1), value
@@ -78,19 +79,19 @@ def absorbed_attention(
     q_rope: Float[Array, "B T N P"],
     latent: Float[Array, "B S R"],
     key_rope: Float[Array, "B S P"],
-    kv_up: Float[Array, "R N HV"],
+    kv_up: Float[Array, "N HV R"],
     *,
     mask: Bool[Array, "B T S"],
     scale: float,
 ) -> Float[Array, "B T N V"]:
     """The decoding form: attends over the latents themselves, never expanding the cache."""
     nope = q_nope.shape[-1]
-    q_latent = jnp.einsum("BTNH,RNH->BTNR", q_nope, kv_up[..., :nope])
+    q_latent = jnp.einsum("BTNH,NHR->BTNR", q_nope, kv_up[:, :nope])
     scores = jnp.einsum("BTNR,BSR->BNTS", q_latent, latent, preferred_element_type=jnp.float32)
     scores = scores + jnp.einsum("BTNP,BSP->BNTS", q_rope, key_rope, preferred_element_type=jnp.float32)
     weights = attention.masked_softmax(scores * scale, mask[:, None]).astype(latent.dtype)
     mixed = jnp.matmul(weights, latent[:, None])  # [B N T R]: einsum would transpose the cache
-    return jnp.einsum("BNTR,RNV->BTNV", mixed, kv_up[..., nope:])
+    return jnp.einsum("BNTR,NVR->BTNV", mixed, kv_up[:, nope:])
 
 
 class MLA(nn.Module):
@@ -114,15 +115,16 @@ class MLA(nn.Module):
         down = Linear(c.kv_lora_rank + c.qk_rope_dim, ("embed", None), use_bias=c.use_bias, name="kv_down")(x)
         latent = RMSNorm(INNER_EPSILON, name="kv_norm")(down[..., : c.kv_lora_rank])
         key_rope = rope.rotate(down[..., None, c.kv_lora_rank :], angle, c.rope)[:, :, 0]
-        init = named(fan_in(), None, "heads", None)
-        kv_up = self.param("kv_up", init, (c.kv_lora_rank, c.num_heads, c.qk_nope_dim + c.v_head_dim))
+        # Heads first and the rank last: absorbed, it is multiplied from both sides as it lies in memory.
+        init = named(fan_in(in_axis=2), "heads", None, None)
+        kv_up = self.param("kv_up", init, (c.num_heads, c.qk_nope_dim + c.v_head_dim, c.kv_lora_rank))
         kv_up = kv_up.astype(x.dtype)
         if kept is None:
             query, key, value = expand(q_nope, q_rope, latent, key_rope, kv_up)
             if self.is_mutable_collection("intermediates"):
                 weights = attention.attention_weights(query, key, mask=mask, scale=c.scale)
                 self.sow("intermediates", "weights", weights)
-                self.sow("intermediates", "key_value", split_heads(latent, kv_up))
+                self.sow("intermediates", "key_value", split_heads(latent, jnp.moveaxis(kv_up, -1, 0)))
             mixed = attention.attend(query, key, value, mask=mask, scale=c.scale, causal=True)
         else:
             assert length is not None
