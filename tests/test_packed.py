@@ -247,7 +247,7 @@ def test_padding_of_the_shared_mixture_is_within_bounds(shared_data):
         max_tokens=1024,
         tiling=TilingConfig(tile_size=64, views="global"),
         max_tiles=2,
-        packing=PackingConfig(max_tokens=2048, max_tiles=19, window=2048),
+        packing=PackingConfig(max_tokens=2048, max_tiles=17, window=2048),
     )
     sizes = {s.name: float(len(open_source(s, root=config.root))) for s in config.sources}
     planner, _ = open_planner(config, dataclasses.replace(SPEC, tile_tokens_side=4), sources=sizes)
