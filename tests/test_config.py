@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from vl_jax.config import ConfigError, from_json, load, override, rebuild, to_json, view
 from vl_jax.data.images import TilingConfig
 from vl_jax.data.llava import LlavaConfig
+from vl_jax.data.packing import PackingConfig
 from vl_jax.data.scenes import ScenesConfig
 from vl_jax.moe.routing import MoEConfig
 from vl_jax.train.optimizer import OptimizerConfig
@@ -47,6 +48,16 @@ def test_stages_stay_in_the_order_in_which_they_were_written(names):
 def test_view_and_json_give_back_an_equal_config():
     assert rebuild(view(EXPERIMENT)) == EXPERIMENT
     assert from_json(to_json(EXPERIMENT)) == EXPERIMENT
+
+
+def test_a_part_that_is_absent_is_switched_on_by_a_field_of_it_and_off_by_none():
+    plain = changed("model.moe.balance_scope", "batch")  # the other is not for packed rows
+    packed = changed("data.packing.max_tokens", "300", plain)
+    assert packed.data.packing == PackingConfig(max_tokens=300) and plain.data.packing is None
+    assert changed("data.packing", "None", packed) == plain == changed("data.packing", "None", plain)
+    assert "did you mean 'max_tokens'" in refusal("data.packing.max_token", "300")
+    assert "is a group" in refusal("data.tiling", "None")
+    assert "is a value" in refusal("data.max_turns.first", "1")
 
 
 MOES = st.fixed_dictionaries(

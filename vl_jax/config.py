@@ -7,7 +7,8 @@ applied to the view, which is then rebuilt **once**: every type, choice and ``__
 checked on the final values, before any array exists. Code past the command line sees dataclasses only.
 
 A tuple of named dataclasses (training stages, data sources) appears in the view as a mapping from
-name to element, so ``--config.stages.sft.steps=100`` addresses one of them.
+name to element, so ``--config.stages.sft.steps=100`` addresses one of them. A part that may be absent is
+switched on by setting one of its fields, ``--config.data.packing.max_tokens=2048``, and off by ``=None``.
 """
 
 from __future__ import annotations
@@ -84,7 +85,14 @@ def override(config_view: Any, path: str, text: str) -> None:
         if key not in node or key == TYPE_KEY:
             raise ConfigError(_unknown(where, key, [k for k in node.keys() if k != TYPE_KEY]))
         if depth < len(parents):
+            if node[key] is None and (part := _optional_part(node, key)) is not None:
+                with node.unlocked(), node.ignore_type():
+                    node[key] = view(part())
             node = node[key]
+    if hasattr(node[last], "keys") and text == "None" and _optional_part(node, last) is not None:
+        with node.ignore_type():
+            node[last] = None
+        return
     if hasattr(node[last], "keys"):
         fields = ", ".join(k for k in node[last].keys() if k != TYPE_KEY)
         raise ConfigError(f"config.{path} is a group, set one of its fields: {fields}")
@@ -221,6 +229,20 @@ def _placeholder_type(hint: Any) -> type | None:
     """The scalar type of an optional field, or None where a placeholder makes no sense."""
     scalars = [a for a in typing.get_args(hint) if a in (int, float, str, bool)]
     return scalars[0] if scalars else None
+
+
+def _optional_part(node: Any, key: str) -> type | None:
+    """The dataclass of a field that holds one or None, if it can be made without arguments."""
+    if TYPE_KEY not in node:
+        return None
+    options = typing.get_args(typing.get_type_hints(_resolve(node[TYPE_KEY], "config"))[key])
+    parts = [option for option in options if dataclasses.is_dataclass(option)]
+    if types.NoneType not in options or len(parts) != 1:
+        return None
+    given = (dataclasses.MISSING, dataclasses.MISSING)
+    if any((f.default, f.default_factory) == given for f in dataclasses.fields(parts[0])):
+        return None
+    return typing.cast(type, parts[0])
 
 
 def _parse(text: str, node: Any, key: str) -> Any:
