@@ -321,7 +321,9 @@ def test_a_scheme_of_ones_own_file_survives_json_and_view(tmp_path):
     file = tmp_path / "own.py"
     file.write_text(OWN)
     config = MoEConfig(f"{file}:sharp", E, K, F, options=(("heat", 0.5),))
-    assert from_json(to_json(config)) == config == rebuild(view(config))
+    assert from_json(to_json(config)) == config
+    pytest.importorskip("ml_collections")
+    assert rebuild(view(config)) == config
     assert config.option("heat") == 0.5 and routing.is_causal(config)
     choice, _ = assign(config, jnp.zeros((1, T, E)).at[..., 2].set(1.0))
     np.testing.assert_array_equal(choice.experts[..., 0], 2)
