@@ -121,6 +121,19 @@ def test_records_are_examined_evenly_over_the_source(monkeypatch):
     assert seen == [0, 3, 6, 9] and examination.num_examined == 4 and examination.num_records == 10
 
 
+def test_at_least_one_record_is_examined(monkeypatch):
+    with pytest.raises(ValueError, match="examine=0: must be at least 1"):
+        examine(monkeypatch, [sample("a", Turn("what?", "that"))], limit=0)
+
+
+def test_every_picture_is_decoded_once(monkeypatch):
+    decoded = []
+    seen = dataclasses.replace(
+        sample("a", Turn("what?", "that")), images=(lambda: decoded.append(1) or picture(0),)
+    )
+    assert examine(monkeypatch, [seen]).num_usable == 1 and len(decoded) == 1
+
+
 def test_padding_is_that_of_the_config_or_of_rows_that_suit_the_data():
     sources = {"scenes": 1.0}
     row, report = doctor.padding(CONFIG, SPEC, sources=sources, targets="answers", window=256)

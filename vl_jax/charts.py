@@ -129,7 +129,7 @@ def histogram(values: Sequence[float], *, title: str, limit: float | None = None
       limit: a value to mark, such as the most that fits.
     """
     low, high = min(values), max(values)
-    width = (high - low) / bins
+    width = (high - low) / bins or 1
     if all(v == int(v) for v in values):  # whole numbers get stretches of whole width
         width = max(1, math.ceil((high - low + 1) / bins))
     counts = [0] * (int((high - low) // width) + 1)

@@ -103,8 +103,10 @@ def examine(
       progress: wraps the record numbers, to show how far it is.
 
     Raises:
-      ValueError: the whole source is unusable.
+      ValueError: the whole source is unusable, or the limit is below 1.
     """
+    if limit < 1:
+        raise ValueError(f"examine={limit}: must be at least 1")
     source = open_source(find_source(config, source_name), root=config.root)
     encoder = make_encoder(config, spec)
     measure = Measure(encoder, config.turns, targets)
@@ -118,6 +120,7 @@ def examine(
             if isinstance(sample, BadSample):
                 raise sample
             images = [image() for image in sample.images]
+            sample = replace(sample, images=tuple(lambda p=p: p for p in images))  # decoded once is enough
             _use(encoder, sample, config, targets)
         except BadSample as error:
             notes.add(f"cannot be used: {error.reason.replace('_', ' ')}", str(error))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -20,7 +20,7 @@ from vl_jax.data import chat, images
 from vl_jax.data.collate import Example, RowSizes, collate
 from vl_jax.data.packing import PackingConfig
 from vl_jax.data.sample import BadSample, Image, ReducibleImage, Sample, image_size
-from vl_jax.data.sources import SourceConfig
+from vl_jax.data.sources import Source, SourceConfig, open_source
 from vl_jax.data.tokenizer import Tokenizer, load_tokenizer
 from vl_jax.data.turns import TurnSampling
 
@@ -351,6 +351,27 @@ def make_row_encoder(config: DataConfig, spec: ModelSpec, *, targets: chat.Targe
             packing=None,
         )
     return make_encoder(config, spec, targets=targets)
+
+
+def open_sources(
+    config: DataConfig, weights: Mapping[str, float] | None
+) -> tuple[dict[str, Source], dict[str, float]]:
+    """The sources of a training stream by name, opened, and their relative weights.
+
+    Args:
+      weights: by name; None or none takes all sources of the config alike.
+
+    Raises:
+      ValueError: a source is unknown or unreadable, or a weight is not above 0.
+    """
+    known = {s.name: s for s in config.sources}
+    weights = dict(weights) if weights else dict.fromkeys(known, 1.0)
+    if not weights or any(not w > 0 for w in weights.values()):
+        raise ValueError(f"sources={weights}: needs at least one source, and weights above 0")
+    for name in weights:
+        if name not in known:
+            raise ValueError(f"source {name!r}: not in the config; known: {', '.join(known)}")
+    return {name: open_source(known[name], root=config.root) for name in weights}, weights
 
 
 def find_source(config: DataConfig, name: str) -> SourceConfig:

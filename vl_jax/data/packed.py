@@ -26,12 +26,12 @@ from vl_jax.batch import Batch
 from vl_jax.data.background import Background, BadRuns
 from vl_jax.data.chat import Targets
 from vl_jax.data.collate import Example
-from vl_jax.data.encode import DataConfig, Encoder, ModelSpec, make_row_encoder
+from vl_jax.data.encode import DataConfig, Encoder, ModelSpec, make_row_encoder, open_sources
 from vl_jax.data.lengths import Measure, Measured, Measuring, open_index
 from vl_jax.data.mixture import Mixture
 from vl_jax.data.plan import Cursor, Draw, Item, Plan, Planner
 from vl_jax.data.sample import BadSample
-from vl_jax.data.sources import Source, SourceConfig, open_source, stamp_of
+from vl_jax.data.sources import Source, SourceConfig, stamp_of
 
 _log = logging.getLogger(__name__)
 _MAX_EMPTY_WINDOWS = 1000
@@ -161,15 +161,12 @@ def open_planner(
     row = config.packing
     if targets != "answers":
         row = dataclasses.replace(row, max_answer_tokens=None)
-    weights = dict(sources) if sources else {s.name: 1.0 for s in config.sources}
-    known = {s.name: s for s in config.sources}
-    for name in weights:
-        if name not in known:
-            raise ValueError(f"source {name!r}: not in the config; known: {', '.join(known)}")
-    opened = {name: open_source(known[name], root=config.root) for name in weights}
+    opened, weights = open_sources(config, sources)
     seed = config.seed if seed is None else seed
     encoder = make_row_encoder(config, spec, targets=targets)
     mixture = Mixture({name: len(s) for name, s in opened.items()}, weights, seed=seed, warmup=row.warmup)
+
+    known = {s.name: s for s in config.sources}
 
     def lengths(blind: bool) -> dict[str, Measured]:
         measure = Measure(encoder, config.turns, targets, blind=blind, verify=bool(row.index))

@@ -25,9 +25,9 @@ from vl_jax.batch import Batch
 from vl_jax.data.background import Background, BadRuns
 from vl_jax.data.chat import Targets
 from vl_jax.data.collate import Example
-from vl_jax.data.encode import DataConfig, Encoder, ModelSpec, make_encoder
+from vl_jax.data.encode import DataConfig, Encoder, ModelSpec, make_encoder, open_sources
 from vl_jax.data.sample import BadSample
-from vl_jax.data.sources import Source, open_source
+from vl_jax.data.sources import Source
 from vl_jax.data.turns import vary
 
 _log = logging.getLogger(__name__)
@@ -62,16 +62,9 @@ class TrainIterator:
         Raises:
           ValueError: a source is unknown or unreadable, or a weight or size is out of range.
         """
-        weights = dict(sources) if sources else {s.name: 1.0 for s in config.sources}
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: must be at least 1")
-        if not weights or any(w <= 0 for w in weights.values()):
-            raise ValueError(f"sources={weights}: needs at least one source, and weights above 0")
-        known = {s.name: s for s in config.sources}
-        for name in weights:
-            if name not in known:
-                raise ValueError(f"source {name!r}: not in the config; known: {', '.join(known)}")
-        opened = {name: open_source(known[name], root=config.root) for name in weights}
+        opened, weights = open_sources(config, sources)
         seed = config.seed if seed is None else seed
         self._reader = _Reader(
             opened, weights, config, make_encoder(config, spec, targets=targets), targets, seed
