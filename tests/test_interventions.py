@@ -99,12 +99,6 @@ def test_an_expert_nobody_chooses_can_be_taken_away_without_harm(setting):
     assert np.any(np.abs(found.knockout[:, :3] - found.loss) > 1e-6)
 
 
-def test_churn_is_the_share_of_new_choices():
-    before = np.array([[[[0, 1], [2, E], [3, 0]]]])
-    after = np.array([[[[1, 0], [3, 2], [E, E]]]])  # of four choices, one is new; order does not matter
-    np.testing.assert_array_equal(interventions.churn(before, after, num_experts=E), [0.25])
-
-
 def test_a_scheme_without_choices_is_refused(setting):
     config = tiny.config("expert_choice")
     params, state = tiny.build(config)

@@ -13,6 +13,7 @@ import tiny
 
 from vl_jax import sharding
 from vl_jax.evaluate import interventions
+from vl_jax.evaluate.routes import routes as routes_of
 from vl_jax.model import VisionLanguage
 from vl_jax.moe import routing
 from vl_jax.moe.routing import SCHEMES, MoEConfig, RoutingContext, scheme_of
@@ -96,11 +97,11 @@ def test_a_model_follows_the_routes_of_another(scheme):
     (params, state), model = tiny.build(model_config), VisionLanguage(model_config)
     batch = jax.tree.map(jnp.asarray, tiny.varied_batch(2))
     changed = jax.tree.map(lambda p: p + 0.3 * jnp.cos(jnp.arange(p.size)).reshape(p.shape), params)
-    own = interventions.routes(params, state, batch, model=model)
-    others = interventions.routes(changed, state, batch, model=model)
+    own = routes_of(params, state, batch, model=model)
+    others = routes_of(changed, state, batch, model=model)
     assert own.shape == (2, *batch.tokens.shape, 2) and np.any(own != others)
     given = {**state, routing.ROUTES: others}
-    np.testing.assert_array_equal(interventions.routes(params, given, batch, model=model), others)
+    np.testing.assert_array_equal(routes_of(params, given, batch, model=model), others)
     losses = [
         interventions.target_losses(params, {**state, **routes}, batch, model=model)
         for routes in ({}, {routing.ROUTES: own}, {routing.ROUTES: others})

@@ -46,7 +46,7 @@ class Interruption:
     """Wraps the streams of a run; before the batch of step ``at`` it does ``action``, once."""
 
     def __init__(self, monkeypatch, at: int, action):
-        self.left, self.action = at, action
+        self.left, self.action = at + 1, action  # the first of all is the fixed batch of ``churn``
         original = experiment.open_stream
 
         def open_stream(*args):
@@ -73,6 +73,7 @@ def test_the_log_has_every_step_of_both_stages_once(uninterrupted):
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert [line["stage"] for line in lines] == ["first"] * 9 + ["second"] * 7
     assert all(np.isfinite(line["loss"]) for line in lines)
+    assert all(0 <= line["routing/churn"][0] <= 1 for line in lines if "routing/load" in line)
     assert (uninterrupted / "report.html").exists()
     assert (uninterrupted / "eval" / "heldout" / f"{STEPS}.json").exists()
 

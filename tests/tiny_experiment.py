@@ -63,7 +63,7 @@ def get_config(arg: str = ""):
                 Stage("first", steps=9, batch_size=8, targets="all", trainable=("adapter/.*", "language/.*")),
                 Stage("second", steps=7, batch_size=8),
             ),
-            loop=LoopConfig(log_every=1, routing_every=2, checkpoint_every=4),
+            loop=LoopConfig(log_every=1, routing_every=2, checkpoint_every=4, churn=True),
             evaluation=EvaluationConfig(batch_size=8, limit=8, max_new_tokens=4, prior_samples=10),
         )
     )

@@ -34,7 +34,7 @@ from vl_jax.metrics import METRICS_FILE, read_metrics
 
 REPORT_FILE = "report.html"
 _LOAD, _MAXVIO, _DEAD, _DROPS = "routing/load", "routing/maxvio", "routing/dead", "routing/drop_rate"
-_RUNNING = "routing/maxvio_running"
+_RUNNING, _CHURN = "routing/maxvio_running", "routing/churn"
 # Lines of the log over which the final expert load is averaged: one step says little about rare experts.
 _LOAD_LINES = 10
 _SCORES = (
@@ -298,6 +298,8 @@ def _routing(run: Run) -> str:
         ("Experts without a token (dead)", _DEAD, number, ""),
         ("Tokens dropped", _DROPS, percent, ""),
     ]
+    if any(_CHURN in line for line in lines):
+        charts.append(("Choices that changed (churn)", _CHURN, percent, "Of a fixed batch, in one step."))
     for title, name, show, note in charts:
         series = _layer_series(lines, name)
         if series:

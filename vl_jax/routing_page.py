@@ -12,6 +12,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.progress import track
@@ -20,8 +21,8 @@ from vl_jax.batch import MODALITIES, Batch
 from vl_jax.charts import heatmap, number, percent
 from vl_jax.data.encode import make_encoder
 from vl_jax.data.tokenizer import Tokenizer
-from vl_jax.evaluate import interventions
 from vl_jax.evaluate.interventions import Study, study
+from vl_jax.evaluate.routes import all_routes, churn
 from vl_jax.experiment import Experiment, model_spec, open_stream, restore
 from vl_jax.layout import Layout
 from vl_jax.moe import balance
@@ -81,8 +82,8 @@ def _churn(
         _, _, earlier, since = restore(workdir, overrides, before=step)
     except ValueError:
         return None
-    before, after = (interventions.all_routes(layout, s.params, s.routing, batches) for s in (earlier, state))
-    share = interventions.churn(before, after, num_experts=layout.model.config.moe.num_experts)
+    before, after = (all_routes(layout, s.params, s.routing, batches) for s in (earlier, state))
+    share = churn(jnp.asarray(before), jnp.asarray(after), num_experts=layout.model.config.moe.num_experts)
     return {"since_step": since, "share": share.tolist()}
 
 

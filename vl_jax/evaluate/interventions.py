@@ -10,21 +10,21 @@ An intervention is an entry of the routing state (``routing.EXCLUDED``), so one 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from vl_jax import losses, sharding
 from vl_jax.batch import Batch
+from vl_jax.evaluate.routes import by_layer, token_choice
 from vl_jax.layout import Layout, put_batch
 from vl_jax.model import VisionLanguage
 from vl_jax.moe import routing
-from vl_jax.moe.routing import State, TokenChoice
+from vl_jax.moe.routing import State
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,39 +144,6 @@ def study(
     )
 
 
-def routes(params: Any, state: State, batch: Batch, *, model: VisionLanguage) -> Int[Array, "L B T K"]:
-    """The experts every token chose in every sparse layer: what ``routing.ROUTES`` of a state replays.
-
-    Raises:
-      ValueError: tokens of the scheme have no choice of their own.
-    """
-    kept = model.apply({"params": params}, batch, state, mutable=["intermediates"])[1]
-    return jnp.stack([_choice(found, model).experts for _, found in _by_layer(kept["intermediates"], model)])
-
-
-def churn(
-    before: Int[np.ndarray, "L B T K"], after: Int[np.ndarray, "L B T K"], *, num_experts: int
-) -> Float[np.ndarray, " L"]:
-    """The share of a layer's choices that the same token had not made before."""
-    chosen = after < num_experts
-    new = chosen & ~(after[..., None] == before[..., None, :]).any(axis=-1)
-    return new.sum(axis=(1, 2, 3)) / np.maximum(chosen.sum(axis=(1, 2, 3)), 1)
-
-
-def all_routes(layout: Layout, params: Any, state: State, batches: Sequence[Batch]) -> np.ndarray:
-    """``routes`` of host batches, one after the other along B."""
-    with sharding.use_mesh(layout.mesh, layout.rules):
-        compiled = jax.jit(functools.partial(routes, model=layout.model))
-        found = [jax.device_get(compiled(params, state, put_batch(b, layout))) for b in batches]
-    return np.concatenate(found, axis=1)
-
-
-def _choice(assignment: Any, model: VisionLanguage) -> TokenChoice:
-    if not isinstance(assignment, TokenChoice):
-        raise ValueError(f"scheme={model.config.moe.scheme!r}: its tokens have no choice to be changed")
-    return assignment
-
-
 def target_losses(params: Any, state: State, batch: Batch, *, model: VisionLanguage) -> Float[Array, "B Q"]:
     """The loss of every target, in nats."""
     output: Any = model.apply({"params": params}, batch, state)
@@ -192,12 +159,12 @@ def _nll(params: Any, batch: Batch, output: Any, model: VisionLanguage) -> jax.A
 def _observe(params: Any, state: State, batch: Batch, *, model: VisionLanguage) -> dict[str, jax.Array]:
     """Losses and statistics without an intervention."""
     output, kept = model.apply({"params": params}, batch, state, mutable=["intermediates"])
-    layers = _by_layer(kept["intermediates"], model)
+    layers = by_layer(kept["intermediates"], model)
     num_experts = model.config.moe.num_experts
     valid = batch.segment_ids > 0
     first, together, entropies = [], [], []
     for logits, assignment in layers:
-        assignment = _choice(assignment, model)
+        assignment = token_choice(assignment, model)
         best = jnp.argmax(assignment.gates, axis=-1)[..., None]
         first.append(jnp.take_along_axis(assignment.experts, best, axis=-1)[..., 0])
         chosen = jax.nn.one_hot(assignment.experts, num_experts).sum(axis=-2)
@@ -215,18 +182,6 @@ def _observe(params: Any, state: State, batch: Batch, *, model: VisionLanguage) 
         "destinations": output.routed.stats.destinations,
         "entropy": jnp.stack(entropies),
     }
-
-
-def _by_layer(intermediates: Any, model: VisionLanguage) -> list[tuple[jax.Array, Any]]:
-    """(router logits, assignment) of every sparse layer, in order."""
-    runs = [run for run in model.config.language.runs if run.sparse]
-    result = []
-    for run in runs:
-        sown = intermediates["language"][run.name]["moe"]
-        for i in range(len(run.layers)):
-            logits, assignment = jax.tree.map(lambda a, i=i: a[i], (sown["logits"][0], sown["assignment"][0]))
-            result.append((logits, assignment))
-    return result
 
 
 def _only(layer: int, num_layers: int, first: np.ndarray, num_experts: int) -> np.ndarray:

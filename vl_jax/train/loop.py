@@ -32,6 +32,7 @@ from vl_jax.model import init_routing_state
 from vl_jax.moe.routing import State
 from vl_jax.train import lora
 from vl_jax.train.optimizer import make_optimizer, schedule
+from vl_jax.train.probe import Probe
 from vl_jax.train.progress import Progress
 from vl_jax.train.stages import Stage, adapter_shapes, trainable_paths, trainable_table
 from vl_jax.train.step import TrainState, make_train_step, split_trained
@@ -45,12 +46,13 @@ class LoopConfig:
 
     log_every: int = 10
     routing_every: int = 50  # vector-valued routing statistics
+    churn: bool = False  # among them: how many choices of a fixed batch the step changed
     checkpoint_every: int = 500
     keep_checkpoints: int = 3
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            if getattr(self, field.name) < 1:
+            if field.type == "int" and getattr(self, field.name) < 1:
                 raise ValueError(f"{field.name}={getattr(self, field.name)} must be >= 1")
 
 
@@ -87,6 +89,7 @@ class Run:
     progress: Progress
     stop: Callable[[], int | None]  # number of the signal that asked to stop, if any
     seed: int
+    probe: Probe | None  # where ``config.churn`` asks for one
 
 
 @dataclasses.dataclass
@@ -135,12 +138,19 @@ def train(
             Progress(total, position.global_step, quiet=not lead) as progress,
             _signals() as stop,
         ):
-            run = Run(layout, config, checkpointer, writer, progress, stop, seed)
+            probe = Probe(layout, _first_batch(open_stream(stages[0]))) if config.churn else None
+            run = Run(layout, config, checkpointer, writer, progress, stop, seed, probe)
             while position.stage < len(stages):
                 state, position = _run_stage(run, stages, open_stream, state, position)
         return merge_adapters(layout, stages[-1], state)
     finally:
         checkpointer.close()
+
+
+def _first_batch(stream: Stream) -> Batch:
+    """What a stream begins with; it is closed."""
+    with contextlib.closing(stream):
+        return next(stream)
 
 
 def merge_adapters(layout: Layout, stage: Stage, state: TrainState) -> TrainState:
@@ -264,12 +274,13 @@ def _run_stage(
     stream = open_stream(stage)
     if position.data is not None:
         stream.set_state(position.data)
+    lora_scale = 1.0 if stage.lora is None else stage.lora.scale
     step = make_train_step(
         layout.model,
         optimizer,
         trainable=paths,
         accumulation=stage.accumulation,
-        lora_scale=1.0 if stage.lora is None else stage.lora.scale,
+        lora_scale=lora_scale,
     )
     rate = schedule(stage.optimizer, stage.steps)
     clock = _Clock()
@@ -280,9 +291,13 @@ def _run_stage(
                 with clock.waiting():
                     batch = next(stream)
                 learning_rate = float(np.asarray(rate(position.step)))
-                state, metrics = compiled(state, put_batch(batch, layout), np.float32(learning_rate))
                 position.step += 1
                 position.global_step += 1
+                probe = run.probe if _routing_due(run, stage, position) else None
+                before = None if probe is None else probe.look(state, lora_scale=lora_scale)
+                state, metrics = compiled(state, put_batch(batch, layout), np.float32(learning_rate))
+                if probe is not None and before is not None:
+                    metrics |= probe.compare(before, probe.look(state, lora_scale=lora_scale))
                 _report(run, stage, position, batch, metrics, learning_rate, clock, stream.skipped)
                 ends = position.step == stage.steps
                 stopped = _asked_to_stop(run, position.global_step)
@@ -380,11 +395,15 @@ def _report(
         scalars = {k: float(v) for k, v in fetched.items() if np.ndim(v) == 0}
         scalars |= {"learning_rate": learning_rate, "skipped": float(sum(skipped.values()))} | clock.read()
         arrays = {}
-        if step % run.config.routing_every == 0 or last:
+        if _routing_due(run, stage, position):
             arrays = {k: np.asarray(v).tolist() for k, v in fetched.items() if np.ndim(v) > 0}
         if run.writer is not None:
             run.writer.write(step, scalars, arrays, stage=stage.name)
     run.progress.update(step, scalars)
+
+
+def _routing_due(run: Run, stage: Stage, position: Position) -> bool:
+    return position.global_step % run.config.routing_every == 0 or position.step == stage.steps
 
 
 def _writer(
