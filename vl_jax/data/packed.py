@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
 import threading
-import weakref
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,8 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from vl_jax.batch import Batch
-from vl_jax.data.background import Background, BadRuns
+from vl_jax.data.background import BadRuns
 from vl_jax.data.chat import Targets
 from vl_jax.data.collate import Example
 from vl_jax.data.encode import DataConfig, Encoder, ModelSpec, make_row_encoder, open_sources
@@ -32,13 +29,15 @@ from vl_jax.data.mixture import Mixture
 from vl_jax.data.plan import Cursor, Draw, Item, Plan, Planner
 from vl_jax.data.sample import BadSample
 from vl_jax.data.sources import Source, SourceConfig, stamp_of
+from vl_jax.data.stream import BatchStream, Made
 
-_log = logging.getLogger(__name__)
 _MAX_EMPTY_WINDOWS = 1000
 
 
-class PackedIterator:
+class PackedIterator(BatchStream[Cursor]):
     """An endless iterator of batches of packed rows; ``TrainIterator`` is the one of unpacked rows.
+
+    What the lengths do not show, a record that breaks later, is skipped and known on the host that reads it.
 
     Example::
 
@@ -71,72 +70,23 @@ class PackedIterator:
         """
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: must be at least 1")
+        super().__init__(Cursor(), prefetch=config.prefetch)
         own = frozenset(range(batch_size) if rows is None else rows)
         if not own <= set(range(batch_size)):
             raise ValueError(f"rows={rows}: must be from 0 to {batch_size - 1}, the rows of a batch")
         planner, reader = open_planner(config, spec, sources=sources, targets=targets, seed=seed)
         self._work = _Work(reader, planner, batch_size, own)
-        self._cursor = Cursor()
-        self._skipped: dict[str, str] = {}
-        self._producer: Background[_Made] | None = None
-        self.ids: list[list[str]] = []  # of the samples in each row of the last batch
 
-    @property
-    def skipped(self) -> dict[str, int]:
-        """How many different records were skipped, by reason."""
-        return dict(Counter(self._skipped.values()))
+    def _make(self, start: Cursor) -> Callable[[threading.Event], Iterator[Made[Cursor]]]:
+        return functools.partial(self._work.batches, start)
 
-    @property
-    def skipped_records(self) -> dict[str, str]:
-        """The skipped records as ``source/record index`` with the reason of each.
+    def _save(self, position: Cursor) -> dict[str, Any]:
+        return {"cursor": dataclasses.asdict(position)}
 
-        What the lengths do not show, a record that breaks later, is known to the host that reads it.
-        """
-        return dict(self._skipped)
-
-    def __iter__(self) -> PackedIterator:
-        return self
-
-    def __next__(self) -> Batch:
-        """The next batch of NumPy arrays.
-
-        Raises:
-          ValueError: a source gives nothing but bad samples, or is not what its index says.
-        """
-        if self._producer is None:
-            make = functools.partial(self._work.batches, self._cursor)
-            self._producer = Background(make, prefetch=self._work.reader.config.prefetch)
-            weakref.finalize(self, self._producer.stop)
-        made = self._producer.next()
-        for record, (reason, message) in made.skipped.items():
-            if record not in self._skipped:
-                self._skipped[record] = reason
-                _log.warning("skipped %s: %s", record, message)
-        self._cursor, self.ids = made.cursor, made.ids
-        return made.batch
-
-    def get_state(self) -> dict[str, Any]:
-        """The position behind the last batch that was taken, as JSON-able values."""
-        return {"cursor": dataclasses.asdict(self._cursor), "skipped": dict(self._skipped)}
-
-    def set_state(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a position that ``get_state`` gave, here or on another host.
-
-        Raises:
-          ValueError: this is not such a state.
-        """
-        skipped = state.get("skipped")
-        if not isinstance(skipped, Mapping) or "cursor" not in state:
+    def _load(self, state: Mapping[str, Any]) -> Cursor:
+        if "cursor" not in state:
             raise ValueError(f"state={dict(state)}: expected cursor and skipped, as packed batches give")
-        cursor = Cursor.from_state(state["cursor"])
-        self.close()
-        self._cursor, self._skipped = cursor, dict(skipped)
-
-    def close(self) -> None:
-        """Stops the background work; the next batch would start it again."""
-        if self._producer is not None:
-            self._producer.stop()
-            self._producer = None
+        return Cursor.from_state(state["cursor"])
 
 
 def open_planner(
@@ -248,16 +198,6 @@ class Reader:
 
 
 @dataclass(frozen=True)
-class _Made:
-    """A batch, the position behind it, and what was passed over on the way: (reason, message) by record."""
-
-    batch: Batch
-    ids: list[list[str]]
-    cursor: Cursor
-    skipped: dict[str, tuple[str, str]]
-
-
-@dataclass(frozen=True)
 class _Row:
     """A planned row on its way, and the position behind it; ``skipped`` is that of a window it begins."""
 
@@ -275,7 +215,7 @@ class _Work:
     batch_size: int
     own: frozenset[int]  # the rows of a batch that this host fills
 
-    def batches(self, cursor: Cursor, stop: threading.Event) -> Iterator[_Made]:
+    def batches(self, cursor: Cursor, stop: threading.Event) -> Iterator[Made[Cursor]]:
         """Batches from a position on, until told to stop."""
         threads = self.reader.config.num_threads
         pending: deque[tuple[_Row, list[Future[Example | BadSample]]]] = deque()
@@ -298,7 +238,7 @@ class _Work:
                     for future in futures:
                         future.cancel()
 
-    def _batch(self, rows: list[tuple[_Row, list[Future[Example | BadSample]]]]) -> _Made:
+    def _batch(self, rows: list[tuple[_Row, list[Future[Example | BadSample]]]]) -> Made[Cursor]:
         examples: list[list[Example]] = []
         skipped: dict[str, tuple[str, str]] = {}
         for row, futures in rows:
@@ -316,7 +256,7 @@ class _Work:
             lengths = [item.tokens for item in rows[place][0].items]
             segments = np.repeat(np.arange(1, 1 + len(lengths), dtype=np.int32), lengths)
             batch.segment_ids[place, : len(segments)] = segments
-        return _Made(batch, ids, rows[-1][0].cursor, skipped)
+        return Made(batch, ids, rows[-1][0].cursor, skipped)
 
 
 def _rows_from(planner: Planner, cursor: Cursor, pool: ThreadPoolExecutor) -> Iterator[_Row]:

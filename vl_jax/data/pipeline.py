@@ -10,10 +10,8 @@ the account of what was skipped.
 from __future__ import annotations
 
 import functools
-import logging
 import threading
-import weakref
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,19 +19,17 @@ from typing import Any
 
 import numpy as np
 
-from vl_jax.batch import Batch
-from vl_jax.data.background import Background, BadRuns
+from vl_jax.data.background import BadRuns
 from vl_jax.data.chat import Targets
 from vl_jax.data.collate import Example
 from vl_jax.data.encode import DataConfig, Encoder, ModelSpec, make_encoder, open_sources
 from vl_jax.data.sample import BadSample
 from vl_jax.data.sources import Source
+from vl_jax.data.stream import BatchStream, Made
 from vl_jax.data.turns import vary
 
-_log = logging.getLogger(__name__)
 
-
-class TrainIterator:
+class TrainIterator(BatchStream[int]):
     """An endless iterator of training batches whose position can be saved and restored exactly.
 
     Example::
@@ -53,7 +49,7 @@ class TrainIterator:
         targets: Targets = "answers",
         seed: int | None = None,
     ):
-        """Opens the sources and starts making batches in the background.
+        """Opens the sources; batches are made in the background.
 
         Args:
           sources: names from ``config.sources`` and their relative weights; None takes all alike.
@@ -64,70 +60,25 @@ class TrainIterator:
         """
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: must be at least 1")
+        super().__init__(0, prefetch=config.prefetch)
         opened, weights = open_sources(config, sources)
         seed = config.seed if seed is None else seed
         self._reader = _Reader(
             opened, weights, config, make_encoder(config, spec, targets=targets), targets, seed
         )
         self._batch_size = batch_size
-        self._index = 0
-        self._skipped: dict[str, str] = {}
-        self._producer: Background[_Made] | None = None
-        self.ids: list[list[str]] = []  # of the samples in each row of the last batch
 
-    @property
-    def skipped(self) -> dict[str, int]:
-        """How many different records were skipped, by reason."""
-        return dict(Counter(self._skipped.values()))
+    def _make(self, start: int) -> Callable[[threading.Event], Iterator[Made[int]]]:
+        return functools.partial(_produce, self._reader, start, self._batch_size)
 
-    @property
-    def skipped_records(self) -> dict[str, str]:
-        """The skipped records as ``source/record index`` with the reason of each."""
-        return dict(self._skipped)
+    def _save(self, position: int) -> dict[str, Any]:
+        return {"next_index": position}
 
-    def __iter__(self) -> TrainIterator:
-        return self
-
-    def __next__(self) -> Batch:
-        """The next batch of NumPy arrays.
-
-        Raises:
-          ValueError: a source gives nothing but bad samples.
-        """
-        if self._producer is None:
-            make = functools.partial(_produce, self._reader, self._index, self._batch_size)
-            self._producer = Background(make, prefetch=self._reader.config.prefetch)
-            weakref.finalize(self, self._producer.stop)
-        made = self._producer.next()
-        for record, error in made.skipped:
-            if record not in self._skipped:
-                self._skipped[record] = error.reason
-                _log.warning("skipped %s: %s", record, error)
-        self._index = made.next_index
-        self.ids = made.ids
-        return made.batch
-
-    def get_state(self) -> dict[str, Any]:
-        """The position behind the last batch that was taken, as JSON-able values."""
-        return {"next_index": self._index, "skipped": dict(self._skipped)}
-
-    def set_state(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a position that ``get_state`` gave.
-
-        Raises:
-          ValueError: this is not such a state.
-        """
-        index, skipped = state.get("next_index"), state.get("skipped")
-        if not isinstance(index, int) or index < 0 or not isinstance(skipped, Mapping):
+    def _load(self, state: Mapping[str, Any]) -> int:
+        index = state.get("next_index")
+        if not isinstance(index, int) or index < 0:
             raise ValueError(f"state={dict(state)}: expected next_index and skipped, as get_state gives")
-        self.close()
-        self._index, self._skipped = index, dict(skipped)
-
-    def close(self) -> None:
-        """Stops the background work; the next batch would start it again."""
-        if self._producer is not None:
-            self._producer.stop()
-            self._producer = None
+        return index
 
 
 @dataclass(frozen=True)
@@ -137,16 +88,6 @@ class _Read:
     source: str
     record: str
     result: Example | BadSample
-
-
-@dataclass(frozen=True)
-class _Made:
-    """A batch, the stream index behind it, and what was passed over on the way."""
-
-    batch: Batch
-    ids: list[list[str]]
-    next_index: int
-    skipped: list[tuple[str, BadSample]]
 
 
 class _Reader:
@@ -210,7 +151,7 @@ def _order(
     return look_up
 
 
-def _produce(reader: _Reader, index: int, batch_size: int, stop: threading.Event) -> Iterator[_Made]:
+def _produce(reader: _Reader, index: int, batch_size: int, stop: threading.Event) -> Iterator[Made[int]]:
     """Batches in stream order, read by threads, until told to stop."""
     pending: deque[Future[_Read]] = deque()
     with ThreadPoolExecutor(reader.config.num_threads, thread_name_prefix="data") as pool:
@@ -219,7 +160,7 @@ def _produce(reader: _Reader, index: int, batch_size: int, stop: threading.Event
             guard = BadRuns({name: len(s) for name, s in reader.sources.items()})
             while not stop.is_set():
                 rows: list[list[Example]] = []
-                skipped: list[tuple[str, BadSample]] = []
+                skipped: dict[str, tuple[str, str]] = {}
                 while len(rows) < batch_size and not stop.is_set():
                     while len(pending) < 2 * reader.config.num_threads + batch_size:
                         pending.append(pool.submit(reader, submitted))
@@ -228,13 +169,13 @@ def _produce(reader: _Reader, index: int, batch_size: int, stop: threading.Event
                     index += 1
                     if isinstance(read.result, BadSample):
                         guard.bad(read.source, read.result.reason, str(read.result))
-                        skipped.append((read.record, read.result))
+                        skipped[read.record] = (read.result.reason, str(read.result))
                     else:
                         guard.good(read.source)
                         rows.append([read.result])
                 if len(rows) == batch_size:
                     ids = [[e.id for e in row] for row in rows]
-                    yield _Made(reader.encoder.collate(rows), ids, index, skipped)
+                    yield Made(reader.encoder.collate(rows), ids, index, skipped)
         finally:
             for future in pending:
                 future.cancel()
