@@ -145,7 +145,8 @@ def _text(value: Any, where: str) -> str:
         message = f"{where}: expected a text, found {type(value).__name__}"
         raise BadSample("bad_conversation", message)
     try:
-        value.encode()
+        if not value.isascii():
+            value.encode()
     except UnicodeEncodeError:
         raise BadSample("bad_conversation", f"{where}: half a surrogate pair in the text") from None
     return value

@@ -11,9 +11,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +21,16 @@ import numpy as np
 
 from vl_jax.data.background import BadRuns
 from vl_jax.data.chat import Targets
-from vl_jax.data.collate import Example
-from vl_jax.data.encode import DataConfig, Encoder, ModelSpec, make_row_encoder, open_sources
+from vl_jax.data.encode import DataConfig, ModelSpec, make_row_encoder, open_sources
+from vl_jax.data.example import Example
 from vl_jax.data.lengths import Measure, Measured, Measuring, open_index
 from vl_jax.data.mixture import Mixture
 from vl_jax.data.plan import Cursor, Draw, Item, Plan, Planner
+from vl_jax.data.reading import ItemReader
 from vl_jax.data.sample import BadSample
 from vl_jax.data.sources import Source, SourceConfig, stamp_of
 from vl_jax.data.stream import BatchStream, Made
+from vl_jax.data.workers import Threads, in_order
 
 _MAX_EMPTY_WINDOWS = 1000
 
@@ -97,7 +98,7 @@ def open_planner(
     targets: Targets = "answers",
     seed: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[Planner, Reader]:
+) -> tuple[Planner, ItemReader]:
     """The planner of a packed stream and the reader of its items; arguments as for ``PackedIterator``.
 
     Args:
@@ -135,7 +136,7 @@ def open_planner(
     )
     blind = lengths(True) if draw.blind_rate else {}
     planner = Planner(mixture, lengths(False), blind, draw, row, seed=seed)
-    return planner, Reader(opened, encoder, config, targets)
+    return planner, ItemReader(opened, encoder, config, targets)
 
 
 def _lengths(
@@ -159,44 +160,6 @@ def _lengths(
     )
 
 
-class Reader:
-    """Maps an item of a plan to its example: a pure function, safe to call from many threads."""
-
-    def __init__(self, sources: Mapping[str, Source], encoder: Encoder, config: DataConfig, targets: Targets):
-        """Takes open sources, and the encoder of rows."""
-        self.sources, self.encoder, self.config = sources, encoder, config
-        self._targets: Targets = targets
-
-    def __call__(self, item: Item) -> Example | BadSample:
-        """The encoded draw, or why its record cannot be used after all.
-
-        Raises:
-          ValueError: the record has another length than the plan says.
-        """
-        try:
-            sample = self.sources[item.source][item.record]
-            if item.blind:
-                for image in sample.images:  # A broken image is a bad sample in every draw, not only in most.
-                    image()
-                sample = sample.without_images()
-            if max(item.turns) >= len(sample.turns):
-                raise self._changed(item, f"{len(sample.turns)} turns", str(item.turns))
-            turns, targets = self.config.turns, self._targets
-            example = self.encoder.draw(sample, turns=turns, targets=targets, chosen=item.turns)
-        except BadSample as error:
-            return error
-        found, planned = (len(example.tokens), len(example.tiles)), (item.tokens, item.tiles)
-        if found != planned:
-            raise self._changed(item, f"{found} tokens and tiles", str(planned))
-        return example
-
-    def _changed(self, item: Item, found: str, planned: str) -> ValueError:
-        return ValueError(
-            f"{item.source}/{item.record}: {found} where its index says {planned}; its files have changed, "
-            f"delete the index {getattr(self.config.packing, 'index', '')!r}"
-        )
-
-
 @dataclass(frozen=True)
 class _Row:
     """A planned row on its way, and the position behind it; ``skipped`` is that of a window it begins."""
@@ -210,7 +173,7 @@ class _Row:
 class _Work:
     """What a background thread does."""
 
-    reader: Reader
+    reader: ItemReader
     planner: Planner
     batch_size: int
     own: frozenset[int]  # the rows of a batch that this host fills
@@ -218,35 +181,29 @@ class _Work:
     def batches(self, cursor: Cursor, stop: threading.Event) -> Iterator[Made[Cursor]]:
         """Batches from a position on, until told to stop."""
         threads = self.reader.config.num_threads
-        pending: deque[tuple[_Row, list[Future[Example | BadSample]]]] = deque()
-        with (
-            ThreadPoolExecutor(threads, thread_name_prefix="data") as pool,
-            ThreadPoolExecutor(1) as planning,
-        ):
-            rows, place = _rows_from(self.planner, cursor, planning), 0
-            try:
-                while not stop.is_set():
-                    while len(pending) < self.batch_size + threads:
-                        row = next(rows)
-                        ours = place % self.batch_size in self.own
-                        futures = [pool.submit(self.reader, item) for item in row.items if ours]
-                        pending.append((row, futures))
-                        place += 1
-                    yield self._batch([pending.popleft() for _ in range(self.batch_size)])
-            finally:
-                for _, futures in pending:
-                    for future in futures:
-                        future.cancel()
+        with ThreadPoolExecutor(1) as planning:
+            pool, rows, read = Threads(self.reader, threads), self._rows(cursor, planning), []
+            for row, results in in_order(pool, rows, ahead=self.batch_size + threads):
+                if stop.is_set():
+                    return
+                read.append((row, results))
+                if len(read) == self.batch_size:
+                    yield self._batch(read)
+                    read = []
 
-    def _batch(self, rows: list[tuple[_Row, list[Future[Example | BadSample]]]]) -> Made[Cursor]:
+    def _rows(self, cursor: Cursor, pool: ThreadPoolExecutor) -> Iterator[tuple[_Row, Sequence[Item]]]:
+        """Rows, and what is to be read of them here."""
+        for place, row in enumerate(_rows_from(self.planner, cursor, pool)):
+            yield row, row.items if place % self.batch_size in self.own else ()
+
+    def _batch(self, rows: list[tuple[_Row, list[Example | BadSample]]]) -> Made[Cursor]:
         examples: list[list[Example]] = []
         skipped: dict[str, tuple[str, str]] = {}
-        for row, futures in rows:
+        for row, results in rows:
             for source, record, reason in row.skipped:
                 skipped[f"{source}/{record}"] = (reason, f"{reason}, as found when it was measured")
             examples.append([])
-            for item, future in zip(row.items, futures, strict=False):
-                result = future.result()
+            for item, result in zip(row.items, results, strict=False):
                 if isinstance(result, BadSample):
                     skipped[f"{item.source}/{item.record}"] = (result.reason, str(result))
                 else:

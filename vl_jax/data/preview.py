@@ -13,8 +13,8 @@ from PIL import Image as PilImage
 
 from vl_jax.data import grounding
 from vl_jax.data.chat import Targets
-from vl_jax.data.collate import Example
 from vl_jax.data.encode import DataConfig, ModelSpec, find_source, make_encoder
+from vl_jax.data.example import Example
 from vl_jax.data.sample import BadSample, Sample
 from vl_jax.data.sources import open_source
 from vl_jax.data.tokenizer import Tokenizer

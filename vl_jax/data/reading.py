@@ -1,0 +1,97 @@
+"""Tasks of a stream to examples: pure functions, safe to call from many threads and in other processes.
+
+Nothing here needs JAX or Grain, so that a worker process starts quickly and stays small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from vl_jax.data.chat import Targets
+from vl_jax.data.encode import DataConfig, Encoder
+from vl_jax.data.example import Example
+from vl_jax.data.plan import Item
+from vl_jax.data.sample import BadSample, Sample, each
+from vl_jax.data.sources import Source
+from vl_jax.data.turns import vary
+
+
+class Place(NamedTuple):
+    """A place of an unpacked stream, and the record that stands there."""
+
+    index: int
+    source: str
+    record: int
+
+
+@dataclass(frozen=True)
+class SampleReader:
+    """Reads a record, takes what the draw takes of it, and encodes that."""
+
+    sources: Mapping[str, Source]
+    encoder: Encoder
+    config: DataConfig
+    targets: Targets
+    seed: int
+
+    def __call__(self, places: Sequence[Place]) -> list[Example | BadSample]:
+        """The example of each place, or why its record cannot be used."""
+        turns, targets = self.config.turns, self.targets
+        return self.encoder.examples(each(self._draw, places), turns=turns, targets=targets)
+
+    def _draw(self, place: Place) -> Sample:
+        config = self.config
+        return vary(
+            self.sources[place.source][place.record],
+            rng=np.random.default_rng((self.seed, place.index)),
+            max_turns=config.max_turns,
+            sampling=config.turn_sampling,
+            image_dropout_rate=config.image_dropout_rate,
+        )
+
+
+@dataclass(frozen=True)
+class ItemReader:
+    """Reads and encodes what a plan of packed rows has chosen."""
+
+    sources: Mapping[str, Source]
+    encoder: Encoder  # of rows
+    config: DataConfig
+    targets: Targets
+
+    def __call__(self, items: Sequence[Item]) -> list[Example | BadSample]:
+        """The encoded draws, or why a record cannot be used after all.
+
+        Raises:
+          ValueError: a record has another length than the plan says.
+        """
+        turns, targets = self.config.turns, self.targets
+        samples, chosen = each(self._sample, items), [item.turns for item in items]
+        examples = self.encoder.draws(samples, chosen, turns=turns, targets=targets)
+        for item, example in zip(items, examples, strict=True):
+            if isinstance(example, BadSample):
+                continue
+            found, planned = (len(example.tokens), len(example.tiles)), (item.tokens, item.tiles)
+            if found != planned:
+                raise self._changed(item, f"{found} tokens and tiles", str(planned))
+        return examples
+
+    def _sample(self, item: Item) -> Sample:
+        sample = self.sources[item.source][item.record]
+        if item.blind:
+            for image in sample.images:  # A broken image is a bad sample in every draw, not only in most.
+                image()
+            sample = sample.without_images()
+        if max(item.turns) >= len(sample.turns):
+            raise self._changed(item, f"{len(sample.turns)} turns", str(item.turns))
+        return sample
+
+    def _changed(self, item: Item, found: str, planned: str) -> ValueError:
+        return ValueError(
+            f"{item.source}/{item.record}: {found} where its index says {planned}; its files have changed, "
+            f"delete the index {getattr(self.config.packing, 'index', '')!r}"
+        )
