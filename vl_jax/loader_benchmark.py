@@ -70,7 +70,7 @@ def run(experiment: Experiment, *, repeats: int = 9, json_file: Path | None = No
 
 
 def _name(data: DataConfig) -> str:
-    return f"ours, {data.num_threads} threads"
+    return f"ours, {data.parallel} {'worker processes' if data.num_workers else 'threads'}"
 
 
 def _no_rival(data: DataConfig) -> str:

@@ -54,12 +54,15 @@ class DataConfig:
     packing: PackingConfig | None = None  # rows of several samples in training; None: one sample a row
     seed: int = 0
     num_threads: int = 2
+    num_workers: int = 0  # processes that read and encode instead of threads
     prefetch: int = 2  # batches made ahead of the training step
 
     def __post_init__(self):
         for name in ("max_tokens", "max_tiles", "num_threads", "prefetch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.num_workers < 0:
+            raise ValueError(f"num_workers={self.num_workers}: must not be negative; 0 means threads")
         for name in ("max_turns", "max_answer_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1, or None for all")
@@ -70,6 +73,11 @@ class DataConfig:
             names = [s.name for s in group]
             if len(set(names)) < len(names):
                 raise ValueError(f"source names {names}: must be different")
+
+    @property
+    def parallel(self) -> int:
+        """How many samples are worked on at a time."""
+        return self.num_workers or self.num_threads
 
     def _check_packing(self) -> None:
         row = self.packing
@@ -133,6 +141,12 @@ class Encoder:
                 f"vocab_size={self.spec.vocab_size} of the model: the tokenizer has "
                 f"{self.tokenizer.vocab_size} entries, it must be at least that"
             )
+
+    @property
+    def row_bytes(self) -> int:
+        """The most that the arrays of the examples in a row take, with a few bytes between them."""
+        pixels = self.max_tiles * self.tiling.tile_size**2 * 3
+        return pixels + 4 * (6 * self.max_tokens + 2 * self.max_visual_tokens) + 8 * self.max_tokens
 
     @property
     def max_visual_tokens(self) -> int:

@@ -61,7 +61,7 @@ def json_items(path: Path) -> Spans:
         places = _elements(text)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 at byte {error.start}") from None
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
     except TypeError as error:
         raise ValueError(f"{path}: {error}") from None

@@ -30,7 +30,7 @@ from vl_jax.data.reading import ItemReader
 from vl_jax.data.sample import BadSample
 from vl_jax.data.sources import Source, SourceConfig, stamp_of
 from vl_jax.data.stream import BatchStream, Made
-from vl_jax.data.workers import Threads, in_order
+from vl_jax.data.workers import in_order
 
 _MAX_EMPTY_WINDOWS = 1000
 
@@ -180,10 +180,10 @@ class _Work:
 
     def batches(self, cursor: Cursor, stop: threading.Event) -> Iterator[Made[Cursor]]:
         """Batches from a position on, until told to stop."""
-        threads = self.reader.config.num_threads
         with ThreadPoolExecutor(1) as planning:
-            pool, rows, read = Threads(self.reader, threads), self._rows(cursor, planning), []
-            for row, results in in_order(pool, rows, ahead=self.batch_size + threads):
+            rows, read = self._rows(cursor, planning), []
+            ahead = self.batch_size + self.reader.config.parallel
+            for row, results in in_order(self.reader.pool(), rows, ahead=ahead):
                 if stop.is_set():
                     return
                 read.append((row, results))

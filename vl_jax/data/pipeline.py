@@ -23,7 +23,7 @@ from vl_jax.data.example import Example
 from vl_jax.data.reading import Place, SampleReader
 from vl_jax.data.sample import BadSample
 from vl_jax.data.stream import BatchStream, Made
-from vl_jax.data.workers import Threads, in_order
+from vl_jax.data.workers import in_order
 
 _MOST_IN_CHUNK = 32  # samples handed to a thread at once
 
@@ -133,11 +133,10 @@ class _Work:
                 rows, skipped = [], {}
 
     def _results(self, start: int) -> Iterator[tuple[Place, Example | BadSample]]:
-        config = self.reader.config
-        pool = Threads(self.reader, config.num_threads)
+        width = self.reader.config.parallel
         # A few chunks of a batch for each thread, so that they end at about the same time.
-        size = min(max(self.batch_size // (2 * config.num_threads), 1), _MOST_IN_CHUNK)
-        ahead = 2 * config.num_threads + -(-self.batch_size // size)
+        size = min(max(self.batch_size // (2 * width), 1), _MOST_IN_CHUNK)
+        pool, ahead = self.reader.pool(size), 2 * width + -(-self.batch_size // size)
         for places, results in in_order(pool, self._chunks(start, size), ahead=ahead):
             yield from zip(places, results, strict=True)
 

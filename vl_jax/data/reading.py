@@ -5,19 +5,25 @@ Nothing here needs JAX or Grain, so that a worker process starts quickly and sta
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from vl_jax.data.chat import Targets
-from vl_jax.data.encode import DataConfig, Encoder
+from vl_jax.data.encode import DataConfig, Encoder, ModelSpec, make_encoder, make_row_encoder, open_sources
 from vl_jax.data.example import Example
 from vl_jax.data.plan import Item
+from vl_jax.data.processes import Processes, Read
 from vl_jax.data.sample import BadSample, Sample, each
 from vl_jax.data.sources import Source
 from vl_jax.data.turns import vary
+from vl_jax.data.workers import Pool, Threads
+
+Task = TypeVar("Task")
+_MOST_ROOM = 64 << 20  # bytes of shared memory for a worker, unless a single row needs more
 
 
 class Place(NamedTuple):
@@ -37,6 +43,13 @@ class SampleReader:
     config: DataConfig
     targets: Targets
     seed: int
+
+    def pool(self, rows: int) -> Pool[Place, Example | BadSample]:
+        """Threads, or as many processes as the config says, that read chunks of so many rows."""
+        facts = (self.config, self.encoder.spec, tuple(self.sources), self.targets, self.seed)
+        row = self.encoder.row_bytes
+        room = max(min(rows * row, _MOST_ROOM), row)
+        return _pool(self, functools.partial(_open_samples, *facts), self.config, room)
 
     def __call__(self, places: Sequence[Place]) -> list[Example | BadSample]:
         """The example of each place, or why its record cannot be used."""
@@ -62,6 +75,11 @@ class ItemReader:
     encoder: Encoder  # of rows
     config: DataConfig
     targets: Targets
+
+    def pool(self) -> Pool[Item, Example | BadSample]:
+        """Threads, or as many processes as the config says, that read the items of a row."""
+        facts = (self.config, self.encoder.spec, tuple(self.sources), self.targets)
+        return _pool(self, functools.partial(_open_items, *facts), self.config, self.encoder.row_bytes)
 
     def __call__(self, items: Sequence[Item]) -> list[Example | BadSample]:
         """The encoded draws, or why a record cannot be used after all.
@@ -95,3 +113,23 @@ class ItemReader:
             f"{item.source}/{item.record}: {found} where its index says {planned}; its files have changed, "
             f"delete the index {getattr(self.config.packing, 'index', '')!r}"
         )
+
+
+def _open_samples(
+    config: DataConfig, spec: ModelSpec, names: Sequence[str], targets: Targets, seed: int
+) -> SampleReader:
+    sources, _ = open_sources(config, dict.fromkeys(names, 1.0))
+    return SampleReader(sources, make_encoder(config, spec, targets=targets), config, targets, seed)
+
+
+def _open_items(config: DataConfig, spec: ModelSpec, names: Sequence[str], targets: Targets) -> ItemReader:
+    sources, _ = open_sources(config, dict.fromkeys(names, 1.0))
+    return ItemReader(sources, make_row_encoder(config, spec, targets=targets), config, targets)
+
+
+def _pool(
+    read: Read[Task], make: Callable[[], Read[Task]], config: DataConfig, room: int
+) -> Pool[Task, Example | BadSample]:
+    if not config.num_workers:
+        return Threads(read, config.num_threads)
+    return Processes(make, config.num_workers, room=room)
