@@ -7,20 +7,20 @@ of static shape.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from PIL import Image as PilImage
 
 from vl_jax.data import chat, images
+from vl_jax.data.augment import AugmentationConfig
 from vl_jax.data.example import Example
 from vl_jax.data.packing import PackingConfig
-from vl_jax.data.sample import BadSample, Image, ReducibleImage, Sample, each, image_size
+from vl_jax.data.pictures import Pictures, read_pictures
+from vl_jax.data.sample import BadSample, Sample, each
 from vl_jax.data.sources import Source, SourceConfig, open_source
-from vl_jax.data.tokenizer import Tokenizer, load_tokenizer
+from vl_jax.data.tokenizer import GROUNDING, Tokenizer, load_tokenizer
 from vl_jax.data.turns import TurnSampling
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ class DataConfig:
     image_dropout_rate: float = 0.0  # share of the draws whose images are withheld
     tiling: images.TilingConfig = field(default_factory=images.TilingConfig)
     decoding: Decoding = "whole"
+    augmentation: AugmentationConfig | None = None  # of pictures, in training; None: they stay as they are
     packing: PackingConfig | None = None  # rows of several samples in training; None: one sample a row
     seed: int = 0
     num_threads: int = 2
@@ -115,15 +116,6 @@ class ModelSpec:
 
 
 @dataclass(frozen=True)
-class _Pictures:
-    """All tiles of a sample, and each image's grid and layout."""
-
-    tiles: np.ndarray
-    grids: tuple[images.Grid, ...]
-    layouts: tuple[np.ndarray, ...]
-
-
-@dataclass(frozen=True)
 class Encoder:
     """The static sizes of a pipeline, and the functions that fill them."""
 
@@ -173,7 +165,7 @@ class Encoder:
     ) -> list[Example | BadSample]:
         """What ``example`` gives for each sample, or raises."""
 
-        def dialogue(sample: Sample, pictures: _Pictures) -> chat.Dialogue:
+        def dialogue(sample: Sample, pictures: Pictures) -> chat.Dialogue:
             lengths, most = self._image_lengths(pictures), self.max_tokens
             return chat.encode_dialogue(
                 sample, self.tokenizer, image_lengths=lengths, turns=turns, targets=targets, max_tokens=most
@@ -196,7 +188,7 @@ class Encoder:
         One that cannot be used is a ``BadSample``.
         """
 
-        def dialogue(sample: Sample, pictures: _Pictures, chosen: Sequence[int]) -> chat.Dialogue:
+        def dialogue(sample: Sample, pictures: Pictures, chosen: Sequence[int]) -> chat.Dialogue:
             lengths = self._image_lengths(pictures)
             whole = chat.encode_dialogue(
                 sample, self.tokenizer, image_lengths=lengths, turns=turns, targets=targets
@@ -218,6 +210,10 @@ class Encoder:
         if self.spec.fusion != "prefix":
             return tiles, [1] * len(sizes)
         return tiles, [images.num_visual_tokens(g, tile_tokens_side=side, views=views) for g in grids]
+
+    def text_length(self, text: str) -> int:
+        """The number of tokens of what somebody wrote."""
+        return len(self.tokenizer.encode(text, allowed=GROUNDING))
 
     def prompt(self, sample: Sample) -> Example:
         """Encodes a conversation up to where the answer of its last turn begins.
@@ -284,48 +280,16 @@ class Encoder:
             raise BadSample("too_many_targets", message)
         return example
 
-    def _pictures(self, sample: Sample) -> _Pictures:
-        count = len(sample.images)
-        decoded = [self._decode(image, count) for image in sample.images]
-        pictures, grids = [d[0] for d in decoded], tuple(d[1] for d in decoded)
-        needed = [images.num_views_tiles(g, self.tiling.views) for g in grids]
-        if sum(needed) > self.max_tiles:
-            message = f"sample {sample.id}: {count} images in {sum(needed)} tiles, limit {self.max_tiles}"
-            raise BadSample("too_many_tiles", message)
-        stacks = [
-            images.make_tiles(p, grid=g, config=self.tiling, quick=self.decoding == "reduced")
-            for p, g in zip(pictures, grids, strict=True)
-        ]
-        layouts = [
-            images.layout(
-                grid,
-                tile_tokens_side=self.spec.tile_tokens_side,
-                views=self.tiling.views,
-                first_tile=sum(needed[:i]),
-                num_tiles=self.max_tiles,
-            )
-            for i, grid in enumerate(grids)
-        ]
-        size = self.tiling.tile_size
-        tiles = np.concatenate(stacks) if stacks else np.zeros((0, size, size, 3), np.uint8)
-        return _Pictures(tiles, grids, tuple(layouts))
+    def _pictures(self, sample: Sample) -> Pictures:
+        side, most = self.spec.tile_tokens_side, self.max_tiles
+        return read_pictures(
+            sample, self.tiling, tile_tokens_side=side, max_tiles=most, quick=self.decoding == "reduced"
+        )
 
-    def _decode(self, image: Image, count: int) -> tuple[PilImage.Image, images.Grid]:
-        """The picture, and the grid that suits its whole size."""
-        reduced = self.decoding == "reduced" and isinstance(image, ReducibleImage)
-        picture = None if reduced else image()
-        width, height = image_size(image) if picture is None else picture.size
-        grid = images.best_grid(width, height, self.tiling, num_images=count)
-        if picture is None:
-            side = self.tiling.tile_size  # The finest view is fitted into its tiles.
-            scale = min(grid[0] * side / width, grid[1] * side / height)
-            picture = image.at_least(math.ceil(width * scale), math.ceil(height * scale))
-        return picture, grid
-
-    def _image_lengths(self, pictures: _Pictures) -> list[int]:
+    def _image_lengths(self, pictures: Pictures) -> list[int]:
         return [len(item) if self.spec.fusion == "prefix" else 1 for item in pictures.layouts]
 
-    def _assemble(self, sample: Sample, dialogue: chat.Dialogue, pictures: _Pictures) -> Example:
+    def _assemble(self, sample: Sample, dialogue: chat.Dialogue, pictures: Pictures) -> Example:
         prefix = self.spec.fusion == "prefix"
         index = [pictures.layouts[run.image] for run in dialogue.visual_runs]
         slots = np.full(len(dialogue.tokens), -1, np.int32)

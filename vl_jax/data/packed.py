@@ -136,7 +136,7 @@ def open_planner(
     )
     blind = lengths(True) if draw.blind_rate else {}
     planner = Planner(mixture, lengths(False), blind, draw, row, seed=seed)
-    return planner, ItemReader(opened, encoder, config, targets)
+    return planner, ItemReader(opened, encoder, config, targets, seed)
 
 
 def _lengths(

@@ -12,9 +12,11 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
+from vl_jax.data.augment import augment
 from vl_jax.data.chat import Targets
 from vl_jax.data.encode import DataConfig, Encoder, ModelSpec, make_encoder, make_row_encoder, open_sources
 from vl_jax.data.example import Example
+from vl_jax.data.mixture import stream_key
 from vl_jax.data.plan import Item
 from vl_jax.data.processes import Processes, Read
 from vl_jax.data.sample import BadSample, Sample, each
@@ -23,6 +25,7 @@ from vl_jax.data.turns import vary
 from vl_jax.data.workers import Pool, Threads
 
 Task = TypeVar("Task")
+_AUGMENTATION = 1  # what the random numbers are for, behind those of the draw
 _MOST_ROOM = 64 << 20  # bytes of shared memory for a worker, unless a single row needs more
 
 
@@ -58,13 +61,14 @@ class SampleReader:
 
     def _draw(self, place: Place) -> Sample:
         config = self.config
-        return vary(
+        sample = vary(
             self.sources[place.source][place.record],
             rng=np.random.default_rng((self.seed, place.index)),
             max_turns=config.max_turns,
             sampling=config.turn_sampling,
             image_dropout_rate=config.image_dropout_rate,
         )
+        return _augmented(sample, self.encoder, config, (self.seed, place.index, _AUGMENTATION))
 
 
 @dataclass(frozen=True)
@@ -75,10 +79,11 @@ class ItemReader:
     encoder: Encoder  # of rows
     config: DataConfig
     targets: Targets
+    seed: int
 
     def pool(self) -> Pool[Item, Example | BadSample]:
         """Threads, or as many processes as the config says, that read the items of a row."""
-        facts = (self.config, self.encoder.spec, tuple(self.sources), self.targets)
+        facts = (self.config, self.encoder.spec, tuple(self.sources), self.targets, self.seed)
         return _pool(self, functools.partial(_open_items, *facts), self.config, self.encoder.row_bytes)
 
     def __call__(self, items: Sequence[Item]) -> list[Example | BadSample]:
@@ -106,13 +111,20 @@ class ItemReader:
             sample = sample.without_images()
         if max(item.turns) >= len(sample.turns):
             raise self._changed(item, f"{len(sample.turns)} turns", str(item.turns))
-        return sample
+        key = (self.seed, stream_key(item.source), item.number, _AUGMENTATION)
+        return _augmented(sample, self.encoder, self.config, key)
 
     def _changed(self, item: Item, found: str, planned: str) -> ValueError:
         return ValueError(
             f"{item.source}/{item.record}: {found} where its index says {planned}; its files have changed, "
             f"delete the index {getattr(self.config.packing, 'index', '')!r}"
         )
+
+
+def _augmented(sample: Sample, encoder: Encoder, config: DataConfig, key: tuple[int, ...]) -> Sample:
+    if config.augmentation is None:
+        return sample
+    return augment(sample, config.augmentation, np.random.default_rng(key), length=encoder.text_length)
 
 
 def _open_samples(
@@ -122,9 +134,11 @@ def _open_samples(
     return SampleReader(sources, make_encoder(config, spec, targets=targets), config, targets, seed)
 
 
-def _open_items(config: DataConfig, spec: ModelSpec, names: Sequence[str], targets: Targets) -> ItemReader:
+def _open_items(
+    config: DataConfig, spec: ModelSpec, names: Sequence[str], targets: Targets, seed: int
+) -> ItemReader:
     sources, _ = open_sources(config, dict.fromkeys(names, 1.0))
-    return ItemReader(sources, make_row_encoder(config, spec, targets=targets), config, targets)
+    return ItemReader(sources, make_row_encoder(config, spec, targets=targets), config, targets, seed)
 
 
 def _pool(
