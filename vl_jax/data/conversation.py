@@ -93,13 +93,13 @@ def _messages(record: dict[str, Any], where: str, num_images: int) -> tuple[list
     """(role, text) of every message, and the images that messages name themselves."""
     dialect = next((key for key in _DIALECTS if record.get(key) is not None), None)
     if dialect == "text":
-        text = _text(record["text"], where)
+        text = checked_text(record["text"], where)
         return [("user", f"{IMAGE_PLACEHOLDER}\n" * num_images), ("assistant", text)], []
     if dialect == "question":
-        question = _text(record["question"], where)
+        question = checked_text(record["question"], where)
         if IMAGE_PLACEHOLDER not in question:
             question = f"{IMAGE_PLACEHOLDER}\n" * num_images + question
-        return [("user", question), ("assistant", _text(record.get("answer"), where))], []
+        return [("user", question), ("assistant", checked_text(record.get("answer"), where))], []
     messages = record[dialect] if dialect else None
     if not isinstance(messages, list) or not messages:
         message = f"{where}: {dialect or _DIALECTS[0]} must be a non-empty list"
@@ -119,28 +119,34 @@ def _messages(record: dict[str, Any], where: str, num_images: int) -> tuple[list
 def _content(content: Any, where: str, images: list[str]) -> str:
     """The text of a message, given as one or in parts; images that parts name are added to the list."""
     if not isinstance(content, list):
-        return _text(content, where)
+        return checked_text(content, where)
     pieces = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text":
-            pieces.append(_text(part.get("text"), where))
+            pieces.append(checked_text(part.get("text"), where))
             continue
         if kind not in ("image", "image_url"):
             raise BadSample("bad_conversation", f"{where}: a part of type {str(kind)[:40]!r}")
         pieces.append(f"{IMAGE_PLACEHOLDER}\n")
         name = part.get(kind)
         name = name.get("url") if isinstance(name, dict) else name
-        if name is not None and (not isinstance(name, str) or name.partition(":")[0] in _REMOTE):
+        if name is not None and (not isinstance(name, str) or name.partition(":")[0] in REMOTE):
             raise BadSample("bad_image_field", f"{where}: an image must be a path, not {str(name)[:40]!r}")
         images += [] if name is None else [name]
     return "".join(pieces)
 
 
-_REMOTE = ("http", "https", "data", "file", "s3", "gs")
+# How names begin that are no paths.
+REMOTE = ("http", "https", "data", "file", "s3", "gs")
 
 
-def _text(value: Any, where: str) -> str:
+def checked_text(value: Any, where: str) -> str:
+    """The value if it is a text that can be written down.
+
+    Raises:
+      BadSample: it is not.
+    """
     if not isinstance(value, str):
         message = f"{where}: expected a text, found {type(value).__name__}"
         raise BadSample("bad_conversation", message)
