@@ -6,6 +6,7 @@ import io
 import json
 import os
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -344,3 +345,19 @@ def test_a_data_set_that_is_not_there_is_named(prepared, change, message):
     with pytest.raises(ValueError, match=f"source 't': .*{message}") as caught:
         open_source(config, root=str(prepared))
     assert "\n" not in str(caught.value)
+
+
+def test_an_index_of_tar_files_is_small(tmp_path):
+    count = 3000
+    with tarfile.open(tmp_path / "s.tar", "w") as out:
+        for number in range(count):
+            for ending in ("jpg", "json"):
+                member = tarfile.TarInfo(f"shard/sample-{number:09}.{ending}")
+                out.addfile(member, io.BytesIO())
+    tracemalloc.start()
+    source = open_source(WebDatasetConfig("w", "s.tar"), root=str(tmp_path))
+    used, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(source) == count and used < 150 * count
+    with pytest.raises(BadSample, match="sample-000002999.*not_json"):
+        source[count - 1]

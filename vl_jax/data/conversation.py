@@ -6,8 +6,9 @@
     {"question": "What is it?", "answer": "A cat."}         every image stands before the question
     {"text": "Once upon a time ..."}                        read as it is; with images it is their caption
 
-Beside these may stand ``id``, ``image`` or ``images`` (paths), ``lang``, and ``boxes``, which ``<box:0>`` in
-an answer refers to: ``[{"label": "cat", "bbox": [x0, y0, x1, y1]}]`` in pixels of ``width`` x ``height``.
+Beside these may stand ``id``, ``image`` or ``images`` (paths) or ``frames`` (see ``clips``), ``lang``, and
+``boxes``, which ``<box:0>`` in an answer refers to: ``[{"label": "cat", "bbox": [x0, y0, x1, y1]}]`` in
+pixels of ``width`` x ``height``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from vl_jax.data.clips import mark_frames
 from vl_jax.data.grounding import to_grid
 from vl_jax.data.sample import IMAGE_PLACEHOLDER, TEXT, BadSample, Box, Turn
 
@@ -59,6 +61,9 @@ def parse(record: Any, where: str, *, default_id: str, num_images: int | None = 
     names = _image_names(record, where)
     pairs, inline = _messages(record, where, len(names) if num_images is None else num_images)
     names += inline
+    count = len(names) if num_images is None or names else num_images
+    if "frames" in record and count:
+        pairs = mark_frames(pairs, count)
     system = ""
     if pairs and pairs[0][0] == "system":
         system, pairs = pairs[0][1], pairs[1:]
@@ -66,7 +71,6 @@ def parse(record: Any, where: str, *, default_id: str, num_images: int | None = 
         raise BadSample("bad_conversation", f"{where}: expected messages of user and assistant by turns")
     if IMAGE_PLACEHOLDER in system:
         raise BadSample("placeholder_mismatch", f"{where}: {IMAGE_PLACEHOLDER} in the system message")
-    count = len(names) if num_images is None or names else num_images
     placeholders = sum(text.count(IMAGE_PLACEHOLDER) for role, text in pairs if role == "user")
     if placeholders != count:
         message = f"{where}: {placeholders} {IMAGE_PLACEHOLDER} placeholders for {count} images"

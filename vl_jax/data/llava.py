@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vl_jax.data.clips import frame_names
 from vl_jax.data.conversation import parse
 from vl_jax.data.lines import json_items, lines
 from vl_jax.data.sample import DEFAULT_MAX_PIXELS, BadSample, Sample, image_in
@@ -27,8 +28,11 @@ class LlavaConfig:
     file: str  # relative to the data root
     root: str = ""  # image folder relative to the data root; empty means the folder of ``file``
     max_pixels: int = DEFAULT_MAX_PIXELS
+    max_frames: int = 8  # of a clip
 
     def __post_init__(self):
+        if self.max_frames < 1:
+            raise ValueError(f"max_frames={self.max_frames} of source {self.name!r}: must be at least 1")
         check_fields(self.name, self.file, (".json", ".jsonl"), self.max_pixels)
 
 
@@ -63,6 +67,10 @@ class LlavaSource:
         """
         where = f"{self._file}, record {index}"
         record = parse_line(self._records[index], where)
+        if isinstance(record, dict) and "frames" in record:
+            most = self._config.max_frames
+            names = frame_names(record["frames"], self._folder, f"sample ? ({where})", most=most)
+            record = {**record, "image": names}
         found = parse(record, where, default_id=f"{self._config.name}-{index}")
         where = f"sample {found.id} ({where})"
         images = tuple(image_in(self._folder, n, where, self._config.max_pixels) for n in found.images)
