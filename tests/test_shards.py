@@ -289,6 +289,9 @@ def prepared(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("prepared")
     features = {"image": tfds.features.Image(), "question": tfds.features.Text(), "said": {}}
     features["said"]["answers"] = tfds.features.Sequence(tfds.features.Text())
+    features["objects"] = tfds.features.Sequence(
+        {"bbox": tfds.features.BBoxFeature(), "phrase": tfds.features.Text()}
+    )
 
     class TinyVqa(tfds.core.GeneratorBasedBuilder):
         VERSION = tfds.core.Version("1.0.0")
@@ -304,10 +307,18 @@ def prepared(tmp_path_factory) -> Path:
             for i in range(3):
                 (folder / f"{i}.png").write_bytes(png(i))
                 answers = ["red", "blue", "blue"]
-                yield (
-                    i,
-                    {"image": folder / f"{i}.png", "question": f"What {i}?", "said": {"answers": answers}},
-                )
+                boxes = [
+                    tfds.features.BBox(ymin=0.0, xmin=0.25, ymax=0.5, xmax=1.0),
+                    tfds.features.BBox(ymin=0.0, xmin=0.0, ymax=1.0, xmax=1.0),
+                ]
+                example = {
+                    "image": folder / f"{i}.png",
+                    "question": f"What {i}?",
+                    "said": {"answers": answers},
+                }
+                names = ("the owl", "all of it")
+                example["objects"] = [{"bbox": b, "phrase": p} for b, p in zip(boxes, names, strict=True)]
+                yield i, example
 
     TinyVqa(data_dir=folder / "data", file_format="array_record").download_and_prepare()
     return folder
@@ -330,12 +341,27 @@ def test_a_data_set_of_tfds_is_read_by_name(prepared):
     assert numbers == {0, 1, 2}
 
 
+def test_phrases_of_tfds_are_located(prepared):
+    config = TfdsConfig(
+        "t", "tiny_vqa", root="data", answer="objects/phrase", boxes="objects/bbox", prompt="Locate {}."
+    )
+    sample = open_source(config, root=str(prepared))[0]
+    width, height = sample.images[0]().size
+    assert [t.question for t in sample.turns] == ["<image>\nLocate the owl.", "Locate all of it."]
+    assert sample.turns[0].boxes[0].corners == (0.25 * width, 0, width, 0.5 * height)
+    assert sample.turns[0].answer == "<|ref|>the owl<|/ref|><|det|>[[250, 0, 999, 500]]<|/det|>"
+    with pytest.raises(
+        ValueError, match="boxes='b' of source 't': needs an image, no question, and a prompt"
+    ):
+        TfdsConfig("t", "d", boxes="b")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"dataset": "absent"}, "data, absent, train: "),
         ({"split": "test"}, "tiny_vqa, test: "),
-        ({"answer": "reply"}, "no feature 'reply'; there are image, question, said"),
+        ({"answer": "reply"}, "no feature 'reply'; there are image, question, said, objects"),
     ],
 )
 def test_a_data_set_that_is_not_there_is_named(prepared, change, message):
