@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from vl_jax.kernels import aot
 from vl_jax.kernels.activation import SWIGLU
-from vl_jax.kernels.grouped_matmul import ExpertWeights
+from vl_jax.kernels.expert_weights import ExpertWeights
 from vl_jax.moe import all_to_all, dispatch
 from vl_jax.moe.routing import MoEConfig, TokenChoice
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vl_jax.kernels.activation import SWIGLU
-from vl_jax.kernels.grouped_matmul import ExpertWeights
+from vl_jax.kernels.expert_weights import ExpertWeights
 from vl_jax.moe import dispatch
 from vl_jax.moe.dispatch import apply_capacity, combine, make_plan, permute
 from vl_jax.moe.routing import ExpertChoice, MoEConfig, TokenChoice

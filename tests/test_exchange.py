@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from vl_jax import sharding
-from vl_jax.kernels.grouped_matmul import ExpertWeights
+from vl_jax.kernels.expert_weights import ExpertWeights
 from vl_jax.moe import exchange
 from vl_jax.moe.routing import ExpertChoice, MoEConfig, TokenChoice
 from vl_jax.sharding import MeshConfig, make_mesh

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vl_jax.kernels.activation import SWIGLU
-from vl_jax.kernels.grouped_matmul import ExpertWeights
+from vl_jax.kernels.expert_weights import ExpertWeights
 from vl_jax.moe import dispatch
 from vl_jax.moe.routing import TokenChoice
 

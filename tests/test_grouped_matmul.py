@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vl_jax.kernels.grouped_matmul import BLOCK_ROWS, ExpertWeights, grouped_mlp
+from vl_jax.kernels.blocked import BLOCK_ROWS, STEP_ROWS
+from vl_jax.kernels.expert_weights import ExpertWeights
+from vl_jax.kernels.grouped_matmul import grouped_mlp
 
 E, D, F = 4, 6, 5
 # More than two blocks, and no multiple of one.
@@ -75,6 +77,8 @@ def check(sizes: list[int], seed: int = 0) -> None:
         [0, 130, 0, 7],
         [BLOCK_ROWS, BLOCK_ROWS, 44, 0],
         [BLOCK_ROWS - 1, BLOCK_ROWS + 1, 1, 43],
+        [STEP_ROWS, STEP_ROWS + 1, STEP_ROWS - 1, BLOCK_ROWS - STEP_ROWS],
+        [BLOCK_ROWS - STEP_ROWS + 1, 2 * STEP_ROWS, 0, BLOCK_ROWS + STEP_ROWS],
     ],
     ids=str,
 )

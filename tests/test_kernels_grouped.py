@@ -12,7 +12,8 @@ from pallas import SMALL, SMALL_RACES, compile_for, run_without_races
 
 from vl_jax.kernels.activation import SWIGLU, Activation
 from vl_jax.kernels.aot import TOPOLOGIES
-from vl_jax.kernels.grouped_matmul import ExpertWeights, grouped_mlp
+from vl_jax.kernels.expert_weights import ExpertWeights
+from vl_jax.kernels.grouped_matmul import grouped_mlp
 from vl_jax.kernels.target import Target
 from vl_jax.kernels.visits import plan_visits
 

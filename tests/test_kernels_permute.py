@@ -13,7 +13,7 @@ from pallas import LARGE, LARGE_RACES, SMALL, SMALL_RACES, compile_for, run_with
 from vl_jax.kernels.activation import SWIGLU
 from vl_jax.kernels.aot import TOPOLOGIES
 from vl_jax.kernels.combine import combine, expert_mlp
-from vl_jax.kernels.grouped_matmul import ExpertWeights
+from vl_jax.kernels.expert_weights import ExpertWeights
 from vl_jax.kernels.permute import Moves, permute, unpermute
 from vl_jax.kernels.router import rank_in_expert, sort_by_expert
 from vl_jax.kernels.target import Target

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from vl_jax.batch import TEXT, VISION
 from vl_jax.config import ConfigError, from_json, rebuild, to_json, view
-from vl_jax.kernels.grouped_matmul import ExpertWeights
+from vl_jax.kernels.expert_weights import ExpertWeights
 from vl_jax.moe import balance, losses, routing
 from vl_jax.moe.layer import MoEOutput, router_logits, sparse_mlp
 from vl_jax.moe.routing import ExpertChoice, MoEConfig, RoutingContext, RoutingStats, TokenChoice

@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 from vl_jax import sharding
 from vl_jax.kernels import aot
-from vl_jax.kernels.grouped_matmul import ExpertWeights
+from vl_jax.kernels.expert_weights import ExpertWeights
 from vl_jax.moe import dispatch, exchange
 from vl_jax.moe.routing import MoEConfig, TokenChoice
 from vl_jax.routing_benchmark import ACCELERATOR_SHAPES, CAPACITY_FACTOR, MODES, Shape, Way, ways

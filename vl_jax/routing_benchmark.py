@@ -25,7 +25,7 @@ from vl_jax import process
 from vl_jax.benchmark import machine
 from vl_jax.kernels import target
 from vl_jax.kernels.activation import Activation
-from vl_jax.kernels.grouped_matmul import ExpertWeights
+from vl_jax.kernels.expert_weights import ExpertWeights
 from vl_jax.moe import all_to_all, dispatch
 from vl_jax.moe.routing import TokenChoice
 

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from vl_jax.kernels.activation import SWIGLU, Activation
-from vl_jax.kernels.grouped_matmul import ExpertWeights, grouped_mlp
+from vl_jax.kernels.expert_weights import ExpertWeights
+from vl_jax.kernels.grouped_matmul import grouped_mlp
 from vl_jax.kernels.permute import Moves, unpermute
 from vl_jax.kernels.target import Target
 

@@ -18,7 +18,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from vl_jax.kernels.activation import Activation
-from vl_jax.kernels.grouped_matmul import ExpertWeights
+from vl_jax.kernels.expert_weights import ExpertWeights
 from vl_jax.moe.dispatch import rank_in_expert
 from vl_jax.moe.routing import TokenChoice
 

@@ -17,7 +17,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vl_jax.kernels.activation import Activation
 from vl_jax.kernels.combine import expert_mlp
-from vl_jax.kernels.grouped_matmul import ExpertWeights, gathered_mlp, grouped_mlp
+from vl_jax.kernels.expert_weights import ExpertWeights
+from vl_jax.kernels.grouped_matmul import gathered_mlp, grouped_mlp
 from vl_jax.kernels.permute import Moves
 from vl_jax.moe.assignment import Assignment, Choice, ExpertChoice, Soft, TokenChoice
 from vl_jax.moe.routing import MoEConfig

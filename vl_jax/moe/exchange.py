@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 
 from vl_jax.kernels import target
 from vl_jax.kernels.activation import Activation
-from vl_jax.kernels.grouped_matmul import ExpertWeights
+from vl_jax.kernels.expert_weights import ExpertWeights
 from vl_jax.moe import all_to_all, dispatch, mixing, ragged
 from vl_jax.moe.assignment import Assignment, Merge, Soft, TokenChoice
 from vl_jax.moe.routing import MoEConfig

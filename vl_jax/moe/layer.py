@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
 
-from vl_jax.kernels.grouped_matmul import ExpertWeights
+from vl_jax.kernels.expert_weights import ExpertWeights
 from vl_jax.moe import balance, dispatch, exchange, routing
 from vl_jax.moe.assignment import Merge
 from vl_jax.moe.routing import MoEConfig, RoutingContext, RoutingStats, State

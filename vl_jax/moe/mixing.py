@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vl_jax.kernels.activation import Activation
-from vl_jax.kernels.grouped_matmul import ExpertWeights, grouped_mlp
+from vl_jax.kernels.expert_weights import ExpertWeights
+from vl_jax.kernels.grouped_matmul import grouped_mlp
 from vl_jax.moe.assignment import Merge, Soft
 
 

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vl_jax.kernels import target
 from vl_jax.kernels.activation import Activation
-from vl_jax.kernels.grouped_matmul import ExpertWeights
+from vl_jax.kernels.expert_weights import ExpertWeights
 from vl_jax.kernels.permute import Moves, permute, unpermute
 from vl_jax.moe import dispatch
 from vl_jax.moe.assignment import TokenChoice
