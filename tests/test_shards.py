@@ -350,9 +350,7 @@ def test_phrases_of_tfds_are_located(prepared):
     assert [t.question for t in sample.turns] == ["<image>\nLocate the owl.", "Locate all of it."]
     assert sample.turns[0].boxes[0].corners == (0.25 * width, 0, width, 0.5 * height)
     assert sample.turns[0].answer == "<|ref|>the owl<|/ref|><|det|>[[250, 0, 999, 500]]<|/det|>"
-    with pytest.raises(
-        ValueError, match="boxes='b' of source 't': needs an image, no question, and a prompt"
-    ):
+    with pytest.raises(ValueError, match="boxes='b' of source 't': needs an image, no question"):
         TfdsConfig("t", "d", boxes="b")
 
 

@@ -43,9 +43,7 @@ class TfdsConfig:
     question: str = ""  # empty: ``prompt`` is the question
     answer: str = "answer"  # of a list, each different answer is a turn of its own, the most frequent first
     prompt: str = ""
-    boxes: str = (
-        ""  # the answers are phrases, each for one of these boxes: ``prompt``, with {}, asks where it is
-    )
+    boxes: str = ""  # the answers are phrases, each for one of these; ``prompt``, with {}, asks where it is
     max_pixels: int = DEFAULT_MAX_PIXELS
 
     def __post_init__(self):
@@ -54,8 +52,8 @@ class TfdsConfig:
                 raise ValueError(f"{field}='' of source {self.name!r}: must not be empty")
         if self.boxes and (self.prompt.count("{}") != 1 or not self.image or self.question):
             raise ValueError(
-                f"boxes={self.boxes!r} of source {self.name!r}: needs an image, no question, and a prompt with one "
-                "{} for the phrase, such as 'Locate {}.'"
+                f"boxes={self.boxes!r} of source {self.name!r}: needs an image, no question, and a prompt "
+                "with one {} for the phrase, such as 'Locate {}.'"
             )
         if self.max_pixels < 1:
             raise ValueError(f"max_pixels={self.max_pixels} of source {self.name!r}: must be at least 1")
@@ -141,19 +139,24 @@ class TfdsSource:
     def _located(self, record: Any, image: EncodedImage, where: str) -> Iterator[Turn]:
         """For every phrase, where it is: boxes are ymin, xmin, ymax, xmax in shares of the picture."""
         phrases = _texts(_feature(record, self._config.answer), where)
-        found = np.array(_feature(record, self._config.boxes), np.float64)
+        try:
+            found: np.ndarray = np.array(_feature(record, self._config.boxes), np.float64)
+        except (ValueError, TypeError):
+            found = np.zeros(0)
         if found.shape != (len(phrases), 4) or not ((found >= 0) & (found <= 1)).all():  # NaN is neither
             raise BadSample("bad_box", f"sample ? ({where}): needs a box in 0..1 for each of its phrases")
         if any(mark in phrase for phrase in phrases for mark in SPECIAL):
             raise BadSample("bad_box", f"sample ? ({where}): a phrase holds a special mark")
         width, height = image.size()
-        for number, (phrase, (top, left, bottom, right)) in enumerate(zip(phrases, found, strict=True)):
+        for number, (phrase, (top, left, bottom, right)) in enumerate(
+            zip(phrases, found.tolist(), strict=True)
+        ):
             if left >= right or top >= bottom:
                 raise BadSample("bad_box", f"sample ? ({where}): the box of {phrase[:80]!r} has no area")
-            corners = (float(left * width), float(top * height), float(right * width), float(bottom * height))
+            corners = (left * width, top * height, right * width, bottom * height)
             box = Box(phrase, corners)
             answer = write_boxes([box], width=width, height=height)
-            question = f"{IMAGE_PLACEHOLDER}\n" * (number == 0) + self._config.prompt.format(phrase)
+            question = f"{IMAGE_PLACEHOLDER}\n" * (number == 0) + self._config.prompt.replace("{}", phrase)
             yield Turn(question, answer, "grounding", "", (box,))
 
 
