@@ -170,17 +170,15 @@ def _add_tools(command: Command) -> None:
         "conformance experiments/my_router.py:my_router",
     )
     conformance.add_argument("scheme", metavar="FILE:NAME", help="or the name of a built-in scheme")
-    benchmark = _with_config(
-        command(
-            "benchmark",
-            _benchmark,
-            "Time a training step or decoding (beside transformers), routed experts (beside other ways), or "
-            "the loader of an experiment (beside Pillow and torch's DataLoader).",
-            "benchmark step --json=step.json",
-        ),
-        required=False,
+    benchmark = command(
+        "benchmark",
+        _benchmark,
+        "Time a training step or decoding (beside transformers), routed experts (beside other ways), or the "
+        "loader of an experiment (beside Pillow and torch's DataLoader).",
+        "benchmark step --json=step.json",
     )
     benchmark.add_argument("name", choices=("step", "decode", "routing", "loader"))
+    benchmark.add_argument("--config", metavar="FILE[:ARG]", help="with loader: experiment file")
     benchmark.add_argument("--json", type=Path, help="file for the figures")
     benchmark.add_argument("--topology", help="with routing: compile for a TPU not here, e.g. v5e:2x4")
     benchmark.add_argument("--repeats", type=int, default=9, help="turns of each side")
