@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -385,3 +386,21 @@ def test_an_index_of_tar_files_is_small(tmp_path):
     assert len(source) == count and used < 150 * count
     with pytest.raises(BadSample, match="sample-000002999.*not_json"):
         source[count - 1]
+
+
+def test_decoded_row_groups_are_mapped_and_follow_their_file(tmp_path):
+    plain = sample_parquet(tmp_path)
+    config = dataclasses.replace(plain, unpacked="decoded")
+
+    def read(config):
+        source = open_source(config, root=str(tmp_path))
+        samples = [source[i] for i in reversed(range(len(source)))]
+        return [(s.turns, [np.asarray(image()).tolist() for image in s.images]) for s in samples]
+
+    assert read(config) == read(plain)
+    files = {file: file.stat().st_mtime_ns for file in (tmp_path / "decoded").iterdir()}
+    assert len(files) > 1 and read(config) == read(plain)
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "decoded").iterdir()} == files
+    os.utime(tmp_path / plain.file, ns=(1, 1))
+    read(config)
+    assert len(list((tmp_path / "decoded").iterdir())) == 2 * len(files)
