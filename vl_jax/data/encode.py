@@ -45,6 +45,7 @@ class DataConfig:
     max_tokens: int = 512  # T, length of a row
     max_tiles: int = 1  # M, tiles of a row
     max_answer_tokens: int | None = None  # Q, tokens predicted in a row of answers; None: as many as T
+    long_text: Literal["skip", "split"] = "skip"  # what ``convert-data`` does with texts that do not fit
     turns: chat.Turns = "independent"
     max_turns: int | None = None  # questions taken from a sample at each draw
     turn_sampling: TurnSampling = "first"
