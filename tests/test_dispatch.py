@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vl_jax.kernels.activation import SWIGLU
+from vl_jax.kernels.combine import combine
 from vl_jax.kernels.expert_weights import ExpertWeights
+from vl_jax.kernels.permute import permute
 from vl_jax.moe import dispatch
-from vl_jax.moe.dispatch import apply_capacity, combine, make_plan, permute
+from vl_jax.moe.dispatch import apply_capacity, make_plan
 from vl_jax.moe.routing import ExpertChoice, MoEConfig, TokenChoice
 
 G, T, D, E, K, F = 2, 6, 3, 4, 2, 5
@@ -98,15 +100,15 @@ def test_expert_choices_have_output_and_gradients_of_the_dense_definition(seed):
 @given(choices)
 def test_a_plan_holds_every_used_choice_once_in_the_order_of_experts(experts):
     assignment = token_choice(experts)
-    plan = make_plan(assignment, num_experts=E, length=T)
+    plan = make_plan(assignment, num_experts=E)
     flat = np.array(experts)
     used = flat[flat < E]
     np.testing.assert_array_equal(plan.group_sizes, np.bincount(used, minlength=E))
     rows = len(used)
     np.testing.assert_array_equal(flat[np.asarray(plan.choice)[:rows]], np.sort(used))
     np.testing.assert_array_equal(np.sort(plan.choice), np.arange(len(flat)))
-    np.testing.assert_array_equal(plan.source, np.asarray(plan.choice) // K)
-    inverse = np.asarray(plan.inverse).reshape(-1)
+    np.testing.assert_array_equal(plan.moves.source, np.asarray(plan.choice) // K)
+    inverse = np.asarray(plan.moves.inverse).reshape(-1)
     np.testing.assert_array_equal(inverse == len(flat), flat == UNUSED)
     np.testing.assert_array_equal(np.asarray(plan.choice)[inverse[flat < E]], np.flatnonzero(flat < E))
 
@@ -115,11 +117,11 @@ def test_a_plan_holds_every_used_choice_once_in_the_order_of_experts(experts):
 @given(choices)
 def test_permute_then_combine_with_gates_of_one_counts_the_choices_of_a_token(experts):
     assignment = token_choice(experts)
-    plan = make_plan(assignment, num_experts=E, length=T)
+    plan = make_plan(assignment, num_experts=E)
     x = jnp.arange(G * T * D, dtype=jnp.float32).reshape(-1, D)
-    ones = jnp.where(assignment.experts < E, 1.0, 0.0).reshape(-1)
-    back = combine(permute(x, plan), ones, plan, length=G * T)
-    np.testing.assert_allclose(back, x * ones.reshape(-1, K).sum(1)[:, None])
+    ones = jnp.where(assignment.experts < E, 1.0, 0.0).reshape(-1, K)
+    back = combine(permute(x, plan.moves), ones, plan.choice, plan.moves)
+    np.testing.assert_allclose(back, x * ones.sum(1)[:, None])
 
 
 def config(**options) -> MoEConfig:

@@ -119,8 +119,7 @@ def test_the_layer_equals_its_dense_definition(num_experts, kernel, target):
     )
 
 
-@pytest.mark.parametrize("kernel", ["reference", "pallas"])
-def test_combine_weighs_rows_by_their_gates(kernel):
+def test_combine_weighs_rows_by_their_gates():
     experts, choice, moves, _ = plan()
     rows, gates, upstream = normal(2, T * K, D), normal(5, T, K), normal(6, T, D)
 
@@ -129,7 +128,7 @@ def test_combine_weighs_rows_by_their_gates(kernel):
         return jnp.einsum("TKD,TK->TD", padded[moves.inverse], jnp.where(experts < E, gates, 0.0))
 
     def actual(rows, gates) -> jax.Array:
-        return combine(rows, gates, choice, moves, kernel=kernel, target=SMALL)
+        return combine(rows, gates, choice, moves)
 
     (y, pullback), (z, pullback_of_definition) = (jax.vjp(f, rows, gates) for f in (actual, expected))
     used = int((experts < E).sum())

@@ -25,7 +25,9 @@ from jax.sharding import PartitionSpec as P
 
 from vl_jax import sharding
 from vl_jax.kernels import aot
+from vl_jax.kernels.combine import combine
 from vl_jax.kernels.expert_weights import ExpertWeights
+from vl_jax.kernels.permute import permute
 from vl_jax.moe import dispatch, exchange
 from vl_jax.moe.routing import MoEConfig, TokenChoice
 from vl_jax.routing_benchmark import ACCELERATOR_SHAPES, CAPACITY_FACTOR, MODES, Shape, Way, ways
@@ -46,7 +48,7 @@ def megablox(shape: Shape) -> Way:
 
     def run(x: jax.Array, experts: jax.Array, gates: jax.Array, weights: ExpertWeights) -> jax.Array:
         assignment = TokenChoice(experts[None], gates[None])
-        plan = dispatch.make_plan(assignment, num_experts=shape.num_experts, length=shape.tokens)
+        plan = dispatch.make_plan(assignment, num_experts=shape.num_experts)
         w_in = weights.w_in.reshape(*weights.w_in.shape[:2], -1)
 
         def product(rows: jax.Array, w: jax.Array) -> jax.Array:
@@ -54,8 +56,8 @@ def megablox(shape: Shape) -> Way:
             tiles = tuple(min(size, limit) for size, limit in most)
             return gmm(rows, w, plan.group_sizes, rows.dtype, tiles)
 
-        rows = product(shape.activation(product(dispatch.permute(x, plan), w_in)), weights.w_out)
-        return dispatch.combine(rows, gates.reshape(-1), plan, length=shape.tokens)
+        rows = product(shape.activation(product(permute(x, plan.moves), w_in)), weights.w_out)
+        return combine(rows, gates, plan.choice, plan.moves)
 
     return run
 

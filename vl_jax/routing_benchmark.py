@@ -25,7 +25,9 @@ from vl_jax import process
 from vl_jax.benchmark import machine
 from vl_jax.kernels import target
 from vl_jax.kernels.activation import Activation
+from vl_jax.kernels.combine import combine
 from vl_jax.kernels.expert_weights import ExpertWeights
+from vl_jax.kernels.permute import permute
 from vl_jax.moe import all_to_all, dispatch
 from vl_jax.moe.routing import TokenChoice
 
@@ -130,7 +132,7 @@ def one_hot(shape: Shape) -> Way:
         w_in = weights.w_in.reshape(*weights.w_in.shape[:2], -1)
 
         def one_group(x: jax.Array, experts: jax.Array, gates: jax.Array) -> jax.Array:
-            rank = dispatch.rank_in_expert(experts.reshape(-1), shape.num_experts).reshape(experts.shape)
+            rank = dispatch.rank_by_sorting(experts.reshape(-1), shape.num_experts).reshape(experts.shape)
             place = jax.nn.one_hot(experts, shape.num_experts, dtype=x.dtype)[..., None]
             place = place * jax.nn.one_hot(rank, slots, dtype=x.dtype)[..., None, :]  # [t K E C]
             rows = jnp.einsum("TKEC,TD->ECD", place, x)
@@ -149,12 +151,11 @@ def ragged(shape: Shape) -> Way:
 
     def run(x: jax.Array, experts: jax.Array, gates: jax.Array, weights: ExpertWeights) -> jax.Array:
         assignment = TokenChoice(experts[None], gates[None])
-        plan = dispatch.make_plan(assignment, num_experts=shape.num_experts, length=shape.tokens)
+        plan = dispatch.make_plan(assignment, num_experts=shape.num_experts)
         w_in = weights.w_in.reshape(*weights.w_in.shape[:2], -1)
-        rows = dispatch.permute(x, plan)
-        hidden = shape.activation(jax.lax.ragged_dot(rows, w_in, plan.group_sizes))
+        hidden = shape.activation(jax.lax.ragged_dot(permute(x, plan.moves), w_in, plan.group_sizes))
         rows = jax.lax.ragged_dot(hidden, weights.w_out, plan.group_sizes)
-        return dispatch.combine(rows, gates.reshape(-1), plan, length=shape.tokens)
+        return combine(rows, gates, plan.choice, plan.moves)
 
     return run
 

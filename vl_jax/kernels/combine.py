@@ -2,9 +2,9 @@
 
     x [T D] --permute--> [R D] --w_in, activation--> [R F] --w_out, gate--> [R D] --sum of choices--> [T D]
 
-A gate multiplies its row where the product with ``w_out`` ends, so the combine is a plain sum, the transpose
-of the permute, and the gradient of a gate needs no row of the result (``grouped_matmul``). Nothing is
-scattered.
+In the kernels a gate multiplies its row where the product with ``w_out`` ends, so the combine is a plain sum,
+the transpose of the permute, and the gradient of a gate needs no row of the result (``grouped_matmul``). XLA
+multiplies where it sums instead, and reads the rows once. Nothing is scattered.
 """
 
 from __future__ import annotations
@@ -43,19 +43,37 @@ def _gates_backward(moves: Moves, grad: jax.Array) -> tuple[jax.Array, None, Non
 gates_of_rows.defvjp(_gates_forward, _gates_backward)
 
 
+@jax.custom_vjp
 def combine(
-    rows: Float[Array, "R D"],
-    gates: Float[Array, "T K"],
-    choice: Int[Array, " R"],
-    moves: Moves,
-    *,
-    kernel: str = "reference",
-    target: Target | None = None,
+    rows: Float[Array, "R D"], gates: Float[Array, "T K"], choice: Int[Array, " R"], moves: Moves
 ) -> Float[Array, "T D"]:
-    """The gate-weighted sum of every token's rows, in float32; arguments as for ``expert_mlp``."""
-    row_gates: Any = gates_of_rows(gates, choice, moves)
-    weighted = (rows.astype(jnp.float32) * row_gates[:, None]).astype(rows.dtype)
-    return unpermute(weighted, moves, kernel=kernel, target=target)
+    """The gate-weighted sum of every token's rows, in float32, by XLA; arguments as for ``expert_mlp``.
+
+    Rows of no expert get a gradient that whoever made them must ignore.
+    """
+    return jnp.einsum("TKD,TK->TD", _rows_of_tokens(rows, moves), gates).astype(rows.dtype)
+
+
+def _combine_forward(
+    rows: jax.Array, gates: jax.Array, choice: jax.Array, moves: Moves
+) -> tuple[jax.Array, tuple]:
+    return combine(rows, gates, choice, moves), (rows, gates, choice, moves)
+
+
+def _combine_backward(residual: tuple, grad: jax.Array) -> tuple[jax.Array, jax.Array, None, None]:
+    rows, gates, choice, moves = residual
+    grad = grad.astype(jnp.float32)
+    grad_rows = grad[moves.source] * gates.reshape(-1)[choice][:, None]
+    grad_gates = jnp.einsum("TKD,TD->TK", _rows_of_tokens(rows, moves), grad)
+    return grad_rows.astype(rows.dtype), grad_gates.astype(gates.dtype), None, None
+
+
+combine.defvjp(_combine_forward, _combine_backward)
+
+
+def _rows_of_tokens(rows: jax.Array, moves: Moves) -> jax.Array:
+    """The K rows of every token, f32[T K D]; zeros for unused choices."""
+    return rows.at[moves.inverse].get(mode="fill", fill_value=0).astype(jnp.float32)
 
 
 def expert_mlp(
@@ -77,15 +95,9 @@ def expert_mlp(
       kernel: ``reference``, ``blocked`` (rows are moved by XLA) or ``pallas``.
       target: what ``pallas`` is compiled for; None: the current mesh or backend.
     """
+    options = {"moves": moves, "activation": activation, "kernel": kernel, "target": target}
+    if kernel != "pallas":
+        return combine(grouped_mlp(x, group_sizes, weights, **options), gates, choice, moves)  # pyright: ignore
     row_gates: Any = gates_of_rows(gates, choice, moves)
-    rows = grouped_mlp(
-        x,
-        group_sizes,
-        weights,
-        moves=moves,
-        gates=row_gates,
-        activation=activation,
-        kernel=kernel,
-        target=target,
-    )
-    return unpermute(rows, moves, kernel="pallas" if kernel == "pallas" else "reference", target=target)
+    rows = grouped_mlp(x, group_sizes, weights, gates=row_gates, **options)
+    return unpermute(rows, moves, kernel=kernel, target=target)

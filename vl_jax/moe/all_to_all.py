@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from vl_jax.kernels.activation import Activation
 from vl_jax.kernels.expert_weights import ExpertWeights
-from vl_jax.moe.dispatch import rank_in_expert
+from vl_jax.moe.dispatch import rank_by_sorting
 from vl_jax.moe.routing import TokenChoice
 
 Leaf = Any
@@ -36,7 +36,7 @@ class SlotPlan:
 def make_slots(experts: Int[Array, "G T K"], *, num_experts: int, slots: int) -> SlotPlan:
     """Gives every choice the slot of its rank among its group's choices of that expert, or none."""
     groups, _, top_k = experts.shape
-    rank = jax.vmap(lambda e: rank_in_expert(e.reshape(-1), num_experts))(experts).reshape(experts.shape)
+    rank = jax.vmap(lambda e: rank_by_sorting(e.reshape(-1), num_experts))(experts).reshape(experts.shape)
     group = jnp.arange(groups, dtype=jnp.int32)[:, None, None]
     size = num_experts * groups * slots
     used = (experts < num_experts) & (rank < slots)

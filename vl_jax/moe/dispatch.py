@@ -2,8 +2,8 @@
 
     assignment --plan--> rows sorted by expert --permute--> [R D] --grouped FFN--> [R D] --combine--> [T D]
 
-One plan serves every scheme. Transposes of permute and combine are gathers through the inverse permutation,
-never the scatter that autodiff would derive (a scatter compiles slowly on TPU and runs slowly on CPU).
+One plan serves every scheme. Where tokens choose, rows move by gathers both ways (``kernels.permute``); where
+experts choose, a token may have any number of rows, and they are scattered back.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from vl_jax.kernels.combine import expert_mlp
 from vl_jax.kernels.expert_weights import ExpertWeights
 from vl_jax.kernels.grouped_matmul import gathered_mlp, grouped_mlp
 from vl_jax.kernels.permute import Moves
+from vl_jax.kernels.router import rank_in_expert, sort_by_expert
 from vl_jax.moe.assignment import Assignment, Choice, ExpertChoice, Soft, TokenChoice
 from vl_jax.moe.routing import MoEConfig
 
@@ -30,10 +31,9 @@ Leaf = Any
 class Plan:
     """Rows in expert order. Rows past ``sum(group_sizes)`` belong to no expert."""
 
-    source: Leaf  # i32[R] the token of every row
+    moves: Moves  # between tokens and rows
     choice: Leaf  # i32[R] index of the row's gate in the flattened gates of the assignment
     group_sizes: Leaf  # i32[E]
-    inverse: Leaf | None  # i32[T K] the row of every choice, R where unused; None: any number per token
 
 
 def apply_capacity(
@@ -59,9 +59,9 @@ def apply_capacity(
         flat = experts.reshape(-1)
         if config.priority == "gate":
             by_gate = jnp.argsort(-gates.reshape(-1), stable=True)
-            rank = jnp.zeros_like(flat).at[by_gate].set(rank_in_expert(flat[by_gate], config.num_experts))
+            rank = jnp.zeros_like(flat).at[by_gate].set(rank_by_sorting(flat[by_gate], config.num_experts))
         else:
-            rank = rank_in_expert(flat, config.num_experts)
+            rank = rank_by_sorting(flat, config.num_experts)
         return (rank < slots).reshape(experts.shape)
 
     keep = jax.vmap(kept)(assignment.experts, assignment.gates, slots)
@@ -70,7 +70,7 @@ def apply_capacity(
     return TokenChoice(experts, jnp.where(keep, assignment.gates, 0.0)), dropped
 
 
-def rank_in_expert(experts: Int[Array, " A"], num_experts: int) -> Int[Array, " A"]:
+def rank_by_sorting(experts: Int[Array, " A"], num_experts: int) -> Int[Array, " A"]:
     """How many earlier choices name the same expert."""
     order = jnp.argsort(experts, stable=True)
     starts = jnp.searchsorted(experts[order], jnp.arange(num_experts + 1)).astype(jnp.int32)
@@ -90,100 +90,29 @@ def own_experts(assignment: Assignment, num_local: int, shard: jax.Array) -> Ass
     return TokenChoice(jnp.where(mine, local, num_local), jnp.where(mine, assignment.gates, 0.0))
 
 
-def make_plan(assignment: Choice, *, num_experts: int, length: int) -> Plan:
+def make_plan(assignment: TokenChoice, *, num_experts: int, kernel: str = "blocked") -> Plan:
     """Sorts the choices of all groups by expert.
 
     Args:
-      assignment: with a leading group axis; token indices of an ``ExpertChoice`` count within their group.
-      length: tokens per group.
+      assignment: with a leading group axis.
+      kernel: with ``pallas`` choices are counted instead of sorted.
     """
-    if isinstance(assignment, ExpertChoice):
-        groups, _, slots = assignment.tokens.shape
-        first = length * jnp.arange(groups, dtype=jnp.int32)[:, None, None]
-        choice = jnp.arange(assignment.gates.size, dtype=jnp.int32).reshape(assignment.gates.shape)
-        return Plan(
-            source=jnp.moveaxis(assignment.tokens + first, 0, 1).reshape(-1),
-            choice=jnp.moveaxis(choice, 0, 1).reshape(-1),
-            group_sizes=jnp.full((num_experts,), groups * slots, jnp.int32),
-            inverse=None,
-        )
     top_k = assignment.experts.shape[-1]
+    if kernel == "pallas":
+        of_tokens = assignment.experts.reshape(-1, top_k)
+        rank, counts = rank_in_expert(of_tokens, num_experts=num_experts, kernel=kernel)
+        choice, moves = sort_by_expert(of_tokens, rank, counts)
+        return Plan(moves, choice, counts)
     experts = assignment.experts.reshape(-1)
     order = jnp.argsort(experts, stable=True).astype(jnp.int32)
     rows = jnp.arange(experts.shape[0], dtype=jnp.int32)
     inverse = jnp.zeros_like(experts).at[order].set(rows)
+    inverse = jnp.where(experts < num_experts, inverse, experts.shape[0]).reshape(-1, top_k)
     return Plan(
-        source=order // top_k,
+        moves=Moves(order // top_k, inverse),
         choice=order,
         group_sizes=jnp.bincount(experts, length=num_experts + 1)[:-1].astype(jnp.int32),
-        inverse=jnp.where(experts < num_experts, inverse, experts.shape[0]).reshape(-1, top_k),
     )
-
-
-@jax.custom_vjp
-def permute(x: Float[Array, "T D"], plan: Plan) -> Float[Array, "R D"]:
-    """The rows of the plan: token vectors in expert order."""
-    return x[plan.source]
-
-
-def _permute_forward(x: jax.Array, plan: Plan) -> tuple[jax.Array, tuple[Plan, jax.Array]]:
-    return x[plan.source], (plan, x[:, :0])
-
-
-def _permute_backward(residual: tuple[Plan, jax.Array], grad: jax.Array) -> tuple[jax.Array, None]:
-    plan, like = residual
-    if plan.inverse is None:
-        return jnp.zeros((like.shape[0], grad.shape[1]), grad.dtype).at[plan.source].add(grad), None
-    return jnp.sum(_rows_of_tokens(grad, plan.inverse), axis=1), None
-
-
-permute.defvjp(_permute_forward, _permute_backward)
-
-
-def combine(
-    rows: Float[Array, "R D"], gates: Float[Array, " A"], plan: Plan, *, length: int
-) -> Float[Array, "T D"]:
-    """The gate-weighted sum of every token's rows, accumulated in float32.
-
-    Args:
-      gates: the assignment's gates, flattened.
-      length: the number of tokens T.
-    """
-    if plan.inverse is None:
-        weighted = rows.astype(jnp.float32) * gates[plan.choice][:, None]
-        total = jnp.zeros((length, rows.shape[1]), jnp.float32).at[plan.source].add(weighted)
-        return total.astype(rows.dtype)
-    return _combine_choices(rows, gates, plan)
-
-
-@jax.custom_vjp
-def _combine_choices(rows: jax.Array, gates: jax.Array, plan: Plan) -> jax.Array:
-    assert plan.inverse is not None
-    of_token = _rows_of_tokens(rows, plan.inverse).astype(jnp.float32)
-    return jnp.einsum("TKD,TK->TD", of_token, gates.reshape(plan.inverse.shape)).astype(rows.dtype)
-
-
-def _combine_forward(rows: jax.Array, gates: jax.Array, plan: Plan) -> tuple[jax.Array, tuple]:
-    return _combine_choices(rows, gates, plan), (rows, gates, plan)
-
-
-def _combine_backward(residual: tuple, grad: jax.Array) -> tuple[jax.Array, jax.Array, None]:
-    rows, gates, plan = residual
-    weighted = grad[plan.source].astype(jnp.float32) * gates[plan.choice][:, None]
-    used = jnp.arange(rows.shape[0]) < jnp.sum(plan.group_sizes)
-    grad_rows = jnp.where(used[:, None], weighted, 0.0).astype(rows.dtype)
-    of_token = _rows_of_tokens(rows, plan.inverse).astype(jnp.float32)
-    grad_gates = jnp.einsum("TKD,TD->TK", of_token, grad.astype(jnp.float32))
-    return grad_rows, grad_gates.reshape(gates.shape), None
-
-
-_combine_choices.defvjp(_combine_forward, _combine_backward)
-
-
-def _rows_of_tokens(rows: Float[Array, "R D"], inverse: Int[Array, "T K"]) -> Float[Array, "T K D"]:
-    """The K rows of every token; zeros for unused choices."""
-    last = rows.shape[0] - 1
-    return jnp.where((inverse <= last)[..., None], rows[jnp.minimum(inverse, last)], 0)
 
 
 def apply_experts(
@@ -198,21 +127,31 @@ def apply_experts(
 
     Choices no more than experts, as when decoding, need no plan: their experts' weights are gathered.
     """
-    groups, length, width = x.shape
-    if isinstance(assignment, TokenChoice) and assignment.gates.size <= weights.w_in.shape[0]:
-        if kernel == "blocked":
-            return _apply_gathered(x, assignment, weights, activation=activation)
-    plan = make_plan(assignment, num_experts=weights.w_in.shape[0], length=length)
-    if kernel == "pallas" and plan.inverse is not None:
-        moves, gates = Moves(plan.source, plan.inverse), assignment.gates.reshape(groups * length, -1)
-        options = {"activation": activation, "kernel": kernel}
-        rows = x.reshape(-1, width)
-        out = expert_mlp(rows, gates, plan.choice, moves, plan.group_sizes, weights, **options)
-        return out.reshape(x.shape)
-    rows = permute(x.reshape(-1, width), plan)
-    rows = grouped_mlp(rows, plan.group_sizes, weights, activation=activation, kernel=kernel)
-    out = combine(rows, assignment.gates.reshape(-1), plan, length=groups * length)
+    num_experts, options = weights.w_in.shape[0], {"activation": activation, "kernel": kernel}
+    if isinstance(assignment, ExpertChoice):
+        return _apply_chosen(x, assignment, weights, **options)
+    if kernel == "blocked" and assignment.gates.size <= num_experts:
+        return _apply_gathered(x, assignment, weights, activation=activation)
+    plan = make_plan(assignment, num_experts=num_experts, kernel=kernel)
+    tokens = x.reshape(-1, x.shape[-1])
+    gates = assignment.gates.reshape(tokens.shape[0], -1)
+    out = expert_mlp(tokens, gates, plan.choice, plan.moves, plan.group_sizes, weights, **options)
     return out.reshape(x.shape)
+
+
+def _apply_chosen(
+    x: Float[Array, "G T D"], assignment: ExpertChoice, weights: ExpertWeights, **options: Any
+) -> Float[Array, "G T D"]:
+    """The tokens that experts chose are sorted from the start; each may have any number of rows."""
+    groups, length, width = x.shape
+    num_experts, slots = assignment.tokens.shape[1:]
+    first = length * jnp.arange(groups, dtype=jnp.int32)[:, None, None]
+    source = jnp.moveaxis(assignment.tokens + first, 0, 1).reshape(-1)
+    gates = jnp.moveaxis(assignment.gates, 0, 1).reshape(-1)
+    sizes = jnp.full((num_experts,), groups * slots, jnp.int32)
+    rows = grouped_mlp(x.reshape(-1, width)[source], sizes, weights, gates=gates, **options)
+    total = jnp.zeros((groups * length, width), jnp.float32).at[source].add(rows.astype(jnp.float32))
+    return total.astype(x.dtype).reshape(x.shape)
 
 
 def _apply_gathered(
