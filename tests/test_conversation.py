@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from vl_jax.data import chat
 from vl_jax.data.conversation import parse
-from vl_jax.data.lines import Lines
+from vl_jax.data.lines import json_items, lines
 from vl_jax.data.sample import BadSample, Sample, Turn
 from vl_jax.data.sources import LlavaConfig, open_source
 from vl_jax.data.tokenizer import load_tokenizer
@@ -101,9 +103,44 @@ def test_a_bad_record_has_a_reason(record, reason):
 )
 def test_lines_are_those_that_are_not_blank(tmp_path, text):
     (tmp_path / "f").write_bytes(text.encode())
-    lines = Lines(tmp_path / "f")
+    found = lines(tmp_path / "f")
     expected = [line.strip() for line in text.removeprefix("\ufeff").split("\n") if line.strip()]
-    assert [lines[i].decode().strip() for i in range(len(lines))] == expected
+    assert [found[i].decode().strip() for i in range(len(found))] == expected
+
+
+records = st.recursive(
+    st.none() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(records, max_size=4), st.sampled_from([None, 1]), st.booleans(), st.booleans())
+def test_the_items_of_a_json_list_are_found_where_they_stand(tmp_path, items, indent, escaped, mark):
+    text = json.dumps(items, indent=indent, ensure_ascii=escaped)
+    (tmp_path / "f").write_text(text, encoding="utf-8-sig" if mark else "utf-8")
+    found = json_items(tmp_path / "f")
+    assert [json.loads(found[i]) for i in range(len(found))] == items
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (b"", "not JSON"),
+        (b"[1, 2", "Expecting ',' delimiter: line 1 column 6"),
+        (b"[1,]", "not JSON: Expecting value: line 1 column 4"),
+        (b"[1 2]", "Expecting ',' delimiter: line 1 column 4"),
+        (b"[1] 2", "Extra data: line 1 column 5"),
+        (b"[" * 100_000, "not JSON"),
+        (b"7", "expected a list of records, found int"),
+        (b'["\xff"]', "not UTF-8 at byte 2"),
+    ],
+)
+def test_a_file_that_is_no_json_list_is_refused_with_the_position(tmp_path, text, problem):
+    (tmp_path / "f").write_bytes(text)
+    with pytest.raises(ValueError, match=problem):
+        json_items(tmp_path / "f")
 
 
 def test_a_line_that_is_not_utf8_spoils_only_itself(tmp_path):

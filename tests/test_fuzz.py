@@ -22,6 +22,7 @@ from vl_jax.data.sample import BadSample, Sample, Turn
 from vl_jax.data.sources import (
     ArrayRecordConfig,
     CocoConfig,
+    LabelStudioConfig,
     LlavaConfig,
     MetaConfig,
     ParquetConfig,
@@ -234,7 +235,23 @@ def parquet(folder: Path, random: random.Random):
     return ParquetConfig("x", "d.parquet")
 
 
-CONTAINERS = {f.__name__: f for f in (llava, webdataset, coco, meta, records, parquet)}
+def label_studio(folder: Path, random: random.Random):
+    value = {"x": random.choice([1, -50, 1e300, "x"]), "y": 1, "width": 5, "height": 5}
+    result = {
+        "id": "r",
+        "type": random.choice(["rectanglelabels", "textarea", "choices"]),
+        "original_width": random.choice([9, 9, 9, 0, None]),
+        "original_height": 9,
+        "value": value | {"rectanglelabels": ["cat"], "text": ["a", 7][: random.randint(0, 2)]},
+    }
+    name = random.choice(["/data/upload/1/a.png", "a.png", "../a.png", "/etc/hostname", "link.png", "s3://x"])
+    task = {"id": 1, "data": {"image": name}, "annotations": [{"result": [result]}]}
+    data = json.dumps([task] * 3).encode()
+    (folder / "d.json").write_bytes(damaged(data, random) if random.random() < 0.5 else data)
+    return LabelStudioConfig("x", "d.json")
+
+
+CONTAINERS = {f.__name__: f for f in (llava, webdataset, coco, meta, records, parquet, label_studio)}
 
 
 @pytest.mark.parametrize("count", [30, pytest.param(1500, marks=pytest.mark.slow)])

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from oracle import processor_folder
 from PIL import Image as PilImage
 
-from vl_jax.batch import visual_sources
 from vl_jax.data.images import (
     DEFAULT_GRIDS,
     TilingConfig,
@@ -21,6 +20,7 @@ from vl_jax.data.images import (
     max_visual_tokens,
     num_views_tiles,
     num_visual_tokens,
+    visual_sources,
 )
 from vl_jax.data.sample import FileImage
 
@@ -164,3 +164,14 @@ def test_pixels_of_the_reference_processor_folder(oracles):
             np.testing.assert_allclose((tiles / 255 - 0.5).transpose(0, 3, 1, 2) / 0.5, expected, atol=1e-6)
         checked += 1
     assert checked
+
+
+@pytest.mark.parametrize("grid", [(2, 2), (3, 3), (1, 1), (2, 1)])
+def test_a_quick_overview_is_nearly_the_same_and_the_tiles_are(grid):
+    config = TilingConfig(tile_size=24, candidates=(grid,))
+    across, down = np.meshgrid(np.linspace(0, 9, 80), np.linspace(0, 5, 40))
+    waves = np.stack([127 + 90 * np.sin(across + k) * np.cos(down) for k in range(3)], -1)
+    picture = PilImage.fromarray(waves.astype(np.uint8))
+    exact, quick = (make_tiles(picture, grid=grid, config=config, quick=q) for q in (False, True))
+    np.testing.assert_array_equal(exact[1:], quick[1:])
+    assert np.abs(exact[0].astype(int) - quick[0]).mean() < (2 if grid[0] == grid[1] else 1e-9)

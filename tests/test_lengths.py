@@ -66,7 +66,7 @@ def test_lengths_are_those_of_the_encoded_draws(tmp_path, turns, targets, fusion
             if turns == "independent":
                 draws += [(len(sample.turns) - 1,), draws[-1][::-1]]
             for chosen in draws:
-                example = encoder.draw(sample, turns=turns, targets=targets, chosen=chosen)
+                (example,) = encoder.draws([sample], [chosen], turns=turns, targets=targets)
                 at = start + np.array(chosen)
                 assert len(example.tokens) == known.trunk[record] + known.turns[at].sum()
                 predicted = known.trunk_targets[record] + known.targets[at].sum()
@@ -80,7 +80,7 @@ def test_chosen_turns_read_as_in_a_conversation_of_their_own():
     sample = open_source(ScenesConfig("s"))[3]
     for chosen in ([2], [4, 1], [0, 1]):
         alone = encoder.example(sample.select(chosen), turns="independent")
-        drawn = encoder.draw(sample, turns="independent", targets="answers", chosen=chosen)
+        (drawn,) = encoder.draws([sample], [chosen], turns="independent", targets="answers")
         for name in (
             "tokens",
             "targets",

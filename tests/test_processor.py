@@ -47,7 +47,7 @@ def talk(*contents: str) -> list[dict]:
 def write_checkpoint(folder, *, processor: dict | None = None, model: dict | None = None):
     settings = {"candidate_resolutions": SIZES, "patch_size": 2, "downsample_ratio": 2}
     (folder / "processor_config.json").write_text(json.dumps(settings | (processor or {})))
-    (folder / "tokenizer.json").write_text(load_tokenizer()._plain.to_str())
+    (folder / "tokenizer.json").write_text(load_tokenizer().plain.to_str())
     if model is not None:
         (folder / "config.json").write_text(json.dumps(model))
     return folder

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -288,6 +290,9 @@ def prepared(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("prepared")
     features = {"image": tfds.features.Image(), "question": tfds.features.Text(), "said": {}}
     features["said"]["answers"] = tfds.features.Sequence(tfds.features.Text())
+    features["objects"] = tfds.features.Sequence(
+        {"bbox": tfds.features.BBoxFeature(), "phrase": tfds.features.Text()}
+    )
 
     class TinyVqa(tfds.core.GeneratorBasedBuilder):
         VERSION = tfds.core.Version("1.0.0")
@@ -303,10 +308,18 @@ def prepared(tmp_path_factory) -> Path:
             for i in range(3):
                 (folder / f"{i}.png").write_bytes(png(i))
                 answers = ["red", "blue", "blue"]
-                yield (
-                    i,
-                    {"image": folder / f"{i}.png", "question": f"What {i}?", "said": {"answers": answers}},
-                )
+                boxes = [
+                    tfds.features.BBox(ymin=0.0, xmin=0.25, ymax=0.5, xmax=1.0),
+                    tfds.features.BBox(ymin=0.0, xmin=0.0, ymax=1.0, xmax=1.0),
+                ]
+                example = {
+                    "image": folder / f"{i}.png",
+                    "question": f"What {i}?",
+                    "said": {"answers": answers},
+                }
+                names = ("the owl", "all of it")
+                example["objects"] = [{"bbox": b, "phrase": p} for b, p in zip(boxes, names, strict=True)]
+                yield i, example
 
     TinyVqa(data_dir=folder / "data", file_format="array_record").download_and_prepare()
     return folder
@@ -329,12 +342,25 @@ def test_a_data_set_of_tfds_is_read_by_name(prepared):
     assert numbers == {0, 1, 2}
 
 
+def test_phrases_of_tfds_are_located(prepared):
+    config = TfdsConfig(
+        "t", "tiny_vqa", root="data", answer="objects/phrase", boxes="objects/bbox", prompt="Locate {}."
+    )
+    sample = open_source(config, root=str(prepared))[0]
+    width, height = sample.images[0]().size
+    assert [t.question for t in sample.turns] == ["<image>\nLocate the owl.", "Locate all of it."]
+    assert sample.turns[0].boxes[0].corners == (0.25 * width, 0, width, 0.5 * height)
+    assert sample.turns[0].answer == "<|ref|>the owl<|/ref|><|det|>[[250, 0, 999, 500]]<|/det|>"
+    with pytest.raises(ValueError, match="boxes='b' of source 't': needs an image, no question"):
+        TfdsConfig("t", "d", boxes="b")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"dataset": "absent"}, "data, absent, train: "),
         ({"split": "test"}, "tiny_vqa, test: "),
-        ({"answer": "reply"}, "no feature 'reply'; there are image, question, said"),
+        ({"answer": "reply"}, "no feature 'reply'; there are image, question, said, objects"),
     ],
 )
 def test_a_data_set_that_is_not_there_is_named(prepared, change, message):
@@ -344,3 +370,37 @@ def test_a_data_set_that_is_not_there_is_named(prepared, change, message):
     with pytest.raises(ValueError, match=f"source 't': .*{message}") as caught:
         open_source(config, root=str(prepared))
     assert "\n" not in str(caught.value)
+
+
+def test_an_index_of_tar_files_is_small(tmp_path):
+    count = 3000
+    with tarfile.open(tmp_path / "s.tar", "w") as out:
+        for number in range(count):
+            for ending in ("jpg", "json"):
+                member = tarfile.TarInfo(f"shard/sample-{number:09}.{ending}")
+                out.addfile(member, io.BytesIO())
+    tracemalloc.start()
+    source = open_source(WebDatasetConfig("w", "s.tar"), root=str(tmp_path))
+    used, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(source) == count and used < 150 * count
+    with pytest.raises(BadSample, match="sample-000002999.*not_json"):
+        source[count - 1]
+
+
+def test_decoded_row_groups_are_mapped_and_follow_their_file(tmp_path):
+    plain = sample_parquet(tmp_path)
+    config = dataclasses.replace(plain, unpacked="decoded")
+
+    def read(config):
+        source = open_source(config, root=str(tmp_path))
+        samples = [source[i] for i in reversed(range(len(source)))]
+        return [(s.turns, [np.asarray(image()).tolist() for image in s.images]) for s in samples]
+
+    assert read(config) == read(plain)
+    files = {file: file.stat().st_mtime_ns for file in (tmp_path / "decoded").iterdir()}
+    assert len(files) > 1 and read(config) == read(plain)
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "decoded").iterdir()} == files
+    os.utime(tmp_path / plain.file, ns=(1, 1))
+    read(config)
+    assert len(list((tmp_path / "decoded").iterdir())) == 2 * len(files)

@@ -17,8 +17,8 @@ from vl_jax import params as params_lib
 from vl_jax.adapter import AdapterConfig
 from vl_jax.batch import Batch
 from vl_jax.data import images
-from vl_jax.data.collate import Example
 from vl_jax.data.encode import Encoder, ModelSpec
+from vl_jax.data.example import Example
 from vl_jax.data.tokenizer import load_tokenizer
 from vl_jax.encoders.vit import ViTConfig
 from vl_jax.fusion.gate import CrossModalGateConfig

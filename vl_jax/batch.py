@@ -67,8 +67,3 @@ class Batch:
     def modality(self) -> Leaf:
         """``TEXT`` or ``VISION`` for every sequence position, i32[B T]."""
         return (self.visual_slot >= 0).astype(np.int32)
-
-
-def visual_sources(num_tiles: int, tile_tokens: int) -> tuple[int, int]:
-    """Rows of the table drawn above that hold the newline and the separator vector."""
-    return num_tiles * tile_tokens, num_tiles * tile_tokens + 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,10 +12,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from vl_jax.data import packed
+from vl_jax.data import long_text, packed
 from vl_jax.data.array_records import ENDING, ArrayRecordConfig
-from vl_jax.data.convert import REPORT, convert
-from vl_jax.data.encode import find_source
+from vl_jax.data.convert import REPORT, Split, convert
+from vl_jax.data.encode import find_source, make_encoder
 from vl_jax.data.sources import open_source
 from vl_jax.experiment import Experiment, model_spec
 
@@ -29,7 +30,8 @@ def run(experiment: Experiment, name: str, target: Path) -> ArrayRecordConfig:
     config = find_source(data, name)
     source = open_source(config, root=data.root)
     with _bar(console, f"convert {name}") as progress:
-        report = convert(config, source, target, num_threads=data.num_threads, progress=progress)
+        split = _splitter(experiment) if data.long_text == "split" else None
+        report = convert(config, source, target, num_threads=data.num_threads, split=split, progress=progress)
     console.print(
         f"{target}: {report}; listed in {target / REPORT}", markup=False, highlight=False, soft_wrap=True
     )
@@ -42,6 +44,14 @@ def run(experiment: Experiment, name: str, target: Path) -> ArrayRecordConfig:
                 packed.open_planner(alone, model_spec(experiment), targets=stage.targets, progress=progress)
     console.print(f"in the experiment file: {converted!r}", markup=False, highlight=False, soft_wrap=True)
     return converted
+
+
+def _splitter(experiment: Experiment) -> Split:
+    data = experiment.data
+    tokenizer = make_encoder(data, model_spec(experiment)).tokenizer
+    return functools.partial(
+        long_text.split, tokenizer=tokenizer, max_tokens=data.max_tokens, turns=data.turns
+    )
 
 
 @contextmanager

@@ -14,13 +14,12 @@ beginning, the *trunk*, up to the last image:
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from vl_jax.data.sample import IMAGE_PLACEHOLDER, TEXT, BadSample, Sample, standalone_questions
-from vl_jax.data.tokenizer import GROUNDING, SPECIAL, Tokenizer
+from vl_jax.data.tokenizer import GROUNDING, SPECIAL, Tokenizer, recalled
 
 Turns = Literal["dialogue", "independent"]
 Targets = Literal["all", "answers", "text"]
@@ -66,7 +65,7 @@ class Dialogue:
 _PER_POSITION = ("tokens", "targets", "loss_weights", "positions", "branch_ids")
 
 # A part of a conversation: ids, with None standing for one image's run; and whether it is an answer.
-_Part = tuple[Sequence[int | None], bool]
+_Part = tuple[list[Any], bool]
 
 
 def encode_dialogue(
@@ -108,12 +107,12 @@ def encode_dialogue(
         prompt = _tail(tokenizer, question) if opened else _user(tokenizer, question)
         if turn.kind == TEXT and not opened:
             prompt = []
-        answer = [*_encode(tokenizer, turn.answer.strip()), tokenizer.eos]
-        parts: list[_Part] = [(prompt, False), (answer, True)]
-        images = iter(image_lengths[len(result.visual_runs) :])
-        length = sum(next(images) if i is None else 1 for ids, _ in parts for i in ids)
+        answer = _answer(tokenizer, turn.answer)
+        images, seen = prompt.count(None), len(result.visual_runs)
+        length = len(prompt) + len(answer) - images + sum(image_lengths[seen : seen + images])
         if max_tokens is not None and len(result.tokens) + length > max_tokens:
             break
+        parts: list[_Part] = [(prompt, False), (answer, True)]
         _extend(result, parts, branch, image_lengths, tokenizer.image, targets)
         result.num_turns += 1
     if not result.num_turns:
@@ -159,7 +158,7 @@ def encode_prompt(sample: Sample, tokenizer: Tokenizer, *, image_lengths: Sequen
     for index, turn in enumerate(sample.turns):
         parts.append((_user(tokenizer, turn.question), False))
         if index < len(sample.turns) - 1:
-            parts.append(([*_encode(tokenizer, turn.answer.strip()), tokenizer.eos], True))
+            parts.append((_answer(tokenizer, turn.answer), True))
     result = Dialogue(num_turns=len(sample.turns))
     _extend(result, parts, 0, image_lengths, tokenizer.image, None)
     return result
@@ -212,21 +211,29 @@ def _split_trunk(sample: Sample, tokenizer: Tokenizer) -> tuple[list[int | None]
     return trunk, [q.lstrip()[len(head) :] for q in questions]
 
 
+@recalled
 def _user(tokenizer: Tokenizer, question: str) -> list[int | None]:
     """A whole user turn and the mark that the answer follows."""
     text = f": {question.strip()}\n\n"
     return [tokenizer.user, *_pieces(tokenizer, text), tokenizer.assistant, *_encode(tokenizer, ":")]
 
 
+@recalled
 def _tail(tokenizer: Tokenizer, text: str) -> list[int | None]:
     """What follows the last image of a user turn."""
     text = f"{text.rstrip()}\n\n"
     return [*_encode(tokenizer, text), tokenizer.assistant, *_encode(tokenizer, ":")]
 
 
+@recalled
+def _answer(tokenizer: Tokenizer, text: str) -> list[int]:
+    """An answer and its end."""
+    return [*_encode(tokenizer, text.strip()), tokenizer.eos]
+
+
 def _pieces(tokenizer: Tokenizer, text: str, allowed: Sequence[str] = GROUNDING) -> list[int | None]:
     """Encodes text around its image placeholders; each placeholder becomes None."""
-    first, *rest = re.split(re.escape(IMAGE_PLACEHOLDER), text)
+    first, *rest = text.split(IMAGE_PLACEHOLDER)
     ids: list[int | None] = list(tokenizer.encode(first, allowed=allowed))
     for piece in rest:
         ids += [None, *tokenizer.encode(piece, allowed=allowed)]
@@ -238,19 +245,17 @@ def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.encode(text, allowed=GROUNDING)
 
 
-def _runs(ids: Sequence[int | None]) -> Iterator[list[int] | None]:
+def _runs(ids: list[Any]) -> Iterator[list[int] | None]:
     """The stretches of tokens between images, and None for each image."""
-    run: list[int] = []
-    for token in ids:
-        if token is not None:
-            run.append(token)
-            continue
-        if run:
-            yield run
+    start = 0
+    for _ in range(ids.count(None)):
+        stop = ids.index(None, start)
+        if stop > start:
+            yield ids[start:stop]
         yield None
-        run = []
-    if run:
-        yield run
+        start = stop + 1
+    if start < len(ids):
+        yield ids[start:] if start else ids
 
 
 def _extend(

@@ -9,6 +9,8 @@ out, as they have no box of their own.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,16 +87,10 @@ class CocoSource:
         boxes = [self._box(a, width, height, where) for a in annotations]
         if not boxes:
             raise BadSample("no_boxes", f"{where}: no annotation of it has a box")
-        kinds = list(dict.fromkeys(box.label for box in boxes))
-        turns = [
-            Turn(f"{IMAGE_PLACEHOLDER}\nWhich kinds of object are visible?", ", ".join(kinds), "open", "en")
-        ]
-        for kind in kinds:
-            own = tuple(box for box in boxes if box.label == kind)
-            answer = grounding.write_boxes(own, width=width, height=height)
-            turns.append(Turn(f"Locate every {kind}.", answer, "grounding", "en", own))
+        first, *others = turns_about(boxes, width, height)
+        first = dataclasses.replace(first, question=f"{IMAGE_PLACEHOLDER}\n{first.question}")
         image = image_in(self._folder, name, where, self._config.max_pixels)
-        return Sample(f"{self._config.name}-{entry['id']}", tuple(turns), (image,))
+        return Sample(f"{self._config.name}-{entry['id']}", (first, *others), (image,))
 
     def _box(self, annotation: dict[str, Any], width: int, height: int, where: str) -> Box:
         label = self._names.get(_key(annotation.get("category_id")))
@@ -109,6 +105,17 @@ class CocoSource:
         if any(mark in label for mark in grounding.SPECIAL):
             raise BadSample("bad_box", f"{where}: category {label[:80]!r} holds a special mark")
         return Box(label, corners)
+
+
+def turns_about(boxes: Sequence[Box], width: int, height: int) -> list[Turn]:
+    """Which kinds of object are on a picture of that size, and where those of each kind are."""
+    kinds = list(dict.fromkeys(box.label for box in boxes))
+    turns = [Turn("Which kinds of object are visible?", ", ".join(kinds), "open", "en")]
+    for kind in kinds:
+        own = tuple(box for box in boxes if box.label == kind)
+        answer = grounding.write_boxes(own, width=width, height=height)
+        turns.append(Turn(f"Locate every {kind}.", answer, "grounding", "en", own))
+    return turns
 
 
 def _entries(whole: Any, key: str, file: Path) -> list[dict[str, Any]]:

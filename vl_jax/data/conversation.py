@@ -6,8 +6,9 @@
     {"question": "What is it?", "answer": "A cat."}         every image stands before the question
     {"text": "Once upon a time ..."}                        read as it is; with images it is their caption
 
-Beside these may stand ``id``, ``image`` or ``images`` (paths), ``lang``, and ``boxes``, which ``<box:0>`` in
-an answer refers to: ``[{"label": "cat", "bbox": [x0, y0, x1, y1]}]`` in pixels of ``width`` x ``height``.
+Beside these may stand ``id``, ``image`` or ``images`` (paths) or ``frames`` (see ``clips``), ``lang``, and
+``boxes``, which ``<box:0>`` in an answer refers to: ``[{"label": "cat", "bbox": [x0, y0, x1, y1]}]`` in
+pixels of ``width`` x ``height``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from vl_jax.data.clips import mark_frames
 from vl_jax.data.grounding import to_grid
 from vl_jax.data.sample import IMAGE_PLACEHOLDER, TEXT, BadSample, Box, Turn
 
@@ -59,6 +61,9 @@ def parse(record: Any, where: str, *, default_id: str, num_images: int | None = 
     names = _image_names(record, where)
     pairs, inline = _messages(record, where, len(names) if num_images is None else num_images)
     names += inline
+    count = len(names) if num_images is None or names else num_images
+    if "frames" in record and count:
+        pairs = mark_frames(pairs, count)
     system = ""
     if pairs and pairs[0][0] == "system":
         system, pairs = pairs[0][1], pairs[1:]
@@ -66,7 +71,6 @@ def parse(record: Any, where: str, *, default_id: str, num_images: int | None = 
         raise BadSample("bad_conversation", f"{where}: expected messages of user and assistant by turns")
     if IMAGE_PLACEHOLDER in system:
         raise BadSample("placeholder_mismatch", f"{where}: {IMAGE_PLACEHOLDER} in the system message")
-    count = len(names) if num_images is None or names else num_images
     placeholders = sum(text.count(IMAGE_PLACEHOLDER) for role, text in pairs if role == "user")
     if placeholders != count:
         message = f"{where}: {placeholders} {IMAGE_PLACEHOLDER} placeholders for {count} images"
@@ -93,13 +97,13 @@ def _messages(record: dict[str, Any], where: str, num_images: int) -> tuple[list
     """(role, text) of every message, and the images that messages name themselves."""
     dialect = next((key for key in _DIALECTS if record.get(key) is not None), None)
     if dialect == "text":
-        text = _text(record["text"], where)
+        text = checked_text(record["text"], where)
         return [("user", f"{IMAGE_PLACEHOLDER}\n" * num_images), ("assistant", text)], []
     if dialect == "question":
-        question = _text(record["question"], where)
+        question = checked_text(record["question"], where)
         if IMAGE_PLACEHOLDER not in question:
             question = f"{IMAGE_PLACEHOLDER}\n" * num_images + question
-        return [("user", question), ("assistant", _text(record.get("answer"), where))], []
+        return [("user", question), ("assistant", checked_text(record.get("answer"), where))], []
     messages = record[dialect] if dialect else None
     if not isinstance(messages, list) or not messages:
         message = f"{where}: {dialect or _DIALECTS[0]} must be a non-empty list"
@@ -119,33 +123,40 @@ def _messages(record: dict[str, Any], where: str, num_images: int) -> tuple[list
 def _content(content: Any, where: str, images: list[str]) -> str:
     """The text of a message, given as one or in parts; images that parts name are added to the list."""
     if not isinstance(content, list):
-        return _text(content, where)
+        return checked_text(content, where)
     pieces = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text":
-            pieces.append(_text(part.get("text"), where))
+            pieces.append(checked_text(part.get("text"), where))
             continue
         if kind not in ("image", "image_url"):
             raise BadSample("bad_conversation", f"{where}: a part of type {str(kind)[:40]!r}")
         pieces.append(f"{IMAGE_PLACEHOLDER}\n")
         name = part.get(kind)
         name = name.get("url") if isinstance(name, dict) else name
-        if name is not None and (not isinstance(name, str) or name.partition(":")[0] in _REMOTE):
+        if name is not None and (not isinstance(name, str) or name.partition(":")[0] in REMOTE):
             raise BadSample("bad_image_field", f"{where}: an image must be a path, not {str(name)[:40]!r}")
         images += [] if name is None else [name]
     return "".join(pieces)
 
 
-_REMOTE = ("http", "https", "data", "file", "s3", "gs")
+# How names begin that are no paths.
+REMOTE = ("http", "https", "data", "file", "s3", "gs")
 
 
-def _text(value: Any, where: str) -> str:
+def checked_text(value: Any, where: str) -> str:
+    """The value if it is a text that can be written down.
+
+    Raises:
+      BadSample: it is not.
+    """
     if not isinstance(value, str):
         message = f"{where}: expected a text, found {type(value).__name__}"
         raise BadSample("bad_conversation", message)
     try:
-        value.encode()
+        if not value.isascii():
+            value.encode()
     except UnicodeEncodeError:
         raise BadSample("bad_conversation", f"{where}: half a surrogate pair in the text") from None
     return value

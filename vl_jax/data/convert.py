@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from vl_jax.data import array_records
-from vl_jax.data.sample import BadSample
+from vl_jax.data.sample import BadSample, Sample
 from vl_jax.data.sources import Source, SourceConfig, stamp_of
+
+Split = Callable[[Sample], list[Sample]]
 
 _AHEAD = 64  # records read and encoded while others are written
 REPORT, _SOURCE = "report.json", "source.json"
@@ -33,6 +35,7 @@ class Report:
 
     records: int  # written
     skipped: dict[str, str]  # the index of each record left out, and the reason with its place
+    split: int = 0  # of the source's records, those that became several
 
     @property
     def reasons(self) -> dict[str, int]:
@@ -41,7 +44,8 @@ class Report:
 
     def __str__(self) -> str:
         left = ", ".join(f"{n} {reason}" for reason, n in self.reasons.items())
-        return f"{self.records} records" + (f", left out: {left}" if left else "")
+        several = f", {self.split} were split" if self.split else ""
+        return f"{self.records} records{several}" + (f", left out: {left}" if left else "")
 
 
 def convert(
@@ -51,17 +55,20 @@ def convert(
     *,
     per_file: int = 2000,
     num_threads: int = 2,
+    split: Split | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Report:
     """Writes a source as ArrayRecord files into a new folder; goes on where an earlier call was killed.
 
     Args:
+      split: makes one or more samples of each; None leaves them whole.
       progress: called with the number of records that are done and of all.
 
     Raises:
       ValueError: the folder holds something else, or another source was begun there.
     """
     facts = {"source": repr(config), "stamp": stamp_of(source), "length": len(source), "per_file": per_file}
+    facts["split_texts"] = split is not None
     if target.exists():
         return _finished(target, facts)
     folder = target.with_name(f"{target.name}.partial")
@@ -72,11 +79,11 @@ def convert(
             place = folder / f"part-{number:05d}.json"
             stop = min(start + per_file, total)
             if not place.is_file():
-                _write_part(place, source, range(start, stop), pool)
+                _write_part(place, source, range(start, stop), pool, split)
             parts.append(json.loads(place.read_text(encoding="utf-8")))
             progress(stop, total)
     skipped = {index: message for part in parts for index, message in part["skipped"].items()}
-    report = Report(sum(part["records"] for part in parts), skipped)
+    report = Report(sum(part["records"] for part in parts), skipped, sum(part["split"] for part in parts))
     _write(folder / REPORT, {**dataclasses.asdict(report), **facts, "reasons": report.reasons})
     for file in (folder / _SOURCE, *folder.glob("part-*.json")):
         file.unlink()
@@ -89,7 +96,7 @@ def _finished(target: Path, facts: dict[str, Any]) -> Report:
     found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if {key: found.get(key) for key in facts} != facts:
         raise ValueError(f"{target}: exists, and is not a conversion of this source as it is now")
-    return Report(found["records"], found["skipped"])
+    return Report(found["records"], found["skipped"], found["split"])
 
 
 def _claim(folder: Path, facts: dict[str, Any]) -> None:
@@ -101,18 +108,24 @@ def _claim(folder: Path, facts: dict[str, Any]) -> None:
     _write(file, facts)
 
 
-def _write_part(place: Path, source: Source, records: range, pool: ThreadPoolExecutor) -> None:
+def _write_part(
+    place: Path, source: Source, records: range, pool: ThreadPoolExecutor, split: Split | None
+) -> None:
     """Writes one file of records and then the account of it, each whole or not at all."""
     skipped: dict[int, str] = {}
+    several = 0
 
     def encoded() -> Iterator[bytes]:
+        nonlocal several
         for start in range(records.start, records.stop, _AHEAD):
             chunk = range(start, min(start + _AHEAD, records.stop))
-            for index, result in zip(chunk, pool.map(lambda i: _encode(source, i), chunk), strict=True):
+            results = pool.map(lambda i: _encode(source, i, split), chunk)
+            for index, result in zip(chunk, results, strict=True):
                 if isinstance(result, BadSample):
                     skipped[index] = str(result)
                 else:
-                    yield result
+                    several += len(result) > 1
+                    yield from result
 
     file = place.with_suffix(array_records.ENDING)
     temporary = file.with_suffix(".tmp")
@@ -120,12 +133,13 @@ def _write_part(place: Path, source: Source, records: range, pool: ThreadPoolExe
     os.replace(temporary, file)
     if not count:
         file.unlink()
-    _write(place, {"records": count, "skipped": skipped})
+    _write(place, {"records": count, "skipped": skipped, "split": several})
 
 
-def _encode(source: Source, index: int) -> bytes | BadSample:
+def _encode(source: Source, index: int, split: Split | None) -> list[bytes] | BadSample:
     try:
-        return array_records.encode(source[index])
+        sample = source[index]
+        return [array_records.encode(part) for part in (split(sample) if split else [sample])]
     except BadSample as error:
         return error
 

@@ -7,25 +7,30 @@ of static shape.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from PIL import Image as PilImage
 
-from vl_jax.batch import Batch
 from vl_jax.data import chat, images
-from vl_jax.data.collate import Example, RowSizes, collate
+from vl_jax.data.augment import AugmentationConfig
+from vl_jax.data.example import Example
 from vl_jax.data.packing import PackingConfig
-from vl_jax.data.sample import BadSample, Image, ReducibleImage, Sample, image_size
+from vl_jax.data.pictures import Pictures, read_pictures
+from vl_jax.data.sample import BadSample, Sample, each
 from vl_jax.data.sources import Source, SourceConfig, open_source
-from vl_jax.data.tokenizer import Tokenizer, load_tokenizer
+from vl_jax.data.tokenizer import GROUNDING, Tokenizer, load_tokenizer
 from vl_jax.data.turns import TurnSampling
 
-# How JPEG files are decoded: whole, as the published processors do; or at 1/2, 1/4 or 1/8 of their size where
-# the tiles need no more, which is about twice as quick and differs by about one grey level on average.
+if TYPE_CHECKING:
+    from vl_jax.batch import Batch
+else:
+    Batch = Any  # Worker processes encode and make no batches; without JAX they start in no time.
+
+# How pictures become tiles: whole, as the published processors do; or quicker, JPEG files decoded at 1/2, 1/4
+# or 1/8 of their size where the tiles need no more, and the overview made from the tiles of a square grid. It
+# differs by about one grey level on average, the overview by two.
 Decoding = Literal["whole", "reduced"]
 
 
@@ -40,21 +45,26 @@ class DataConfig:
     max_tokens: int = 512  # T, length of a row
     max_tiles: int = 1  # M, tiles of a row
     max_answer_tokens: int | None = None  # Q, tokens predicted in a row of answers; None: as many as T
+    long_text: Literal["skip", "split"] = "skip"  # what ``convert-data`` does with texts that do not fit
     turns: chat.Turns = "independent"
     max_turns: int | None = None  # questions taken from a sample at each draw
     turn_sampling: TurnSampling = "first"
     image_dropout_rate: float = 0.0  # share of the draws whose images are withheld
     tiling: images.TilingConfig = field(default_factory=images.TilingConfig)
     decoding: Decoding = "whole"
+    augmentation: AugmentationConfig | None = None  # of pictures, in training; None: they stay as they are
     packing: PackingConfig | None = None  # rows of several samples in training; None: one sample a row
     seed: int = 0
     num_threads: int = 2
+    num_workers: int = 0  # processes that read and encode instead of threads
     prefetch: int = 2  # batches made ahead of the training step
 
     def __post_init__(self):
         for name in ("max_tokens", "max_tiles", "num_threads", "prefetch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.num_workers < 0:
+            raise ValueError(f"num_workers={self.num_workers}: must not be negative; 0 means threads")
         for name in ("max_turns", "max_answer_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1, or None for all")
@@ -65,6 +75,11 @@ class DataConfig:
             names = [s.name for s in group]
             if len(set(names)) < len(names):
                 raise ValueError(f"source names {names}: must be different")
+
+    @property
+    def parallel(self) -> int:
+        """How many samples are worked on at a time."""
+        return self.num_workers or self.num_threads
 
     def _check_packing(self) -> None:
         row = self.packing
@@ -102,15 +117,6 @@ class ModelSpec:
 
 
 @dataclass(frozen=True)
-class _Pictures:
-    """All tiles of a sample, and each image's grid and layout."""
-
-    tiles: np.ndarray
-    grids: tuple[images.Grid, ...]
-    layouts: tuple[np.ndarray, ...]
-
-
-@dataclass(frozen=True)
 class Encoder:
     """The static sizes of a pipeline, and the functions that fill them."""
 
@@ -130,6 +136,12 @@ class Encoder:
             )
 
     @property
+    def row_bytes(self) -> int:
+        """The most that the arrays of the examples in a row take, with a few bytes between them."""
+        pixels = self.max_tiles * self.tiling.tile_size**2 * 3
+        return pixels + 4 * (6 * self.max_tokens + 2 * self.max_visual_tokens) + 8 * self.max_tokens
+
+    @property
     def max_visual_tokens(self) -> int:
         """S, the visual tokens of a row: what ``max_tiles`` tiles can give, and what fits the sequence."""
         side = self.spec.tile_tokens_side
@@ -144,36 +156,48 @@ class Encoder:
         Raises:
           BadSample: an image cannot be used, or the sample does not fit.
         """
-        pictures = self._pictures(sample)
-        dialogue = chat.encode_dialogue(
-            sample,
-            self.tokenizer,
-            image_lengths=self._image_lengths(pictures),
-            turns=turns,
-            targets=targets,
-            max_tokens=self.max_tokens,
-        )
-        example = self._assemble(sample, dialogue, pictures)
-        found = np.count_nonzero(example.loss_weights)
-        if found > self.max_targets:
-            message = f"sample {sample.id}: {found} tokens to predict, limit {self.max_targets}"
-            raise BadSample("too_many_targets", message)
-        return example
+        (result,) = self.examples([sample], turns=turns, targets=targets)
+        if isinstance(result, BadSample):
+            raise result
+        return result
 
-    def draw(
-        self, sample: Sample, *, turns: chat.Turns, targets: chat.Targets, chosen: Sequence[int]
-    ) -> Example:
-        """Encodes some turns of a sample for training (see ``chat.keep_turns``), whatever room they need.
+    def examples(
+        self, samples: Sequence[Sample | BadSample], *, turns: chat.Turns, targets: chat.Targets
+    ) -> list[Example | BadSample]:
+        """What ``example`` gives for each sample, or raises."""
 
-        Raises:
-          BadSample: an image cannot be used.
+        def dialogue(sample: Sample, pictures: Pictures) -> chat.Dialogue:
+            lengths, most = self._image_lengths(pictures), self.max_tokens
+            return chat.encode_dialogue(
+                sample, self.tokenizer, image_lengths=lengths, turns=turns, targets=targets, max_tokens=most
+            )
+
+        pictures = each(self._pictures, samples)
+        found = each(self._assemble, samples, each(dialogue, samples, pictures), pictures)
+        return each(self._predicting, found)
+
+    def draws(
+        self,
+        samples: Sequence[Sample | BadSample],
+        chosen: Sequence[Sequence[int]],
+        *,
+        turns: chat.Turns,
+        targets: chat.Targets,
+    ) -> list[Example | BadSample]:
+        """Encodes some turns of each sample for training (see ``chat.keep_turns``), whatever room they need.
+
+        One that cannot be used is a ``BadSample``.
         """
-        pictures = self._pictures(sample)
-        lengths = self._image_lengths(pictures)
-        dialogue = chat.encode_dialogue(
-            sample, self.tokenizer, image_lengths=lengths, turns=turns, targets=targets
-        )
-        return self._assemble(sample, chat.keep_turns(dialogue, turns, chosen), pictures)
+
+        def dialogue(sample: Sample, pictures: Pictures, chosen: Sequence[int]) -> chat.Dialogue:
+            lengths = self._image_lengths(pictures)
+            whole = chat.encode_dialogue(
+                sample, self.tokenizer, image_lengths=lengths, turns=turns, targets=targets
+            )
+            return chat.keep_turns(whole, turns, chosen)
+
+        pictures = each(self._pictures, samples)
+        return each(self._assemble, samples, each(dialogue, samples, pictures, chosen), pictures)
 
     def room_of(self, sizes: Sequence[tuple[int, int]]) -> tuple[int, list[int]]:
         """What the images of one sample take: tiles in all, and sequence positions of each.
@@ -187,6 +211,10 @@ class Encoder:
         if self.spec.fusion != "prefix":
             return tiles, [1] * len(sizes)
         return tiles, [images.num_visual_tokens(g, tile_tokens_side=side, views=views) for g in grids]
+
+    def text_length(self, text: str) -> int:
+        """The number of tokens of what somebody wrote."""
+        return len(self.tokenizer.encode(text, allowed=GROUNDING))
 
     def prompt(self, sample: Sample) -> Example:
         """Encodes a conversation up to where the answer of its last turn begins.
@@ -226,6 +254,8 @@ class Encoder:
         Raises:
           ValueError: a row does not fit.
         """
+        from vl_jax.data.collate import RowSizes, collate
+
         sizes = RowSizes(
             tokens=length or self.max_tokens,
             tiles=self.max_tiles,
@@ -244,59 +274,34 @@ class Encoder:
             raise BadSample("too_long", message)
         return dialogue
 
-    def _pictures(self, sample: Sample) -> _Pictures:
-        count = len(sample.images)
-        decoded = [self._decode(image, count) for image in sample.images]
-        pictures, grids = [d[0] for d in decoded], [d[1] for d in decoded]
-        needed = [images.num_views_tiles(g, self.tiling.views) for g in grids]
-        if sum(needed) > self.max_tiles:
-            message = f"sample {sample.id}: {count} images in {sum(needed)} tiles, limit {self.max_tiles}"
-            raise BadSample("too_many_tiles", message)
-        stacks = [
-            images.make_tiles(p, grid=g, config=self.tiling) for p, g in zip(pictures, grids, strict=True)
-        ]
-        layouts = [
-            images.layout(
-                grid,
-                tile_tokens_side=self.spec.tile_tokens_side,
-                views=self.tiling.views,
-                first_tile=sum(needed[:i]),
-                num_tiles=self.max_tiles,
-            )
-            for i, grid in enumerate(grids)
-        ]
-        size = self.tiling.tile_size
-        tiles = np.concatenate([np.zeros((0, size, size, 3), np.uint8), *stacks])
-        return _Pictures(tiles, tuple(grids), tuple(layouts))
+    def _predicting(self, example: Example) -> Example:
+        found = np.count_nonzero(example.loss_weights)
+        if found > self.max_targets:
+            message = f"sample {example.id}: {found} tokens to predict, limit {self.max_targets}"
+            raise BadSample("too_many_targets", message)
+        return example
 
-    def _decode(self, image: Image, count: int) -> tuple[PilImage.Image, images.Grid]:
-        """The picture, and the grid that suits its whole size."""
-        reduced = self.decoding == "reduced" and isinstance(image, ReducibleImage)
-        picture = None if reduced else image()
-        width, height = image_size(image) if picture is None else picture.size
-        grid = images.best_grid(width, height, self.tiling, num_images=count)
-        if picture is None:
-            side = self.tiling.tile_size  # The finest view is fitted into its tiles.
-            scale = min(grid[0] * side / width, grid[1] * side / height)
-            picture = image.at_least(math.ceil(width * scale), math.ceil(height * scale))
-        return picture, grid
+    def _pictures(self, sample: Sample) -> Pictures:
+        side, most = self.spec.tile_tokens_side, self.max_tiles
+        return read_pictures(
+            sample, self.tiling, tile_tokens_side=side, max_tiles=most, quick=self.decoding == "reduced"
+        )
 
-    def _image_lengths(self, pictures: _Pictures) -> list[int]:
+    def _image_lengths(self, pictures: Pictures) -> list[int]:
         return [len(item) if self.spec.fusion == "prefix" else 1 for item in pictures.layouts]
 
-    def _assemble(self, sample: Sample, dialogue: chat.Dialogue, pictures: _Pictures) -> Example:
+    def _assemble(self, sample: Sample, dialogue: chat.Dialogue, pictures: Pictures) -> Example:
         prefix = self.spec.fusion == "prefix"
+        index = [pictures.layouts[run.image] for run in dialogue.visual_runs]
         slots = np.full(len(dialogue.tokens), -1, np.int32)
-        starts, index = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
+        starts = np.zeros(sum(map(len, index)), np.int32)
         total = 0
-        for run in dialogue.visual_runs:
-            count = len(pictures.layouts[run.image])
-            positions = np.arange(count, dtype=np.int32)
+        for run, layout in zip(dialogue.visual_runs, index, strict=True):
+            here, total = total, total + len(layout)
+            starts[here:total] = run.start
             if prefix:
-                slots[run.start : run.start + count] = total + positions
-            starts.append((run.start + positions if prefix else np.full(count, run.start)).astype(np.int32))
-            index.append(pictures.layouts[run.image])
-            total += count
+                starts[here:total] += np.arange(len(layout), dtype=np.int32)
+                slots[run.start : run.start + len(layout)] = np.arange(here, total, dtype=np.int32)
         return Example(
             id=sample.id,
             tokens=np.array(dialogue.tokens, np.int32),
@@ -306,8 +311,8 @@ class Encoder:
             branch_ids=np.array(dialogue.branch_ids, np.int32),
             visual_slot=slots,
             tiles=pictures.tiles,
-            visual_index=np.concatenate(index),
-            visual_start=np.concatenate(starts),
+            visual_index=np.concatenate(index) if index else np.zeros(0, np.int32),
+            visual_start=starts,
             num_turns=dialogue.num_turns,
             grids=pictures.grids,
             answer_runs=tuple(dialogue.answer_runs),

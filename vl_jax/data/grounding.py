@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,7 @@ _REF, _REF_END, _DET, _DET_END = "<|ref|>", "<|/ref|>", "<|det|>", "<|/det|>"
 _MARKS = re.compile("(" + "|".join(re.escape(m) for m in (_REF, _REF_END, _DET, _DET_END)) + ")")
 _NUMBER = r"\s*([0-9]{1,3})\s*"
 _BOX = re.compile(r"\[" + ",".join([_NUMBER] * 4) + r"\]")
+_DET_RUN = re.compile(re.escape(_DET) + ".*?" + re.escape(_DET_END), re.DOTALL)
 # A list in which each box was replaced by one NUL.
 _LIST = re.compile(r"\s*\[\s*(?:\0\s*(?:,\s*\0\s*)*)?\]\s*")
 
@@ -189,6 +190,17 @@ def parse(text: str) -> Grounding:
         if mark != _REF:
             label = ""
     return Grounding(tuple(regions), malformed)
+
+
+def rewrite(text: str, move: Callable[[Corners], Corners]) -> str:
+    """The text with the corners of every box that can be read in it replaced; all else stays as it is."""
+
+    def box(match: re.Match[str]) -> str:
+        x0, y0, x1, y1 = map(int, match.groups())
+        corners = iter(move((x0, y0, x1, y1)))
+        return re.sub("[0-9]{1,3}", lambda _: str(next(corners)), match[0])
+
+    return _DET_RUN.sub(lambda run: _BOX.sub(box, run[0]), text)
 
 
 def _pieces(text: str) -> Iterator[tuple[str, str, bool]]:

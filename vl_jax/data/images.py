@@ -22,8 +22,6 @@ import numpy as np
 from PIL import Image as PilImage
 from PIL import ImageOps
 
-from vl_jax.batch import visual_sources
-
 Grid = tuple[int, int]  # tiles across, tiles down
 Views = Literal["global_local", "local_global", "global"]  # what a picture shows, in reading order
 
@@ -83,21 +81,34 @@ def num_views_tiles(grid: Grid, views: Views) -> int:
     return 1 if views == "global" else 1 + grid[0] * grid[1]
 
 
-def make_tiles(image: PilImage.Image, *, grid: Grid, config: TilingConfig) -> np.ndarray:
+def make_tiles(image: PilImage.Image, *, grid: Grid, config: TilingConfig, quick: bool = False) -> np.ndarray:
     """The tiles of an RGB picture, global view first, then the grid row by row: ``u8[m, tile, tile, 3]``.
 
     Each view is the picture resized (bicubic) to fit, centred on ``padding_colour``.
+
+    Args:
+      quick: where the grid is as wide as high, the global view is made from the local one, by averages (which
+        may shift it by half a pixel).
     """
     size = config.tile_size
-    overview = _fit(image, (size, size), config.padding_colour)[None]
     if config.views == "global":
-        return overview
+        return np.asarray(_fit(image, (size, size), config.padding_colour))[None]
     across, down = grid
     mosaic = _fit(image, (across * size, down * size), config.padding_colour)
-    local = mosaic.reshape(down, size, across, size, 3).swapaxes(1, 2).reshape(-1, size, size, 3)
-    return np.concatenate([overview, local])
+    if quick and across == down:
+        overview = mosaic.reduce(across) if across > 1 else mosaic
+    else:
+        overview = _fit(image, (size, size), config.padding_colour)
+    local = np.asarray(mosaic).reshape(down, size, across, size, 3).swapaxes(1, 2)
+    return np.concatenate([np.asarray(overview)[None], local.reshape(-1, size, size, 3)])
 
 
+def visual_sources(num_tiles: int, tile_tokens: int) -> tuple[int, int]:
+    """Rows of the table drawn in ``batch`` that hold the newline and the separator vector."""
+    return num_tiles * tile_tokens, num_tiles * tile_tokens + 1
+
+
+@functools.lru_cache(maxsize=4096)
 def layout(grid: Grid, *, tile_tokens_side: int, views: Views, first_tile: int, num_tiles: int) -> np.ndarray:
     """Where each visual token of one picture comes from, in reading order: ``i32[s]``.
 
@@ -109,19 +120,20 @@ def layout(grid: Grid, *, tile_tokens_side: int, views: Views, first_tile: int, 
 
     Returns:
       ``n * tile + h * row + column`` for a token of a tile, else the newline's or separator's index
-      (``batch.visual_sources``).
+      (``visual_sources``).
     """
     n = tile_tokens_side**2
     newline, separator = visual_sources(num_tiles, n)
     tokens = np.arange(n, dtype=np.int32).reshape(tile_tokens_side, tile_tokens_side)
-    overview = _end_rows(tokens + first_tile * n, newline)
-    if views == "global":
-        return overview
-    across, down = grid
-    tiles = (first_tile + 1 + np.arange(across * down, dtype=np.int32)).reshape(down, 1, across, 1)
-    mosaic = (tiles * n + tokens[None, :, None, :]).reshape(down * tile_tokens_side, -1)
-    parts = [overview, np.array([separator], np.int32), _end_rows(mosaic, newline)]
-    return np.concatenate(parts if views == "global_local" else parts[::-1])
+    parts = [_end_rows(tokens + first_tile * n, newline)]
+    if views != "global":
+        across, down = grid
+        tiles = (first_tile + 1 + np.arange(across * down, dtype=np.int32)).reshape(down, 1, across, 1)
+        mosaic = (tiles * n + tokens[None, :, None, :]).reshape(down * tile_tokens_side, -1)
+        parts += [np.array([separator], np.int32), _end_rows(mosaic, newline)]
+    result = np.concatenate(parts if views != "local_global" else parts[::-1])
+    result.setflags(write=False)  # The next picture of this shape gets the same array.
+    return result
 
 
 def num_visual_tokens(grid: Grid, *, tile_tokens_side: int, views: Views) -> int:
@@ -144,11 +156,10 @@ def max_visual_tokens(config: TilingConfig, *, tile_tokens_side: int, max_tiles:
     return most[max_tiles]
 
 
-def _fit(image: PilImage.Image, size: tuple[int, int], colour: tuple[int, int, int]) -> np.ndarray:
+def _fit(image: PilImage.Image, size: tuple[int, int], colour: tuple[int, int, int]) -> PilImage.Image:
     if image.size == size:
-        return np.asarray(image)
-    padded = ImageOps.pad(image, size, method=PilImage.Resampling.BICUBIC, color=colour)
-    return np.asarray(padded)
+        return image
+    return ImageOps.pad(image, size, method=PilImage.Resampling.BICUBIC, color=colour)
 
 
 def _end_rows(rows: np.ndarray, newline: int) -> np.ndarray:

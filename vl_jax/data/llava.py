@@ -9,13 +9,13 @@ Records of other dialects (``messages`` with roles, plain texts) are read as wel
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vl_jax.data.clips import frame_names
 from vl_jax.data.conversation import parse
-from vl_jax.data.lines import Lines
+from vl_jax.data.lines import json_items, lines
 from vl_jax.data.sample import DEFAULT_MAX_PIXELS, BadSample, Sample, image_in
 from vl_jax.data.shards import check_fields
 
@@ -28,8 +28,11 @@ class LlavaConfig:
     file: str  # relative to the data root
     root: str = ""  # image folder relative to the data root; empty means the folder of ``file``
     max_pixels: int = DEFAULT_MAX_PIXELS
+    max_frames: int = 8  # of a clip
 
     def __post_init__(self):
+        if self.max_frames < 1:
+            raise ValueError(f"max_frames={self.max_frames} of source {self.name!r}: must be at least 1")
         check_fields(self.name, self.file, (".json", ".jsonl"), self.max_pixels)
 
 
@@ -48,7 +51,7 @@ class LlavaSource:
         if not self._file.is_file():
             raise ValueError(f"source {config.name!r}: no such file {self._file}")
         by_line = self._file.suffix == ".jsonl"
-        self._records: Sequence[Any] | Lines = Lines(self._file) if by_line else read_list(self._file)
+        self._records = lines(self._file) if by_line else json_items(self._file)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -62,29 +65,24 @@ class LlavaSource:
         Raises:
           BadSample: this record breaks a rule; the message names the sample, the file and the record.
         """
-        record, where = self._records[index], f"{self._file}, record {index}"
-        if isinstance(record, bytes):
-            record = parse_line(record, where)
+        where = f"{self._file}, record {index}"
+        record = parse_line(self._records[index], where)
+        if isinstance(record, dict) and "frames" in record:
+            most = self._config.max_frames
+            names = frame_names(record["frames"], self._folder, f"sample ? ({where})", most=most)
+            record = {**record, "image": names}
         found = parse(record, where, default_id=f"{self._config.name}-{index}")
         where = f"sample {found.id} ({where})"
         images = tuple(image_in(self._folder, n, where, self._config.max_pixels) for n in found.images)
         return Sample(id=found.id, turns=found.turns, images=images, system=found.system)
 
 
-def read_list(file: Path) -> list[Any]:
-    """The records of a JSON file.
+def read_json(file: Path) -> Any:
+    """What a JSON file holds.
 
     Raises:
-      ValueError: it is not a JSON list in UTF-8; one line with the file and the position.
+      ValueError: it is not JSON in UTF-8; one line with the file and the position.
     """
-    records = read_json(file)
-    if not isinstance(records, list):
-        raise ValueError(f"{file}: expected a list of records, found {type(records).__name__}")
-    return records
-
-
-def read_json(file: Path) -> Any:
-    """What a JSON file holds; raises as ``read_list``."""
     try:
         return json.loads(file.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:

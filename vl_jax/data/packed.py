@@ -10,35 +10,35 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
 import threading
-import weakref
-from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vl_jax.batch import Batch
-from vl_jax.data.background import Background, BadRuns
+from vl_jax.data.background import BadRuns
 from vl_jax.data.chat import Targets
-from vl_jax.data.collate import Example
-from vl_jax.data.encode import DataConfig, Encoder, ModelSpec, make_row_encoder, open_sources
+from vl_jax.data.encode import DataConfig, ModelSpec, make_row_encoder, open_sources
+from vl_jax.data.example import Example
 from vl_jax.data.lengths import Measure, Measured, Measuring, open_index
 from vl_jax.data.mixture import Mixture
 from vl_jax.data.plan import Cursor, Draw, Item, Plan, Planner
+from vl_jax.data.reading import ItemReader
 from vl_jax.data.sample import BadSample
 from vl_jax.data.sources import Source, SourceConfig, stamp_of
+from vl_jax.data.stream import BatchStream, Made
+from vl_jax.data.workers import in_order
 
-_log = logging.getLogger(__name__)
 _MAX_EMPTY_WINDOWS = 1000
 
 
-class PackedIterator:
+class PackedIterator(BatchStream[Cursor]):
     """An endless iterator of batches of packed rows; ``TrainIterator`` is the one of unpacked rows.
+
+    What the lengths do not show, a record that breaks later, is skipped and known on the host that reads it.
 
     Example::
 
@@ -71,72 +71,23 @@ class PackedIterator:
         """
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: must be at least 1")
+        super().__init__(Cursor(), prefetch=config.prefetch)
         own = frozenset(range(batch_size) if rows is None else rows)
         if not own <= set(range(batch_size)):
             raise ValueError(f"rows={rows}: must be from 0 to {batch_size - 1}, the rows of a batch")
         planner, reader = open_planner(config, spec, sources=sources, targets=targets, seed=seed)
         self._work = _Work(reader, planner, batch_size, own)
-        self._cursor = Cursor()
-        self._skipped: dict[str, str] = {}
-        self._producer: Background[_Made] | None = None
-        self.ids: list[list[str]] = []  # of the samples in each row of the last batch
 
-    @property
-    def skipped(self) -> dict[str, int]:
-        """How many different records were skipped, by reason."""
-        return dict(Counter(self._skipped.values()))
+    def _make(self, start: Cursor) -> Callable[[threading.Event], Iterator[Made[Cursor]]]:
+        return functools.partial(self._work.batches, start)
 
-    @property
-    def skipped_records(self) -> dict[str, str]:
-        """The skipped records as ``source/record index`` with the reason of each.
+    def _save(self, position: Cursor) -> dict[str, Any]:
+        return {"cursor": dataclasses.asdict(position)}
 
-        What the lengths do not show, a record that breaks later, is known to the host that reads it.
-        """
-        return dict(self._skipped)
-
-    def __iter__(self) -> PackedIterator:
-        return self
-
-    def __next__(self) -> Batch:
-        """The next batch of NumPy arrays.
-
-        Raises:
-          ValueError: a source gives nothing but bad samples, or is not what its index says.
-        """
-        if self._producer is None:
-            make = functools.partial(self._work.batches, self._cursor)
-            self._producer = Background(make, prefetch=self._work.reader.config.prefetch)
-            weakref.finalize(self, self._producer.stop)
-        made = self._producer.next()
-        for record, (reason, message) in made.skipped.items():
-            if record not in self._skipped:
-                self._skipped[record] = reason
-                _log.warning("skipped %s: %s", record, message)
-        self._cursor, self.ids = made.cursor, made.ids
-        return made.batch
-
-    def get_state(self) -> dict[str, Any]:
-        """The position behind the last batch that was taken, as JSON-able values."""
-        return {"cursor": dataclasses.asdict(self._cursor), "skipped": dict(self._skipped)}
-
-    def set_state(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a position that ``get_state`` gave, here or on another host.
-
-        Raises:
-          ValueError: this is not such a state.
-        """
-        skipped = state.get("skipped")
-        if not isinstance(skipped, Mapping) or "cursor" not in state:
+    def _load(self, state: Mapping[str, Any]) -> Cursor:
+        if "cursor" not in state:
             raise ValueError(f"state={dict(state)}: expected cursor and skipped, as packed batches give")
-        cursor = Cursor.from_state(state["cursor"])
-        self.close()
-        self._cursor, self._skipped = cursor, dict(skipped)
-
-    def close(self) -> None:
-        """Stops the background work; the next batch would start it again."""
-        if self._producer is not None:
-            self._producer.stop()
-            self._producer = None
+        return Cursor.from_state(state["cursor"])
 
 
 def open_planner(
@@ -147,7 +98,7 @@ def open_planner(
     targets: Targets = "answers",
     seed: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[Planner, Reader]:
+) -> tuple[Planner, ItemReader]:
     """The planner of a packed stream and the reader of its items; arguments as for ``PackedIterator``.
 
     Args:
@@ -185,7 +136,7 @@ def open_planner(
     )
     blind = lengths(True) if draw.blind_rate else {}
     planner = Planner(mixture, lengths(False), blind, draw, row, seed=seed)
-    return planner, Reader(opened, encoder, config, targets)
+    return planner, ItemReader(opened, encoder, config, targets, seed)
 
 
 def _lengths(
@@ -209,54 +160,6 @@ def _lengths(
     )
 
 
-class Reader:
-    """Maps an item of a plan to its example: a pure function, safe to call from many threads."""
-
-    def __init__(self, sources: Mapping[str, Source], encoder: Encoder, config: DataConfig, targets: Targets):
-        """Takes open sources, and the encoder of rows."""
-        self.sources, self.encoder, self.config = sources, encoder, config
-        self._targets: Targets = targets
-
-    def __call__(self, item: Item) -> Example | BadSample:
-        """The encoded draw, or why its record cannot be used after all.
-
-        Raises:
-          ValueError: the record has another length than the plan says.
-        """
-        try:
-            sample = self.sources[item.source][item.record]
-            if item.blind:
-                for image in sample.images:  # A broken image is a bad sample in every draw, not only in most.
-                    image()
-                sample = sample.without_images()
-            if max(item.turns) >= len(sample.turns):
-                raise self._changed(item, f"{len(sample.turns)} turns", str(item.turns))
-            turns, targets = self.config.turns, self._targets
-            example = self.encoder.draw(sample, turns=turns, targets=targets, chosen=item.turns)
-        except BadSample as error:
-            return error
-        found, planned = (len(example.tokens), len(example.tiles)), (item.tokens, item.tiles)
-        if found != planned:
-            raise self._changed(item, f"{found} tokens and tiles", str(planned))
-        return example
-
-    def _changed(self, item: Item, found: str, planned: str) -> ValueError:
-        return ValueError(
-            f"{item.source}/{item.record}: {found} where its index says {planned}; its files have changed, "
-            f"delete the index {getattr(self.config.packing, 'index', '')!r}"
-        )
-
-
-@dataclass(frozen=True)
-class _Made:
-    """A batch, the position behind it, and what was passed over on the way: (reason, message) by record."""
-
-    batch: Batch
-    ids: list[list[str]]
-    cursor: Cursor
-    skipped: dict[str, tuple[str, str]]
-
-
 @dataclass(frozen=True)
 class _Row:
     """A planned row on its way, and the position behind it; ``skipped`` is that of a window it begins."""
@@ -270,43 +173,37 @@ class _Row:
 class _Work:
     """What a background thread does."""
 
-    reader: Reader
+    reader: ItemReader
     planner: Planner
     batch_size: int
     own: frozenset[int]  # the rows of a batch that this host fills
 
-    def batches(self, cursor: Cursor, stop: threading.Event) -> Iterator[_Made]:
+    def batches(self, cursor: Cursor, stop: threading.Event) -> Iterator[Made[Cursor]]:
         """Batches from a position on, until told to stop."""
-        threads = self.reader.config.num_threads
-        pending: deque[tuple[_Row, list[Future[Example | BadSample]]]] = deque()
-        with (
-            ThreadPoolExecutor(threads, thread_name_prefix="data") as pool,
-            ThreadPoolExecutor(1) as planning,
-        ):
-            rows, place = _rows_from(self.planner, cursor, planning), 0
-            try:
-                while not stop.is_set():
-                    while len(pending) < self.batch_size + threads:
-                        row = next(rows)
-                        ours = place % self.batch_size in self.own
-                        futures = [pool.submit(self.reader, item) for item in row.items if ours]
-                        pending.append((row, futures))
-                        place += 1
-                    yield self._batch([pending.popleft() for _ in range(self.batch_size)])
-            finally:
-                for _, futures in pending:
-                    for future in futures:
-                        future.cancel()
+        with ThreadPoolExecutor(1) as planning:
+            rows, read = self._rows(cursor, planning), []
+            ahead = self.batch_size + self.reader.config.parallel
+            for row, results in in_order(self.reader.pool(), rows, ahead=ahead):
+                if stop.is_set():
+                    return
+                read.append((row, results))
+                if len(read) == self.batch_size:
+                    yield self._batch(read)
+                    read = []
 
-    def _batch(self, rows: list[tuple[_Row, list[Future[Example | BadSample]]]]) -> _Made:
+    def _rows(self, cursor: Cursor, pool: ThreadPoolExecutor) -> Iterator[tuple[_Row, Sequence[Item]]]:
+        """Rows, and what is to be read of them here."""
+        for place, row in enumerate(_rows_from(self.planner, cursor, pool)):
+            yield row, row.items if place % self.batch_size in self.own else ()
+
+    def _batch(self, rows: list[tuple[_Row, list[Example | BadSample]]]) -> Made[Cursor]:
         examples: list[list[Example]] = []
         skipped: dict[str, tuple[str, str]] = {}
-        for row, futures in rows:
+        for row, results in rows:
             for source, record, reason in row.skipped:
                 skipped[f"{source}/{record}"] = (reason, f"{reason}, as found when it was measured")
             examples.append([])
-            for item, future in zip(row.items, futures, strict=False):
-                result = future.result()
+            for item, result in zip(row.items, results, strict=False):
                 if isinstance(result, BadSample):
                     skipped[f"{item.source}/{item.record}"] = (result.reason, str(result))
                 else:
@@ -316,7 +213,7 @@ class _Work:
             lengths = [item.tokens for item in rows[place][0].items]
             segments = np.repeat(np.arange(1, 1 + len(lengths), dtype=np.int32), lengths)
             batch.segment_ids[place, : len(segments)] = segments
-        return _Made(batch, ids, rows[-1][0].cursor, skipped)
+        return Made(batch, ids, rows[-1][0].cursor, skipped)
 
 
 def _rows_from(planner: Planner, cursor: Cursor, pool: ThreadPoolExecutor) -> Iterator[_Row]:

@@ -3,11 +3,16 @@
     image: {"bytes", "path"} | images: list of the same | question, answer | conversations | text | ...
 
 The columns besides the images make a record: see ``conversation``. Needs ``pip install 'vl_jax[parquet]'``.
+
+A row cannot be read without all the rows of its group, and training reads in random order. So groups are
+decoded once into files that are mapped (``unpacked``), or as often as it takes, with the last few in memory.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
+import os
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +23,7 @@ from vl_jax.data.sample import DEFAULT_MAX_PIXELS, BadSample, EncodedImage, Samp
 from vl_jax.data.shards import Places, check_fields, find_files
 
 _IMAGES = ("image", "images")
-_KEPT_GROUPS = 4  # row groups that stay in memory; shuffled reading of large groups is slow whatever is kept
+_KEPT_GROUPS = 4  # row groups that stay in memory
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,7 @@ class ParquetConfig:
 
     name: str
     file: str  # relative to the data root, such as "data/train-*.parquet"
+    unpacked: str = ""  # folder relative to the data root for decoded row groups; empty: they are not kept
     max_pixels: int = DEFAULT_MAX_PIXELS
 
     def __post_init__(self):
@@ -49,7 +55,9 @@ class ParquetSource:
         self._groups = groups
         counts = [self._opened[f].metadata.row_group(g).num_rows for f, g in groups]
         self._places = Places(counts)
-        self._rows = functools.lru_cache(_KEPT_GROUPS)(self._read_group)
+        self._unpacked = Path(root) / config.unpacked if config.unpacked else None
+        kept = None if config.unpacked else _KEPT_GROUPS  # what is mapped takes no memory
+        self._rows = functools.lru_cache(kept)(self._read_group)
 
     def __len__(self) -> int:
         return len(self._places)
@@ -83,7 +91,14 @@ class ParquetSource:
 
     def _read_group(self, group: int) -> Any:
         file, number = self._groups[group]
-        return self._opened[file].read_row_group(number)
+        if self._unpacked is None:
+            return self._opened[file].read_row_group(number)
+        state = self.files[file].stat()
+        name = f"{self.files[file].resolve()} {state.st_size} {state.st_mtime_ns} {number}"
+        place = self._unpacked / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.arrow"
+        if not place.is_file():
+            _write(place, self._opened[file].read_row_group(number))
+        return _map(place)
 
 
 def _open(file: Path) -> Any:
@@ -96,6 +111,23 @@ def _open(file: Path) -> Any:
     except Exception as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{file}: no Parquet file: {reason}") from None
+
+
+def _write(place: Path, table: Any) -> None:
+    """Writes a table to a file that is either whole or not there, whoever else writes it."""
+    import pyarrow
+
+    place.parent.mkdir(parents=True, exist_ok=True)
+    temporary = place.with_name(f"{place.name}.{os.getpid()}.tmp")
+    with pyarrow.OSFile(str(temporary), "wb") as out, pyarrow.ipc.new_file(out, table.schema) as writer:
+        writer.write_table(table)
+    os.replace(temporary, place)
+
+
+def _map(place: Path) -> Any:
+    import pyarrow
+
+    return pyarrow.ipc.open_file(pyarrow.memory_map(str(place))).read_all()
 
 
 def _images(record: dict[str, Any], where: str) -> list[bytes]:

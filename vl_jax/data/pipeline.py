@@ -10,30 +10,25 @@ the account of what was skipped.
 from __future__ import annotations
 
 import functools
-import logging
+import itertools
 import threading
-import weakref
-from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from vl_jax.batch import Batch
-from vl_jax.data.background import Background, BadRuns
+from vl_jax.data.background import BadRuns
 from vl_jax.data.chat import Targets
-from vl_jax.data.collate import Example
-from vl_jax.data.encode import DataConfig, Encoder, ModelSpec, make_encoder, open_sources
+from vl_jax.data.encode import DataConfig, ModelSpec, make_encoder, open_sources
+from vl_jax.data.example import Example
+from vl_jax.data.reading import Place, SampleReader
 from vl_jax.data.sample import BadSample
-from vl_jax.data.sources import Source
-from vl_jax.data.turns import vary
+from vl_jax.data.stream import BatchStream, Made
+from vl_jax.data.workers import in_order
 
-_log = logging.getLogger(__name__)
+_MOST_IN_CHUNK = 32  # samples handed to a thread at once
 
 
-class TrainIterator:
+class TrainIterator(BatchStream[int]):
     """An endless iterator of training batches whose position can be saved and restored exactly.
 
     Example::
@@ -53,7 +48,7 @@ class TrainIterator:
         targets: Targets = "answers",
         seed: int | None = None,
     ):
-        """Opens the sources and starts making batches in the background.
+        """Opens the sources; batches are made in the background.
 
         Args:
           sources: names from ``config.sources`` and their relative weights; None takes all alike.
@@ -64,124 +59,24 @@ class TrainIterator:
         """
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: must be at least 1")
+        super().__init__(0, prefetch=config.prefetch)
         opened, weights = open_sources(config, sources)
         seed = config.seed if seed is None else seed
-        self._reader = _Reader(
-            opened, weights, config, make_encoder(config, spec, targets=targets), targets, seed
-        )
-        self._batch_size = batch_size
-        self._index = 0
-        self._skipped: dict[str, str] = {}
-        self._producer: Background[_Made] | None = None
-        self.ids: list[list[str]] = []  # of the samples in each row of the last batch
+        order = _order({name: len(source) for name, source in opened.items()}, weights, seed)
+        encoder = make_encoder(config, spec, targets=targets)
+        self._work = _Work(SampleReader(opened, encoder, config, targets, seed), order, batch_size)
 
-    @property
-    def skipped(self) -> dict[str, int]:
-        """How many different records were skipped, by reason."""
-        return dict(Counter(self._skipped.values()))
+    def _make(self, start: int) -> Callable[[threading.Event], Iterator[Made[int]]]:
+        return functools.partial(self._work.batches, start)
 
-    @property
-    def skipped_records(self) -> dict[str, str]:
-        """The skipped records as ``source/record index`` with the reason of each."""
-        return dict(self._skipped)
+    def _save(self, position: int) -> dict[str, Any]:
+        return {"next_index": position}
 
-    def __iter__(self) -> TrainIterator:
-        return self
-
-    def __next__(self) -> Batch:
-        """The next batch of NumPy arrays.
-
-        Raises:
-          ValueError: a source gives nothing but bad samples.
-        """
-        if self._producer is None:
-            make = functools.partial(_produce, self._reader, self._index, self._batch_size)
-            self._producer = Background(make, prefetch=self._reader.config.prefetch)
-            weakref.finalize(self, self._producer.stop)
-        made = self._producer.next()
-        for record, error in made.skipped:
-            if record not in self._skipped:
-                self._skipped[record] = error.reason
-                _log.warning("skipped %s: %s", record, error)
-        self._index = made.next_index
-        self.ids = made.ids
-        return made.batch
-
-    def get_state(self) -> dict[str, Any]:
-        """The position behind the last batch that was taken, as JSON-able values."""
-        return {"next_index": self._index, "skipped": dict(self._skipped)}
-
-    def set_state(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a position that ``get_state`` gave.
-
-        Raises:
-          ValueError: this is not such a state.
-        """
-        index, skipped = state.get("next_index"), state.get("skipped")
-        if not isinstance(index, int) or index < 0 or not isinstance(skipped, Mapping):
+    def _load(self, state: Mapping[str, Any]) -> int:
+        index = state.get("next_index")
+        if not isinstance(index, int) or index < 0:
             raise ValueError(f"state={dict(state)}: expected next_index and skipped, as get_state gives")
-        self.close()
-        self._index, self._skipped = index, dict(skipped)
-
-    def close(self) -> None:
-        """Stops the background work; the next batch would start it again."""
-        if self._producer is not None:
-            self._producer.stop()
-            self._producer = None
-
-
-@dataclass(frozen=True)
-class _Read:
-    """What became of one stream index."""
-
-    source: str
-    record: str
-    result: Example | BadSample
-
-
-@dataclass(frozen=True)
-class _Made:
-    """A batch, the stream index behind it, and what was passed over on the way."""
-
-    batch: Batch
-    ids: list[list[str]]
-    next_index: int
-    skipped: list[tuple[str, BadSample]]
-
-
-class _Reader:
-    """Maps a stream index to an example: a pure function, safe to call from many threads."""
-
-    def __init__(
-        self,
-        sources: Mapping[str, Source],
-        weights: Mapping[str, float],
-        config: DataConfig,
-        encoder: Encoder,
-        targets: Targets,
-        seed: int,
-    ):
-        self.sources, self.config, self.encoder = sources, config, encoder
-        self._targets: Targets = targets
-        self._seed = seed
-        self._order = _order({name: len(s) for name, s in sources.items()}, weights, seed)
-
-    def __call__(self, index: int) -> _Read:
-        name, record = self._order(index)
-        rng = np.random.default_rng((self._seed, index))
-        config = self.config
-        try:
-            sample = vary(
-                self.sources[name][record],
-                rng=rng,
-                max_turns=config.max_turns,
-                sampling=config.turn_sampling,
-                image_dropout_rate=config.image_dropout_rate,
-            )
-            result = self.encoder.example(sample, turns=config.turns, targets=self._targets)
-        except BadSample as error:
-            result = error
-        return _Read(name, f"{name}/{record}", result)
+        return index
 
 
 def _order(
@@ -210,31 +105,42 @@ def _order(
     return look_up
 
 
-def _produce(reader: _Reader, index: int, batch_size: int, stop: threading.Event) -> Iterator[_Made]:
-    """Batches in stream order, read by threads, until told to stop."""
-    pending: deque[Future[_Read]] = deque()
-    with ThreadPoolExecutor(reader.config.num_threads, thread_name_prefix="data") as pool:
-        try:
-            submitted = index
-            guard = BadRuns({name: len(s) for name, s in reader.sources.items()})
-            while not stop.is_set():
-                rows: list[list[Example]] = []
-                skipped: list[tuple[str, BadSample]] = []
-                while len(rows) < batch_size and not stop.is_set():
-                    while len(pending) < 2 * reader.config.num_threads + batch_size:
-                        pending.append(pool.submit(reader, submitted))
-                        submitted += 1
-                    read = pending.popleft().result()
-                    index += 1
-                    if isinstance(read.result, BadSample):
-                        guard.bad(read.source, read.result.reason, str(read.result))
-                        skipped.append((read.record, read.result))
-                    else:
-                        guard.good(read.source)
-                        rows.append([read.result])
-                if len(rows) == batch_size:
-                    ids = [[e.id for e in row] for row in rows]
-                    yield _Made(reader.encoder.collate(rows), ids, index, skipped)
-        finally:
-            for future in pending:
-                future.cancel()
+@dataclass(frozen=True)
+class _Work:
+    """What a background thread does."""
+
+    reader: SampleReader
+    order: Callable[[int], tuple[str, int]]
+    batch_size: int
+
+    def batches(self, start: int, stop: threading.Event) -> Iterator[Made[int]]:
+        """Batches from a stream index on, until told to stop."""
+        guard = BadRuns({name: len(s) for name, s in self.reader.sources.items()})
+        rows: list[list[Example]] = []
+        skipped: dict[str, tuple[str, str]] = {}
+        for place, result in self._results(start):
+            if stop.is_set():
+                return
+            if isinstance(result, BadSample):
+                guard.bad(place.source, result.reason, str(result))
+                skipped[f"{place.source}/{place.record}"] = (result.reason, str(result))
+                continue
+            guard.good(place.source)
+            rows.append([result])
+            if len(rows) == self.batch_size:
+                ids = [[e.id for e in row] for row in rows]
+                yield Made(self.reader.encoder.collate(rows), ids, place.index + 1, skipped)
+                rows, skipped = [], {}
+
+    def _results(self, start: int) -> Iterator[tuple[Place, Example | BadSample]]:
+        width = self.reader.config.parallel
+        # A few chunks of a batch for each thread, so that they end at about the same time.
+        size = min(max(self.batch_size // (2 * width), 1), _MOST_IN_CHUNK)
+        pool, ahead = self.reader.pool(size), 2 * width + -(-self.batch_size // size)
+        for places, results in in_order(pool, self._chunks(start, size), ahead=ahead):
+            yield from zip(places, results, strict=True)
+
+    def _chunks(self, start: int, size: int) -> Iterator[tuple[list[Place], list[Place]]]:
+        for first in itertools.count(start, size):
+            places = [Place(index, *self.order(index)) for index in range(first, first + size)]
+            yield places, places

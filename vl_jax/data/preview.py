@@ -5,19 +5,23 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+import numpy as np
 from PIL import Image as PilImage
 
 from vl_jax.data import grounding
+from vl_jax.data.augment import augment
 from vl_jax.data.chat import Targets
-from vl_jax.data.collate import Example
 from vl_jax.data.encode import DataConfig, ModelSpec, find_source, make_encoder
+from vl_jax.data.example import Example
 from vl_jax.data.sample import BadSample, Sample
 from vl_jax.data.sources import open_source
 from vl_jax.data.tokenizer import Tokenizer
+
+_AUGMENTED = 2  # draws shown beside a picture
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class Preview:
     spans: tuple[Span, ...]
     tiles: tuple[PilImage.Image, ...]
     boxed: tuple[PilImage.Image, ...]  # the picture with the boxes of all turns, if it has any
+    augmented: tuple[PilImage.Image, ...]  # draws of it as training sees it, with its boxes
     num_tokens: int
     num_targets: int
     error: str = ""
@@ -61,8 +66,9 @@ def render_samples(
             sample = source[index]
             example = encoder.example(sample, turns=config.turns, targets=targets)
             boxed = _boxed(sample)
+            augmented = _augmented(sample, config, encoder.text_length)
         except BadSample as error:
-            previews.append(Preview(f"{source_name}/{index}", (), (), (), 0, 0, error=str(error)))
+            previews.append(Preview(f"{source_name}/{index}", (), (), (), (), 0, 0, error=str(error)))
             continue
         previews.append(
             Preview(
@@ -70,6 +76,7 @@ def render_samples(
                 spans=_spans(example, encoder.tokenizer),
                 tiles=tuple(PilImage.fromarray(t) for t in example.tiles),
                 boxed=boxed,
+                augmented=augmented,
                 num_tokens=len(example.tokens),
                 num_targets=int((example.loss_weights > 0).sum()),
             )
@@ -82,6 +89,18 @@ def _boxed(sample: Sample) -> tuple[PilImage.Image, ...]:
     if not boxes or len(sample.images) != 1:  # boxes do not say which of several pictures they are on
         return ()
     return (grounding.draw(sample.images[0](), boxes).picture,)
+
+
+def _augmented(
+    sample: Sample, config: DataConfig, length: Callable[[str], int]
+) -> tuple[PilImage.Image, ...]:
+    if config.augmentation is None or not sample.images:
+        return ()
+    draws = [
+        augment(sample, config.augmentation, np.random.default_rng((config.seed, number)), length=length)
+        for number in range(_AUGMENTED)
+    ]
+    return tuple(picture for draw in draws for picture in _boxed(draw) or (draw.images[0](),))
 
 
 def to_text(previews: Sequence[Preview]) -> str:
@@ -102,6 +121,9 @@ def to_html(previews: Sequence[Preview]) -> str:
     for preview in previews:
         pictures = "".join(f'<img alt="tile {i}" src="{_data_uri(t)}">' for i, t in enumerate(preview.tiles))
         pictures += "".join(f'<img class="picture" alt="boxes" src="{_data_uri(p)}">' for p in preview.boxed)
+        pictures += "".join(
+            f'<img class="picture" alt="augmented" src="{_data_uri(p)}">' for p in preview.augmented
+        )
         branches = "".join(
             f'<span class="branch">{"".join(_markup(s) for s in spans)}</span>'
             for _, spans in groupby(preview.spans, key=lambda s: s.branch)

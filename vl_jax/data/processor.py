@@ -26,8 +26,8 @@ from jaxtyping import Bool, Float32, Int64
 
 from vl_jax.batch import Batch
 from vl_jax.data import images as tiles_lib
-from vl_jax.data.collate import Example
 from vl_jax.data.encode import Encoder, ModelSpec
+from vl_jax.data.example import Example
 from vl_jax.data.request import Message, Picture, Request, display_text, to_sample
 from vl_jax.data.sample import IMAGE_PLACEHOLDER, Sample
 from vl_jax.data.tokenizer import Tokenizer, load_published_tokenizer

@@ -10,8 +10,8 @@ from typing import Any
 from PIL import Image as PilImage
 
 from vl_jax.batch import Batch
-from vl_jax.data.collate import Example
 from vl_jax.data.encode import DataConfig, ModelSpec, find_source, make_encoder
+from vl_jax.data.example import Example
 from vl_jax.data.sample import BadSample, Sample, standalone_questions
 from vl_jax.data.sources import open_source
 

@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from vl_jax.data.array_records import ArrayRecordConfig, ArrayRecordSource
 from vl_jax.data.coco import CocoConfig, CocoSource
+from vl_jax.data.label_studio import LabelStudioConfig, LabelStudioSource
 from vl_jax.data.llava import LlavaConfig, LlavaSource
 from vl_jax.data.meta import MetaConfig, MetaSource
 from vl_jax.data.parquet import ParquetConfig, ParquetSource
@@ -21,6 +22,7 @@ __all__ = [
     "Box",
     "CocoConfig",
     "Image",
+    "LabelStudioConfig",
     "LlavaConfig",
     "MetaConfig",
     "ParquetConfig",
@@ -40,6 +42,7 @@ SourceConfig = (
     | LlavaConfig
     | MetaConfig
     | CocoConfig
+    | LabelStudioConfig
     | WebDatasetConfig
     | ParquetConfig
     | TfdsConfig
@@ -60,6 +63,7 @@ _FILES: dict[type, Any] = {
     LlavaConfig: LlavaSource,
     MetaConfig: MetaSource,
     CocoConfig: CocoSource,
+    LabelStudioConfig: LabelStudioSource,
     WebDatasetConfig: WebDatasetSource,
     ParquetConfig: ParquetSource,
     TfdsConfig: TfdsSource,

@@ -10,8 +10,9 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -30,7 +31,7 @@ SPECIAL = (BOS, EOS, PAD, IMAGE, *GROUNDING, USER, ASSISTANT)
 # Bare answers that running text hardly ever has: in it they follow a space.
 _COMMON_ANSWERS = ("yes", "no", "是", "否")
 
-_CACHED_CHARACTERS = 64
+_CACHED_TEXTS, _CACHED_CHARACTERS = 1 << 14, 64
 _SHIPPED = Path(__file__).with_name("tokenizer.json")
 
 
@@ -47,17 +48,14 @@ class Tokenizer:
             for token in description.get("added_tokens", []):
                 # Whatever the file says, the special strings are special: see ``encode``.
                 token["special"] = token["special"] or token["content"] in special
-            self._plain = tokenizers.Tokenizer.from_str(json.dumps(description, ensure_ascii=False))
+            self.plain = tokenizers.Tokenizer.from_str(json.dumps(description, ensure_ascii=False))
         except Exception as error:  # The library raises bare ``Exception`` for a malformed file.
             raise ValueError(f"{source}: not a tokenizer file: {error}") from None
-        missing = [s for s in special if self._plain.token_to_id(s) is None]
+        missing = [s for s in special if self.plain.token_to_id(s) is None]
         if missing:
             raise ValueError(f"{source}: the vocabulary lacks the special tokens {', '.join(missing)}")
-        self._plain.encode_special_tokens = True
-        # Questions and short answers recur all the time.
-        self._cached = functools.lru_cache(maxsize=1 << 14)(
-            lambda piece: tuple(self._plain.encode(piece, add_special_tokens=False).ids)
-        )
+        self.plain.encode_special_tokens = True
+        self._cached = functools.lru_cache(maxsize=_CACHED_TEXTS)(self._encode)
         self._ids = {s: self.token_id(s) for s in special}
         self.bos, self.eos, self.pad = self._ids[BOS], self._ids[EOS], self._ids[pad]
         self.image, self.user, self.assistant = self._ids[IMAGE], self._ids[USER], self._ids[ASSISTANT]
@@ -65,12 +63,12 @@ class Tokenizer:
     @property
     def fingerprint(self) -> str:
         """A name for the whole vocabulary and its rules."""
-        return hashlib.sha256(self._plain.to_str().encode()).hexdigest()
+        return hashlib.sha256(self.plain.to_str().encode()).hexdigest()
 
     @property
     def vocab_size(self) -> int:
         """Number of entries, special tokens included."""
-        return self._plain.get_vocab_size(with_added_tokens=True)
+        return self.plain.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str, *, allowed: Sequence[str] = ()) -> list[int]:
         """The ids of a text, with nothing added.
@@ -82,19 +80,12 @@ class Tokenizer:
         Raises:
           ValueError: ``allowed`` names a string that is not special.
         """
-        unknown = [s for s in allowed if s not in self._ids]
-        if unknown:
-            raise ValueError(f"allowed={unknown}: not special tokens; known: {', '.join(self._ids)}")
-        if not allowed:
-            return self._encode_plain(text)
-        ids: list[int] = []
-        for piece in _splitter(tuple(allowed)).split(text):
-            ids += [self._ids[piece]] if piece in allowed else self._encode_plain(piece)
-        return ids
+        encode = self._cached if len(text) <= _CACHED_CHARACTERS else self._encode
+        return list(encode(text, tuple(allowed)))
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
         """The text of ids; incomplete UTF-8 shows as U+FFFD."""
-        return self._plain.decode(list(ids), skip_special_tokens=skip_special)
+        return self.plain.decode(list(ids), skip_special_tokens=skip_special)
 
     def token_id(self, text: str) -> int:
         """The id of one vocabulary entry.
@@ -102,15 +93,34 @@ class Tokenizer:
         Raises:
           ValueError: there is no such entry.
         """
-        result = self._plain.token_to_id(text)
+        result = self.plain.token_to_id(text)
         if result is None:
             raise ValueError(f"token {text!r}: not in the vocabulary")
         return result
 
-    def _encode_plain(self, text: str) -> list[int]:
-        if len(text) <= _CACHED_CHARACTERS:
-            return list(self._cached(text))
-        return self._plain.encode(text, add_special_tokens=False).ids
+    def _encode(self, text: str, allowed: tuple[str, ...]) -> tuple[int, ...]:
+        unknown = [s for s in allowed if s not in self._ids]
+        if unknown:
+            raise ValueError(f"allowed={unknown}: not special tokens; known: {', '.join(self._ids)}")
+        ids: list[int] = []
+        for piece in filter(None, _splitter(allowed).split(text) if allowed else [text]):
+            special = piece in allowed
+            ids += [self._ids[piece]] if special else self.plain.encode(piece, add_special_tokens=False).ids
+        return tuple(ids)
+
+
+def recalled(function: Callable[[Tokenizer, str], list[Any]]) -> Callable[[Tokenizer, str], list[Any]]:
+    """Remembers what a function makes of short texts: questions and answers recur all the time.
+
+    The lists it gives are shared: they are not to be changed.
+    """
+    remembered = functools.lru_cache(maxsize=_CACHED_TEXTS)(function)
+
+    @functools.wraps(function)
+    def call(tokenizer: Tokenizer, text: str) -> list[Any]:
+        return (remembered if len(text) <= _CACHED_CHARACTERS else function)(tokenizer, text)
+
+    return call
 
 
 @functools.lru_cache(maxsize=64)

@@ -11,9 +11,10 @@ from __future__ import annotations
 import functools
 import os
 import tarfile
-from dataclasses import dataclass, field
+from array import array
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vl_jax.data.conversation import parse
 from vl_jax.data.llava import parse_line
@@ -36,12 +37,47 @@ class WebDatasetConfig:
         check_fields(self.name, self.file, (".tar",), self.max_pixels)
 
 
-@dataclass
-class _Group:
+class _Group(NamedTuple):
     """Where the members of one sample are in their file: (ending, offset, size)."""
 
     key: str
-    members: list[tuple[str, int, int]] = field(default_factory=list)
+    members: list[tuple[str, int, int]]
+
+
+class _Shard:
+    """The samples of one file: a few numbers each, so that millions of them fit in memory."""
+
+    def __init__(self):
+        self._first = array("q")  # member of each sample
+        self._keys, self._key_ends = bytearray(), array("q")  # their names, one behind the other
+        self._offsets, self._sizes, self._endings = array("q"), array("q"), array("H")
+        self._names: dict[str, int] = {}  # of endings, numbered
+        self._last = ""
+
+    def __len__(self) -> int:
+        return len(self._first)
+
+    def __getitem__(self, index: int) -> _Group:
+        names, start = list(self._names), self._key_ends[index - 1] if index else 0
+        key = self._keys[start : self._key_ends[index]].decode("utf-8", "surrogatepass")
+        stop = self._first[index + 1] if index + 1 < len(self) else len(self._offsets)
+        members = range(self._first[index], stop)
+        return _Group(key, [(names[self._endings[m]], self._offsets[m], self._sizes[m]) for m in members])
+
+    def add(self, key: str, ending: str, offset: int, size: int) -> None:
+        """Notes a member; neighbours of one name are one sample.
+
+        Raises:
+          OverflowError: there are all too many different endings.
+        """
+        if not len(self) or key != self._last:
+            self._last = key
+            self._first.append(len(self._offsets))
+            self._keys += key.encode("utf-8", "surrogatepass")
+            self._key_ends.append(len(self._keys))
+        self._offsets.append(offset)
+        self._sizes.append(size)
+        self._endings.append(self._names.setdefault(ending, len(self._names)))
 
 
 class WebDatasetSource:
@@ -54,8 +90,8 @@ class WebDatasetSource:
     def __init__(self, config: WebDatasetConfig, *, root: str = "."):
         self._config = config
         self.files = find_files(root, config.file, config.name)
-        self._groups = [_groups(file) for file in self.files]
-        self._places = Places([len(g) for g in self._groups])
+        self._shards = [_scan(file) for file in self.files]
+        self._places = Places([len(shard) for shard in self._shards])
 
     def __len__(self) -> int:
         return len(self._places)
@@ -70,7 +106,7 @@ class WebDatasetSource:
           BadSample: it breaks a rule; the message names the file and the member.
         """
         number, place = self._places[index]
-        file, group = self.files[number], self._groups[number][place]
+        file, group = self.files[number], self._shards[number][place]
         where = f"{file}, {group.key[:80]!r}, record {index}"
         images = [m for m in group.members if m[0].rpartition(".")[2] in _IMAGES]
         record = self._record(file, group, where)
@@ -105,9 +141,9 @@ class WebDatasetSource:
         return EncodedImage(read, f".{ending}", where, self._config.max_pixels)
 
 
-def _groups(file: Path) -> list[_Group]:
+def _scan(file: Path) -> _Shard:
     """The samples of a tar file, by reading the headers of its members one after the other."""
-    groups: list[_Group] = []
+    shard = _Shard()
     length, position = file.stat().st_size, 0
     try:
         with tarfile.open(file, "r:") as archive:
@@ -122,9 +158,7 @@ def _groups(file: Path) -> list[_Group]:
                 if not stem or not ending:
                     continue
                 key = f"{folder}/{stem}" if folder else stem
-                if not groups or groups[-1].key != key:
-                    groups.append(_Group(key))
-                groups[-1].members.append((ending.lower(), member.offset_data, member.size))
+                shard.add(key, ending.lower(), member.offset_data, member.size)
                 vars(archive)["members"].clear()  # It would keep them all.
             position = archive.offset
         with file.open("rb") as opened:
@@ -132,7 +166,7 @@ def _groups(file: Path) -> list[_Group]:
                 raise tarfile.ReadError("neither a header nor the end")
     except (tarfile.TarError, ValueError, OSError, EOFError, OverflowError) as error:
         raise ValueError(f"{file}: no sound uncompressed tar file at byte {position}: {error}") from None
-    return groups
+    return shard
 
 
 def _read(file: Path, offset: int, size: int, where: str) -> bytes:

@@ -1,0 +1,74 @@
+"""Clips as lists of frames: sampled evenly, marked one by one, read from inside the image folder only."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image as PilImage
+
+from vl_jax.data.clips import evenly, mark_frames
+from vl_jax.data.encode import DataConfig, ModelSpec, make_encoder
+from vl_jax.data.images import TilingConfig
+from vl_jax.data.sample import BadSample
+from vl_jax.data.sources import LlavaConfig, open_source
+
+
+@given(st.integers(1, 500), st.integers(1, 64))
+def test_frames_are_taken_evenly(count, most):
+    found = evenly(count, most)
+    assert len(found) == min(count, most) and found == sorted(set(found))
+    assert 0 <= found[0] <= found[-1] < count
+    if most > 1:
+        assert found[0] == 0 and found[-1] == count - 1
+        steps = {b - a for a, b in zip(found, found[1:], strict=False)}
+        assert not steps or max(steps) - min(steps) <= 1
+
+
+def write(folder, *records, count=12) -> None:
+    (folder / "clip").mkdir()
+    for number in range(count):  # 2.png comes before 10.png
+        PilImage.new("RGB", (8, 8), (number, 0, 0)).save(folder / "clip" / f"{number}.png")
+    (folder / "clip" / "notes.txt").write_text("no frame")
+    (folder / "d.json").write_text(json.dumps(records))
+
+
+def test_a_folder_a_list_and_a_mark_give_the_same_frames(tmp_path):
+    names = [f"clip/{n}.png" for n in range(12)]
+    talk = [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "It."}]
+    asked = {"question": "What?", "answer": "It."}
+    write(
+        tmp_path,
+        {"frames": "clip", **asked},
+        {"frames": names, **asked},
+        {"frames": "clip", "conversations": talk},
+    )
+    source = open_source(LlavaConfig("c", "d.json", max_frames=4), root=str(tmp_path))
+    for index in range(3):
+        sample = source[index]
+        assert [image().getpixel((0, 0))[0] for image in sample.images] == [0, 4, 7, 11]
+        assert sample.turns[0].question == "<image>\n" * 4 + "What?"
+    config = DataConfig(tiling=TilingConfig(16, views="global"), max_tiles=4)
+    example = make_encoder(config, ModelSpec(2, "prefix", 2048)).example(source[0])
+    assert len(example.tiles) == 4
+
+
+def test_marks_that_are_there_for_every_frame_stay():
+    said = [("user", "<image><image>What?"), ("assistant", "It.")]
+    assert mark_frames(said, 2) == said
+
+
+@pytest.mark.parametrize(
+    ("frames", "reason"),
+    [("none", "missing_image"), ("../x", "outside_root"), ([], "bad_image_field"), ([3], "bad_image_field"),
+     ("/etc", "outside_root"), ({}, "bad_image_field"), ("clip/0.png", "missing_image")],
+)  # fmt: skip
+def test_bad_frames_have_a_reason(tmp_path, frames, reason):
+    write(tmp_path, {"frames": frames, "question": "What?", "answer": "It."}, count=1)
+    with pytest.raises(BadSample) as caught:
+        open_source(LlavaConfig("c", "d.json"), root=str(tmp_path))[0]
+    assert caught.value.reason == reason
+    with pytest.raises(ValueError, match="max_frames=0 of source 'c'"):
+        LlavaConfig("c", "d.json", max_frames=0)

@@ -1,0 +1,217 @@
+"""Label Studio's JSON export: the labels that people drew and wrote become turns about the picture.
+
+    [{"id": 7, "data": {"image": "/data/upload/1/a.jpg", "question": "What is it?"},
+      "annotations": [{"result": [
+        {"type": "rectanglelabels", "id": "r1", "original_width": 640, "original_height": 480,
+         "value": {"x": 10, "y": 20, "width": 5, "height": 5, "rectanglelabels": ["cat"]}},   what is where
+        {"type": "textarea", "id": "r1", "value": {"text": ["STOP"]}},       what is written in the rectangle
+        {"type": "choices", "from_name": "quality", "value": {"choices": ["good"]}}]}]}]   an answer
+
+Places are in per cent of the picture. A transcript belongs to the rectangle whose id it has; other texts and
+choices answer the task's ``question``, or are asked for by the name of their control. The first annotation
+that was not cancelled counts; predictions and other kinds of result are passed over.
+"""
+
+from __future__ import annotations
+
+import math
+import urllib.parse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vl_jax.data import grounding
+from vl_jax.data.coco import turns_about
+from vl_jax.data.conversation import REMOTE, checked_text
+from vl_jax.data.lines import json_items
+from vl_jax.data.llava import parse_line
+from vl_jax.data.sample import (
+    DEFAULT_MAX_PIXELS,
+    IMAGE_PLACEHOLDER,
+    BadSample,
+    Box,
+    FileImage,
+    Sample,
+    Turn,
+    image_in,
+)
+from vl_jax.data.shards import check_fields
+
+_OWN_PATHS = "/data/local-files/?d=", "/data/"  # what Label Studio writes before a file's place
+_RECTANGLES = frozenset({"rectanglelabels", "rectangle"})
+
+
+@dataclass(frozen=True)
+class LabelStudioConfig:
+    """An export in the format "JSON", and the folder of its pictures relative to the data root."""
+
+    name: str
+    file: str
+    root: str = ""  # empty means the folder of ``file``
+    image: str = "image"  # the picture's name in the data of a task
+    max_pixels: int = DEFAULT_MAX_PIXELS
+
+    def __post_init__(self):
+        check_fields(self.name, self.file, (".json",), self.max_pixels)
+
+
+class LabelStudioSource:
+    """Random access to the tasks of an export.
+
+    Raises (on opening):
+      ValueError: the whole file is unusable; one line with the file and the position.
+    """
+
+    def __init__(self, config: LabelStudioConfig, *, root: str = "."):
+        self._config = config
+        self._file = Path(root) / config.file
+        self.files = [self._file]
+        if not self._file.is_file():
+            raise ValueError(f"source {config.name!r}: no such file {self._file}")
+        self._folder = (Path(root) / config.root if config.root else self._file.parent).resolve()
+        self._tasks = json_items(self._file)
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def __repr__(self) -> str:
+        return f"LabelStudioSource({str(self._file)!r}, {len(self)} tasks)"
+
+    def __getitem__(self, index: int) -> Sample:
+        """The conversation about the picture of task ``index``.
+
+        Raises:
+          BadSample: the task breaks a rule, or nobody has labelled it.
+        """
+        where = f"{self._file}, task {index}"
+        task = parse_line(self._tasks[index], where)
+        data = task.get("data") if isinstance(task, dict) else None
+        if not isinstance(data, dict):
+            raise BadSample("not_an_object", f"sample ? ({where}): expected a task with data")
+        identity = f"{self._config.name}-{str(task.get('id', index))[:80]}"
+        where = f"sample {identity} ({where})"
+        results = _results(task, where)
+        question = data.get("question")
+        question = checked_text(question, where) if question is not None else ""
+        turns = [*_boxes_and_texts(results, where), *_answers(results, question, where)]
+        if not turns:
+            raise BadSample("no_labels", f"{where}: no rectangle, choice or text that could be asked for")
+        if any(IMAGE_PLACEHOLDER in text for turn in turns for text in (turn.question, turn.answer)):
+            raise BadSample("placeholder_mismatch", f"{where}: {IMAGE_PLACEHOLDER} in a text")
+        first = turns[0]
+        turns[0] = Turn(
+            f"{IMAGE_PLACEHOLDER}\n{first.question}", first.answer, first.kind, first.language, first.boxes
+        )
+        return Sample(identity, tuple(turns), (self._image(data, where),))
+
+    def _image(self, data: dict[str, Any], where: str) -> FileImage:
+        name = data.get(self._config.image)
+        if not isinstance(name, str) or name.partition(":")[0] in REMOTE:
+            message = f"{where}: data.{self._config.image} must be a path, not {str(name)[:40]!r}"
+            raise BadSample("bad_image_field", message)
+        for start in _OWN_PATHS:
+            if name.startswith(start):
+                name = urllib.parse.unquote(name.removeprefix(start))
+                break
+        found = image_in(self._folder, name, where, self._config.max_pixels)
+        if found.path.is_file():
+            return found
+        # Exports with pictures have them side by side.
+        return image_in(self._folder, name.rpartition("/")[2], where, self._config.max_pixels)
+
+
+def _results(task: dict[str, Any], where: str) -> list[dict[str, Any]]:
+    """What the first annotation that counts consists of."""
+    annotations = task.get("annotations")
+    if not isinstance(annotations, list):
+        raise BadSample("bad_record", f"{where}: needs annotations; export as JSON, not JSON-MIN")
+    for annotation in annotations:
+        results = annotation.get("result") if isinstance(annotation, dict) else None
+        if isinstance(results, list) and results and not annotation.get("was_cancelled"):
+            return [r for r in results if isinstance(r, dict) and isinstance(r.get("value"), dict)]
+    raise BadSample("no_labels", f"{where}: nobody has labelled it")
+
+
+@dataclass(frozen=True)
+class _Region:
+    """A rectangle in pixels of a picture of that size, and the labels it was given."""
+
+    corners: tuple[float, float, float, float]
+    width: int
+    height: int
+    labels: list[str]
+
+
+def _boxes_and_texts(results: list[dict[str, Any]], where: str) -> list[Turn]:
+    """What is on the picture and where, and what is written where."""
+    regions = {str(r.get("id")): _rectangle(r, where) for r in results if r.get("type") in _RECTANGLES}
+    written: dict[str, Turn] = {}
+    for result in results:
+        identity = str(result.get("id"))
+        if result.get("type") == "textarea" and identity in regions:
+            region = regions[identity]
+            box = Box("text", region.corners)
+            place = grounding.write_boxes([box], width=region.width, height=region.height)
+            question = f"What is written at {place[place.index('<|det|>') :]}?"
+            written[identity] = Turn(question, _words(result, where), "ocr", "", (box,))
+    turns = []
+    located = [region for identity, region in regions.items() if identity not in written]
+    boxes = [Box(label, region.corners) for region in located for label in region.labels]
+    if boxes:
+        turns += turns_about(boxes, located[0].width, located[0].height)
+    if len(written) > 1:
+        whole = "\n".join(turn.answer for turn in written.values())
+        turns.append(Turn("What is written in the picture?", whole, "ocr"))
+    return [*turns, *written.values()]
+
+
+def _answers(results: list[dict[str, Any]], question: str, where: str) -> list[Turn]:
+    """Choices and texts about the whole picture."""
+    places = {str(r.get("id")) for r in results if r.get("type") in _RECTANGLES}
+    turns = []
+    for result in results:
+        kind, name = result.get("type"), str(result.get("from_name", ""))[:80].replace("_", " ").strip()
+        if kind not in ("choices", "textarea") or str(result.get("id")) in places:
+            continue
+        asked = question or f"What is the {name or 'answer'}?"
+        turns.append(Turn(checked_text(asked, where), _words(result, where), "open"))
+    return turns
+
+
+def _words(result: dict[str, Any], where: str) -> str:
+    """The text of a transcript, or the choices."""
+    value = result["value"]
+    found = value.get("choices", value.get("text"))
+    found = found if isinstance(found, list) else [found]
+    text = (", " if "choices" in value else "\n").join(checked_text(item, where) for item in found)
+    if not text.strip():
+        raise BadSample("bad_conversation", f"{where}: an empty text or choice")
+    return text
+
+
+def _rectangle(result: dict[str, Any], where: str) -> _Region:
+    """The region of a result; of a rectangle that is turned, what encloses it."""
+    size = (result.get("original_width"), result.get("original_height"))
+    if not all(isinstance(n, int) and 0 < n < 10**6 for n in size):
+        raise BadSample("bad_box", f"{where}: a rectangle in a picture of {size[0]!r} x {size[1]!r}")
+    width, height = int(size[0] or 0), int(size[1] or 0)
+    value = result["value"]
+    numbers = [value.get(name) for name in ("x", "y", "width", "height")]
+    turned = value.get("rotation") or 0
+    if not all(type(n) in (int, float) and abs(n) < 1e6 for n in (*numbers, turned)):  # NaN is not less
+        raise BadSample("bad_box", f"{where}: a rectangle needs x, y, width and height")
+    if result.get("image_rotation"):
+        raise BadSample("bad_box", f"{where}: a picture that is turned by {result['image_rotation']!r}")
+    x, w = (numbers[i] * width / 100 for i in (0, 2))
+    y, h = (numbers[i] * height / 100 for i in (1, 3))
+    sine, cosine = math.sin(math.radians(turned)), math.cos(math.radians(turned))  # about the first corner
+    ends = [(a * cosine - b * sine, a * sine + b * cosine) for a in (0, w) for b in (0, h)]
+    left, right = (min(max(x + f(a for a, _ in ends), 0.0), float(width)) for f in (min, max))
+    top, bottom = (min(max(y + f(b for _, b in ends), 0.0), float(height)) for f in (min, max))
+    if left >= right or top >= bottom:
+        raise BadSample("bad_box", f"{where}: rectangle {numbers} has no area in the picture")
+    found = value.get("rectanglelabels") or []
+    labels = [checked_text(label, where) for label in (found if isinstance(found, list) else [found])]
+    if any(mark in label for label in labels for mark in grounding.SPECIAL):
+        raise BadSample("bad_box", f"{where}: a label holds a special mark")
+    return _Region((left, top, right, bottom), width, height, labels)

@@ -1,0 +1,149 @@
+"""Tasks of a stream to examples: pure functions, safe to call from many threads and in other processes.
+
+Nothing here needs JAX or Grain, so that a worker process starts quickly and stays small.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+
+from vl_jax.data.augment import augment
+from vl_jax.data.chat import Targets
+from vl_jax.data.encode import DataConfig, Encoder, ModelSpec, make_encoder, make_row_encoder, open_sources
+from vl_jax.data.example import Example
+from vl_jax.data.mixture import stream_key
+from vl_jax.data.plan import Item
+from vl_jax.data.processes import Processes, Read
+from vl_jax.data.sample import BadSample, Sample, each
+from vl_jax.data.sources import Source
+from vl_jax.data.turns import vary
+from vl_jax.data.workers import Pool, Threads
+
+Task = TypeVar("Task")
+_AUGMENTATION = 1  # what the random numbers are for, behind those of the draw
+_MOST_ROOM = 64 << 20  # bytes of shared memory for a worker, unless a single row needs more
+
+
+class Place(NamedTuple):
+    """A place of an unpacked stream, and the record that stands there."""
+
+    index: int
+    source: str
+    record: int
+
+
+@dataclass(frozen=True)
+class SampleReader:
+    """Reads a record, takes what the draw takes of it, and encodes that."""
+
+    sources: Mapping[str, Source]
+    encoder: Encoder
+    config: DataConfig
+    targets: Targets
+    seed: int
+
+    def pool(self, rows: int) -> Pool[Place, Example | BadSample]:
+        """Threads, or as many processes as the config says, that read chunks of so many rows."""
+        facts = (self.config, self.encoder.spec, tuple(self.sources), self.targets, self.seed)
+        row = self.encoder.row_bytes
+        room = max(min(rows * row, _MOST_ROOM), row)
+        return _pool(self, functools.partial(_open_samples, *facts), self.config, room)
+
+    def __call__(self, places: Sequence[Place]) -> list[Example | BadSample]:
+        """The example of each place, or why its record cannot be used."""
+        turns, targets = self.config.turns, self.targets
+        return self.encoder.examples(each(self._draw, places), turns=turns, targets=targets)
+
+    def _draw(self, place: Place) -> Sample:
+        config = self.config
+        sample = vary(
+            self.sources[place.source][place.record],
+            rng=np.random.default_rng((self.seed, place.index)),
+            max_turns=config.max_turns,
+            sampling=config.turn_sampling,
+            image_dropout_rate=config.image_dropout_rate,
+        )
+        return _augmented(sample, self.encoder, config, (self.seed, place.index, _AUGMENTATION))
+
+
+@dataclass(frozen=True)
+class ItemReader:
+    """Reads and encodes what a plan of packed rows has chosen."""
+
+    sources: Mapping[str, Source]
+    encoder: Encoder  # of rows
+    config: DataConfig
+    targets: Targets
+    seed: int
+
+    def pool(self) -> Pool[Item, Example | BadSample]:
+        """Threads, or as many processes as the config says, that read the items of a row."""
+        facts = (self.config, self.encoder.spec, tuple(self.sources), self.targets, self.seed)
+        return _pool(self, functools.partial(_open_items, *facts), self.config, self.encoder.row_bytes)
+
+    def __call__(self, items: Sequence[Item]) -> list[Example | BadSample]:
+        """The encoded draws, or why a record cannot be used after all.
+
+        Raises:
+          ValueError: a record has another length than the plan says.
+        """
+        turns, targets = self.config.turns, self.targets
+        samples, chosen = each(self._sample, items), [item.turns for item in items]
+        examples = self.encoder.draws(samples, chosen, turns=turns, targets=targets)
+        for item, example in zip(items, examples, strict=True):
+            if isinstance(example, BadSample):
+                continue
+            found, planned = (len(example.tokens), len(example.tiles)), (item.tokens, item.tiles)
+            if found != planned:
+                raise self._changed(item, f"{found} tokens and tiles", str(planned))
+        return examples
+
+    def _sample(self, item: Item) -> Sample:
+        sample = self.sources[item.source][item.record]
+        if item.blind:
+            for image in sample.images:  # A broken image is a bad sample in every draw, not only in most.
+                image()
+            sample = sample.without_images()
+        if max(item.turns) >= len(sample.turns):
+            raise self._changed(item, f"{len(sample.turns)} turns", str(item.turns))
+        key = (self.seed, stream_key(item.source), item.number, _AUGMENTATION)
+        return _augmented(sample, self.encoder, self.config, key)
+
+    def _changed(self, item: Item, found: str, planned: str) -> ValueError:
+        return ValueError(
+            f"{item.source}/{item.record}: {found} where its index says {planned}; its files have changed, "
+            f"delete the index {getattr(self.config.packing, 'index', '')!r}"
+        )
+
+
+def _augmented(sample: Sample, encoder: Encoder, config: DataConfig, key: tuple[int, ...]) -> Sample:
+    if config.augmentation is None:
+        return sample
+    return augment(sample, config.augmentation, np.random.default_rng(key), length=encoder.text_length)
+
+
+def _open_samples(
+    config: DataConfig, spec: ModelSpec, names: Sequence[str], targets: Targets, seed: int
+) -> SampleReader:
+    sources, _ = open_sources(config, dict.fromkeys(names, 1.0))
+    return SampleReader(sources, make_encoder(config, spec, targets=targets), config, targets, seed)
+
+
+def _open_items(
+    config: DataConfig, spec: ModelSpec, names: Sequence[str], targets: Targets, seed: int
+) -> ItemReader:
+    sources, _ = open_sources(config, dict.fromkeys(names, 1.0))
+    return ItemReader(sources, make_row_encoder(config, spec, targets=targets), config, targets, seed)
+
+
+def _pool(
+    read: Read[Task], make: Callable[[], Read[Task]], config: DataConfig, room: int
+) -> Pool[Task, Example | BadSample]:
+    if not config.num_workers:
+        return Threads(read, config.num_threads)
+    return Processes(make, config.num_workers, room=room)
