@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vl_jax import cli
+from vl_jax import cli, experiment
 from vl_jax.config import load, to_json
 
 pytest.importorskip("ml_collections")  # experiment files return its ConfigDict
@@ -128,6 +128,16 @@ def test_a_folder_with_another_run_is_left_alone(capsys, tmp_path):
     error = refused(capsys, "train", CONFIG, f"--workdir={tmp_path}", "--config.seed=1")
     assert f"--workdir={tmp_path} holds a run with another configuration (differs at config.seed)" in error
     assert (tmp_path / "config.json").read_text() == text
+
+
+def test_a_run_of_an_earlier_version_goes_on(tmp_path):
+    tree = json.loads(to_json(load(TINY, [("loop.churn", "False")])))
+    del tree["loop"]["churn"]  # it did not exist then
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    experiment._claim(load(TINY, [("loop.churn", "False")]), tmp_path)
+    assert "churn" in (tmp_path / "config.json").read_text()
+    with pytest.raises(ValueError, match="differs at config.loop.churn"):
+        experiment._claim(load(TINY), tmp_path)
 
 
 def test_a_report_of_a_folder_without_a_run_is_refused(capsys, tmp_path):

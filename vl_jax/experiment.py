@@ -395,10 +395,16 @@ def _stage_seed(experiment: Experiment, stage: Stage) -> int:
 
 
 def _claim(experiment: Experiment, workdir: Path) -> None:
-    """Writes the resolved config; refuses a folder that holds a run of another one."""
+    """Writes the resolved config; refuses a folder that holds a run of another one.
+
+    Of a run begun by an earlier version, fields that did not exist yet have their defaults.
+    """
     path, text = workdir / "config.json", config_lib.to_json(experiment)
-    if path.exists() and path.read_text(encoding="utf-8") != text:
-        before, now = (_flat(json.loads(t)) for t in (path.read_text(encoding="utf-8"), text))
+    held = text
+    if path.exists():
+        held = config_lib.to_json(config_lib.from_json(path.read_text(encoding="utf-8")))
+    if held != text:
+        before, now = (_flat(json.loads(t)) for t in (held, text))
         changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
         raise ValueError(
             f"--workdir={workdir} holds a run with another configuration "
