@@ -22,7 +22,7 @@ LEVELS = (
     "layout checkpoint interop compress generation",
     "train evaluate serving export fit",
     "experiment gallery report doctor benchmark conversion",
-    "comparison routing_page routing_benchmark loader_benchmark routing_aot data_page",
+    "comparison routing_page routing_benchmark loader_benchmark packing_benchmark routing_aot data_page",
     "inspection",
     "sweep",
     "cli",

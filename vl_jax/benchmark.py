@@ -236,15 +236,16 @@ def measure(sides: Mapping[str, Side], repeats: int) -> dict[str, dict[str, Turn
     return timed
 
 
-def _spread(values: list[float]) -> dict[str, float]:
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, lowest and highest."""
     return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
 
 
 def _summary(name: str, turns: Turns, units: int) -> dict[str, dict[str, float]]:
     clocks = dict(zip(("cpu", "wall"), zip(*turns, strict=True), strict=True))
     if name == "decode":
-        return {clock: _spread([units / s for s in seconds]) for clock, seconds in clocks.items()}
-    return {clock: _spread([s / units for s in seconds]) for clock, seconds in clocks.items()}
+        return {clock: spread([units / s for s in seconds]) for clock, seconds in clocks.items()}
+    return {clock: spread([s / units for s in seconds]) for clock, seconds in clocks.items()}
 
 
 def _ratios(name: str, timed: Mapping[str, Mapping[str, Turns]]) -> dict[str, dict[str, float]]:
@@ -253,7 +254,7 @@ def _ratios(name: str, timed: Mapping[str, Mapping[str, Turns]]) -> dict[str, di
     ratios = {}
     for action, turns in timed[OURS].items():
         shares = [cpu / best for (cpu, _), best in zip(turns, fastest, strict=True)]
-        ratios[action] = _spread([1 / s for s in shares] if name == "decode" else shares)
+        ratios[action] = spread([1 / s for s in shares] if name == "decode" else shares)
     return ratios
 
 

@@ -173,12 +173,12 @@ def _add_tools(command: Command) -> None:
     benchmark = command(
         "benchmark",
         _benchmark,
-        "Time a training step or decoding (beside transformers), routed experts (beside other ways), or the "
-        "loader of an experiment (beside Pillow and torch's DataLoader).",
+        "Time a training step or decoding (beside transformers), routed experts (beside other ways), or an "
+        "experiment's loader (beside Pillow and torch's DataLoader) or packed rows (beside a sample a row).",
         "benchmark step --json=step.json",
     )
-    benchmark.add_argument("name", choices=("step", "decode", "routing", "loader"))
-    benchmark.add_argument("--config", metavar="FILE[:ARG]", help="with loader: experiment file")
+    benchmark.add_argument("name", choices=("step", "decode", "routing", "loader", "packing"))
+    benchmark.add_argument("--config", metavar="FILE[:ARG]", help="with loader and packing: experiment file")
     benchmark.add_argument("--json", type=Path, help="file for the figures")
     benchmark.add_argument("--topology", help="with routing: compile for a TPU not here, e.g. v5e:2x4")
     benchmark.add_argument("--repeats", type=int, default=9, help="turns of each side")
@@ -384,12 +384,13 @@ def _benchmark(arguments: argparse.Namespace) -> None:
         return
     if arguments.topology:
         raise ConfigError("--topology is for 'benchmark routing' alone")
-    if arguments.name == "loader":
-        from vl_jax import loader_benchmark
+    if arguments.name in ("loader", "packing"):
+        from vl_jax import loader_benchmark, packing_benchmark
 
         if arguments.config is None:
-            raise ConfigError("benchmark loader needs --config, an experiment file")
-        loader_benchmark.run(_load(arguments), repeats=arguments.repeats, json_file=arguments.json)
+            raise ConfigError(f"benchmark {arguments.name} needs --config, an experiment file")
+        run = (loader_benchmark if arguments.name == "loader" else packing_benchmark).run
+        run(_load(arguments), repeats=arguments.repeats, json_file=arguments.json)
         return
     from vl_jax import benchmark
 

@@ -17,7 +17,6 @@ import json
 import multiprocessing
 import os
 import random
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -27,7 +26,7 @@ import numpy as np
 from PIL import Image as PilImage
 from tokenizers import Tokenizer
 
-from vl_jax.benchmark import machine
+from vl_jax.benchmark import machine, spread
 from vl_jax.data import images
 from vl_jax.data.encode import DataConfig
 from vl_jax.data.sources import LlavaConfig
@@ -186,9 +185,9 @@ def measure(ways: Mapping[str, Take], repeats: int) -> dict[str, dict[str, dict[
     first = next(iter(turns.values()))
     return {
         name: {
-            "cpu": _spread([c for c, _ in figures]),
-            "wall": _spread([w for _, w in figures]),
-            "ratio": _spread([a / b for (a, _), (b, _) in zip(first, figures, strict=True)]),
+            "cpu": spread([c for c, _ in figures]),
+            "wall": spread([w for _, w in figures]),
+            "ratio": spread([a / b for (a, _), (b, _) in zip(first, figures, strict=True)]),
         }
         for name, figures in turns.items()
     }
@@ -213,10 +212,6 @@ def _rest() -> float:
         still = still + 1 if now - before < 0.1 * _QUIET else 0
         before = now
     return before
-
-
-def _spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
 
 
 def table(result: Mapping[str, Any]) -> str:
