@@ -83,7 +83,9 @@ def convert(
             parts.append(json.loads(place.read_text(encoding="utf-8")))
             progress(stop, total)
     skipped = {index: message for part in parts for index, message in part["skipped"].items()}
-    report = Report(sum(part["records"] for part in parts), skipped, sum(part["split"] for part in parts))
+    report = Report(
+        sum(part["records"] for part in parts), skipped, sum(part.get("split", 0) for part in parts)
+    )
     _write(folder / REPORT, {**dataclasses.asdict(report), **facts, "reasons": report.reasons})
     for file in (folder / _SOURCE, *folder.glob("part-*.json")):
         file.unlink()
@@ -94,9 +96,10 @@ def convert(
 def _finished(target: Path, facts: dict[str, Any]) -> Report:
     file = target / REPORT
     found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if {key: found.get(key) for key in facts} != facts:
+    # Conversions of earlier versions say nothing of texts: they split none.
+    if {key: found.get(key, False) for key in facts} != facts:
         raise ValueError(f"{target}: exists, and is not a conversion of this source as it is now")
-    return Report(found["records"], found["skipped"], found["split"])
+    return Report(found["records"], found["skipped"], found.get("split", 0))
 
 
 def _claim(folder: Path, facts: dict[str, Any]) -> None:

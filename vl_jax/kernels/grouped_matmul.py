@@ -3,7 +3,9 @@
     rows [R D], group_sizes [E]  ->  gate * (activation(rows @ w_in_e + b_in_e) @ w_out_e + b_out_e)   [R D]
 
 ``pallas`` is for TPUs: the projections, their biases and the activation are one kernel, the product with
-``w_out`` and the gates another.
+``w_out`` and the gates another. ``blocked`` is for CPUs, where ``lax.ragged_dot`` multiplies every row by
+every expert. ``reference`` is the plain definition. ``gathered_mlp`` is for rows so few that they need not be
+sorted.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
     assignment --plan--> rows sorted by expert --permute--> [R D] --grouped FFN--> [R D] --combine--> [T D]
 
-One plan serves every scheme. Where tokens choose, rows move by gathers both ways (``kernels.permute``); where
-experts choose, a token may have any number of rows, and they are scattered back.
+Where tokens choose, a plan sorts their choices, and rows move by gathers both ways (``kernels.permute``).
+Where experts choose, rows are sorted from the start; a token may have any number of them, and they are
+scattered back.
 """
 
 from __future__ import annotations

@@ -51,9 +51,9 @@ class LoopConfig:
     keep_checkpoints: int = 3
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            if field.type == "int" and getattr(self, field.name) < 1:
-                raise ValueError(f"{field.name}={getattr(self, field.name)} must be >= 1")
+        for name in ("log_every", "routing_every", "checkpoint_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be >= 1")
 
 
 @runtime_checkable

@@ -17,6 +17,13 @@ class Probe:
     """Tells how many of the batch's choices a training step changes."""
 
     def __init__(self, layout: Layout, batch: Batch):
+        """Takes the batch.
+
+        Raises:
+          ValueError: the model has no experts.
+        """
+        if not layout.model.config.num_sparse_layers:
+            raise ValueError("loop.churn=True: the model has no layers with experts")
         self._batch = put_batch(batch, layout)
 
         def choose(state: TrainState, batch: Batch, scale: float) -> jax.Array:
