@@ -37,7 +37,7 @@ class Training:
 
     def __init__(self, experiment: Experiment):
         stage = dataclasses.replace(experiment.stages[-1], lora=None)
-        self._layout = layout = plan(experiment)
+        self.layout = layout = plan(experiment)
         stream = open_stream(experiment, stage, rows_here(layout, stage.batch_size))
         try:
             self.batches = [next(stream) for _ in range(BATCHES)]
@@ -60,10 +60,10 @@ class Training:
     def advance(self, steps: int) -> int:
         """Takes so many steps; the tokens of samples that they trained on."""
         tokens = 0
-        with sharding.use_mesh(self._layout.mesh, self._layout.rules):
+        with sharding.use_mesh(self.layout.mesh, self.layout.rules):
             for _ in range(steps):
                 batch = self.batches[self._taken % BATCHES]
-                self._state, _ = self._step(self._state, put_batch(batch, self._layout), self._rate)
+                self._state, _ = self._step(self._state, put_batch(batch, self.layout), self._rate)
                 self._taken += 1
                 tokens += int(np.count_nonzero(batch.segment_ids))
             jax.block_until_ready(self._state)
@@ -96,7 +96,7 @@ def run(experiment: Experiment, *, repeats: int = 9, json_file: Path | None = No
         )
     process.keep_freed_memory()
     packed = Training(experiment)
-    ways = {"packed": packed, "one sample a row": Training(_unpacked(experiment, round(packed.samples)))}
+    ways = {"packed": packed, "one sample a row": Training(_unpacked(experiment, packed))}
     turns: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     for turn in range(repeats + 1):  # the first compiles
         for name, training in ways.items():
@@ -129,10 +129,10 @@ def run(experiment: Experiment, *, repeats: int = 9, json_file: Path | None = No
     return result
 
 
-def _unpacked(experiment: Experiment, rows: int) -> Experiment:
-    """The experiment with one sample a row, as many rows on every data shard."""
-    shards = sharding.batch_axes(plan(experiment).mesh)
-    rows = max(1, round(rows / shards)) * shards
+def _unpacked(experiment: Experiment, packed: Training) -> Experiment:
+    """The experiment with one sample a row and as many samples, the same number on every data shard."""
+    shards = sharding.batch_axes(packed.layout.mesh)
+    rows = max(1, round(packed.samples / shards)) * shards
     stages = (*experiment.stages[:-1], dataclasses.replace(experiment.stages[-1], batch_size=rows))
     return dataclasses.replace(
         experiment, data=dataclasses.replace(experiment.data, packing=None), stages=stages

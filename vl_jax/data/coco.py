@@ -26,7 +26,7 @@ from vl_jax.data.sample import (
     Turn,
     image_in,
 )
-from vl_jax.data.shards import check_fields
+from vl_jax.data.shards import check_fields, file_and_folder
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,8 @@ class CocoSource:
 
     def __init__(self, config: CocoConfig, *, root: str = "."):
         self._config = config
-        self._file = Path(root) / config.file
+        self._file, self._folder = file_and_folder(root, config.file, config.root, config.name)
         self.files = [self._file]
-        if not self._file.is_file():
-            raise ValueError(f"source {config.name!r}: no such file {self._file}")
-        self._folder = (Path(root) / config.root if config.root else self._file.parent).resolve()
         whole = read_json(self._file)
         self._pictures = _entries(whole, "images", self._file)
         categories = _entries(whole, "categories", self._file)

@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 import urllib.parse
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from vl_jax.data import grounding
@@ -35,7 +34,7 @@ from vl_jax.data.sample import (
     Turn,
     image_in,
 )
-from vl_jax.data.shards import check_fields
+from vl_jax.data.shards import check_fields, file_and_folder
 
 _OWN_PATHS = "/data/local-files/?d=", "/data/"  # what Label Studio writes before a file's place
 _RECTANGLES = frozenset({"rectanglelabels", "rectangle"})
@@ -64,11 +63,8 @@ class LabelStudioSource:
 
     def __init__(self, config: LabelStudioConfig, *, root: str = "."):
         self._config = config
-        self._file = Path(root) / config.file
+        self._file, self._folder = file_and_folder(root, config.file, config.root, config.name)
         self.files = [self._file]
-        if not self._file.is_file():
-            raise ValueError(f"source {config.name!r}: no such file {self._file}")
-        self._folder = (Path(root) / config.root if config.root else self._file.parent).resolve()
         self._tasks = json_items(self._file)
 
     def __len__(self) -> int:

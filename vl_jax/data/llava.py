@@ -17,7 +17,7 @@ from vl_jax.data.clips import frame_names
 from vl_jax.data.conversation import parse
 from vl_jax.data.lines import json_items, lines
 from vl_jax.data.sample import DEFAULT_MAX_PIXELS, BadSample, Sample, image_in
-from vl_jax.data.shards import check_fields
+from vl_jax.data.shards import check_fields, file_and_folder
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,8 @@ class LlavaSource:
 
     def __init__(self, config: LlavaConfig, *, root: str = "."):
         self._config = config
-        self._file = Path(root) / config.file
+        self._file, self._folder = file_and_folder(root, config.file, config.root, config.name)
         self.files = [self._file]
-        self._folder = (Path(root) / config.root if config.root else self._file.parent).resolve()
-        if not self._file.is_file():
-            raise ValueError(f"source {config.name!r}: no such file {self._file}")
         by_line = self._file.suffix == ".jsonl"
         self._records = lines(self._file) if by_line else json_items(self._file)
 

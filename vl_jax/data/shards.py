@@ -1,4 +1,4 @@
-"""Sources of several files: which files they are, and in which of them a record is."""
+"""The files of a source: which they are, and in which of several a record is."""
 
 from __future__ import annotations
 
@@ -24,6 +24,18 @@ def check_fields(
         raise ValueError(f"file={file!r} of source {name!r}: must end in {' or '.join(endings)}")
     if max_pixels < 1:
         raise ValueError(f"max_pixels={max_pixels} of source {name!r}: must be at least 1")
+
+
+def file_and_folder(root: str, file: str, folder: str, name: str) -> tuple[Path, Path]:
+    """The file of records, and the (resolved) folder of the images they name: by default that of the file.
+
+    Raises:
+      ValueError: there is no such file.
+    """
+    place = Path(root) / file
+    if not place.is_file():
+        raise ValueError(f"source {name!r}: no such file {place}")
+    return place, (Path(root) / folder if folder else place.parent).resolve()
 
 
 def find_files(root: str, pattern: str, name: str) -> list[Path]:
