@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from typing import Any
 
@@ -10,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from pallas import TRITON_WARNING, tracing_for
 
 from vl_jax.kernels.activation import SWIGLU, Activation
 from vl_jax.kernels.combine import expert_mlp
@@ -18,8 +18,7 @@ from vl_jax.kernels.router import rank_in_expert, sort_by_expert
 from vl_jax.kernels.target import KIB, GpuTarget, choose, current_gpu, gpu_target_of
 from vl_jax.kernels.triton_product import SUMS, Tiles, choose_tiles, plan_visits
 
-# So says jax >= 0.11, where it still works.
-pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings(TRITON_WARNING)
 
 # Several tiles in every direction.
 SMALL = GpuTarget(rows=16, columns=32, depth=16, interpret=True)
@@ -179,14 +178,6 @@ def test_which_gpus():
         GpuTarget(rows=24)
 
 
-def on(kind: str) -> contextlib.AbstractContextManager:
-    """What is traced inside is for this device, though it is absent."""
-    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=None, platform="cuda")
-    axes = (jax.sharding.AxisType.Auto,)
-    mesh = jax.sharding.AbstractMesh((1,), ("device",), axis_types=axes, abstract_device=device)
-    return jax.sharding.use_abstract_mesh(mesh)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_lowers_for_a_gpu(kind):
     """No more can be checked without one: Triton compiles where the program runs."""
@@ -200,7 +191,7 @@ def test_lowers_for_a_gpu(kind):
         shape(16384, 6, dtype=jnp.float32),
         shape(16384, 6, dtype=jnp.int32),
     )
-    with on(kind):
+    with tracing_for(kind):
         assert choose("auto", 2048, 1408) == "triton"
         traced = jax.jit(functools.partial(layer, target=None)).trace(x, gates, weights, x, experts)
         program = traced.lower(lowering_platforms=("cuda",)).as_text()

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from pallas import TRITON_WARNING, tracing_for
 
 from vl_jax import losses, sharding
 from vl_jax import params as params_lib
@@ -173,3 +174,17 @@ def test_frozen_leaves_are_bit_identical_after_steps_and_trained_ones_move():
     for path, leaf in params_lib.flatten(state.params).items():
         unchanged = np.array_equal(leaf, params_lib.flatten(params)[path])
         assert unchanged == (path not in trained_paths), path
+
+
+@pytest.mark.filterwarnings(TRITON_WARNING)
+def test_the_whole_step_lowers_for_a_gpu_that_is_absent():
+    model = tiny.config()
+    params, routing = jax.tree.map(np.asarray, tiny.build(model))
+    optimizer, paths = optax.adamw(1.0), set(params_lib.flatten(params))
+    step = make_train_step(VisionLanguage(model), optimizer, trainable=paths)
+    state = TrainState(np.int32(0), params, jax.eval_shape(optimizer.init, params), routing)
+    with tracing_for("NVIDIA H200"):
+        traced = jax.jit(step).trace(state, tiny.varied_batch(ROWS), 0.1)
+        program = traced.lower(lowering_platforms=("cuda",)).as_text()
+    # The sparse layers are one loop: two products forward, and four backward.
+    assert program.count("__gpu$xla.gpu.triton") == 6

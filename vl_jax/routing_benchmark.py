@@ -4,7 +4,7 @@
 
 All ways run in turns in this process on the same numbers, and ratios are of neighbouring turns. Ways that
 need a capacity (factor 1.25) drop what overflows, so that they do no more work than the others; those whose
-memory a machine may not have are left out above ``MOST_BYTES``. The last of the table is no rival, but the floor.
+memory a machine may not have are left out above ``MOST_BYTES``. Last in the table is no rival, but the floor.
 """
 
 from __future__ import annotations
