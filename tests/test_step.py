@@ -15,6 +15,7 @@ from pallas import TRITON_WARNING, tracing_for
 
 from vl_jax import losses, sharding
 from vl_jax import params as params_lib
+from vl_jax.batch import Batch
 from vl_jax.layout import init_params, put_batch
 from vl_jax.model import VisionLanguage, VisionLanguageConfig, update_routing_state
 from vl_jax.sharding import MeshConfig
@@ -179,12 +180,15 @@ def test_frozen_leaves_are_bit_identical_after_steps_and_trained_ones_move():
 @pytest.mark.filterwarnings(TRITON_WARNING)
 def test_the_whole_step_lowers_for_a_gpu_that_is_absent():
     model = tiny.config()
-    params, routing = jax.tree.map(np.asarray, tiny.build(model))
+    params, routing = tiny.build(model)
     optimizer, paths = optax.adamw(1.0), set(params_lib.flatten(params))
     step = make_train_step(VisionLanguage(model), optimizer, trainable=paths)
-    state = TrainState(np.int32(0), params, jax.eval_shape(optimizer.init, params), routing)
+
+    def run(params: Any, moments: Any, routing: Any, batch: Batch) -> TrainState:
+        return step(TrainState(jnp.zeros((), jnp.int32), params, moments, routing), batch, 0.1)[0]
+
     with tracing_for("NVIDIA H200"):
-        traced = jax.jit(step).trace(state, tiny.varied_batch(ROWS), 0.1)
+        traced = jax.jit(run).trace(params, optimizer.init(params), routing, tiny.varied_batch(ROWS))
         program = traced.lower(lowering_platforms=("cuda",)).as_text()
     # The sparse layers are one loop: two products forward, and four backward.
     assert program.count("__gpu$xla.gpu.triton") == 6
