@@ -372,6 +372,9 @@ def _conformance(arguments: argparse.Namespace) -> None:
 
 
 def _benchmark(arguments: argparse.Namespace) -> None:
+    of_data = arguments.name in ("loader", "packing")
+    if not of_data and (arguments.config or arguments.overrides):
+        raise ConfigError(f"benchmark {arguments.name} takes no --config: what it times is fixed")
     if arguments.name == "routing":
         if arguments.topology:
             from vl_jax import routing_aot
@@ -384,7 +387,7 @@ def _benchmark(arguments: argparse.Namespace) -> None:
         return
     if arguments.topology:
         raise ConfigError("--topology is for 'benchmark routing' alone")
-    if arguments.name in ("loader", "packing"):
+    if of_data:
         from vl_jax import loader_benchmark, packing_benchmark
 
         if arguments.config is None:

@@ -1,5 +1,7 @@
 """Any source to ArrayRecord files: every image decoded once, bad records left out, counted and listed.
 
+A sound is kept as the picture that the source's config makes of it.
+
     DIR.partial/  part-00000.arrayrecord  part-00000.json  ...   --when all are there-->   DIR/
                   source.json                                                               report.json
 
