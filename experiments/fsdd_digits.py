@@ -46,7 +46,7 @@ def get_config():
             stages=(
                 Stage(
                     "sft",
-                    steps=900,
+                    steps=700,
                     batch_size=32,
                     optimizer=OptimizerConfig(
                         method="muon", learning_rate=1e-3, warmup_steps=30, final_fraction=0.03
