@@ -21,6 +21,7 @@ from scipy.io import wavfile
 from scipy.signal import stft
 
 from vl_jax import doctor
+from vl_jax.config import load
 from vl_jax.data import array_records, audio
 from vl_jax.data.audio import AudioConfig, SoundImage, log_mel, mel_bands, to_levels
 from vl_jax.data.augment import AugmentationConfig, augment
@@ -32,6 +33,7 @@ from vl_jax.data.sample import BadSample, image_size
 from vl_jax.data.sound_files import read_header, read_sound
 from vl_jax.data.sources import LlavaConfig, open_source
 
+ROOT = Path(__file__).resolve().parent.parent
 SMALL = AudioConfig(sample_rate=8000, window_ms=32, hop_ms=16, num_bands=32, min_seconds=0.5, max_seconds=2)
 
 
@@ -334,6 +336,14 @@ def test_flac_mp3_and_wav_of_the_shared_clips(shared_data):
     sizes = [(image.size(), image().size) for index in range(3) for image in source[index].images]
     assert [known for known, _ in sizes] == [real for _, real in sizes]
     assert [width for (width, _), _ in sizes] == [404, 291, 586]
+
+
+def test_spoken_digits_fill_a_tile_of_their_experiment(shared_data):
+    experiment = load(str(ROOT / "experiments" / "fsdd_digits.py"))
+    for config in (*experiment.data.sources, *experiment.data.evaluation):
+        source = open_source(config, root=str(shared_data / "fsdd_digits"))
+        sizes = {image.size() for index in range(0, len(source), 10) for image in source[index].images}
+        assert {height for _, height in sizes} == {64} and min(sizes)[0] == 64
 
 
 @pytest.mark.parametrize(

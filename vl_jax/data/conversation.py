@@ -82,6 +82,8 @@ def parse(record: Any, where: str, *, default_id: str, num_images: int | None = 
         raise BadSample("not_an_object", f"sample ? ({where}): expected an object")
     identity = str(record.get("id", default_id))
     where = f"sample {identity[:80]} ({where})"
+    if (record.get("video") or record.get("videos")) and "frames" not in record:
+        raise BadSample("unsupported_video", f"{where}: videos are not decoded; name the frames of a clip")
     named = [*_named(record, "image", where), *_named(record, "audio", where)]
     pairs, inline = _messages(record, where, _count(named, num_images))
     media = named + inline
