@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import os
+import shutil
 import struct
 import sys
 import time
@@ -310,6 +311,26 @@ def test_converted_sounds_are_their_pictures(folder):
     assert found.turns == source[0].turns
 
 
+@pytest.mark.skipif(not importlib.util.find_spec("array_record"), reason="needs array_record")
+@pytest.mark.parametrize("file", ["report.json", "source.json"])
+def test_a_conversion_of_a_version_that_knew_no_sounds_goes_on(folder, file):
+    source, config = opened(folder, {"question": "What?", "answer": "It."}), LlavaConfig("sounds", "d.json")
+    done = convert(config, source, folder / "out")
+    place = folder / "out" / "report.json"
+    before = json.loads(place.read_text())
+    before["source"] = before["source"].replace(f", audio={AudioConfig()!r}", "")
+    if file == "source.json":
+        shutil.rmtree(folder / "out")
+        (folder / "out.partial").mkdir()
+        place = folder / "out.partial" / file
+        before = {k: before[k] for k in ("source", "stamp", "length", "per_file", "split_texts")}
+    place.write_text(json.dumps(before))
+    assert convert(config, source, folder / "out") == done
+    other = LlavaConfig("sounds", "d.json", audio=SMALL)
+    with pytest.raises(ValueError, match="is not a conversion of this source"):
+        convert(other, source, folder / "out")
+
+
 def test_a_sound_is_never_played_backwards(folder):
     source = opened(
         folder, talk("<audio>Which one?", audio="0.wav"), talk("<image>What sound?", image="red.png")
@@ -323,8 +344,9 @@ def test_a_sound_is_never_played_backwards(folder):
 def test_other_formats_need_the_extra_and_say_so(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "soundfile", None)
     (tmp_path / "a.flac").write_bytes(b"fLaC" + bytes(40))
-    with pytest.raises(BadSample, match=r"vl_jax\[audio\]"):
+    with pytest.raises(BadSample, match=r"vl_jax\[audio\]") as found:
         SoundImage(tmp_path / "a.flac", "here", SMALL)()
+    assert found.value.reason == "missing_package"
 
 
 def test_flac_mp3_and_wav_of_the_shared_clips(shared_data):

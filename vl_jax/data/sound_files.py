@@ -21,9 +21,9 @@ from vl_jax.data.sample import BadSample
 
 _PCM, _FLOAT, _EXTENSIBLE = 1, 3, 0xFFFE
 _STEPS = {(_PCM, 8), (_PCM, 16), (_PCM, 24), (_PCM, 32), (_FLOAT, 32), (_FLOAT, 64)}
-_MAX_CHANNELS, _RATES = 64, range(1000, 768_001)
+_MAX_CHANNELS, _RATES = 16, range(1000, 384_001)
 _UNKNOWN = 0x7FFFF000  # sizes from here on are those of a writer that could not go back: all that follows
-_MAX_CHUNKS = 1000
+_MAX_CHUNKS, _MAX_FORMAT = 1000, 40  # chunks before the sound, bytes of the format
 
 
 class Sound(NamedTuple):
@@ -89,6 +89,8 @@ def _use(file: Path, where: str, wav: Any, other: Any) -> Any:
             if start[:4] == b"RIFF" and start[8:] == b"WAVE":
                 return wav(opened)
         return other(file)
+    except _NoDecoderError as error:
+        raise BadSample("missing_package", f"{where}: {file}: {error}") from None
     except Exception as error:  # Decoders of hostile files raise almost anything.
         message = f"{where}: cannot read {file}: {error or type(error).__name__}"
         raise BadSample("corrupt_audio", message) from None
@@ -108,10 +110,10 @@ def _wav_chunks(file: BinaryIO) -> tuple[_Format, int]:
             return form, min(size, left)
         if size > left:
             raise ValueError(f"cut off in the chunk {name!r}")
+        start = file.tell()
         if name == b"fmt ":
-            form = _wav_format(file.read(size))
-            size = 0
-        file.seek(size + (size & 1), os.SEEK_CUR)
+            form = _wav_format(file.read(min(size, _MAX_FORMAT)))
+        file.seek(start + size + (size & 1))
     raise ValueError(f"no sound in its first {_MAX_CHUNKS} chunks")
 
 
@@ -172,8 +174,12 @@ def _checked(opened: Any) -> Header:
     return header
 
 
+class _NoDecoderError(ImportError):
+    pass
+
+
 def _soundfile() -> Any:
     try:
         return importlib.import_module("soundfile")
     except (ImportError, OSError):  # the package, or the library that it needs
-        raise ValueError("only WAV is read without the extra vl_jax[audio] (the package soundfile)") from None
+        raise _NoDecoderError("only WAV is read without soundfile: pip install 'vl_jax[audio]'") from None
