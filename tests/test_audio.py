@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import io
 import json
@@ -21,7 +22,7 @@ from PIL import Image as PilImage
 from scipy.io import wavfile
 from scipy.signal import stft
 
-from vl_jax import doctor
+from vl_jax import cli, doctor
 from vl_jax.config import load
 from vl_jax.data import array_records, audio
 from vl_jax.data.audio import AudioConfig, SoundImage, log_mel, mel_bands, to_levels
@@ -33,6 +34,7 @@ from vl_jax.data.lengths import Measure
 from vl_jax.data.sample import BadSample, image_size
 from vl_jax.data.sound_files import read_header, read_sound
 from vl_jax.data.sources import LlavaConfig, open_source
+from vl_jax.experiment import run
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = AudioConfig(sample_rate=8000, window_ms=32, hop_ms=16, num_bands=32, min_seconds=0.5, max_seconds=2)
@@ -358,6 +360,21 @@ def test_flac_mp3_and_wav_of_the_shared_clips(shared_data):
     sizes = [(image.size(), image().size) for index in range(3) for image in source[index].images]
     assert [known for known, _ in sizes] == [real for _, real in sizes]
     assert [width for (width, _), _ in sizes] == [404, 291, 586]
+
+
+@pytest.mark.slow
+def test_a_run_is_asked_about_a_sound(folder, tmp_path, capsys):
+    """With the experiment of the command line's tests, whose model is trained for three steps on this."""
+    opened(folder, *(talk("<audio>?", audio=f"{n}.wav") for n in (0, 1)))
+    experiment = load(str(ROOT / "tests" / "tiny_experiment.py"))
+    source = LlavaConfig("scenes", "d.json", audio=SMALL)
+    data = dataclasses.replace(experiment.data, root=str(folder), sources=(source,), evaluation=())
+    run(dataclasses.replace(experiment, data=data), tmp_path / "run")
+    asked = ["generate", f"--workdir={tmp_path / 'run'}", "--prompt=Which?", "--max-new-tokens=2"]
+    assert cli.main([*asked, f"--audio={folder / '0.wav'}"]) == 0
+    capsys.readouterr()
+    assert cli.main([*asked, f"--audio={folder / 'none.wav'}"]) == 2
+    assert "missing_audio" in capsys.readouterr().err
 
 
 def test_spoken_digits_fill_a_tile_of_their_experiment(shared_data):
