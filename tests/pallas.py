@@ -7,7 +7,7 @@ import fcntl
 import importlib.util
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,3 +51,15 @@ def compile_for(topology: str, build: Callable[[Target], Callable[..., Any]], *a
     """``aot.measure``, or skips the test."""
     with one_at_a_time():
         return aot.measure(topology, build, *arguments)
+
+
+# jax >= 0.11 says so where it lowers the kernels for GPUs.
+TRITON_WARNING = "ignore:The Pallas Triton backend is deprecated:DeprecationWarning"
+
+
+def tracing_for(gpu: str) -> AbstractContextManager[Any]:
+    """What is traced inside is for this kind of GPU, which may be absent."""
+    device = jax.sharding.AbstractDevice(device_kind=gpu, num_cores=None, platform="cuda")
+    axes = (jax.sharding.AxisType.Auto,)
+    mesh = jax.sharding.AbstractMesh((1,), ("device",), axis_types=axes, abstract_device=device)
+    return jax.sharding.use_abstract_mesh(mesh)

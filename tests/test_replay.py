@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import tiny
 
+from vl_jax import params as params_lib
 from vl_jax import sharding
 from vl_jax.evaluate import interventions
 from vl_jax.evaluate.routes import routes as routes_of
@@ -18,6 +20,7 @@ from vl_jax.model import VisionLanguage
 from vl_jax.moe import routing
 from vl_jax.moe.routing import SCHEMES, MoEConfig, RoutingContext, scheme_of
 from vl_jax.sharding import MeshConfig, make_mesh
+from vl_jax.train import step
 
 G, T, E = 4, 6, 8
 QUICK = ("hash", "loss_free", "null_experts", "top_k", "top_p")  # each chooses or weighs in its own way
@@ -116,3 +119,26 @@ def test_a_model_with_balanced_routes_has_even_loads():
     balanced = dataclasses.replace(model_config, moe=dataclasses.replace(model_config.moe, balanced=True))
     load = np.asarray(tiny.forward(balanced, tiny.varied_batch(4))[1].stats.load).sum(axis=1)
     assert np.all(load.max(axis=-1) - load.min(axis=-1) <= 1) and load.sum() > 0
+
+
+@pytest.mark.slow
+def test_every_micro_batch_gets_the_routes_of_its_rows():
+    model_config = tiny.config("loss_free")
+    (params, state), model = tiny.build(model_config), VisionLanguage(model_config)
+    batch = jax.tree.map(jnp.asarray, tiny.varied_batch(4))
+    noise = np.random.default_rng(0).random((2, *batch.tokens.shape, 4))
+    routes = jnp.asarray(np.argsort(noise, axis=-1)[..., :2], jnp.int32)
+
+    def gradients_of(routes: jax.Array, accumulation: int) -> Any:
+        given = step.TrainState(0, params, None, {**state, routing.ROUTES: routes})
+        options = {"model": model, "trainable": set(params_lib.flatten(params)), "accumulation": accumulation}
+        return jax.jit(lambda batch: step.gradients(given, batch, **options))(batch)
+
+    (whole, metrics, stats), (parts, metrics_of_parts, stats_of_parts) = (
+        gradients_of(routes, accumulation) for accumulation in (1, 2)
+    )
+    np.testing.assert_allclose(metrics_of_parts["loss"], metrics["loss"], rtol=1e-5)
+    np.testing.assert_array_equal(stats_of_parts.load, stats.load)
+    for a, b in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(jnp.abs(b).max() + 1e-6))
+    assert abs(float(gradients_of(routes[:, ::-1], 2)[1]["loss"] - metrics["loss"])) > 1e-4

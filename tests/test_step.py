@@ -11,9 +11,11 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from pallas import TRITON_WARNING, tracing_for
 
 from vl_jax import losses, sharding
 from vl_jax import params as params_lib
+from vl_jax.batch import Batch
 from vl_jax.layout import init_params, put_batch
 from vl_jax.model import VisionLanguage, VisionLanguageConfig, update_routing_state
 from vl_jax.sharding import MeshConfig
@@ -173,3 +175,20 @@ def test_frozen_leaves_are_bit_identical_after_steps_and_trained_ones_move():
     for path, leaf in params_lib.flatten(state.params).items():
         unchanged = np.array_equal(leaf, params_lib.flatten(params)[path])
         assert unchanged == (path not in trained_paths), path
+
+
+@pytest.mark.filterwarnings(TRITON_WARNING)
+def test_the_whole_step_lowers_for_a_gpu_that_is_absent():
+    model = tiny.config()
+    params, routing = tiny.build(model)
+    optimizer, paths = optax.adamw(1.0), set(params_lib.flatten(params))
+    step = make_train_step(VisionLanguage(model), optimizer, trainable=paths)
+
+    def run(params: Any, moments: Any, routing: Any, batch: Batch) -> TrainState:
+        return step(TrainState(jnp.zeros((), jnp.int32), params, moments, routing), batch, 0.1)[0]
+
+    with tracing_for("NVIDIA H200"):
+        traced = jax.jit(run).trace(params, optimizer.init(params), routing, tiny.varied_batch(ROWS))
+        program = traced.lower(lowering_platforms=("cuda",)).as_text()
+    # The sparse layers are one loop: two products forward, and four backward.
+    assert program.count("__gpu$xla.gpu.triton") == 6

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from vl_jax.batch import Batch
@@ -26,6 +27,8 @@ from vl_jax.moe.routing import State
 from vl_jax.nn.cache import Cache
 
 logger = logging.getLogger(__name__)
+
+Leaf = Any
 
 # Caches of ``stream`` have a multiple of so many slots, so that lengths that differ a little share a program.
 SLOT_BUCKET = 256
@@ -62,6 +65,16 @@ class GenerationConfig:
             raise ValueError(f"num_beams={self.num_beams} needs temperature=0: beams are not sampled")
 
 
+@struct.dataclass
+class Course:
+    """How far a generation has come, but for its cache."""
+
+    index: Leaf  # i32[] tokens generated
+    key: Leaf | None  # randomness of what follows
+    logits: Leaf  # f32[B V] of the next token
+    used: Leaf | None  # bool[B V] tokens that the repetition penalty is for
+
+
 @functools.partial(jax.jit, static_argnames=("model", "config", "stop"))
 def generate(
     params: Any,
@@ -94,21 +107,21 @@ def generate(
     used = jnp.zeros_like(logits, bool) if config.repetition_penalty != 1 else None
 
     def step(carry: tuple) -> tuple:
-        index, key, logits, done, used, cache, written = carry
-        key, now = (None, None) if key is None else jax.random.split(key)
-        token, logits, used, cache = advance(
-            params, routing_state, batch, vision, logits, now, used, index, cache, model=model, config=config
+        course, cache, done, written = carry
+        token, after, cache = advance(
+            params, routing_state, batch, vision, course, cache, model=model, config=config
         )
         token = jnp.where(done, stop[0], token)
-        written = jax.lax.dynamic_update_slice_in_dim(written, token[:, None], index, axis=1)
-        return index + 1, key, logits, done | _is_any(token, stop), used, cache, written
+        written = jax.lax.dynamic_update_slice_in_dim(written, token[:, None], course.index, axis=1)
+        return after, cache, done | _is_any(token, stop), written
 
     def unfinished(carry: tuple) -> jax.Array:
-        return (carry[0] < config.max_new_tokens) & ~jnp.all(carry[3])
+        course, _, done, _ = carry
+        return (course.index < config.max_new_tokens) & ~jnp.all(done)
 
     written = jnp.full((rows, config.max_new_tokens), stop[0], jnp.int32)
-    carry = (jnp.zeros((), jnp.int32), key, logits, _empty_rows(batch), used, cache, written)
-    return jax.lax.while_loop(unfinished, step, carry)[-1]
+    course = Course(jnp.zeros((), jnp.int32), key, logits, used)
+    return jax.lax.while_loop(unfinished, step, (course, cache, _empty_rows(batch), written))[-1]
 
 
 def stream(
@@ -132,18 +145,18 @@ def stream(
     logits, cache, vision = _prefill(
         params, routing_state, batch, model=model, slots=slots, chunk=config.prefill_chunk
     )
-    done = np.asarray(_empty_rows(batch))
+    done = np.asarray(_empty_rows(batch)).tolist()
     choice = dataclasses.replace(config, max_new_tokens=1)  # lengths share a program
     used = jnp.zeros_like(logits, bool) if config.repetition_penalty != 1 else None
-    for index in range(config.max_new_tokens):
-        key, now = (None, None) if key is None else jax.random.split(key)
-        token, logits, used, cache = _advance(
-            params, routing_state, batch, vision, logits, now, used, index, cache, model=model, config=choice
+    course = Course(jnp.zeros((), jnp.int32), key, logits, used)
+    for _ in range(config.max_new_tokens):
+        token, course, cache = _advance(
+            params, routing_state, batch, vision, course, cache, model=model, config=choice
         )
         ids = np.asarray(token).tolist()
-        done = done | np.isin(ids, stop)
+        done = [ended or i in stop for i, ended in zip(ids, done, strict=True)]
         yield [None if ended else i for i, ended in zip(ids, done, strict=True)]
-        if done.all():
+        if all(done):
             return
 
 
@@ -213,21 +226,19 @@ def advance(
     routing_state: State,
     batch: Batch,
     vision: Float[Array, "B S D"],
-    logits: Float[Array, "B V"],
-    key: jax.Array | None,
-    used: Bool[Array, "B V"] | None,
-    index: Int[Array, ""] | int,
+    course: Course,
     cache: Cache,
     *,
     model: VisionLanguage,
     config: GenerationConfig,
-) -> tuple[Int[Array, " B"], Float[Array, "B V"], Bool[Array, "B V"] | None, Cache]:
-    """Chooses the next token of every row and appends it: token, logits of the one after it, used, cache."""
-    token = choose(logits, key, used, config=config)
+) -> tuple[Int[Array, " B"], Course, Cache]:
+    """Chooses the next token of every row and appends it."""
+    key, now = (None, None) if course.key is None else jax.random.split(course.key)
+    token, used = choose(course.logits, now, course.used, config=config), course.used
     if used is not None:
         used = used.at[jnp.arange(token.shape[0]), token].set(True)
-    logits, cache = decode(params, routing_state, batch, vision, token, index, cache, model=model)
-    return token, logits, used, cache
+    logits, cache = decode(params, routing_state, batch, vision, token, course.index, cache, model=model)
+    return token, Course(course.index + 1, key, logits, used), cache
 
 
 def choose(

@@ -1,15 +1,16 @@
 """How long routed experts take, from assignment to combined output, beside the other ways to compute them.
 
-    x [T D], experts [T K], gates [T K], weights --ways: blocked, capacity, dense, one-hot, ragged--> y [T D]
+    x [T D], experts [T K], gates [T K], weights --ways: ours, capacity, one-hot, ragged, ...--> y [T D]
 
 All ways run in turns in this process on the same numbers, and ratios are of neighbouring turns. Ways that
 need a capacity (factor 1.25) drop what overflows, so that they do no more work than the others; those whose
-memory a machine may not have are left out above ``MOST_BYTES``.
+memory a machine may not have are left out above ``MOST_BYTES``. Last in the table is no rival, but the floor.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import statistics
 import time
@@ -146,18 +147,42 @@ def one_hot(shape: Shape) -> Way:
     return run
 
 
-def ragged(shape: Shape) -> Way:
-    """Sorted rows and ``lax.ragged_dot``."""
+def sorted_rows(shape: Shape, product: Callable[..., jax.Array]) -> Way:
+    """Sorted rows and a grouped product of a library: (rows, matrices, rows of every matrix) -> rows."""
 
     def run(x: jax.Array, experts: jax.Array, gates: jax.Array, weights: ExpertWeights) -> jax.Array:
         assignment = TokenChoice(experts[None], gates[None])
         plan = dispatch.make_plan(assignment, num_experts=shape.num_experts)
         w_in = weights.w_in.reshape(*weights.w_in.shape[:2], -1)
-        hidden = shape.activation(jax.lax.ragged_dot(permute(x, plan.moves), w_in, plan.group_sizes))
-        rows = jax.lax.ragged_dot(hidden, weights.w_out, plan.group_sizes)
+        hidden = shape.activation(product(permute(x, plan.moves), w_in, plan.group_sizes))
+        rows = product(hidden, weights.w_out, plan.group_sizes)
         return combine(rows, gates, plan.choice, plan.moves)
 
     return run
+
+
+def one_expert(shape: Shape) -> Way:
+    """No routing: as many rows through one expert. How fast the device multiplies what others multiply."""
+
+    def run(x: jax.Array, experts: jax.Array, gates: jax.Array, weights: ExpertWeights) -> jax.Array:
+        rows = jnp.tile(x, (shape.top_k, 1))
+        hidden = shape.activation(rows @ weights.w_in[0].reshape(shape.width, -1))
+        out = (hidden @ weights.w_out[0]).reshape(shape.top_k, *x.shape)
+        return jnp.einsum("KTD,TK->TD", out, gates.astype(x.dtype))
+
+    return run
+
+
+def _megablox(rows: jax.Array, matrices: jax.Array, sizes: jax.Array) -> jax.Array:
+    from jax.experimental.pallas.ops.tpu.megablox import gmm  # it warns where there is no TPU
+
+    return gmm(rows, matrices, sizes, preferred_element_type=rows.dtype)
+
+
+def _tokamax(rows: jax.Array, matrices: jax.Array, sizes: jax.Array) -> jax.Array:
+    import tokamax  # pyright: ignore[reportMissingImports]
+
+    return tokamax.ragged_dot(rows, matrices, sizes)
 
 
 def ways(shape: Shape, *, platform: str) -> dict[str, Way]:
@@ -167,13 +192,19 @@ def ways(shape: Shape, *, platform: str) -> dict[str, Way]:
     one_hot_size = group * shape.top_k * CAPACITY_FACTOR * group * shape.top_k * 4
     kernel = target.choose("auto", shape.width, shape.hidden)
     result = {f"ours, {kernel}": ours(shape, kernel), "capacity buffer": capacity_buffer(shape)}
+    if kernel != "blocked":
+        result["ours, blocked"] = ours(shape, "blocked")
     if platform == "cpu" and shape.num_experts <= 16:  # E / k times the work
         result["every expert on every row"] = ours(shape, "reference")
     if one_hot_size < MOST_BYTES:
         result["one-hot products"] = one_hot(shape)
-    # On a CPU it multiplies every row by every expert, and keeps all of that.
-    if platform != "cpu" or rows * shape.num_experts < MOST_BYTES:
-        result["lax.ragged_dot"] = ragged(shape)
+    # Only on a TPU does it not multiply every row by every expert, and keep all of that.
+    if platform == "tpu" or rows * shape.num_experts < MOST_BYTES:
+        result["lax.ragged_dot"] = sorted_rows(shape, jax.lax.ragged_dot)
+    if platform == "tpu":
+        result["megablox"] = sorted_rows(shape, _megablox)
+    if platform != "cpu" and importlib.util.find_spec("tokamax") is not None:
+        result["tokamax"] = sorted_rows(shape, _tokamax)
     return result
 
 
@@ -210,7 +241,8 @@ def run(*, repeats: int = 5, json_file: Path | None = None, shapes: tuple[Shape,
             entry: dict[str, Any] = {"shape": dataclasses.asdict(shape), "load": load, "modes": {}}
             print(f"\n{shape}, {load}")
             for mode, of in MODES.items():
-                functions = {name: jax.jit(of(way)) for name, way in ways(shape, platform=platform).items()}
+                timed = {**ways(shape, platform=platform), "no routing, one expert": one_expert(shape)}
+                functions = {name: jax.jit(of(way)) for name, way in timed.items()}
                 entry["modes"][mode] = figures = measure(functions, inputs, repeats)
                 print(table(mode, figures))
             result["layers"].append(entry)

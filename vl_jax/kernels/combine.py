@@ -17,9 +17,9 @@ from jaxtyping import Array, Float, Int
 
 from vl_jax.kernels.activation import SWIGLU, Activation
 from vl_jax.kernels.expert_weights import ExpertWeights
-from vl_jax.kernels.grouped_matmul import grouped_mlp
+from vl_jax.kernels.grouped_matmul import FUSED, grouped_mlp
 from vl_jax.kernels.permute import Moves, unpermute
-from vl_jax.kernels.target import Target
+from vl_jax.kernels.target import GpuTarget, Target
 
 
 @jax.custom_vjp
@@ -86,18 +86,20 @@ def expert_mlp(
     *,
     activation: Activation = SWIGLU,
     kernel: str = "reference",
-    target: Target | None = None,
+    target: Target | GpuTarget | None = None,
 ) -> Float[Array, "T D"]:
     """``sum_k gates[t, k] * expert(t, k)(x[t])``, differentiable in x, gates and weights.
 
     Args:
       choice: the choice t * K + k of every row; any choice for rows past the last group.
-      kernel: ``reference``, ``blocked`` (rows are moved by XLA) or ``pallas``.
-      target: what ``pallas`` is compiled for; None: the current mesh or backend.
+      kernel: ``reference``, ``blocked`` (rows are moved by XLA), ``pallas`` or ``triton``.
+      target: what the last two are compiled for; None: the current mesh or backend.
     """
     options = {"moves": moves, "activation": activation, "kernel": kernel, "target": target}
-    if kernel != "pallas":
+    if kernel not in FUSED:
         return combine(grouped_mlp(x, group_sizes, weights, **options), gates, choice, moves)  # pyright: ignore
     row_gates: Any = gates_of_rows(gates, choice, moves)
     rows = grouped_mlp(x, group_sizes, weights, gates=row_gates, **options)
+    if isinstance(target, GpuTarget) or kernel == "triton":
+        return unpermute(rows, moves)  # XLA fuses the gathers with the sum there
     return unpermute(rows, moves, kernel=kernel, target=target)

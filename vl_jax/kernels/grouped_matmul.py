@@ -2,10 +2,10 @@
 
     rows [R D], group_sizes [E]  ->  gate * (activation(rows @ w_in_e + b_in_e) @ w_out_e + b_out_e)   [R D]
 
-``pallas`` is for TPUs: the projections, their biases and the activation are one kernel, the product with
-``w_out`` and the gates another. ``blocked`` is for CPUs, where ``lax.ragged_dot`` multiplies every row by
-every expert. ``reference`` is the plain definition. ``gathered_mlp`` is for rows so few that they need not be
-sorted.
+``pallas`` is for TPUs and ``triton`` for GPUs: the projections, their biases and the activation are one
+kernel, the product with ``w_out`` and the gates another. ``blocked`` is for CPUs, where ``lax.ragged_dot``
+multiplies every row by every expert. ``reference`` is the plain definition. ``gathered_mlp`` is for rows so
+few that they need not be sorted.
 """
 
 from __future__ import annotations
@@ -17,12 +17,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from vl_jax.kernels import grouped_product, triton_product
 from vl_jax.kernels.activation import SWIGLU, Activation
 from vl_jax.kernels.blocked import blocked_mlp
+from vl_jax.kernels.epilogue import Sides
 from vl_jax.kernels.expert_weights import ExpertWeights, flat, project
-from vl_jax.kernels.grouped_product import Sides, product, row_sum, transposed_product
-from vl_jax.kernels.permute import Moves, gather_rows, permute
-from vl_jax.kernels.target import Target, current_target
+from vl_jax.kernels.permute import Moves, permute
+from vl_jax.kernels.target import GpuTarget, Target, current_gpu, current_target
+
+# Their products take the gates, too; for the others XLA multiplies by them.
+FUSED = ("pallas", "triton")
 
 
 def grouped_mlp(
@@ -34,22 +38,22 @@ def grouped_mlp(
     gates: Float[Array, " R"] | None = None,
     activation: Activation = SWIGLU,
     kernel: str = "blocked",
-    target: Target | None = None,
+    target: Target | GpuTarget | None = None,
 ) -> Float[Array, "R D"]:
     """Applies expert e to the rows of group e; rows past the last group give zeros.
 
     Args:
       rows: [R D]; or, with ``moves``, the tokens [T D] that it brings into expert order.
       gates: multiply every row's result; None: ones.
-      kernel: ``blocked``, ``reference`` or ``pallas``.
-      target: what ``pallas`` is compiled for; None: the current mesh or backend.
+      kernel: ``blocked``, ``reference``, ``pallas`` or ``triton``.
+      target: what the last two are compiled for; None: the current mesh or backend.
 
     Raises:
-      ValueError: ``pallas`` for a device or widths it has no kernels for.
+      ValueError: ``pallas`` or ``triton`` for a device or widths they have no kernels for.
     """
-    if kernel == "pallas":
-        target = target or current_target()
-        return _pallas(activation, target, rows, gates, moves, group_sizes, weights)
+    if kernel in FUSED:
+        target = target or (current_gpu() if kernel == "triton" else current_target())
+        return _fused(activation, target, rows, gates, moves, group_sizes, weights)
     if moves is not None:
         rows = permute(rows, moves)
     if kernel == "reference":
@@ -102,9 +106,9 @@ def gathered_mlp(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _pallas(
+def _fused(
     activation: Activation,
-    target: Target,
+    target: Target | GpuTarget,
     rows: jax.Array,
     gates: jax.Array | None,
     moves: Moves | None,
@@ -117,7 +121,7 @@ def _pallas(
 
 def _project_in(
     activation: Activation,
-    target: Target,
+    target: Target | GpuTarget,
     rows: jax.Array,
     moves: Moves | None,
     group_sizes: jax.Array,
@@ -127,13 +131,13 @@ def _project_in(
 ) -> list[jax.Array]:
     """The hidden units [1 R F], and with ``keep`` before them the projections they come from [X R F]."""
 
-    def epilogue(sums: list[jax.Array], sides: Sides) -> list[jax.Array]:
+    def epilogue(sums: list[jax.Array], sides: Sides) -> list[list[jax.Array]]:
         if sides.bias is not None:
             sums = [s + b.astype(jnp.float32) for s, b in zip(sums, sides.bias, strict=True)]
-        hidden = activation.of(*sums)[None]
-        return [jnp.stack(sums), hidden] if keep else [hidden]
+        hidden = [activation.of(*sums)]
+        return [sums, hidden] if keep else [hidden]
 
-    return product(
+    return _products(target).product(
         rows[None],
         _matrices(weights.w_in),
         group_sizes,
@@ -147,17 +151,17 @@ def _project_in(
 
 
 def _project_out(
-    target: Target,
+    target: Target | GpuTarget,
     hidden: jax.Array,
     gates: jax.Array | None,
     group_sizes: jax.Array,
     weights: ExpertWeights,
 ) -> jax.Array:
-    def epilogue(sums: list[jax.Array], sides: Sides) -> list[jax.Array]:
+    def epilogue(sums: list[jax.Array], sides: Sides) -> list[list[jax.Array]]:
         out = sums[0] if sides.bias is None else sums[0] + sides.bias[0].astype(jnp.float32)
-        return [(out if sides.scale is None else out * sides.scale)[None]]
+        return [[out if sides.scale is None else out * sides.scale]]
 
-    (out,) = product(
+    (out,) = _products(target).product(
         hidden,
         weights.w_out[:, None],
         group_sizes,
@@ -171,9 +175,9 @@ def _project_out(
     return out[0]
 
 
-def _pallas_forward(
+def _fused_forward(
     activation: Activation,
-    target: Target,
+    target: Target | GpuTarget,
     rows: jax.Array,
     gates: jax.Array | None,
     moves: Moves | None,
@@ -185,8 +189,8 @@ def _pallas_forward(
     return out, (rows, gates, moves, group_sizes, weights, projected)
 
 
-def _pallas_backward(
-    activation: Activation, target: Target, residual: tuple, grad: jax.Array
+def _fused_backward(
+    activation: Activation, target: Target | GpuTarget, residual: tuple, grad: jax.Array
 ) -> tuple[jax.Array, jax.Array | None, None, None, ExpertWeights]:
     """Recomputes the hidden units from their projections, and needs no result.
 
@@ -194,15 +198,16 @@ def _pallas_backward(
     """
     rows, gates, moves, group_sizes, weights, projected = residual
 
-    def epilogue(sums: list[jax.Array], sides: Sides) -> list[jax.Array]:
+    products: Any = _products(target)
+
+    def epilogue(sums: list[jax.Array], sides: Sides) -> list[list[jax.Array]]:
         assert sides.extra is not None
         hidden, pullback = jax.vjp(activation.of, *(p.astype(jnp.float32) for p in sides.extra))
         if sides.scale is None:
-            return [jnp.stack(pullback(sums[0])), hidden[None]]
-        scaled = [jnp.stack(pullback(sums[0] * sides.scale)), (hidden * sides.scale)[None]]
-        return [*scaled, row_sum(hidden * sums[0])]
+            return [list(pullback(sums[0])), [hidden]]
+        return [list(pullback(sums[0] * sides.scale)), [hidden * sides.scale], [hidden * sums[0]]]
 
-    grad_projected, hidden, *grad_gates = product(
+    grad_projected, hidden, *grad_gates = products.product(
         grad[None],
         weights.w_out[:, None],
         group_sizes,
@@ -215,24 +220,24 @@ def _pallas_backward(
         target=target,
         name="grouped_grad_hidden",
     )
-    (grad_rows,) = product(
+    (grad_rows,) = products.product(
         grad_projected,
         _matrices(weights.w_in),
         group_sizes,
         transposed=True,
-        epilogue=lambda sums, sides: [sums[0][None]],
+        epilogue=lambda sums, sides: [sums],
         widths=[1],
         target=target,
         name="grouped_grad_rows",
     )
     grad_rows = grad_rows[0]
     if moves is not None:
-        grad_rows = gather_rows(grad_rows, moves.inverse, target=target, name="unpermute")
-        rows = gather_rows(rows, moves.source[:, None], target=target, name="permute")
-    weight_grad = functools.partial(transposed_product, target=target, dtype=weights.w_in.dtype)
-    grad_in = weight_grad(rows, grad_projected, group_sizes, name="grouped_grad_in")
+        grad_rows = products.gather_rows(grad_rows, moves.inverse, target=target, name="unpermute")
+    source = None if moves is None else moves.source
+    weight_grad = functools.partial(products.transposed_product, target=target, dtype=weights.w_in.dtype)
+    grad_in = weight_grad(rows, grad_projected, group_sizes, source=source, name="grouped_grad_in")
     grad_out = weight_grad(hidden[0], grad[None], group_sizes, name="grouped_grad_out")
-    members = _members(group_sizes, rows.shape[0])
+    members = _members(group_sizes, grad.shape[0])
     total = ExpertWeights(
         w_in=grad_in.reshape(weights.w_in.shape),
         w_out=grad_out,
@@ -247,7 +252,12 @@ def _pallas_backward(
     return grad_rows, grad_gates[0], None, None, total
 
 
-_pallas.defvjp(_pallas_forward, _pallas_backward)
+_fused.defvjp(_fused_forward, _fused_backward)
+
+
+def _products(target: Target | GpuTarget) -> Any:
+    """The module with the products for a target."""
+    return triton_product if isinstance(target, GpuTarget) else grouped_product
 
 
 def _matrices(w_in: jax.Array) -> jax.Array:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from vl_jax.kernels.epilogue import Epilogue, Sides, dot
 from vl_jax.kernels.permute import RowFetch, gather_rows, indices_of_steps, pack_rows
 from vl_jax.kernels.target import LANES, Target
 from vl_jax.kernels.tiles import Tiles, choose_tiles
@@ -28,28 +30,9 @@ from vl_jax.kernels.visits import plan_visits
 SUBLANES = 8
 
 
-def _dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
-    # A TPU multiplies float32 as bfloat16 unless told otherwise.
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    dims = (((a_axis,), (b_axis,)), ((), ()))
-    return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
-
-
-def row_sum(x: Float[Array, "R N"]) -> Float[Array, "8 R"]:
+def _row_sum(x: Float[Array, "R N"]) -> Float[Array, "8 R"]:
     """Sums over columns, laid along the lanes: a product with ones, for the MXU transposes as it sums."""
-    return _dot(jnp.ones((SUBLANES, x.shape[1]), jnp.float32), x, 1, 1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Sides:
-    """What an epilogue is given of one tile besides the sums; None where ``product`` was not given it."""
-
-    bias: list[jax.Array] | None  # f[1 columns] per part
-    scale: jax.Array | None  # f32[rows 1]
-    extra: jax.Array | None  # f[X rows columns]
-
-
-Epilogue = Callable[[list[jax.Array], Sides], Sequence[jax.Array]]
+    return dot(jnp.ones((SUBLANES, x.shape[1]), jnp.float32), x, 1, 1)
 
 
 def product(
@@ -73,9 +56,8 @@ def product(
     Args:
       lhs: one array for all matrices (each then has its own sum), or one for each (then summed up).
       rhs: [G P K N]; if ``transposed``, [G P N K].
-      epilogue: (sums, sides) -> results for one tile; every sum is f32[rows columns].
-      widths: leading dimension of each result.
-      row_sums: whether the epilogue gives one more result, a ``row_sum``.
+      widths: how many tiles each result of the epilogue has.
+      row_sums: whether the epilogue gives one more result, of one tile, to be summed over all columns.
       source: if given, ``lhs`` is [1 T K], and row r of the product is row ``source[r]`` of it. The rows are
         gathered in the kernel where a core can hold whole rows and matrices, elsewhere before it.
 
@@ -249,9 +231,9 @@ def _product_body(
     def _():
         for p in range(parts):
             to, of = (p, 0) if sums.shape[0] == parts else (0, p)
-            sums[to] += _dot(lhs[of], rhs[p][...], 1, 1 if transposed else 0)
+            sums[to] += dot(lhs[of], rhs[p][...], 1, 1 if transposed else 0)
 
-    def keep(results: Sequence[jax.Array | float]) -> None:
+    def keep(results: Sequence[Any]) -> None:
         for out, result in zip(outputs, results, strict=True):
             # Rows lie along the lanes in a row sum, along the sublanes elsewhere.
             axis = out.ndim - (1 if out.ndim == 2 else 2)
@@ -260,14 +242,18 @@ def _product_body(
             kept = jnp.where(mine, result, out[...].astype(jnp.float32))
             out[...] = kept.astype(out.dtype)
 
+    def of_tile(out: Any, planes: Sequence[jax.Array]) -> jax.Array:
+        return _row_sum(planes[0]) if out.ndim == 2 else jnp.stack(planes)
+
     @pl.when(in_group & last)
     def _():
         sides = Sides(
             bias=None if bias is None else [b[...] for b in bias],
             scale=None if scale is None else scale[...],
-            extra=None if extra is None else extra[...],
+            extra=None if extra is None else [extra[i] for i in range(extra.shape[0])],
         )
-        keep(epilogue([sums[i] for i in range(sums.shape[0])], sides))
+        results = epilogue([sums[i] for i in range(sums.shape[0])], sides)
+        keep([of_tile(out, planes) for out, planes in zip(outputs, results, strict=True)])
 
     @pl.when((visit < count[0]) & (g == num_groups) & last)
     def _():
@@ -297,15 +283,22 @@ def _gather_lhs(tile, now, ahead, fetch: RowFetch, lhs) -> None:
 
 
 def transposed_product(
-    lhs: Float[Array, "R K"],
+    lhs: Float[Array, "_ K"],
     rhs: Float[Array, "P R N"],
     group_sizes: Int[Array, " G"],
     *,
     dtype: jnp.dtype,
     target: Target,
     name: str,
+    source: Int[Array, " R"] | None = None,
 ) -> Float[Array, "G K PN"]:
-    """The sum over each group's rows of ``lhs[r]^T rhs[p, r]``, the parts side by side; zeros if none."""
+    """The sum over each group's rows of ``lhs[r]^T rhs[p, r]``, the parts side by side; zeros if none.
+
+    Args:
+      source: if given, row r of the left side is ``lhs[source[r]]``.
+    """
+    if source is not None:
+        lhs = gather_rows(lhs, source[:, None], target=target, name="permute")
     num_rows, depth = lhs.shape
     parts, _, columns = rhs.shape
     num_groups, size = group_sizes.shape[0], lhs.dtype.itemsize
@@ -378,7 +371,7 @@ def _transposed_body(tile, group, bounds, count, lhs, rhs, out, total):
 
     @pl.when((visit < count[0]) & (bounds[g] < bounds[g + 1]))
     def _():
-        total[...] += _dot(of_group(lhs).astype(lhs.dtype), of_group(rhs).astype(rhs.dtype), 0, 0)
+        total[...] += dot(of_group(lhs).astype(lhs.dtype), of_group(rhs).astype(rhs.dtype), 0, 0)
 
     @pl.when((visit < count[0]) & last_visit)
     def _():

@@ -1,4 +1,4 @@
-"""What a Pallas kernel is built for: how much vector memory it may use, and whether it is interpreted."""
+"""What a Pallas kernel is built for: how much memory it may use, and whether it is interpreted."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 import jax
 from jax.experimental.pallas import tpu as pltpu
 
-MIB = 2**20
+KIB, MIB = 2**10, 2**20
 # Vector memory of one core, by ``device_kind``. Half of what some have: tiles that fill more of it take a
 # minute to compile and are no faster by the cost model.
 VECTOR_MEMORY = {
@@ -23,6 +23,10 @@ VECTOR_MEMORY = {
 # Cores that work on one program as one device; 1 where there is no entry.
 CORES = {"TPU v4": 2, "TPU v5": 2, "TPU v5p": 2}
 LANES = 128
+# Shared memory that a program may have, by what occurs in ``device_kind``; less on other GPUs of this maker.
+NVIDIA = "NVIDIA"
+SHARED_MEMORY = {name: 227 * KIB for name in ("H100", "H200", "H800", "GH200", "B200", "GB200")}
+SHARED_MEMORY["A100"] = 163 * KIB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +58,22 @@ class Target:
         return self.vector_memory - MIB // 2 if self.vector_memory > MIB else self.vector_memory
 
 
+@dataclasses.dataclass(frozen=True)
+class GpuTarget:
+    """A GPU with tensor cores, or its interpreter; extents of tiles are powers of two, and at most these."""
+
+    shared_memory: int = 99 * KIB  # bytes that a program may have
+    rows: int = 128
+    columns: int = 256
+    depth: int = 64  # of the contracted dimension, in one step
+    interpret: bool = False
+
+    def __post_init__(self):
+        for name in ("rows", "columns", "depth"):
+            if (size := getattr(self, name)) < 16 or size & (size - 1):
+                raise ValueError(f"{name}={size}: must be a power of two, at least 16")
+
+
 def target_of(device_kind: str) -> Target:
     """The target for a ``jax.Device.device_kind``.
 
@@ -69,22 +89,45 @@ def target_of(device_kind: str) -> Target:
     return Target(vector_memory=VECTOR_MEMORY[device_kind], cores=CORES.get(device_kind, 1))
 
 
+def gpu_target_of(device_kind: str) -> GpuTarget:
+    """The target for a ``jax.Device.device_kind``.
+
+    Raises:
+      ValueError: there are no kernels for it.
+    """
+    if device_kind == "cpu":
+        return GpuTarget(interpret=True)
+    if not device_kind.startswith(NVIDIA):
+        raise ValueError(f"kernel='triton' has no kernels for {device_kind!r}; only for {NVIDIA} GPUs")
+    known = (size for name, size in SHARED_MEMORY.items() if name in device_kind)
+    return GpuTarget(next(known, GpuTarget.shared_memory))
+
+
 def choose(kernel: str, *widths: int) -> str:
-    """What ``auto`` stands for where the program will run: ``pallas`` on a TPU that has it, else ``blocked``.
+    """What ``auto`` stands for where the program will run.
+
+    ``pallas`` on a TPU that has it, ``triton`` on a GPU of NVIDIA's, else ``blocked``.
 
     Args:
       kernel: any other name stands for itself.
-      widths: of the matrices; compiled kernels need multiples of 128.
+      widths: of the matrices; kernels for TPUs need multiples of 128.
     """
     if kernel != "auto":
         return kernel
-    known = current_kind() in VECTOR_MEMORY and not any(width % LANES for width in widths)
-    return "pallas" if known else "blocked"
+    kind = current_kind()
+    if kind in VECTOR_MEMORY and not any(width % LANES for width in widths):
+        return "pallas"
+    return "triton" if kind.startswith(NVIDIA) else "blocked"
 
 
 def current_target() -> Target:
-    """The target of the current mesh, else of the default backend: interpreted on a CPU."""
+    """The target of ``pallas`` for the current mesh, else for the default backend: interpreted on a CPU."""
     return target_of(current_kind())
+
+
+def current_gpu() -> GpuTarget:
+    """The same of ``triton``."""
+    return gpu_target_of(current_kind())
 
 
 def current_kind() -> str:

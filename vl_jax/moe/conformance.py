@@ -29,7 +29,7 @@ from vl_jax.moe.routing import MoEConfig
 from vl_jax.sharding import MeshConfig, make_mesh, use_mesh
 
 GROUPS, LENGTH, WIDTH = 4, 8, 8
-KERNELS = ("reference", "blocked", "pallas")  # the last is interpreted on a CPU
+KERNELS = ("reference", "blocked", "pallas", "triton")  # the last two are interpreted on a CPU
 TOLERANCE = 1e-5  # of norms, in float32: other orders of addition
 
 

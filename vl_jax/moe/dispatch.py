@@ -131,7 +131,7 @@ def apply_experts(
     num_experts, options = weights.w_in.shape[0], {"activation": activation, "kernel": kernel}
     if isinstance(assignment, ExpertChoice):
         return _apply_chosen(x, assignment, weights, **options)
-    if kernel == "blocked" and assignment.gates.size <= num_experts:
+    if kernel in ("blocked", "triton") and assignment.gates.size <= num_experts:
         return _apply_gathered(x, assignment, weights, activation=activation)
     plan = make_plan(assignment, num_experts=num_experts, kernel=kernel)
     tokens = x.reshape(-1, x.shape[-1])

@@ -137,7 +137,9 @@ class MoEConfig:
     priority: Literal["position", "gate"] = "position"  # who keeps a slot when capacity runs out
     # How tokens reach experts on other devices; ``all_to_all`` needs a capacity. See ``exchange``.
     exchange: Literal["all_gather", "ring", "all_to_all", "ragged"] = "all_gather"
-    kernel: Literal["auto", "blocked", "pallas", "reference"] = "auto"  # see ``kernels.target.choose``
+    kernel: Literal["auto", "blocked", "pallas", "triton", "reference"] = (
+        "auto"  # see ``kernels.target.choose``
+    )
     options: tuple[tuple[str, float], ...] = ()  # numbers of the scheme's own; see its ``defaults``
 
     def __post_init__(self):

@@ -19,7 +19,7 @@ from vl_jax import params as params_lib
 from vl_jax.batch import Batch
 from vl_jax.model import VisionLanguage, update_routing_state
 from vl_jax.moe import balance
-from vl_jax.moe.routing import State, scheme_of
+from vl_jax.moe.routing import EXCLUDED, ROUTES, State, scheme_of
 from vl_jax.train import lora
 
 Leaf = Any
@@ -72,13 +72,19 @@ def loss_sums(
     return sums[0], (sums[1], auxiliary, stats)
 
 
-def split_rows(batch: Batch, parts: int) -> Batch:
+def split_rows(batch: Any, parts: int) -> Any:
     """Micro-batches on a new leading axis; part i takes rows i, i + parts, ...: no row changes device."""
 
     def split(x: jax.Array) -> jax.Array:
         return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
 
     return jax.tree.map(split, batch)
+
+
+def given_rows(state: State, rows: int) -> State:
+    """What an intervention gives for every row of a batch, [L B ...], with rows first: [B L ...]."""
+    given = {name: state[name] for name in (EXCLUDED, ROUTES) if name in state}
+    return {name: jnp.moveaxis(x, 1, 0) for name, x in given.items() if x.shape[1] == rows}
 
 
 def gradients(
@@ -97,9 +103,11 @@ def gradients(
     if scheme_of(model.config.moe).rng:
         rngs = {"routing": jax.random.fold_in(jax.random.key(0), state.step)}
 
-    def objective(trained: Any, part: Batch) -> tuple[jax.Array, tuple]:
+    def objective(trained: Any, part: tuple[Batch, State]) -> tuple[jax.Array, tuple]:
+        rows, given = part
         params = lora.merge(*join_trained(trained, frozen, trainable), lora_scale)
-        nll, (hits, auxiliary, stats) = loss_sums(params, state.routing, part, model=model, rngs=rngs)
+        routing = state.routing | {name: jnp.moveaxis(x, 0, 1) for name, x in given.items()}
+        nll, (hits, auxiliary, stats) = loss_sums(params, routing, rows, model=model, rngs=rngs)
         return nll / total + auxiliary / accumulation, (
             nll / total,
             hits / total,
@@ -107,14 +115,15 @@ def gradients(
             stats,
         )
 
-    def one_part(carry: Any, part: Batch) -> tuple[Any, None]:
+    def one_part(carry: Any, part: tuple[Batch, State]) -> tuple[Any, None]:
         (_, parts), grads = jax.value_and_grad(objective, has_aux=True)(trained, part)
         return jax.tree.map(jnp.add, carry, (grads, parts)), None
 
     if accumulation == 1:
-        (_, parts), grads = jax.value_and_grad(objective, has_aux=True)(trained, batch)
+        (_, parts), grads = jax.value_and_grad(objective, has_aux=True)(trained, (batch, {}))
     else:
-        micro = split_rows(batch, accumulation)
+        given = given_rows(state.routing, batch.tokens.shape[0])
+        micro = split_rows((batch, given), accumulation)
         shapes = jax.eval_shape(
             lambda part: jax.value_and_grad(objective, has_aux=True)(trained, part),
             jax.tree.map(lambda x: x[0], micro),
