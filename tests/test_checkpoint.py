@@ -116,6 +116,20 @@ def test_arrays_saved_on_one_device_come_back_on_eight(tmp_path):
     assert_is_step(read(tmp_path, devices=8), 3, devices=8)
 
 
+@pytest.mark.parametrize("frugal_writer", [True, False])
+def test_with_few_bytes_in_flight_the_same_is_stored_and_read(tmp_path, frugal_writer):
+    few = 4 * 64 * 1024
+    writer, reader = (few, None) if frugal_writer else (None, few)
+    checkpointer = Checkpointer(tmp_path, in_flight=writer)
+    checkpointer.save(3, params=tree(3), training=training(3), record={"step": 3})
+    checkpointer.close()
+    checkpointer = Checkpointer(tmp_path, in_flight=reader)
+    found = checkpointer.restore(params=abstract(tree(3)), training_of=lambda _: abstract(training(3)))
+    checkpointer.close()
+    assert found is not None
+    jax.tree.map(np.testing.assert_array_equal, found[1:3], (tree(3), training(3)))
+
+
 def test_only_the_newest_steps_are_kept(tmp_path):
     write(tmp_path, 1, 2, 3, 4, 5)
     assert sorted(int(f.name) for f in tmp_path.iterdir() if f.name.isdigit()) == [3, 4, 5]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vl_jax import cli, experiment
+from vl_jax import cli, doctor, experiment
 from vl_jax.config import load, to_json
 
 pytest.importorskip("ml_collections")  # experiment files return its ConfigDict
@@ -221,6 +221,25 @@ def test_convert_data_names_the_source_that_takes_the_other_s_place(capsys, tmp_
     printed = capsys.readouterr().out
     assert "4 records" in printed and "ArrayRecordConfig(name='heldout', file='new/*.arrayrecord'" in printed
     assert "known: heldout, scenes" in refused(capsys, "convert-data", CONFIG, "--source=x", "--to=y")
+
+
+@pytest.mark.parametrize("name", ["step", "decode", "routing"])
+def test_a_config_for_a_benchmark_that_reads_none_is_refused(capsys, name):
+    assert refused(capsys, "benchmark", name, CONFIG).startswith(f"benchmark {name} takes no --config")
+    assert "takes no --config" in refused(capsys, "benchmark", name, "--config.seed=1")
+
+
+def test_inspect_data_plans_the_rows_of_stages_that_draw_alike_once(capsys, monkeypatch):
+    calls, padding = [], doctor.padding
+
+    def counted(*args, **options):
+        calls.append(options)
+        return padding(*args, **options)
+
+    monkeypatch.setattr(doctor, "padding", counted)
+    targets = "--config.stages.first.targets=answers"
+    assert cli.main(["inspect", "data", CONFIG, targets, "--examine=20", "--samples=1"]) == 0
+    assert capsys.readouterr().out.count("padding of stage") == 2 and len(calls) == 1
 
 
 def test_inspect_data_prints_samples_and_writes_the_page(capsys, tmp_path):

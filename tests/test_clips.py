@@ -55,6 +55,14 @@ def test_a_folder_a_list_and_a_mark_give_the_same_frames(tmp_path):
     assert len(example.tiles) == 4
 
 
+def test_a_video_that_nobody_decodes_is_no_text_without_pictures(tmp_path):
+    talk = [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "It."}]
+    write(tmp_path, {"video": "a.mp4", "conversations": talk})
+    with pytest.raises(BadSample, match="name the frames of a clip") as found:
+        open_source(LlavaConfig("c", "d.json"), root=str(tmp_path))[0]
+    assert found.value.reason == "unsupported_video"
+
+
 def test_marks_that_are_there_for_every_frame_stay():
     said = [("user", "<image><image>What?"), ("assistant", "It.")]
     assert mark_frames(said, 2) == said

@@ -40,12 +40,14 @@ def messages(content, answer="A", **fields):
 )
 def test_a_conversation_reads_the_same_in_every_dialect(record):
     found = parse(record, "f, record 0", default_id="x")
-    assert found.turns == (Turn("<image>\nWhat?", "A", kind="open"),) and found.images == ("a.png",)
+    assert found.turns == (Turn("<image>\nWhat?", "A", kind="open"),) and [m.name for m in found.media] == [
+        "a.png"
+    ]
 
 
 def test_images_that_come_with_a_record_need_no_names():
     found = parse({"text": "a cat"}, "f", default_id="x", num_images=1)
-    assert found.turns == (Turn("<image>\n", "a cat", kind="open"),) and found.images == ()
+    assert found.turns == (Turn("<image>\n", "a cat", kind="open"),) and found.media == ()
 
 
 def test_a_plain_text_is_encoded_as_it_is():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,6 +12,7 @@ from PIL import Image as PilImage
 
 from vl_jax.data import grounding
 from vl_jax.data.label_studio import LabelStudioSource, _answers, _boxes_and_texts
+from vl_jax.data.regions import _mask
 from vl_jax.data.sample import BadSample
 from vl_jax.data.sources import LabelStudioConfig, open_source
 
@@ -25,6 +27,35 @@ def rectangle(label="cat", x=10, y=20, width=30, height=40, identity="r1", **val
         "original_height": 100,
         "value": {"x": x, "y": y, "width": width, "height": height, **labels, **value},
     }
+
+
+def polygon(*points, label="cat", identity="p1"):
+    value = {"points": [list(p) for p in points], "closed": True, "polygonlabels": [label]}
+    return {**rectangle(identity=identity), "type": "polygonlabels", "value": value}
+
+
+def packed(values, lengths=(2, 4, 8, 16)) -> list[int]:
+    """Values from 0 to 255 in the format of brushes: runs where there are any, else pieces of values."""
+    bits, start = f"{len(values):032b}{7:05b}" + "".join(f"{n - 1:04b}" for n in lengths), 0
+    while start < len(values):
+        stop = start + 1
+        run = stop < len(values) and values[stop] == values[start]
+        while stop < len(values) and stop - start < 60_000 and (values[stop] == values[stop - 1]) == run:
+            stop += 1
+        choice = next(i for i, n in enumerate(lengths) if stop - start - 1 < 2**n)
+        bits += f"{run:b}{choice:02b}{stop - start - 1:0{lengths[choice]}b}"
+        bits += "".join(f"{v:08b}" for v in (values[start : start + 1] if run else values[start:stop]))
+        start = stop
+    bits += "0" * (-len(bits) % 8)
+    return [int(bits[i : i + 8], 2) for i in range(0, len(bits), 8)]
+
+
+def brush(mask: np.ndarray, label="cat", **value):
+    rle = packed(np.repeat(mask.reshape(-1).astype(int) * 255, 4).tolist())
+    height, width = mask.shape
+    size = {"original_width": width, "original_height": height}
+    value = {"format": "rle", "rle": rle, "brushlabels": [label], **value}
+    return {"type": "brushlabels", "id": "b1", **size, "value": value}
 
 
 def text(words, identity="t", name="caption"):
@@ -110,7 +141,10 @@ def test_names_of_pictures_are_those_of_the_export_never_addresses(read, tmp_pat
     ("results", "reason"),
     [
         ([], "no_labels"),
-        ([{"type": "polygonlabels", "value": {"points": []}}], "no_labels"),
+        ([{"type": "ellipselabels", "value": {"x": 1}}], "no_labels"),
+        ([polygon((10, 20), (50, 30))], "bad_box"),
+        ([polygon((10, 20), (50, 30), (20, float("nan")))], "bad_box"),
+        ([polygon((10, 20), (50, 20), (20, 20))], "bad_box"),
         ([rectangle(x=float("nan"))], "bad_box"),
         ([rectangle(x=200)], "bad_box"),
         ([rectangle("<|ref|>")], "bad_box"),
@@ -131,15 +165,86 @@ def test_the_first_annotation_that_was_not_cancelled_counts(read):
     both = task(choices("old"))
     both["annotations"] = [{"was_cancelled": True, "result": [choices("no")]}, *both["annotations"]]
     assert read(both)[0].turns[0].answer == "old"
-    with pytest.raises(BadSample, match="export as JSON, not JSON-MIN"):
-        read({"id": 1, "data": {}, "label": []})[0]
+    with pytest.raises(BadSample, match="needs annotations"):
+        read({"id": 1, "data": {"image": "a.png"}, "label": []})[0]
+
+
+def test_polygons_and_brushes_are_the_rectangles_around_them(read):
+    mask = np.zeros((100, 200), bool)
+    mask[20:30, 40:45] = mask[25:60, 100] = True
+    sample = read(task(polygon((10, 20), (50, 30), (20, 90)), brush(mask, "dog")))[0]
+    boxes = {box.label: box.corners for turn in sample.turns for box in turn.boxes}
+    assert boxes == {"cat": (20, 20, 100, 90), "dog": (40, 20, 101, 60)}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_a_brush_is_decoded_to_what_was_painted(data):
+    height, width = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 6))
+    values = data.draw(
+        st.lists(st.sampled_from([0, 0, 0, 7, 255]), min_size=4 * height * width, max_size=4 * height * width)
+    )
+    found = _mask(bytes(packed(values)), len(values))
+    assert found.tolist() == [v > 0 for v in values]
+    broken = bytes(packed(values))[: data.draw(st.integers(0, 8))]
+    with pytest.raises(ValueError):
+        _mask(broken, len(values))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=40), st.integers(1, 100))
+def test_any_bytes_are_a_mask_or_refused(data, count):
+    try:
+        assert _mask(count.to_bytes(4) + data, count).shape == (count,)
+    except ValueError:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ({"rle": [0, 0]}, "bad_mask"),
+        ({"rle": [300]}, "bad_mask"),
+        ({"rle": "x"}, "bad_mask"),
+        ({"rle": None}, "bad_mask"),
+    ],
+)
+def test_a_bad_brush_has_a_reason(read, value, reason):
+    with pytest.raises(BadSample) as caught:
+        read(task(brush(np.ones((4, 4), bool), **value)))[0]
+    assert caught.value.reason == reason
+
+
+def test_json_min_has_the_same_turns(read, tmp_path):
+    mask = np.zeros((100, 200), bool)
+    mask[3:5, 6:9] = True
+    drawn = [rectangle(), polygon((10, 20), (50, 30), (20, 90), label="dog"), brush(mask, "fly")]
+    whole = task(*drawn, choices("sharp"), question="Is it good?")
+    values = [{**r["value"], "original_width": 200, "original_height": 100} for r in drawn[:2]]
+    minimal = {
+        "id": 7,
+        "image": "/data/upload/1/a.png",
+        "question": "Is it good?",
+        "label": [*values, drawn[2]["value"]],  # the last says nothing of the picture's size
+        "quality": "sharp",
+        "lead_time": 3.5,
+    }
+    (tmp_path / "min.json").write_text(json.dumps([minimal, {**minimal, "quality": {"choices": ["sharp"]}}]))
+    config = LabelStudioConfig("ls", "min.json", answers=("quality",))
+    source, expected = open_source(config, root=str(tmp_path)), read(whole)[0]
+    assert source[0].turns == expected.turns and source[0].id == expected.id
+    assert source[1].turns == expected.turns
+    unnamed = open_source(LabelStudioConfig("ls", "min.json"), root=str(tmp_path))
+    assert unnamed[0].turns == expected.turns[:-1]
 
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
     lambda inner: (
         st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from([*"xy", "width", "height", "rotation", "text", "choices"]), inner)
+        | st.dictionaries(
+            st.sampled_from([*"xy", "width", "height", "rotation", "points", "rle", "text", "choices"]), inner
+        )
     ),
     max_leaves=8,
 )
@@ -147,7 +252,7 @@ values = st.recursive(
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.fixed_dictionaries(
-    {"type": st.sampled_from(["rectanglelabels", "rectangle", "textarea", "choices"])},
+    {"type": st.sampled_from(["rectanglelabels", "polygonlabels", "brush", "textarea", "choices"])},
     optional={"id": values, "from_name": values, "original_width": values, "original_height": values},
 ), max_size=3), values)  # fmt: skip
 def test_any_results_are_turns_or_have_a_reason(results, value):

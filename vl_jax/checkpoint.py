@@ -16,11 +16,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from vl_jax import params as params_lib
 
 logger = logging.getLogger(__name__)
+
+_PIECE = 1 << 20  # items summed at a time
+_SLACK = 1 << 20  # bytes by which a limit must exceed what is asked for
 
 
 class CheckpointError(ValueError):
@@ -40,23 +44,56 @@ def _checksums(leaves: list[jax.Array]) -> jax.Array:
     return jnp.stack([one(x) for x in leaves])
 
 
+def _checksum_on_host(x: Any) -> int:
+    """The same of an array in host memory, a piece at a time: compiled for a CPU, it holds all products."""
+    bits, total = np.asarray(x).reshape(-1).view(f"u{x.dtype.itemsize}"), 0
+    for start in range(0, bits.size, _PIECE):
+        piece = bits[start : start + _PIECE].astype(np.uint32)
+        first = 2 * start % 2**32 + 1
+        weights = np.arange(0, 2 * len(piece), 2, dtype=np.uint32) + np.uint32(first)
+        total += int((piece * weights).sum(dtype=np.uint32))
+    return total % 2**32
+
+
 def checksums(tree: Any) -> dict[str, int]:
     """A checksum per leaf of a tree of 1-, 2- or 4-byte arrays, the same for every sharding."""
     named, _ = jax.tree_util.tree_flatten_with_path(tree)
-    if not named:
-        return {}
-    values = jax.device_get(_checksums([leaf for _, leaf in named]))
-    return {jax.tree_util.keystr(path): int(v) for (path, _), v in zip(named, values, strict=True)}
+    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in named}
+    host = {name: _checksum_on_host(x) for name, x in leaves.items() if _in_one_piece(x)}
+    others = [name for name in leaves if name not in host]
+    if others:
+        values = jax.device_get(_checksums([leaves[name] for name in others]))
+        host |= {name: int(v) for name, v in zip(others, values, strict=True)}
+    return host
+
+
+def _in_one_piece(x: Any) -> bool:
+    """Whether an array lies in host memory as a whole."""
+    places = x.devices() if isinstance(x, jax.Array) else ()
+    return len(places) < 2 and all(device.platform == "cpu" for device in places)
 
 
 class Checkpointer:
     """Saves asynchronously, restores the newest sound step."""
 
-    def __init__(self, folder: Path, *, keep: int = 3):
+    def __init__(self, folder: Path, *, keep: int = 3, in_flight: int | None = None):
+        """Opens or makes the folder.
+
+        Args:
+          keep: steps that stay.
+          in_flight: bytes that may be on their way to or from the disk at a time, at least those of the
+            largest leaf; leaves then have files of their own. None: as many as there are, which is quickest,
+            and takes as much memory again as the arrays.
+        """
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        limits: dict[str, Any] = {}
+        if in_flight is not None:
+            gigabytes = (in_flight + _SLACK) / 1e9
+            # The data base in which leaves are stored otherwise collects them in memory before it writes.
+            limits = {"save_concurrent_gb": gigabytes, "restore_concurrent_gb": gigabytes, "use_ocdbt": False}
         handlers = {
-            "params": ocp.StandardCheckpointHandler(),
-            "training": ocp.StandardCheckpointHandler(),
+            "params": ocp.StandardCheckpointHandler(**limits),
+            "training": ocp.StandardCheckpointHandler(**limits),
             "record": ocp.JsonCheckpointHandler(),
         }
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)

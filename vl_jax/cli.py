@@ -146,6 +146,7 @@ def _add_models(command: Command) -> None:
     where.add_argument("--workdir", type=Path, help="folder of a run")
     where.add_argument("--model", type=Path, help="folder of a published checkpoint")
     generate.add_argument("--image", type=Path, help="without one, the prompt stands alone")
+    generate.add_argument("--audio", type=Path, help="a sound, with a run that was trained on some")
     generate.add_argument("--prompt", required=True)
     generate.add_argument(
         "--draw", type=Path, metavar="PNG", help="where the image goes, with the boxes named"
@@ -298,6 +299,8 @@ def _report(arguments: argparse.Namespace) -> None:
 def _generate(arguments: argparse.Namespace) -> None:
     if arguments.draw is not None and arguments.image is None:
         raise ConfigError("--draw needs --image, on which it draws")
+    if arguments.model is not None and arguments.audio is not None:
+        raise ConfigError("--audio is for --workdir: a run says how its model hears")
     if arguments.model is not None:
         text = _stream(arguments)
     else:
@@ -307,6 +310,7 @@ def _generate(arguments: argparse.Namespace) -> None:
             arguments.workdir,
             prompt=arguments.prompt,
             image=arguments.image,
+            audio=arguments.audio,
             max_new_tokens=arguments.max_new_tokens,
         )
         print(text)
@@ -372,6 +376,9 @@ def _conformance(arguments: argparse.Namespace) -> None:
 
 
 def _benchmark(arguments: argparse.Namespace) -> None:
+    of_data = arguments.name in ("loader", "packing")
+    if not of_data and (arguments.config or arguments.overrides):
+        raise ConfigError(f"benchmark {arguments.name} takes no --config: what it times is fixed")
     if arguments.name == "routing":
         if arguments.topology:
             from vl_jax import routing_aot
@@ -384,7 +391,7 @@ def _benchmark(arguments: argparse.Namespace) -> None:
         return
     if arguments.topology:
         raise ConfigError("--topology is for 'benchmark routing' alone")
-    if arguments.name in ("loader", "packing"):
+    if of_data:
         from vl_jax import loader_benchmark, packing_benchmark
 
         if arguments.config is None:

@@ -23,8 +23,11 @@ from vl_jax import generation, process, report, sharding
 from vl_jax import params as params_lib
 from vl_jax.batch import Batch
 from vl_jax.checkpoint import Checkpointer
+from vl_jax.data.audio import AudioConfig, SoundImage
 from vl_jax.data.encode import DataConfig, ModelSpec, make_encoder
 from vl_jax.data.images import TilingConfig
+from vl_jax.data.llava import LlavaConfig
+from vl_jax.data.meta import MetaConfig
 from vl_jax.data.processor import Processor
 from vl_jax.data.sample import IMAGE_PLACEHOLDER, FileImage, Sample, Turn
 from vl_jax.data.sources import open_source
@@ -341,13 +344,16 @@ def export(workdir: Path, target: Path) -> None:
     pretrained.write_published(target, state.params, state.routing, published)
 
 
-def answer(workdir: Path, *, prompt: str, image: Path | None, max_new_tokens: int) -> str:
-    """What the model of a run says to one prompt about one image (or none)."""
+def answer(
+    workdir: Path, *, prompt: str, image: Path | None, audio: Path | None = None, max_new_tokens: int
+) -> str:
+    """What the model of a run says to one prompt, about an image, a sound, both or neither."""
     experiment, layout, state, _ = restore(workdir)
     encoder = make_encoder(experiment.data, model_spec(experiment))
-    question = f"{IMAGE_PLACEHOLDER}\n{prompt}" if image else prompt
-    pictures = (FileImage(image, where="--image"),) if image else ()
-    sample = Sample(id=str(image or "prompt"), turns=(Turn(question, ""),), images=pictures)
+    pictures = [FileImage(image, where="--image")] if image else []
+    pictures += [SoundImage(audio, "--audio", _hearing(experiment))] if audio else []
+    question = f"{IMAGE_PLACEHOLDER}\n" * len(pictures) + prompt
+    sample = Sample(id=str(image or audio or "prompt"), turns=(Turn(question, ""),), images=tuple(pictures))
     rows = [[encoder.prompt(sample)]] * sharding.batch_axes(layout.mesh)
     stop = (encoder.tokenizer.eos,)
     with sharding.use_mesh(layout.mesh, layout.rules):
@@ -360,6 +366,14 @@ def answer(workdir: Path, *, prompt: str, image: Path | None, max_new_tokens: in
             stop=stop,
         )
     return encoder.tokenizer.decode(generation.answer_ids(tokens, stop=stop)[0])
+
+
+def _hearing(experiment: Experiment) -> AudioConfig:
+    """How the sounds of the experiment's sources become pictures."""
+    for source in experiment.data.sources:
+        if isinstance(source, LlavaConfig | MetaConfig):
+            return source.audio
+    raise ValueError("--audio: no source of the run says how a sound becomes a picture")
 
 
 def open_stream(experiment: Experiment, stage: Stage, rows: Sequence[int] | None = None) -> loop.Stream:

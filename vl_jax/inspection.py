@@ -15,6 +15,9 @@ from vl_jax import config as config_lib
 from vl_jax import data_page, doctor
 from vl_jax import params as params_lib
 from vl_jax.data import preview
+from vl_jax.data.chat import Targets
+from vl_jax.data.packing import PackingConfig
+from vl_jax.data.waste import WasteReport
 from vl_jax.doctor import Examination
 from vl_jax.experiment import Experiment, mixture, model_spec, plan
 from vl_jax.train.stages import adapter_shapes, trainable_paths
@@ -79,12 +82,16 @@ def show_data(
         console.rule(source.name)
         console.print(preview.to_text(previews[source.name]), markup=False, highlight=False)
         console.print(_summary(found), markup=False, highlight=False)
+
+    @functools.cache  # Stages often draw from the same sources.
+    def predict(
+        weights: tuple[tuple[str, float], ...], targets: Targets
+    ) -> tuple[PackingConfig, WasteReport]:
+        return doctor.padding(data, spec, sources=dict(weights), targets=targets, window=examine)
+
     padding = {}
     for stage in experiment.stages:
-        weights = mixture(experiment, stage)
-        padding[stage.name] = doctor.padding(
-            data, spec, sources=weights, targets=stage.targets, window=examine
-        )
+        padding[stage.name] = predict(tuple(mixture(experiment, stage).items()), stage.targets)
         row, report = padding[stage.name]
         console.rule(f"padding of stage {stage.name}")
         known = "" if data.packing else ", which data.packing could make"

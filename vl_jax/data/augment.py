@@ -19,15 +19,17 @@ from PIL import Image as PilImage
 from PIL import ImageEnhance
 
 from vl_jax.data import grounding
+from vl_jax.data.audio import SoundImage
 from vl_jax.data.sample import Box, Image, ReducibleImage, Sample, Turn, image_size
 
 _ATTEMPTS = 8  # crops tried before a picture stays whole
 
-# Texts that a mirror image makes false, and those about writing, which it makes illegible.
+# Texts that a mirror image makes false, those about writing, which it makes illegible, and those about
+# sounds, whose pictures it would play backwards.
 _SIDED = re.compile(
     r"\b(left|right|east|west|clockwise|mirror\w*|text|word|words|letter|letters|writ\w*|read|reads|reading|says?"
-    r"|spell\w*|sign|signs|logo|title|caption|label|number|numbers|digit|digits|clock|time|plate)\b"
-    r"|[左右东西]|顺时针|逆时针|镜|文字|文本|写|读|字母|单词|数字|标志|标题|标签|招牌|车牌|时间|几点",
+    r"|spell\w*|hear\w*|sound\w*|audio|spoken|speak\w*|voice|sign|signs|logo|title|caption|label|number|numbers|digit|digits|clock|time|plate)\b"
+    r"|[左右东西听声音说]|顺时针|逆时针|镜|文字|文本|写|读|字母|单词|数字|标志|标题|标签|招牌|车牌|时间|几点",
     re.IGNORECASE,
 )
 # Texts that may become false when a margin is cut off: counts, and places in the picture.
@@ -165,7 +167,8 @@ def _geometries(sample: Sample, config: AugmentationConfig, rng: np.random.Gener
     texts = [sample.system, *(text for turn in sample.turns for text in (turn.question, turn.answer))]
     kinds = {turn.kind for turn in sample.turns}
     single = len(sample.images) == 1 and not kinds & _FIXED
-    mirrored = bool(rng.random() < config.flip_rate) and single and not any(map(_SIDED.search, texts))
+    sided = isinstance(sample.images[0], SoundImage) or any(map(_SIDED.search, texts))
+    mirrored = bool(rng.random() < config.flip_rate) and single and not sided
     if config.crop and single and not any(map(_WHOLE.search, texts)):
         for _ in range(_ATTEMPTS):
             share = 1 - config.crop * rng.random()

@@ -3,7 +3,8 @@
 {"frames": "clips/jump" | ["f0.jpg", "f1.jpg", ...], "question": "What happens?", "answer": "A man jumps."}
 
 A folder means the pictures in it, by their names, in which numbers count as numbers. In a conversation one
-``<video>`` (or the only ``<image>``) marks where the frames belong. There is no sound in them.
+``<video>`` (or the only ``<image>``) marks where the frames belong. Their sound is a file of its own: see
+``audio``.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vl_jax.data.sample import DEFAULT_MAX_PIXELS, IMAGE_PLACEHOLDER, BadSample, image_in
+from vl_jax.data.sample import IMAGE_PLACEHOLDER, BadSample, path_in
 
 VIDEO_PLACEHOLDER = "<video>"
 _ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
@@ -30,7 +31,7 @@ def frame_names(frames: Any, folder: Path, where: str, *, most: int) -> list[str
       BadSample: there is none, or the folder is not inside the image folder.
     """
     if isinstance(frames, str):
-        place = image_in(folder, frames, where, DEFAULT_MAX_PIXELS).path
+        place = path_in(folder, frames, where, kind="image")
         try:
             found = [f.name for f in place.iterdir() if f.suffix.lower() in _ENDINGS]
         except OSError as error:

@@ -6,20 +6,23 @@
     {"question": "What is it?", "answer": "A cat."}         every image stands before the question
     {"text": "Once upon a time ..."}                        read as it is; with images it is their caption
 
-Beside these may stand ``id``, ``image`` or ``images`` (paths) or ``frames`` (see ``clips``), ``lang``, and
-``boxes``, which ``<box:0>`` in an answer refers to: ``[{"label": "cat", "bbox": [x0, y0, x1, y1]}]`` in
-pixels of ``width`` x ``height``.
+Beside these may stand ``id``, ``image`` or ``images`` (paths) or ``frames`` (see ``clips``), ``audio`` or
+``audios`` (paths of sounds, marked by ``<audio>``: see ``audio``), ``lang``, and ``boxes``, which ``<box:0>``
+in an answer refers to: ``[{"label": "cat", "bbox": [x0, y0, x1, y1]}]`` in pixels of ``width`` x ``height``.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from vl_jax.data.clips import mark_frames
 from vl_jax.data.grounding import to_grid
 from vl_jax.data.sample import IMAGE_PLACEHOLDER, TEXT, BadSample, Box, Turn
+
+Kind = Literal["image", "audio"]
 
 _YES_NO = frozenset({"yes", "no", "是", "否", "不是", "是的"})
 _ROLES = {
@@ -29,17 +32,38 @@ _ROLES = {
     "assistant": "assistant",
     "system": "system",
 }
+AUDIO_PLACEHOLDER = "<audio>"
+_MARKS = {"image": IMAGE_PLACEHOLDER, "audio": AUDIO_PLACEHOLDER}
+_ANY_MARK = re.compile("|".join(_MARKS.values()))
+# Types of the parts of a message, and what they bring.
+_PARTS: dict[str, Kind] = {
+    "image": "image",
+    "image_url": "image",
+    "audio": "audio",
+    "audio_url": "audio",
+    "input_audio": "audio",
+}
 _BOX_MARK = re.compile(r"<box:(\d{1,6})>")
 _DIALECTS = ("conversations", "messages", "question", "text")
 
 
+class Medium(NamedTuple):
+    """A file that a record names."""
+
+    kind: Kind
+    name: str
+
+
 @dataclass(frozen=True)
 class Conversation:
-    """What a record says; ``images`` are the names it gives, in the order of their placeholders."""
+    """What a record says; ``media`` are the files it names, in the order of their marks.
+
+    Every mark in the turns is ``<image>``: a sound is seen as a picture too.
+    """
 
     id: str
     turns: tuple[Turn, ...]
-    images: tuple[str, ...]
+    media: tuple[Medium, ...]
     system: str = ""
 
 
@@ -58,23 +82,24 @@ def parse(record: Any, where: str, *, default_id: str, num_images: int | None = 
         raise BadSample("not_an_object", f"sample ? ({where}): expected an object")
     identity = str(record.get("id", default_id))
     where = f"sample {identity[:80]} ({where})"
-    names = _image_names(record, where)
-    pairs, inline = _messages(record, where, len(names) if num_images is None else num_images)
-    names += inline
-    count = len(names) if num_images is None or names else num_images
-    if "frames" in record and count:
-        pairs = mark_frames(pairs, count)
+    if (record.get("video") or record.get("videos")) and "frames" not in record:
+        raise BadSample("unsupported_video", f"{where}: videos are not decoded; name the frames of a clip")
+    named = [*_named(record, "image", where), *_named(record, "audio", where)]
+    pairs, inline = _messages(record, where, _count(named, num_images))
+    media = named + inline
+    count = _count(media, num_images)
+    if num_images is not None and count["audio"]:
+        raise BadSample("bad_audio_field", f"{where}: sounds are read beside JSON and JSONL files only")
+    if "frames" in record and count["image"]:
+        pairs = mark_frames(pairs, count["image"])
     system = ""
     if pairs and pairs[0][0] == "system":
         system, pairs = pairs[0][1], pairs[1:]
     if not pairs or [role for role, _ in pairs] != ["user", "assistant"] * (len(pairs) // 2):
         raise BadSample("bad_conversation", f"{where}: expected messages of user and assistant by turns")
-    if IMAGE_PLACEHOLDER in system:
-        raise BadSample("placeholder_mismatch", f"{where}: {IMAGE_PLACEHOLDER} in the system message")
-    placeholders = sum(text.count(IMAGE_PLACEHOLDER) for role, text in pairs if role == "user")
-    if placeholders != count:
-        message = f"{where}: {placeholders} {IMAGE_PLACEHOLDER} placeholders for {count} images"
-        raise BadSample("placeholder_mismatch", message)
+    _check_marks(system, [text for role, text in pairs if role == "user"], count, where)
+    if count["audio"]:
+        pairs, media = _in_order(pairs, media)
     boxes = _boxes(record, where)
     language = record.get("lang")
     language = language if isinstance(language, str) else ""
@@ -82,46 +107,85 @@ def parse(record: Any, where: str, *, default_id: str, num_images: int | None = 
         _turn(question, answer, language, boxes, record, where)
         for (_, question), (_, answer) in zip(pairs[::2], pairs[1::2], strict=True)
     ]
-    return Conversation(identity, tuple(turns), tuple(names), system)
+    return Conversation(identity, tuple(turns), tuple(media), system)
 
 
-def _image_names(record: dict[str, Any], where: str) -> list[str]:
-    names = record.get("image") or record.get("images") or []
+def _named(record: dict[str, Any], kind: Kind, where: str) -> list[Medium]:
+    """The files that a record itself names."""
+    names = record.get(kind) or record.get(f"{kind}s") or []
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
-        raise BadSample("bad_image_field", f"{where}: image must be a path or a list of paths")
-    return list(names)
+        raise BadSample(f"bad_{kind}_field", f"{where}: {kind} must be a path or a list of paths")
+    return [Medium(kind, name) for name in names]
 
 
-def _messages(record: dict[str, Any], where: str, num_images: int) -> tuple[list[tuple[str, str]], list[str]]:
-    """(role, text) of every message, and the images that messages name themselves."""
+def _count(media: Sequence[Medium], num_images: int | None) -> dict[str, int]:
+    """How many there are of each kind; images that come with a record without names count as well."""
+    count = {kind: sum(medium.kind == kind for medium in media) for kind in _MARKS}
+    if num_images is not None and not count["image"]:
+        count["image"] = num_images
+    return count
+
+
+def _check_marks(system: str, questions: Sequence[str], count: dict[str, int], where: str) -> None:
+    for kind, mark in _MARKS.items():
+        if mark in system:
+            raise BadSample("placeholder_mismatch", f"{where}: {mark} in the system message")
+        marks = sum(text.count(mark) for text in questions)
+        if marks != count[kind]:
+            message = f"{where}: {marks} {mark} placeholders for {count[kind]} {kind}s"
+            raise BadSample("placeholder_mismatch", message)
+
+
+def _in_order(
+    pairs: Sequence[tuple[str, str]], media: Sequence[Medium]
+) -> tuple[list[tuple[str, str]], list[Medium]]:
+    """The messages with one kind of mark only, and the files in the order of the marks."""
+    files = {mark: iter([m for m in media if m.kind == kind]) for kind, mark in _MARKS.items()}
+    marks = [mark for role, text in pairs if role == "user" for mark in _ANY_MARK.findall(text)]
+    said = [
+        (role, _ANY_MARK.sub(IMAGE_PLACEHOLDER, text) if role == "user" else text) for role, text in pairs
+    ]
+    return said, [next(files[mark]) for mark in marks]
+
+
+def _messages(
+    record: dict[str, Any], where: str, count: dict[str, int]
+) -> tuple[list[tuple[str, str]], list[Medium]]:
+    """(role, text) of every message, and the files that messages name themselves."""
     dialect = next((key for key in _DIALECTS if record.get(key) is not None), None)
     if dialect == "text":
         text = checked_text(record["text"], where)
-        return [("user", f"{IMAGE_PLACEHOLDER}\n" * num_images), ("assistant", text)], []
+        return [("user", _marked("", count)), ("assistant", text)], []
     if dialect == "question":
-        question = checked_text(record["question"], where)
-        if IMAGE_PLACEHOLDER not in question:
-            question = f"{IMAGE_PLACEHOLDER}\n" * num_images + question
+        question = _marked(checked_text(record["question"], where), count)
         return [("user", question), ("assistant", checked_text(record.get("answer"), where))], []
     messages = record[dialect] if dialect else None
     if not isinstance(messages, list) or not messages:
         message = f"{where}: {dialect or _DIALECTS[0]} must be a non-empty list"
         raise BadSample("bad_conversation", message)
     who, what = ("from", "value") if dialect == "conversations" else ("role", "content")
-    images: list[str] = []
+    media: list[Medium] = []
     pairs = []
     for message in messages:
         role = message.get(who) if isinstance(message, dict) else None
         if not isinstance(role, str) or role not in _ROLES:
             rule = f"a message needs {who}: {', '.join(_ROLES)}"
             raise BadSample("bad_conversation", f"{where}: {rule}; found {str(role)[:40]!r}")
-        pairs.append((_ROLES[role], _content(message.get(what), where, images)))
-    return pairs, images
+        pairs.append((_ROLES[role], _content(message.get(what), where, media)))
+    return pairs, media
 
 
-def _content(content: Any, where: str, images: list[str]) -> str:
-    """The text of a message, given as one or in parts; images that parts name are added to the list."""
+def _marked(question: str, count: dict[str, int]) -> str:
+    """The question with marks in front for what it has none for, images first."""
+    for kind, mark in reversed(_MARKS.items()):
+        if mark not in question:
+            question = f"{mark}\n" * count[kind] + question
+    return question
+
+
+def _content(content: Any, where: str, media: list[Medium]) -> str:
+    """The text of a message, given as one or in parts; files that parts name are added to the list."""
     if not isinstance(content, list):
         return checked_text(content, where)
     pieces = []
@@ -130,14 +194,16 @@ def _content(content: Any, where: str, images: list[str]) -> str:
         if kind == "text":
             pieces.append(checked_text(part.get("text"), where))
             continue
-        if kind not in ("image", "image_url"):
+        if kind not in _PARTS:
             raise BadSample("bad_conversation", f"{where}: a part of type {str(kind)[:40]!r}")
-        pieces.append(f"{IMAGE_PLACEHOLDER}\n")
+        pieces.append(f"{_MARKS[_PARTS[kind]]}\n")
         name = part.get(kind)
-        name = name.get("url") if isinstance(name, dict) else name
+        if isinstance(name, dict):
+            name = "data:" if "data" in name else name.get("url")
         if name is not None and (not isinstance(name, str) or name.partition(":")[0] in REMOTE):
-            raise BadSample("bad_image_field", f"{where}: an image must be a path, not {str(name)[:40]!r}")
-        images += [] if name is None else [name]
+            message = f"{where}: {kind} must be a path, not {str(name)[:40]!r}"
+            raise BadSample(f"bad_{_PARTS[kind]}_field", message)
+        media += [] if name is None else [Medium(_PARTS[kind], name)]
     return "".join(pieces)
 
 

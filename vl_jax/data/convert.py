@@ -1,5 +1,7 @@
 """Any source to ArrayRecord files: every image decoded once, bad records left out, counted and listed.
 
+A sound is kept as the picture that the source's config makes of it.
+
     DIR.partial/  part-00000.arrayrecord  part-00000.json  ...   --when all are there-->   DIR/
                   source.json                                                               report.json
 
@@ -70,9 +72,9 @@ def convert(
     facts = {"source": repr(config), "stamp": stamp_of(source), "length": len(source), "per_file": per_file}
     facts["split_texts"] = split is not None
     if target.exists():
-        return _finished(target, facts)
+        return _finished(target, config, facts)
     folder = target.with_name(f"{target.name}.partial")
-    _claim(folder, facts)
+    _claim(folder, config, facts)
     total, parts = len(source), []
     with ThreadPoolExecutor(num_threads) as pool:
         for number, start in enumerate(range(0, total, per_file)):
@@ -93,22 +95,34 @@ def convert(
     return report
 
 
-def _finished(target: Path, facts: dict[str, Any]) -> Report:
+def _finished(target: Path, config: SourceConfig, facts: dict[str, Any]) -> Report:
     file = target / REPORT
     found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     # Conversions of earlier versions say nothing of texts: they split none.
-    if {key: found.get(key, False) for key in facts} != facts:
+    if {key: found.get(key, False) for key in facts} != _as_then(facts, config, found):
         raise ValueError(f"{target}: exists, and is not a conversion of this source as it is now")
     return Report(found["records"], found["skipped"], found.get("split", 0))
 
 
-def _claim(folder: Path, facts: dict[str, Any]) -> None:
+def _claim(folder: Path, config: SourceConfig, facts: dict[str, Any]) -> None:
     """Makes the folder, or finds that it was begun for the same source."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / _SOURCE
-    if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != facts:
-        raise ValueError(f"{folder}: was begun for another source or other files; delete it")
+    if file.is_file():
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if found != _as_then(facts, config, found):
+            raise ValueError(f"{folder}: was begun for another source or other files; delete it")
     _write(file, facts)
+
+
+def _as_then(facts: dict[str, Any], config: SourceConfig, found: dict[str, Any]) -> dict[str, Any]:
+    """The facts as the version that wrote those found would: fields it did not know have their defaults."""
+    fields = dataclasses.fields(config)
+    new = [f for f in fields if f"{f.name}=" not in str(found.get("source"))]
+    if any(getattr(config, f.name) != f.default for f in new):
+        return facts
+    known = ", ".join(f"{f.name}={getattr(config, f.name)!r}" for f in fields if f not in new)
+    return {**facts, "source": f"{type(config).__qualname__}({known})"}
 
 
 def _write_part(

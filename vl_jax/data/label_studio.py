@@ -1,4 +1,4 @@
-"""Label Studio's JSON export: the labels that people drew and wrote become turns about the picture.
+"""Label Studio's exports as JSON and JSON-MIN: what people drew and wrote becomes turns about the picture.
 
     [{"id": 7, "data": {"image": "/data/upload/1/a.jpg", "question": "What is it?"},
       "annotations": [{"result": [
@@ -7,15 +7,21 @@
         {"type": "textarea", "id": "r1", "value": {"text": ["STOP"]}},       what is written in the rectangle
         {"type": "choices", "from_name": "quality", "value": {"choices": ["good"]}}]}]}]   an answer
 
-Places are in per cent of the picture. A transcript belongs to the rectangle whose id it has; other texts and
-choices answer the task's ``question``, or are asked for by the name of their control. The first annotation
-that was not cancelled counts; predictions and other kinds of result are passed over.
+Places are in per cent of the picture; polygons and brushes are taken for the rectangles around them (see
+``regions``). A transcript belongs to the region whose id it has; other texts and choices answer the task's
+``question``, or are asked for by the name of their control. The first annotation that was not cancelled
+counts; predictions and other kinds of result are passed over. JSON-MIN has the values by their controls:
+
+    [{"id": 7, "image": "/data/upload/1/a.jpg", "label": [{"x": 10, ..., "rectanglelabels": ["cat"]}],
+      "quality": "good"}]
+
+There a text may be a label or one of the task's data: it answers if its name is among ``answers``.
 """
 
 from __future__ import annotations
 
-import math
 import urllib.parse
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +30,7 @@ from vl_jax.data.coco import turns_about
 from vl_jax.data.conversation import REMOTE, checked_text
 from vl_jax.data.lines import json_items
 from vl_jax.data.llava import parse_line
+from vl_jax.data.regions import DRAWN, read_region
 from vl_jax.data.sample import (
     DEFAULT_MAX_PIXELS,
     IMAGE_PLACEHOLDER,
@@ -37,17 +44,17 @@ from vl_jax.data.sample import (
 from vl_jax.data.shards import check_fields, file_and_folder
 
 _OWN_PATHS = "/data/local-files/?d=", "/data/"  # what Label Studio writes before a file's place
-_RECTANGLES = frozenset({"rectanglelabels", "rectangle"})
 
 
 @dataclass(frozen=True)
 class LabelStudioConfig:
-    """An export in the format "JSON", and the folder of its pictures relative to the data root."""
+    """An export as JSON or JSON-MIN, and the folder of its pictures relative to the data root."""
 
     name: str
     file: str
     root: str = ""  # empty means the folder of ``file``
     image: str = "image"  # the picture's name in the data of a task
+    answers: tuple[str, ...] = ()  # of JSON-MIN, the controls of choices and texts
     max_pixels: int = DEFAULT_MAX_PIXELS
 
     def __post_init__(self):
@@ -81,24 +88,43 @@ class LabelStudioSource:
         """
         where = f"{self._file}, task {index}"
         task = parse_line(self._tasks[index], where)
-        data = task.get("data") if isinstance(task, dict) else None
+        minimal = isinstance(task, dict) and not {"data", "annotations"} & task.keys()
+        data = task if minimal else task.get("data") if isinstance(task, dict) else None
         if not isinstance(data, dict):
             raise BadSample("not_an_object", f"sample ? ({where}): expected a task with data")
         identity = f"{self._config.name}-{str(task.get('id', index))[:80]}"
         where = f"sample {identity} ({where})"
-        results = _results(task, where)
+        image = self._image(data, where)
+        results = list(self._minimal(task, image)) if minimal else _results(task, where)
         question = data.get("question")
         question = checked_text(question, where) if question is not None else ""
         turns = [*_boxes_and_texts(results, where), *_answers(results, question, where)]
         if not turns:
-            raise BadSample("no_labels", f"{where}: no rectangle, choice or text that could be asked for")
+            raise BadSample("no_labels", f"{where}: no region, choice or text that could be asked for")
         if any(IMAGE_PLACEHOLDER in text for turn in turns for text in (turn.question, turn.answer)):
             raise BadSample("placeholder_mismatch", f"{where}: {IMAGE_PLACEHOLDER} in a text")
         first = turns[0]
         turns[0] = Turn(
             f"{IMAGE_PLACEHOLDER}\n{first.question}", first.answer, first.kind, first.language, first.boxes
         )
-        return Sample(identity, tuple(turns), (self._image(data, where),))
+        return Sample(identity, tuple(turns), (image,))
+
+    def _minimal(self, task: dict[str, Any], image: FileImage) -> Iterator[dict[str, Any]]:
+        """The results of a task of JSON-MIN, as they are in JSON."""
+        for control, value in task.items():
+            plain = [value] if isinstance(value, str) else value
+            if control in self._config.answers and isinstance(plain, list) and _are_texts(plain):
+                yield {"type": "choices", "from_name": control, "value": {"choices": plain}}
+                continue
+            for number, item in enumerate(value if isinstance(value, list) else [value]):
+                if not isinstance(item, dict):
+                    continue
+                kind = _kind(item)
+                result = {"type": kind, "id": f"{control}/{number}", "from_name": control, "value": item}
+                if kind in DRAWN:
+                    sides = zip(("original_width", "original_height"), image.size(), strict=True)
+                    result |= {name: item.get(name, side) for name, side in sides}
+                yield result
 
     def _image(self, data: dict[str, Any], where: str) -> FileImage:
         name = data.get(self._config.image)
@@ -120,7 +146,7 @@ def _results(task: dict[str, Any], where: str) -> list[dict[str, Any]]:
     """What the first annotation that counts consists of."""
     annotations = task.get("annotations")
     if not isinstance(annotations, list):
-        raise BadSample("bad_record", f"{where}: needs annotations; export as JSON, not JSON-MIN")
+        raise BadSample("bad_record", f"{where}: needs annotations beside its data")
     for annotation in annotations:
         results = annotation.get("result") if isinstance(annotation, dict) else None
         if isinstance(results, list) and results and not annotation.get("was_cancelled"):
@@ -128,19 +154,24 @@ def _results(task: dict[str, Any], where: str) -> list[dict[str, Any]]:
     raise BadSample("no_labels", f"{where}: nobody has labelled it")
 
 
-@dataclass(frozen=True)
-class _Region:
-    """A rectangle in pixels of a picture of that size, and the labels it was given."""
+def _are_texts(value: list[Any]) -> bool:
+    return bool(value) and all(isinstance(item, str) for item in value)
 
-    corners: tuple[float, float, float, float]
-    width: int
-    height: int
-    labels: list[str]
+
+def _kind(value: dict[str, Any]) -> str:
+    """The type of a result that does not say it; empty for those that are passed over."""
+    if "points" in value:
+        return "polygonlabels"
+    if "rle" in value:
+        return "brushlabels"
+    if {"x", "y", "width", "height"} <= value.keys():
+        return "rectanglelabels"
+    return "choices" if "choices" in value else "textarea" if "text" in value else ""
 
 
 def _boxes_and_texts(results: list[dict[str, Any]], where: str) -> list[Turn]:
     """What is on the picture and where, and what is written where."""
-    regions = {str(r.get("id")): _rectangle(r, where) for r in results if r.get("type") in _RECTANGLES}
+    regions = {str(r.get("id")): read_region(r, where) for r in results if r.get("type") in DRAWN}
     written: dict[str, Turn] = {}
     for result in results:
         identity = str(result.get("id"))
@@ -163,7 +194,7 @@ def _boxes_and_texts(results: list[dict[str, Any]], where: str) -> list[Turn]:
 
 def _answers(results: list[dict[str, Any]], question: str, where: str) -> list[Turn]:
     """Choices and texts about the whole picture."""
-    places = {str(r.get("id")) for r in results if r.get("type") in _RECTANGLES}
+    places = {str(r.get("id")) for r in results if r.get("type") in DRAWN}
     turns = []
     for result in results:
         kind, name = result.get("type"), str(result.get("from_name", ""))[:80].replace("_", " ").strip()
@@ -183,31 +214,3 @@ def _words(result: dict[str, Any], where: str) -> str:
     if not text.strip():
         raise BadSample("bad_conversation", f"{where}: an empty text or choice")
     return text
-
-
-def _rectangle(result: dict[str, Any], where: str) -> _Region:
-    """The region of a result; of a rectangle that is turned, what encloses it."""
-    size = (result.get("original_width"), result.get("original_height"))
-    if not all(isinstance(n, int) and 0 < n < 10**6 for n in size):
-        raise BadSample("bad_box", f"{where}: a rectangle in a picture of {size[0]!r} x {size[1]!r}")
-    width, height = int(size[0] or 0), int(size[1] or 0)
-    value = result["value"]
-    numbers = [value.get(name) for name in ("x", "y", "width", "height")]
-    turned = value.get("rotation") or 0
-    if not all(type(n) in (int, float) and abs(n) < 1e6 for n in (*numbers, turned)):  # NaN is not less
-        raise BadSample("bad_box", f"{where}: a rectangle needs x, y, width and height")
-    if result.get("image_rotation"):
-        raise BadSample("bad_box", f"{where}: a picture that is turned by {result['image_rotation']!r}")
-    x, w = (numbers[i] * width / 100 for i in (0, 2))
-    y, h = (numbers[i] * height / 100 for i in (1, 3))
-    sine, cosine = math.sin(math.radians(turned)), math.cos(math.radians(turned))  # about the first corner
-    ends = [(a * cosine - b * sine, a * sine + b * cosine) for a in (0, w) for b in (0, h)]
-    left, right = (min(max(x + f(a for a, _ in ends), 0.0), float(width)) for f in (min, max))
-    top, bottom = (min(max(y + f(b for _, b in ends), 0.0), float(height)) for f in (min, max))
-    if left >= right or top >= bottom:
-        raise BadSample("bad_box", f"{where}: rectangle {numbers} has no area in the picture")
-    found = value.get("rectanglelabels") or []
-    labels = [checked_text(label, where) for label in (found if isinstance(found, list) else [found])]
-    if any(mark in label for label in labels for mark in grounding.SPECIAL):
-        raise BadSample("bad_box", f"{where}: a label holds a special mark")
-    return _Region((left, top, right, bottom), width, height, labels)

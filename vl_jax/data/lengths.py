@@ -28,6 +28,7 @@ import numpy as np
 from vl_jax.data import chat
 from vl_jax.data.encode import Encoder
 from vl_jax.data.sample import BadSample, Sample, image_size
+from vl_jax.data.shards import temporary_name
 from vl_jax.data.sources import Source, SourceConfig
 
 _log = logging.getLogger(__name__)
@@ -248,7 +249,7 @@ def _load_part(file: Path) -> Lengths:
 
 def _write(file: Path, write: Callable[[Any], object]) -> None:
     """Writes a file that is either whole or not there, whoever else writes it."""
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(file)
     with temporary.open("wb") as out:
         write(out)
     os.replace(temporary, file)

@@ -4,6 +4,7 @@
  "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"}, {"from": "gpt", "value": "A cat."}]}
 
 Records of other dialects (``messages`` with roles, plain texts) are read as well: see ``conversation``.
+Sounds (``"audio": "a.wav"``) become pictures, their spectrograms, which an image encoder sees: see ``audio``.
 """
 
 from __future__ import annotations
@@ -13,22 +14,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vl_jax.data.audio import AudioConfig, sound_in
 from vl_jax.data.clips import frame_names
-from vl_jax.data.conversation import parse
+from vl_jax.data.conversation import Medium, parse
 from vl_jax.data.lines import json_items, lines
-from vl_jax.data.sample import DEFAULT_MAX_PIXELS, BadSample, Sample, image_in
+from vl_jax.data.sample import DEFAULT_MAX_PIXELS, BadSample, Image, Sample, image_in
 from vl_jax.data.shards import check_fields, file_and_folder
 
 
 @dataclass(frozen=True)
 class LlavaConfig:
-    """A conversation file (``.json`` or ``.jsonl``) and the folder its image paths are relative to."""
+    """A conversation file (``.json`` or ``.jsonl``), the folder its paths are relative to, and limits."""
 
     name: str
     file: str  # relative to the data root
-    root: str = ""  # image folder relative to the data root; empty means the folder of ``file``
+    root: str = (
+        ""  # folder of images and sounds, relative to the data root; empty means the folder of ``file``
+    )
     max_pixels: int = DEFAULT_MAX_PIXELS
     max_frames: int = 8  # of a clip
+    audio: AudioConfig = AudioConfig()  # how its sounds become pictures
 
     def __post_init__(self):
         if self.max_frames < 1:
@@ -70,8 +75,13 @@ class LlavaSource:
             record = {**record, "image": names}
         found = parse(record, where, default_id=f"{self._config.name}-{index}")
         where = f"sample {found.id} ({where})"
-        images = tuple(image_in(self._folder, n, where, self._config.max_pixels) for n in found.images)
+        images = tuple(self._open(medium, where) for medium in found.media)
         return Sample(id=found.id, turns=found.turns, images=images, system=found.system)
+
+    def _open(self, medium: Medium, where: str) -> Image:
+        if medium.kind == "audio":
+            return sound_in(self._folder, medium.name, where, self._config.audio)
+        return image_in(self._folder, medium.name, where, self._config.max_pixels)
 
 
 def read_json(file: Path) -> Any:

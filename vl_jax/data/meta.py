@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vl_jax.data.audio import AudioConfig
 from vl_jax.data.llava import LlavaConfig, LlavaSource, read_json
 from vl_jax.data.sample import DEFAULT_MAX_PIXELS, Sample
 from vl_jax.data.shards import Places, check_fields
@@ -25,6 +26,7 @@ class MetaConfig:
     name: str
     file: str
     max_pixels: int = DEFAULT_MAX_PIXELS
+    audio: AudioConfig = AudioConfig()  # how its sounds become pictures
 
     def __post_init__(self):
         check_fields(self.name, self.file, (".json",), self.max_pixels)
@@ -74,7 +76,7 @@ class MetaSource:
                 raise ValueError(f"{where}: {key}={found!r} must be a path inside the data root {root}")
         try:
             file, folder = entry.get("annotation", ""), entry.get("root", "") or "."
-            inner = LlavaConfig(name or "?", file, folder, config.max_pixels)
+            inner = LlavaConfig(name or "?", file, folder, config.max_pixels, audio=config.audio)
             return LlavaSource(inner, root=root), factor
         except (ValueError, OSError) as error:
             raise ValueError(f"{where}: {error}") from None

@@ -20,7 +20,7 @@ from typing import Any
 
 from vl_jax.data.conversation import parse
 from vl_jax.data.sample import DEFAULT_MAX_PIXELS, BadSample, EncodedImage, Sample
-from vl_jax.data.shards import Places, check_fields, find_files
+from vl_jax.data.shards import Places, check_fields, find_files, temporary_name
 
 _IMAGES = ("image", "images")
 _KEPT_GROUPS = 4  # row groups that stay in memory
@@ -118,7 +118,7 @@ def _write(place: Path, table: Any) -> None:
     import pyarrow
 
     place.parent.mkdir(parents=True, exist_ok=True)
-    temporary = place.with_name(f"{place.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(place)
     with pyarrow.OSFile(str(temporary), "wb") as out, pyarrow.ipc.new_file(out, table.schema) as writer:
         writer.write_table(table)
     os.replace(temporary, place)

@@ -202,7 +202,15 @@ class EncodedImage:
 
 
 def image_in(folder: Path, name: str, where: str, max_pixels: int) -> FileImage:
-    """The image file of that name, provided it lies inside the (resolved) folder once links are followed.
+    """The image file of that name; raises as ``path_in``."""
+    return FileImage(path_in(folder, name, where, kind="image"), where, max_pixels)
+
+
+def path_in(folder: Path, name: str, where: str, *, kind: str) -> Path:
+    """The path of that name, provided it lies inside the (resolved) folder once links are followed.
+
+    Args:
+      kind: what it is the path of, for messages and reasons.
 
     Raises:
       BadSample: it does not, or this is no name of a file.
@@ -213,10 +221,10 @@ def image_in(folder: Path, name: str, where: str, max_pixels: int) -> FileImage:
         if tail in ("", "..") or os.path.islink(path):
             path = os.path.realpath(path)
     except (OSError, ValueError) as error:
-        raise BadSample("missing_image", f"{where}: bad path {name!r}: {error}") from None
+        raise BadSample(f"missing_{kind}", f"{where}: bad path {name!r}: {error}") from None
     if os.path.isabs(name) or not path.startswith(os.path.join(folder, "")):
-        raise BadSample("outside_root", f"{where}: {name!r} leaves the image folder {folder}")
-    return FileImage(Path(path), where, max_pixels)
+        raise BadSample("outside_root", f"{where}: {name!r} leaves the {kind} folder {folder}")
+    return Path(path)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
@@ -53,6 +55,11 @@ def find_files(root: str, pattern: str, name: str) -> list[Path]:
     if not found:
         raise ValueError(f"source {name!r}: no such file {whole}")
     return found
+
+
+def temporary_name(file: Path) -> Path:
+    """What a file is called until it is whole; no other process uses the name, on whatever host."""
+    return file.with_name(f"{file.name}.{platform.node()}.{os.getpid()}.tmp")
 
 
 class Places:

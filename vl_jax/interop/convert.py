@@ -3,13 +3,17 @@
     published folder  <->  checkpoints/0   parameters and routing state, in the dtypes of the weights
                            published/      config.json, tokenizer, and the tensors that are not ours
 
-Either result appears under its name only when it is complete.
+Either result appears under its name only when it is complete. Host memory holds the parameters and little
+more than a second copy of the largest: they are stored, restored and written one after the other.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,21 +65,34 @@ def _to_checkpoint(published: Published, target: Path) -> None:
         kept = {key: entry for key, entry in published.weights.entries.items() if key not in used}
         arrays = ((key, published.weights[key]) for key in kept)
         write_folder(partial / PUBLISHED, published.fields, kept, arrays, copies=side_files(published.folder))
-        checkpointer = Checkpointer(partial / CHECKPOINTS)
-        checkpointer.save(0, params=params, training=_training(state), record={"dtypes": dtypes})
-        checkpointer.close()
+        checkpointer = Checkpointer(partial / CHECKPOINTS, in_flight=_largest(layout))
+        with _storage_quiet():
+            checkpointer.save(0, params=params, training=_training(state), record={"dtypes": dtypes})
+            checkpointer.close()
         partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+@contextmanager
+def _storage_quiet() -> Iterator[None]:
+    """Without the warning that files of one leaf each are no data base that needed merging."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def _to_published(source: Path, target: Path) -> None:
     published = read_published(source / PUBLISHED)
-    checkpointer = Checkpointer(source / CHECKPOINTS)
+    dtypes = _stored_dtypes(source / CHECKPOINTS)
+    layout = _layout(published, dtypes)
+    state = routing_targets(published, layout)
+    checkpointer = Checkpointer(source / CHECKPOINTS, in_flight=_largest(layout))
     try:
-        dtypes = checkpointer.record()["dtypes"]
-        layout = _layout(published, dtypes)
-        state = routing_targets(published, layout)
         restored = checkpointer.restore(
             params=layout.params, training_of=lambda _: _training_targets(state, layout)
         )
@@ -117,6 +134,20 @@ def _layout(published: Published, dtypes: dict[str, str]) -> Layout:
         return jax.ShapeDtypeStruct(leaf.shape, dtypes.get(path, leaf.dtype), sharding=leaf.sharding)
 
     return dataclasses.replace(layout, params=params_lib.map_paths(typed, layout.params))
+
+
+def _stored_dtypes(folder: Path) -> dict[str, str]:
+    """The dtypes that a checkpoint of ``convert`` says its published side had."""
+    checkpointer = Checkpointer(folder)
+    try:
+        return checkpointer.record()["dtypes"]
+    finally:
+        checkpointer.close()
+
+
+def _largest(layout: Layout) -> int:
+    """Bytes of the largest parameter."""
+    return max(leaf.size * leaf.dtype.itemsize for leaf in params_lib.flatten(layout.params).values())
 
 
 def _tree(layout: Layout, published: Published) -> dict[str, Any]:
