@@ -101,7 +101,7 @@ def test_any_json_is_a_conversation_or_has_a_reason(record):
     except BadSample as error:
         assert "file, record 0" in str(error)
         return
-    assert found.turns and sum(t.question.count("<image>") for t in found.turns) == len(found.images)
+    assert found.turns and sum(t.question.count("<image>") for t in found.turns) == len(found.media)
 
 
 def picture(random: random.Random) -> bytes:

@@ -23,6 +23,8 @@ _PCM, _FLOAT, _EXTENSIBLE = 1, 3, 0xFFFE
 _STEPS = {(_PCM, 8), (_PCM, 16), (_PCM, 24), (_PCM, 32), (_FLOAT, 32), (_FLOAT, 64)}
 _MAX_CHANNELS, _RATES = 16, range(1000, 384_001)
 _UNKNOWN = 0x7FFFF000  # sizes from here on are those of a writer that could not go back: all that follows
+# How FLAC, OGG, and MP3 with a tag or without begin; the last with eleven bits that are set.
+_OTHERS, _MPEG = (b"fLaC", b"OggS", b"ID3"), b"\xff\xe0"
 _MAX_CHUNKS, _MAX_FORMAT = 1000, 40  # chunks before the sound, bytes of the format
 
 
@@ -88,7 +90,7 @@ def _use(file: Path, where: str, wav: Any, other: Any) -> Any:
             start = opened.read(12)
             if start[:4] == b"RIFF" and start[8:] == b"WAVE":
                 return wav(opened)
-        return other(file)
+        return other(file, start)
     except _NoDecoderError as error:
         raise BadSample("missing_package", f"{where}: {file}: {error}") from None
     except Exception as error:  # Decoders of hostile files raise almost anything.
@@ -153,13 +155,13 @@ def _levels(data: np.ndarray, form: _Format) -> np.ndarray:
     return data.view(f"<i{form.bits // 8}").astype(np.float32) / 2 ** (form.bits - 1)
 
 
-def _other_header(file: Path) -> Header:
-    with _soundfile().SoundFile(file) as opened:
+def _other_header(file: Path, start: bytes) -> Header:
+    with _soundfile(start).SoundFile(file) as opened:
         return _checked(opened)
 
 
-def _other_samples(file: Path) -> Sound:
-    with _soundfile().SoundFile(file) as opened:
+def _other_samples(file: Path, start: bytes) -> Sound:
+    with _soundfile(start).SoundFile(file) as opened:
         header = _checked(opened)
         samples = opened.read(dtype="float32", always_2d=True)
     if len(samples) != header.length:
@@ -178,8 +180,11 @@ class _NoDecoderError(ImportError):
     pass
 
 
-def _soundfile() -> Any:
+def _soundfile(start: bytes) -> Any:
+    """The package that reads a file that begins so; without it, is the file at fault, or its absence?"""
     try:
         return importlib.import_module("soundfile")
     except (ImportError, OSError):  # the package, or the library that it needs
+        if not start.startswith(_OTHERS) and bytes(map(int.__and__, start, _MPEG)) != _MPEG:
+            raise ValueError("no kind of sound that is known") from None
         raise _NoDecoderError("only WAV is read without soundfile: pip install 'vl_jax[audio]'") from None
