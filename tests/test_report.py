@@ -247,6 +247,12 @@ def test_samples_with_a_picture_come_first(tmp_path: Path):
     assert "id-99" in text and f"id-{MAX_SAMPLES - 2}\n" in text and f"id-{MAX_SAMPLES - 1}\n" not in text
 
 
+def test_what_is_not_known_of_a_sample_has_no_tag(tmp_path: Path):
+    _evaluate(tmp_path, [_sample(0, language="")])
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert '<span class="tag">colour</span>' in page and '<span class="tag"></span>' not in page
+
+
 def test_verdict_of_the_evaluator_wins_over_the_words():
     assert is_correct(_sample(0, answer="Red ", prediction="red."))
     assert not is_correct(_sample(0, prediction=None))

@@ -76,7 +76,7 @@ def _card(sample: Mapping[str, Any], folder: Path) -> str:
     tags = "".join(
         f'<span class="tag">{escape(str(sample[name]))}</span>'
         for name in ("kind", "language", "id")
-        if sample.get(name) is not None
+        if sample.get(name) not in (None, "")
     )
     language = escape(str(sample.get("language") or "und"), quote=True)
     return (

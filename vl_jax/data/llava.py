@@ -28,9 +28,7 @@ class LlavaConfig:
 
     name: str
     file: str  # relative to the data root
-    root: str = (
-        ""  # folder of images and sounds, relative to the data root; empty means the folder of ``file``
-    )
+    root: str = ""  # folder of images and sounds, relative to the data root; empty: that of ``file``
     max_pixels: int = DEFAULT_MAX_PIXELS
     max_frames: int = 8  # of a clip
     audio: AudioConfig = AudioConfig()  # how its sounds become pictures

@@ -105,6 +105,9 @@ EXCLUDED, MASKED = "excluded", -1e9
 ROUTES = "routes"
 
 
+Kernel = Literal["auto", "blocked", "pallas", "triton", "reference"]
+
+
 @dataclasses.dataclass(frozen=True)
 class MoEConfig:
     """One sparse layer: router, routed experts, shared experts, and how tokens move."""
@@ -137,9 +140,7 @@ class MoEConfig:
     priority: Literal["position", "gate"] = "position"  # who keeps a slot when capacity runs out
     # How tokens reach experts on other devices; ``all_to_all`` needs a capacity. See ``exchange``.
     exchange: Literal["all_gather", "ring", "all_to_all", "ragged"] = "all_gather"
-    kernel: Literal["auto", "blocked", "pallas", "triton", "reference"] = (
-        "auto"  # see ``kernels.target.choose``
-    )
+    kernel: Kernel = "auto"  # see ``kernels.target.choose``
     options: tuple[tuple[str, float], ...] = ()  # numbers of the scheme's own; see its ``defaults``
 
     def __post_init__(self):
