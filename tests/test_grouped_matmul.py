@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vl_jax.kernels.blocked import BLOCK_ROWS, STEP_ROWS
+from vl_jax.kernels.blocked import BLOCK_ROWS, FINE_STEP_ROWS, STEP_ROWS, Blocks
 from vl_jax.kernels.expert_weights import ExpertWeights
 from vl_jax.kernels.grouped_matmul import grouped_mlp
 
@@ -36,7 +36,7 @@ def both(rows: jax.Array, upstream: jax.Array, sizes: jax.Array) -> tuple:
         def mlp(x: jax.Array, w_in: jax.Array, w_out: jax.Array) -> jax.Array:
             return grouped_mlp(x, sizes, ExpertWeights(w_in, w_out), kernel=kernel)
 
-        y, pullback = jax.vjp(mlp, rows, *weights())
+        y, pullback = jax.vjp(mlp, rows, *(w[: sizes.shape[0]] for w in weights()))
         return y, pullback(upstream)
 
     return of("blocked"), of("reference")
@@ -79,11 +79,21 @@ def check(sizes: list[int], seed: int = 0) -> None:
         [BLOCK_ROWS - 1, BLOCK_ROWS + 1, 1, 43],
         [STEP_ROWS, STEP_ROWS + 1, STEP_ROWS - 1, BLOCK_ROWS - STEP_ROWS],
         [BLOCK_ROWS - STEP_ROWS + 1, 2 * STEP_ROWS, 0, BLOCK_ROWS + STEP_ROWS],
+        [FINE_STEP_ROWS, FINE_STEP_ROWS + 1, FINE_STEP_ROWS - 1, BLOCK_ROWS - FINE_STEP_ROWS],
+        # Of few groups with many rows each, blocks are cut less finely.
+        [R, 0],
+        [BLOCK_ROWS + 1, STEP_ROWS + 1],
+        [BLOCK_ROWS - STEP_ROWS + 1, STEP_ROWS],
     ],
     ids=str,
 )
 def test_blocked_equals_the_definition(sizes):
     check(sizes)
+
+
+def test_small_groups_are_cut_more_finely():
+    assert Blocks.of(4 * BLOCK_ROWS, 4).step == FINE_STEP_ROWS
+    assert Blocks.of(4 * BLOCK_ROWS + 1, 4).step == STEP_ROWS
 
 
 @settings(max_examples=40, deadline=None)

@@ -4,7 +4,8 @@
                    '-- process of theirs --'  action -> (value, CPU seconds, wall seconds)
 
 Ours writes its fresh parameters as a published checkpoint, theirs loads it, and both have to give the same
-losses or logits before anything is timed. Each side has a process and one thread to itself, on the same core.
+losses or logits before anything is timed. Each side has a process and one thread to itself, on the same core,
+with the memory allocator that its users have: ``python -m vl_jax`` sets ours up, theirs is as it is found.
 Ratios are of CPU time, which other work on the machine disturbs least, and of neighbouring turns. Without
 torch and transformers ours runs alone.
 """
@@ -28,6 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from vl_jax import allocator
 
 OURS, THEIRS = "ours", "theirs"
 PACKAGES = ("jax", "flax", "optax", "numpy", "torch", "transformers")
@@ -122,7 +125,8 @@ def run(name: str, *, repeats: int = 9, json_file: Path | None = None, case: Cas
             print(f"{' and '.join(missing)} cannot be imported: only our side is measured")
             sides[OURS].do("check")
         else:
-            sides[THEIRS] = stack.enter_context(Side(_THEIRS[name], case, folder))
+            with allocator.as_found():
+                sides[THEIRS] = stack.enter_context(Side(_THEIRS[name], case, folder))
             values = {side: process.do("check")[0] for side, process in sides.items()}
             result["check"] = compare(values[OURS], values[THEIRS])
         timed = measure(sides, repeats)

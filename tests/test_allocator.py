@@ -1,0 +1,49 @@
+"""A process starts anew with settings for glibc, unless the user made some; other programs get none."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+
+from vl_jax import allocator
+
+VARIABLE = "GLIBC_TUNABLES"
+
+
+@pytest.fixture
+def started(monkeypatch) -> list[dict[str, str]]:
+    """The environments that processes were started with."""
+    environments: list[dict[str, str]] = []
+    monkeypatch.setattr(os, "execve", lambda program, words, environment: environments.append(environment))
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.delenv(VARIABLE, raising=False)
+    return environments
+
+
+def test_one_heap_for_a_cpu_and_many_beside_an_accelerator(started, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    allocator.start_anew()
+    monkeypatch.delenv("JAX_PLATFORMS")
+    monkeypatch.setattr(allocator, "_ACCELERATORS", ("null",))
+    allocator.start_anew()
+    assert "arena_max=1" in started[0][VARIABLE]
+    assert started[1][VARIABLE] == "glibc.malloc.hugetlb=1"
+
+
+@pytest.mark.parametrize("settings", ["glibc.malloc.tcache_count=7", ""])
+def test_it_yields_to_the_user(started, monkeypatch, settings):
+    monkeypatch.setenv(VARIABLE, settings)
+    allocator.start_anew()
+    with allocator.as_found():
+        assert os.environ[VARIABLE] == settings
+    assert not started
+
+
+def test_other_programs_are_given_nothing_of_ours(started, monkeypatch):
+    allocator.start_anew()
+    monkeypatch.setenv(VARIABLE, ours := started[0][VARIABLE])
+    with allocator.as_found():
+        assert VARIABLE not in os.environ
+    assert os.environ[VARIABLE] == ours
