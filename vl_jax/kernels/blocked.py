@@ -34,7 +34,7 @@ class Blocks:
     @classmethod
     def of(cls, num_rows: int, num_groups: int) -> Blocks:
         """Those for so many rows in all: few need no large blocks, nor compiled code for many cuts."""
-        step = FINE_STEP_ROWS if num_rows <= BLOCK_ROWS * num_groups else STEP_ROWS
+        step = FINE_STEP_ROWS if BLOCK_ROWS <= num_rows <= BLOCK_ROWS * num_groups else STEP_ROWS
         return cls(min(BLOCK_ROWS, -(-max(num_rows, 1) // step) * step), step)
 
     def walk(
