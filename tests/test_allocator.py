@@ -22,14 +22,9 @@ def started(monkeypatch) -> list[dict[str, str]]:
     return environments
 
 
-def test_one_heap_for_a_cpu_and_many_beside_an_accelerator(started, monkeypatch):
-    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+def test_it_asks_for_huge_pages(started):
     allocator.start_anew()
-    monkeypatch.delenv("JAX_PLATFORMS")
-    monkeypatch.setattr(allocator, "_ACCELERATORS", ("null",))
-    allocator.start_anew()
-    assert "arena_max=1" in started[0][VARIABLE]
-    assert started[1][VARIABLE] == "glibc.malloc.hugetlb=1"
+    assert started[0][VARIABLE] == "glibc.malloc.hugetlb=1"
 
 
 @pytest.mark.parametrize("settings", ["glibc.malloc.tcache_count=7", ""])

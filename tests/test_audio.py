@@ -378,6 +378,7 @@ def test_a_run_is_asked_about_a_sound(folder, tmp_path, capsys):
 
 
 def test_spoken_digits_fill_a_tile_of_their_experiment(shared_data):
+    pytest.importorskip("ml_collections")  # experiment files return its ConfigDict
     experiment = load(str(ROOT / "experiments" / "fsdd_digits.py"))
     for config in (*experiment.data.sources, *experiment.data.evaluation):
         source = open_source(config, root=str(shared_data / "fsdd_digits"))
