@@ -17,7 +17,9 @@ PACKED = str(Path(__file__).with_name("tiny_experiment.py:packed"))
 
 @pytest.mark.slow
 def test_both_ways_take_as_many_samples(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(packing_benchmark.process, "keep_freed_memory", lambda: None)  # this process goes on
+    monkeypatch.setattr(
+        packing_benchmark.allocator, "keep_freed_memory", lambda: None
+    )  # this process goes on
     file = tmp_path / "packing.json"
     result = packing_benchmark.run(load(PACKED), repeats=1, json_file=file)
     packed, unpacked = result["ways"].values()

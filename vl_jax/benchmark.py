@@ -294,7 +294,6 @@ def _our_model(case: Case, folder: Path) -> tuple[Any, Any, Any]:
     import jax
 
     from vl_jax import params as params_lib
-    from vl_jax import process
     from vl_jax.interop import rules
     from vl_jax.interop.folder import write_folder
     from vl_jax.interop.language import language_rules, language_stacks, read_language
@@ -302,7 +301,7 @@ def _our_model(case: Case, folder: Path) -> tuple[Any, Any, Any]:
     from vl_jax.model import VisionLanguage, VisionLanguageConfig, init_routing_state
     from vl_jax.sharding import MeshConfig, make_mesh
 
-    process.keep_freed_memory()  # as ``train`` does
+    allocator.keep_freed_memory()  # as ``train`` does
     language = read_language(case.model)
     # A few layers are quicker on a CPU without a scan, which copies what each reads and keeps.
     decoder = dataclasses.replace(language.decoder, scan_layers=False)

@@ -18,8 +18,8 @@ import jax
 import numpy as np
 
 import vl_jax
+from vl_jax import allocator, generation, report, sharding
 from vl_jax import config as config_lib
-from vl_jax import generation, process, report, sharding
 from vl_jax import params as params_lib
 from vl_jax.batch import Batch
 from vl_jax.checkpoint import Checkpointer
@@ -198,7 +198,7 @@ def run(experiment: Experiment, workdir: Path) -> dict[str, Any]:
       loop.Stopped: the run was asked to stop and saved its state.
       ValueError: the configuration does not fit the machine, the data or an earlier run of this folder.
     """
-    process.keep_freed_memory()
+    allocator.keep_freed_memory()
     start, experiment = time.time(), resolve(experiment)
     for source in (*experiment.data.sources, *experiment.data.evaluation):
         open_source(source, root=experiment.data.root)

@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vl_jax import allocator, sharding
 from vl_jax import params as params_lib
-from vl_jax import process, sharding
 from vl_jax.benchmark import machine, spread
 from vl_jax.experiment import Experiment, first_weights, open_stream, plan
 from vl_jax.layout import put_batch, rows_here
@@ -94,7 +94,7 @@ def run(experiment: Experiment, *, repeats: int = 9, json_file: Path | None = No
         raise ValueError(
             "config.data.packing=None: say how rows are packed, such as --config.data.packing.max_tokens=512"
         )
-    process.keep_freed_memory()
+    allocator.keep_freed_memory()
     packed = Training(experiment)
     ways = {"packed": packed, "one sample a row": Training(_unpacked(experiment, packed))}
     turns: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vl_jax import process
+from vl_jax import allocator
 from vl_jax.benchmark import machine
 from vl_jax.kernels import target
 from vl_jax.kernels.activation import Activation
@@ -232,7 +232,7 @@ def run(*, repeats: int = 5, json_file: Path | None = None, shapes: tuple[Shape,
     """
     if repeats < 1:
         raise ValueError(f"repeats={repeats}: must be at least 1")
-    process.keep_freed_memory()
+    allocator.keep_freed_memory()
     platform = jax.default_backend()
     result: dict[str, Any] = {"benchmark": "routing", "repeats": repeats, "machine": machine(), "layers": []}
     for shape in shapes or (CPU_SHAPES if platform == "cpu" else ACCELERATOR_SHAPES):

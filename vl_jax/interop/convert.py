@@ -66,7 +66,7 @@ def _to_checkpoint(published: Published, target: Path) -> None:
         arrays = ((key, published.weights[key]) for key in kept)
         write_folder(partial / PUBLISHED, published.fields, kept, arrays, copies=side_files(published.folder))
         checkpointer = Checkpointer(partial / CHECKPOINTS, in_flight=_largest(layout))
-        with _storage_quiet():
+        with _no_word_of_merging():
             checkpointer.save(0, params=params, training=_training(state), record={"dtypes": dtypes})
             checkpointer.close()
         partial.rename(target)
@@ -75,15 +75,18 @@ def _to_checkpoint(published: Published, target: Path) -> None:
 
 
 @contextmanager
-def _storage_quiet() -> Iterator[None]:
-    """Without the warning that files of one leaf each are no data base that needed merging."""
+def _no_word_of_merging() -> Iterator[None]:
+    """Without the one warning that files of one leaf each are no data base that needed merging."""
     logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+
+    def other(record: logging.LogRecord) -> bool:
+        return "Skipping merge of OCDBT" not in str(record.msg)
+
+    logger.addFilter(other)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(other)
 
 
 def _to_published(source: Path, target: Path) -> None:

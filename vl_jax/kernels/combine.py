@@ -100,6 +100,6 @@ def expert_mlp(
         return combine(grouped_mlp(x, group_sizes, weights, **options), gates, choice, moves)  # pyright: ignore
     row_gates: Any = gates_of_rows(gates, choice, moves)
     rows = grouped_mlp(x, group_sizes, weights, gates=row_gates, **options)
-    if isinstance(target, GpuTarget) or kernel == "triton":
-        return unpermute(rows, moves)  # XLA fuses the gathers with the sum there
+    if isinstance(target, GpuTarget):
+        target = None  # On a GPU XLA moves rows: it fuses the gathers with the sum.
     return unpermute(rows, moves, kernel=kernel, target=target)

@@ -197,7 +197,6 @@ def _fused_backward(
     The gradient of a gate, <grad, result>, is <grad @ w_out^T, hidden> (and <grad, b_out>).
     """
     rows, gates, moves, group_sizes, weights, projected = residual
-
     products: Any = _products(target)
 
     def epilogue(sums: list[jax.Array], sides: Sides) -> list[list[jax.Array]]:

@@ -46,7 +46,7 @@ def permute(
     """Token vectors in expert order.
 
     Args:
-      kernel: ``reference`` or ``pallas``.
+      kernel: ``pallas``, or any other, which leaves it to XLA.
       target: what ``pallas`` is compiled for; None: the current mesh or backend.
     """
     return _permute(x, moves, kernel, target)
