@@ -61,7 +61,6 @@ class Language:
             causal = jnp.tril(jnp.ones((length, length), bool))
             mask, positions = causal & (keys > 0)[:, None, :], jnp.arange(length)
         else:
-            cache = cache_lib.append_segments(cache, jnp.ones_like(tokens))
             mask = cache_lib.causal_mask(cache, jnp.ones_like(tokens))
             positions = jnp.arange(length) + cache.length
         context = LayerContext(
@@ -74,7 +73,8 @@ class Language:
         )
 
         def run(decoder: Decoder) -> tuple:
-            hidden, _, new = decoder(decoder.embed(tokens), context, self.state, cache)
+            hidden, _, kept = decoder(decoder.embed(tokens), context, self.state, cache)
+            new = None if cache is None else cache_lib.append(cache, kept, jnp.ones_like(tokens))
             return hidden, decoder.logits(hidden), new
 
         return self.decoder.apply(

@@ -146,13 +146,11 @@ def stream(
         params, routing_state, batch, model=model, slots=slots, chunk=config.prefill_chunk
     )
     done = np.asarray(_empty_rows(batch)).tolist()
-    choice = dataclasses.replace(config, max_new_tokens=1)  # lengths share a program
+    step = _step(model, dataclasses.replace(config, max_new_tokens=1))  # lengths share a program
     used = jnp.zeros_like(logits, bool) if config.repetition_penalty != 1 else None
     course = Course(jnp.zeros((), jnp.int32), key, logits, used)
     for _ in range(config.max_new_tokens):
-        token, course, cache = _advance(
-            params, routing_state, batch, vision, course, cache, model=model, config=choice
-        )
+        token, course, cache = step(params, routing_state, batch, vision, course, cache)
         ids = np.asarray(token).tolist()
         done = [ended or i in stop for i, ended in zip(ids, done, strict=True)]
         yield [None if ended else i for i, ended in zip(ids, done, strict=True)]
@@ -178,6 +176,7 @@ def prefill(
         return _next_logits(model, variables, output.hidden), output.cache, vision
     padding = -length % chunk
     cache = init_cache(model.config, batch=rows, slots=slots + padding)
+    cache = dataclasses.replace(cache, empty=False)  # one program reads all chunks
     padded = pad_prompts(batch, length + padding)
     chunks = {name: jnp.moveaxis(getattr(padded, name).reshape(rows, -1, chunk), 1, 0) for name in _PADDING}
 
@@ -399,6 +398,10 @@ def _gather_rows(cache: Cache, rows: jax.Array) -> Cache:
 
 
 _prefill = functools.partial(jax.jit, static_argnames=("model", "slots", "chunk"))(prefill)
-_advance = functools.partial(jax.jit, static_argnames=("model", "config"), donate_argnames=("cache",))(
-    advance
-)
+
+
+@functools.cache
+def _step(model: VisionLanguage, config: GenerationConfig) -> Any:
+    """``advance``, compiled; to find it by model and config takes as long as a layer: once a stream does."""
+    step = functools.partial(advance, model=model, config=config)
+    return jax.jit(step, donate_argnames=("cache",))

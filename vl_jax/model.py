@@ -182,7 +182,6 @@ class VisionLanguage(nn.Module):
         if cache is None:
             mask, offset = attention.causal_mask(batch.segment_ids, batch.branch_ids), 0
         else:
-            cache = cache_lib.append_segments(cache, batch.segment_ids)
             mask, offset = cache_lib.causal_mask(cache, batch.segment_ids), cache.length
         context = LayerContext(
             positions=batch.positions,
@@ -197,7 +196,9 @@ class VisionLanguage(nn.Module):
             vision_mask=_vision_mask(batch, offset) if gated else None,
             length=None if cache is None else cache.length,
         )
-        hidden, routed, cache = self.language(x, context, routing_state, cache)
+        hidden, routed, kept = self.language(x, context, routing_state, cache)
+        if cache is not None:
+            cache = cache_lib.append(cache, kept, batch.segment_ids)
         return ModelOutput(hidden, routed, cache)
 
     def embed(self, batch: Batch, vision: Float[Array, "B S D"]) -> Float[Array, "B T D"]:

@@ -107,11 +107,11 @@ class LayerContext:
     """What every layer reads and none changes."""
 
     positions: Leaf  # i32[B T]
-    mask: Leaf  # bool[B T S]
+    mask: Leaf  # bool[B T T]; with slots of a cache bool[B T S+T]
     routing: RoutingContext
     vision: Leaf | None  # [B S D] visual tokens, for the gate
     vision_mask: Leaf | None  # bool[B T S]
-    length: Leaf | None  # i32[] filled slots of the cache
+    length: Leaf | None  # i32[] filled slots of the cache; None: there is none to keep anything in
 
 
 @struct.dataclass
@@ -119,7 +119,7 @@ class LayerState:
     """What belongs to one layer and is not a parameter; stacked over layers outside the scan."""
 
     routing: State  # state of the routing scheme; empty for a dense layer
-    kept: Leaf | None  # what the cache keeps for this layer
+    cached: Leaf | None  # what the cache keeps for this layer, unless it is empty
     window: Leaf | None  # i32[] tokens the layer looks back on, 0: all
 
 
@@ -146,8 +146,7 @@ class DecoderLayer(nn.Module):
             RMSNorm(c.norm_epsilon, name="attention_norm")(x),
             positions=context.positions,
             mask=mask,
-            kept=state.kept,
-            length=length,
+            cached=state.cached,
         )
         x = constrain(x + mixed, "batch", None, None)
         normed = RMSNorm(c.norm_epsilon, name="mlp_norm")(x)
@@ -156,7 +155,7 @@ class DecoderLayer(nn.Module):
             y = GatedMLP(c.mlp_dim, c.activation, c.mlp_bias, name="mlp")(normed)
         else:
             y, routed = DynamicMoE(self.moe, name="moe")(normed, context.routing, state.routing)
-        return constrain(x + y, "batch", None, None), (kept, routed)
+        return constrain(x + y, "batch", None, None), (None if length is None else kept, routed)
 
 
 class Decoder(nn.Module):
@@ -218,35 +217,34 @@ class Decoder(nn.Module):
         context: LayerContext,
         routing_state: State,
         cache: Cache | None,
-    ) -> tuple[Float[Array, "B T D"], MoEOutput | None, Cache | None]:
+    ) -> tuple[Float[Array, "B T D"], MoEOutput | None, tuple[Leaf, ...]]:
         """Runs the layers.
 
         Args:
           routing_state: state of the scheme, stacked over the sparse layers.
-          cache: what attention kept so far (segments of the new tokens appended), or None in training.
+          cache: what attention kept of the tokens before, or None in training.
 
         Returns:
-          Hidden states after the final norm, what the sparse layers returned (stacked), and the new cache.
+          Hidden states after the final norm, what the sparse layers returned (stacked), and what attention
+          keeps of the new tokens, for each run of layers (see ``cache.append``).
         """
         windows = jnp.array(self.config.windows, jnp.int32) if self.config.windows else None
         runs = self.config.runs
-        cached = [None] * len(runs) if cache is None else cache.runs
+        cached = [None] * len(runs) if cache is None or cache.empty else cache.runs
         kept, routed, first_sparse = [], [], 0
         for run, stack, before in zip(runs, self.stacks, cached, strict=True):
             layers = slice(run.layers[0], run.layers[-1] + 1)
             sparse = slice(first_sparse, first_sparse + len(run.layers) * run.sparse)
             state = LayerState(
                 routing=jax.tree.map(lambda a, s=sparse: a[s], routing_state) if run.sparse else {},
-                kept=before,
+                cached=before,
                 window=None if windows is None else windows[layers],
             )
             x, (kept_here, routed_here) = stack(x, state, context)
             kept.append(kept_here)
             routed += [routed_here] * run.sparse
             first_sparse = sparse.stop
-        if cache is not None:
-            cache = dataclasses.replace(cache, runs=tuple(kept), length=cache.length + x.shape[1])
-        return self.norm(x), _stacked(routed) if routed else None, cache
+        return self.norm(x), _stacked(routed) if routed else None, tuple(kept)
 
 
 def _stacked(trees: list[Any]) -> Any:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from vl_jax.nn import attention, cache, rope
+from vl_jax.nn import attention, rope
 from vl_jax.nn.layers import RMSNorm, fan_in, join_heads, named, split_heads
 from vl_jax.nn.rope import RopeConfig
 
@@ -49,7 +49,7 @@ class GQAConfig:
 
 
 class GQA(nn.Module):
-    """Attention with its projections; with a cache it appends keys and values and attends over them all."""
+    """Attention with its projections, over the tokens and, if there are any before them, those of a cache."""
 
     config: GQAConfig
 
@@ -59,36 +59,33 @@ class GQA(nn.Module):
         x: Float[Array, "B T D"],
         *,
         positions: Int[Array, "B T"],
-        mask: Bool[Array, "B T S"],
-        kept: tuple[Float[Array, "B S K H"], ...] | None,
-        length: Int[Array, ""] | None,
-    ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B S K H"], ...] | None]:
+        mask: Bool[Array, "B T ST"],
+        cached: tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]] | None,
+    ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]]:
         c = self.config
         query = self._clip(self._normed(self._project(x, "query", c.num_heads), "query_norm"))
         key = self._clip(self._normed(self._project(x, "key", c.num_kv_heads), "key_norm"))
         value = self._clip(self._project(x, "value", c.num_kv_heads))
         angle = rope.angles(positions, dim=c.head_dim, config=c.rope)
         query, key = rope.rotate(query, angle, c.rope), rope.rotate(key, angle, c.rope)
-        if kept is not None:
-            assert length is not None
-            kept = cache.append(kept, (key, value), length)
-            key, value = kept
         sinks = None
         if c.sinks:
             sinks = self.param("sinks", named(nn.initializers.zeros, "heads"), (c.num_heads,))
         scale = c.head_dim**-0.5 * c.rope.softmax_scale
-        if self.is_mutable_collection("intermediates"):
-            weights = attention.attention_weights(query, key, mask=mask, scale=scale, sinks=sinks)
-            self.sow("intermediates", "weights", weights)
-        causal = kept is None
-        mixed = attention.attend(query, key, value, mask=mask, scale=scale, sinks=sinks, causal=causal)
+        options = {"mask": mask, "scale": scale, "sinks": sinks}
+        if cached is None:
+            if self.is_mutable_collection("intermediates"):
+                self.sow("intermediates", "weights", attention.attention_weights(query, key, **options))
+            mixed = attention.attend(query, key, value, **options, causal=True)
+        else:
+            mixed = attention.attend_cached(query, key, value, cached, **options)
         init = named(fan_in(in_axis=(0, 1)), "heads", None, "embed")
         output = self.param("output", init, (c.num_heads, c.head_dim, x.shape[-1]))
         y = join_heads(mixed, output.astype(x.dtype))
         if c.output_bias:
             bias = self.param("output_bias", named(nn.initializers.zeros, None), (x.shape[-1],))
             y = y + bias.astype(x.dtype)
-        return y, kept
+        return y, (key, value)
 
     def _project(self, x: jax.Array, name: str, heads: int) -> jax.Array:
         c = self.config

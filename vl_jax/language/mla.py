@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from vl_jax.nn import attention, cache, rope
+from vl_jax.nn import attention, rope
 from vl_jax.nn.layers import Linear, RMSNorm, fan_in, join_heads, named, split_heads
 from vl_jax.nn.rope import RopeConfig
 
@@ -77,25 +77,32 @@ def expand(
 def absorbed_attention(
     q_nope: Float[Array, "B T N H"],
     q_rope: Float[Array, "B T N P"],
-    latent: Float[Array, "B S R"],
-    key_rope: Float[Array, "B S P"],
+    latent: Float[Array, "B T R"],
+    key_rope: Float[Array, "B T P"],
     kv_up: Float[Array, "N HV R"],
+    cached: tuple[Float[Array, "B S R"], Float[Array, "B S P"]],
     *,
-    mask: Bool[Array, "B T S"],
+    mask: Bool[Array, "B T ST"],
     scale: float,
 ) -> Float[Array, "B T N V"]:
-    """The decoding form: attends over the latents themselves, never expanding the cache."""
+    """The decoding form: attends over the latents themselves, of a cache's S slots and of T new tokens."""
     nope = q_nope.shape[-1]
     q_latent = jnp.einsum("BTNH,NHR->BTNR", q_nope, kv_up[:, :nope])
-    scores = jnp.einsum("BTNR,BSR->BNTS", q_latent, latent, preferred_element_type=jnp.float32)
-    scores = scores + jnp.einsum("BTNP,BSP->BNTS", q_rope, key_rope, preferred_element_type=jnp.float32)
+
+    def products(latent: jax.Array, key_rope: jax.Array) -> jax.Array:
+        content = jnp.einsum("BTNR,BSR->BNTS", q_latent, latent, preferred_element_type=jnp.float32)
+        return content + jnp.einsum("BTNP,BSP->BNTS", q_rope, key_rope, preferred_element_type=jnp.float32)
+
+    scores = jnp.concatenate([products(*cached), products(latent, key_rope)], axis=-1)
     weights = attention.masked_softmax(scores * scale, mask[:, None]).astype(latent.dtype)
-    mixed = jnp.matmul(weights, latent[:, None])  # [B N T R]: einsum would transpose the cache
+    before, now = jnp.split(weights, [cached[0].shape[1]], axis=-1)
+    # [B N T R], and no einsum, which would transpose the cache.
+    mixed = jnp.matmul(before, cached[0][:, None]) + jnp.matmul(now, latent[:, None])
     return jnp.einsum("BNTR,NVR->BTNV", mixed, kv_up[:, nope:])
 
 
 class MLA(nn.Module):
-    """Latent attention; with a cache it appends the new latents and attends over all of them."""
+    """Latent attention, over the tokens and, if there are any before them, those of a cache."""
 
     config: MLAConfig
 
@@ -105,10 +112,9 @@ class MLA(nn.Module):
         x: Float[Array, "B T D"],
         *,
         positions: Int[Array, "B T"],
-        mask: Bool[Array, "B T S"],
-        kept: tuple[Float[Array, "B S R"], Float[Array, "B S P"]] | None,
-        length: Int[Array, ""] | None,
-    ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B S R"], Float[Array, "B S P"]] | None]:
+        mask: Bool[Array, "B T ST"],
+        cached: tuple[Float[Array, "B S R"], Float[Array, "B S P"]] | None,
+    ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B T R"], Float[Array, "B T P"]]]:
         c = self.config
         angle = rope.angles(positions, dim=c.qk_rope_dim, config=c.rope)
         q_nope, q_rope = self._query(x, angle)
@@ -119,7 +125,7 @@ class MLA(nn.Module):
         init = named(fan_in(in_axis=2), "heads", None, None)
         kv_up = self.param("kv_up", init, (c.num_heads, c.qk_nope_dim + c.v_head_dim, c.kv_lora_rank))
         kv_up = kv_up.astype(x.dtype)
-        if kept is None:
+        if cached is None:
             query, key, value = expand(q_nope, q_rope, latent, key_rope, kv_up)
             if self.is_mutable_collection("intermediates"):
                 weights = attention.attention_weights(query, key, mask=mask, scale=c.scale)
@@ -127,16 +133,15 @@ class MLA(nn.Module):
                 self.sow("intermediates", "key_value", split_heads(latent, jnp.moveaxis(kv_up, -1, 0)))
             mixed = attention.attend(query, key, value, mask=mask, scale=c.scale, causal=True)
         else:
-            assert length is not None
-            latents, keys = kept = cache.append(kept, (latent, key_rope), length)
-            mixed = absorbed_attention(q_nope, q_rope, latents, keys, kv_up, mask=mask, scale=c.scale)
+            options = {"mask": mask, "scale": c.scale}
+            mixed = absorbed_attention(q_nope, q_rope, latent, key_rope, kv_up, cached, **options)
         init = named(fan_in(in_axis=(0, 1)), "heads", None, "embed")
         output = self.param("output", init, (c.num_heads, c.v_head_dim, x.shape[-1]))
         y = join_heads(mixed, output.astype(x.dtype))
         if c.use_bias:
             bias = self.param("output_bias", named(nn.initializers.zeros, None), (x.shape[-1],))
             y = y + bias.astype(x.dtype)
-        return y, kept
+        return y, (latent, key_rope)
 
     def _query(self, x: jax.Array, angle: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The content part of every head's query, and its rotated part."""

@@ -29,10 +29,24 @@ def attend(
     """
     if causal and mask is not None and sinks is None:
         return _causal(query, key, value, mask, scale)
-    weights = attention_weights(query, key, mask=mask, scale=scale, sinks=sinks)
-    weights = weights.reshape(weights.shape[0], key.shape[2], -1, *weights.shape[2:])
-    mixed = jnp.einsum("BKGTS,BSKV->BTKGV", weights.astype(value.dtype), value)
-    return mixed.reshape(*query.shape[:3], value.shape[-1])
+    return weighted_sum(attention_weights(query, key, mask=mask, scale=scale, sinks=sinks), value)
+
+
+def attend_cached(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K V"],
+    cached: tuple[Float[Array, "B S K H"], Float[Array, "B S K V"]],
+    *,
+    mask: Bool[Array, "B T ST"],
+    scale: float,
+    sinks: Float[Array, " N"] | None = None,
+) -> Float[Array, "B T N V"]:
+    """``attend`` over the keys and values of a cache's S slots and of T new tokens, without joining them."""
+    products = jnp.concatenate([dot_products(query, k) for k in (cached[0], key)], axis=-1)
+    weights = masked_softmax(products * scale, mask[:, None], sinks)
+    before, now = jnp.split(weights, [cached[0].shape[1]], axis=-1)
+    return weighted_sum(before, cached[1]) + weighted_sum(now, value)
 
 
 def attention_weights(
@@ -44,11 +58,22 @@ def attention_weights(
     sinks: Float[Array, " N"] | None = None,
 ) -> Float[Array, "B N T S"]:
     """The probabilities of ``attend``."""
+    return masked_softmax(dot_products(query, key) * scale, None if mask is None else mask[:, None], sinks)
+
+
+def dot_products(query: Float[Array, "B T N H"], key: Float[Array, "B S K H"]) -> Float[Array, "B N T S"]:
+    """The products of queries and keys, in float32."""
     batch, length, heads, width = query.shape
     grouped = query.reshape(batch, length, key.shape[2], -1, width)
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, key, preferred_element_type=jnp.float32) * scale
-    scores = scores.reshape(batch, heads, length, -1)
-    return masked_softmax(scores, None if mask is None else mask[:, None], sinks)
+    products = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, key, preferred_element_type=jnp.float32)
+    return products.reshape(batch, heads, length, -1)
+
+
+def weighted_sum(weights: Float[Array, "B N T S"], value: Float[Array, "B S K V"]) -> Float[Array, "B T N V"]:
+    """The sums of values by their weights, which are cast to their dtype."""
+    grouped = weights.reshape(weights.shape[0], value.shape[2], -1, *weights.shape[2:])
+    mixed = jnp.einsum("BKGTS,BSKV->BTKGV", grouped.astype(value.dtype), value)
+    return mixed.reshape(*mixed.shape[:2], -1, value.shape[-1])
 
 
 def masked_softmax(
@@ -186,9 +211,11 @@ def within_window(
     """The mask without keys that stand ``window`` or more indices before the query; 0 leaves it as it is.
 
     Args:
-      offset: sequence index of the first query (the filled length of a cache).
+      mask: of the T queries themselves, the last T keys, and the slots of a cache before them, if any.
+      offset: sequence index of the first query (the filled length of the cache).
     """
-    queries, keys = jnp.arange(mask.shape[1]) + offset, jnp.arange(mask.shape[2])
+    queries, slots = jnp.arange(mask.shape[1]) + offset, mask.shape[2] - mask.shape[1]
+    keys = jnp.concatenate([jnp.arange(slots), queries])
     near = queries[:, None] - keys[None, :] < window
     return mask & (near | (window == 0))
 

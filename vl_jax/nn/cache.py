@@ -1,12 +1,12 @@
 """The cache of attention: for every layer and token what its kind of attention keeps.
 
 Latent attention keeps R + H_rope numbers a token and layer, no keys and no values; grouped-query attention
-keeps the keys and values of its few key heads.
+keeps the keys and values of its few key heads. Layers read the cache and say what they keep of new tokens;
+that is written at once behind the last layer, so that no layer has to make a cache of its own.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +25,9 @@ class Cache:
     runs: Leaf  # for each run of layers a tuple of [L B S ...]
     segment_ids: Leaf  # i32[B S] 0 in slots that hold padding or nothing
     length: Leaf  # i32[] filled slots, the same for all rows
+    empty: bool = struct.field(
+        pytree_node=False
+    )  # known to hold nothing: the first tokens see only each other
 
 
 def create(
@@ -42,26 +45,37 @@ def create(
         ),
         segment_ids=jnp.zeros((batch, slots), jnp.int32),
         length=jnp.zeros((), jnp.int32),
+        empty=True,
     )
 
 
-def append(kept: Sequence[Leaf], new: Sequence[Leaf], length: Int[Array, ""]) -> tuple[Leaf, ...]:
-    """Writes what T new tokens bring, each [B T ...], at slot ``length`` of one layer's [B S ...]."""
-    return tuple(
-        jax.lax.dynamic_update_slice_in_dim(old, x.astype(old.dtype), length, axis=1)
-        for old, x in zip(kept, new, strict=True)
+def append(cache: Cache, kept: Sequence[tuple[Leaf, ...]], segment_ids: Int[Array, "B T"]) -> Cache:
+    """The cache with T more tokens.
+
+    Args:
+      kept: what the layers keep of them, for each run a tuple of [L B T ...].
+      segment_ids: their segments; 0 for padding.
+    """
+
+    def write(old: jax.Array, new: jax.Array, axis: int) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), cache.length, axis)
+
+    return Cache(
+        runs=jax.tree.map(lambda old, new: write(old, new, 2), cache.runs, tuple(kept)),
+        segment_ids=write(cache.segment_ids, segment_ids, 1),
+        length=cache.length + segment_ids.shape[1],
+        empty=False,
     )
-
-
-def append_segments(cache: Cache, segment_ids: Int[Array, "B T"]) -> Cache:
-    """Marks the next T slots with the segments of the tokens about to be written."""
-    updated = jax.lax.dynamic_update_slice_in_dim(cache.segment_ids, segment_ids, cache.length, axis=1)
-    return dataclasses.replace(cache, segment_ids=updated)
 
 
 def causal_mask(cache: Cache, segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T S"]:
-    """Which slots the T tokens written at ``length`` may see (their segments already appended)."""
-    slots = jnp.arange(cache.segment_ids.shape[1])
-    index = jnp.arange(segment_ids.shape[1]) + cache.length
-    same_segment = segment_ids[:, :, None] == cache.segment_ids[:, None, :]
-    return same_segment & (slots[None, :] <= index[:, None])[None] & (cache.segment_ids[:, None, :] > 0)
+    """What the next T tokens may see: the slots that are filled, if there can be any, then one another."""
+    order = jnp.arange(segment_ids.shape[1])
+    seen = jnp.broadcast_to(order[:, None] >= order[None, :], (len(segment_ids), *2 * order.shape))
+    keys = segment_ids
+    if not cache.empty:
+        slots = cache.segment_ids.shape[1]
+        filled = jnp.broadcast_to(jnp.arange(slots) < cache.length, (*segment_ids.shape, slots))
+        seen = jnp.concatenate([filled, seen], axis=2)
+        keys = jnp.concatenate([cache.segment_ids, segment_ids], axis=1)
+    return seen & (segment_ids[:, :, None] == keys[:, None, :]) & (keys[:, None, :] > 0)
