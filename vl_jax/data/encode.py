@@ -304,18 +304,18 @@ class Encoder:
                 slots[run.start : run.start + len(layout)] = np.arange(here, total, dtype=np.int32)
         return Example(
             id=sample.id,
-            tokens=np.array(dialogue.tokens, np.int32),
-            targets=np.array(dialogue.targets, np.int32),
-            loss_weights=np.array(dialogue.loss_weights, np.float32),
-            positions=np.array(dialogue.positions, np.int32),
-            branch_ids=np.array(dialogue.branch_ids, np.int32),
+            tokens=dialogue.tokens,
+            targets=dialogue.targets,
+            loss_weights=dialogue.loss_weights,
+            positions=dialogue.positions,
+            branch_ids=dialogue.branch_ids,
             visual_slot=slots,
             tiles=pictures.tiles,
             visual_index=np.concatenate(index) if index else np.zeros(0, np.int32),
             visual_start=starts,
             num_turns=dialogue.num_turns,
             grids=pictures.grids,
-            answer_runs=tuple(dialogue.answer_runs),
+            answer_runs=dialogue.answer_runs,
         )
 
 
