@@ -15,6 +15,7 @@ import numpy as np
 
 from vl_jax.data import chat, images
 from vl_jax.data.augment import AugmentationConfig
+from vl_jax.data.cache import Cache
 from vl_jax.data.example import Example
 from vl_jax.data.packing import PackingConfig
 from vl_jax.data.pictures import Pictures, read_pictures
@@ -52,6 +53,7 @@ class DataConfig:
     image_dropout_rate: float = 0.0  # share of the draws whose images are withheld
     tiling: images.TilingConfig = field(default_factory=images.TilingConfig)
     decoding: Decoding = "whole"
+    cache_mb: int = 128  # MiB of tiles that stay in memory; with augmentation, of pictures; 0: none
     augmentation: AugmentationConfig | None = None  # of pictures, in training; None: they stay as they are
     packing: PackingConfig | None = None  # rows of several samples in training; None: one sample a row
     seed: int = 0
@@ -63,6 +65,8 @@ class DataConfig:
         for name in ("max_tokens", "max_tiles", "num_threads", "prefetch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.cache_mb < 0:
+            raise ValueError(f"cache_mb={self.cache_mb}: must not be negative; 0 keeps nothing")
         if self.num_workers < 0:
             raise ValueError(f"num_workers={self.num_workers}: must not be negative; 0 means threads")
         for name in ("max_turns", "max_answer_tokens"):
@@ -127,6 +131,7 @@ class Encoder:
     max_tiles: int  # M
     max_targets: int  # Q
     decoding: Decoding = "whole"
+    cache: Cache = field(default_factory=lambda: Cache(0), compare=False)  # of pictures
 
     def __post_init__(self):
         if self.tokenizer.vocab_size > self.spec.vocab_size:
@@ -282,9 +287,13 @@ class Encoder:
         return example
 
     def _pictures(self, sample: Sample) -> Pictures:
-        side, most = self.spec.tile_tokens_side, self.max_tiles
         return read_pictures(
-            sample, self.tiling, tile_tokens_side=side, max_tiles=most, quick=self.decoding == "reduced"
+            sample,
+            self.tiling,
+            tile_tokens_side=self.spec.tile_tokens_side,
+            max_tiles=self.max_tiles,
+            quick=self.decoding == "reduced",
+            cache=self.cache,
         )
 
     def _image_lengths(self, pictures: Pictures) -> list[int]:
@@ -337,6 +346,7 @@ def make_encoder(config: DataConfig, spec: ModelSpec, *, targets: chat.Targets =
         max_tiles=config.max_tiles,
         max_targets=min(answers or config.max_tokens, config.max_tokens),
         decoding=config.decoding,
+        cache=Cache((config.cache_mb << 20) // max(config.num_workers, 1)),
     )
 
 

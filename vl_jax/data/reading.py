@@ -124,7 +124,8 @@ class ItemReader:
 def _augmented(sample: Sample, encoder: Encoder, config: DataConfig, key: tuple[int, ...]) -> Sample:
     if config.augmentation is None:
         return sample
-    return augment(sample, config.augmentation, np.random.default_rng(key), length=encoder.text_length)
+    rng, length = np.random.default_rng(key), encoder.text_length
+    return augment(sample, config.augmentation, rng, length=length, cache=encoder.cache)
 
 
 def _open_samples(
