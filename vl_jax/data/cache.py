@@ -1,7 +1,7 @@
-"""Pictures that stay in memory, within a budget: what is there is not read and decoded again.
+"""Pictures and records that stay in memory, within a budget: what is there is not read and decoded again.
 
-A cache is filled until its budget is spent, and then keeps what it has. In a shuffled epoch every picture
-comes once, so that making room for a new one would throw out one that comes as soon.
+A cache is filled until its budget is spent, and then keeps what it has. In a shuffled epoch everything
+comes once, so that making room for something new would throw out what comes as soon.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from typing import Any
 
 from PIL import Image as PilImage
 
-from vl_jax.data.sample import Image, image_key
+from vl_jax.data.sample import Image, Sample, image_key
+from vl_jax.data.sources import Source
 
 _OVERHEAD = 600  # bytes of a key and of the objects around a value, about
+_TURN, _CHARACTER = 400, 3  # bytes of a turn and of a character of its texts, the most there usually are
 
 
 class Cache:
@@ -58,3 +60,22 @@ def decode(image: Image, cache: Cache) -> PilImage.Image:
         if key is not None:
             cache.put((key, "picture"), picture, size=4 * picture.width * picture.height)  # as Pillow has it
     return picture
+
+
+def read(source: Source, record: int, cache: Cache, *, name: str) -> Sample:
+    """The sample of a record, which is kept if its pictures are files: others may hold what they come from.
+
+    Args:
+      name: of the source.
+
+    Raises:
+      BadSample: the record cannot be used.
+    """
+    key = (name, record)
+    sample = cache.get(key)
+    if sample is None:
+        sample = source[record]
+        if all(image_key(image) is not None for image in sample.images):
+            characters = len(sample.system) + sum(len(t.question) + len(t.answer) for t in sample.turns)
+            cache.put(key, sample, size=_TURN * len(sample.turns) + _CHARACTER * characters)
+    return sample

@@ -122,9 +122,11 @@ class Sample:
         if self.images:
             bare[0] = questions[0][len(_lead(self.turns[0].question, len(self.turns))[0]) :]
         asked = [questions[i] if rank == 0 else bare[i] for rank, i in enumerate(indices)]
-        turns = [self.turns[i] for i in indices]
-        turns = [Turn(q, t.answer, t.kind, t.language, t.boxes) for q, t in zip(asked, turns, strict=True)]
-        return Sample(self.id, tuple(turns), self.images, self.system)
+        turns = tuple(
+            t if q is t.question else Turn(q, t.answer, t.kind, t.language, t.boxes)
+            for q, t in zip(asked, (self.turns[i] for i in indices), strict=True)
+        )
+        return Sample(self.id, turns, self.images, self.system)
 
     def without_images(self) -> Sample:
         """The same conversation with images and placeholders withheld."""
