@@ -110,7 +110,7 @@ class AugmentedImage:
         return image_size(self.image)
 
     def at_least(self, width: int, height: int) -> PilImage.Image:
-        """No smaller than that, if the original is not; see ``ReducibleImage``."""
+        """No smaller than that, if the original is not; see ``ReducibleImage``. Reads it anew every time."""
         if not isinstance(self.image, ReducibleImage):
             return self()
         left, top, right, bottom = self.geometry.shown

@@ -1,7 +1,8 @@
 """Pictures and records that stay in memory, within a budget: what is there is not read and decoded again.
 
 A cache is filled until its budget is spent, and then keeps what it has. In a shuffled epoch everything
-comes once, so that making room for something new would throw out what comes as soon.
+comes once, so that making room for something new would throw out what comes as soon. What stays is what is
+there before anything random: records, and of pictures the tiles, or with augmentation the whole picture.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ class DataConfig:
     image_dropout_rate: float = 0.0  # share of the draws whose images are withheld
     tiling: images.TilingConfig = field(default_factory=images.TilingConfig)
     decoding: Decoding = "whole"
-    cache_mb: int = 128  # MiB of tiles that stay in memory; with augmentation, of pictures; 0: none
+    cache_mb: int = 128  # MiB of records and tiles of files kept in memory, of all workers; 0: none
     augmentation: AugmentationConfig | None = None  # of pictures, in training; None: they stay as they are
     packing: PackingConfig | None = None  # rows of several samples in training; None: one sample a row
     seed: int = 0
@@ -65,10 +65,9 @@ class DataConfig:
         for name in ("max_tokens", "max_tiles", "num_threads", "prefetch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        if self.cache_mb < 0:
-            raise ValueError(f"cache_mb={self.cache_mb}: must not be negative; 0 keeps nothing")
-        if self.num_workers < 0:
-            raise ValueError(f"num_workers={self.num_workers}: must not be negative; 0 means threads")
+        for name, none in {"num_workers": "means threads", "cache_mb": "keeps nothing"}.items():
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must not be negative; 0 {none}")
         for name in ("max_turns", "max_answer_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1, or None for all")
@@ -287,13 +286,9 @@ class Encoder:
         return example
 
     def _pictures(self, sample: Sample) -> Pictures:
+        side, most, quick = self.spec.tile_tokens_side, self.max_tiles, self.decoding == "reduced"
         return read_pictures(
-            sample,
-            self.tiling,
-            tile_tokens_side=self.spec.tile_tokens_side,
-            max_tiles=self.max_tiles,
-            quick=self.decoding == "reduced",
-            cache=self.cache,
+            sample, self.tiling, tile_tokens_side=side, max_tiles=most, quick=quick, cache=self.cache
         )
 
     def _image_lengths(self, pictures: Pictures) -> list[int]:
