@@ -12,6 +12,8 @@ import pytest
 from PIL import Image as PilImage
 
 from vl_jax import config as config_module
+from vl_jax.data.augment import AugmentationConfig
+from vl_jax.data.cache import Cache
 from vl_jax.data.encode import DataConfig, ModelSpec, find_source, make_encoder
 from vl_jax.data.images import TilingConfig
 from vl_jax.data.pipeline import TrainIterator
@@ -327,6 +329,7 @@ def test_previews_show_targets_images_and_reasons(tmp_path):
     ("bad", "message"),
     [
         ({"max_tokens": 0}, "max_tokens=0"),
+        ({"cache_mb": -1}, "cache_mb=-1: must not be negative"),
         ({"max_turns": 0}, "max_turns=0"),
         ({"image_dropout_rate": 2.0}, "image_dropout_rate=2.0"),
         ({"sources": (ScenesConfig("a"), ScenesConfig("a"))}, "must be different"),
@@ -345,3 +348,51 @@ def test_unknown_sources_small_vocabularies_and_bad_weights_are_refused():
     for weights in ({"c": 1.0}, {"a": 0.0}):
         with pytest.raises(ValueError, match="source"):
             iterator(sources=weights)
+
+
+def picture_records(folder, count: int = 6):
+    """Records about pictures of noise, each of them twice."""
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        levels = rng.integers(0, 256, (20, 30, 3), np.uint8)
+        PilImage.fromarray(levels).save(folder / f"{i}.png")
+    (folder / "data.json").write_text(json.dumps([talk(i, f"{i % count}.png") for i in range(2 * count)]))
+    source = LlavaConfig("files", "data.json")
+    return dataclasses.replace(
+        CONFIG, root=str(folder), sources=(source,), tiling=TILED, max_tiles=3, image_dropout_rate=0.0
+    )
+
+
+@pytest.mark.parametrize("augmentation", [None, AugmentationConfig(brightness=0.3, crop=0.2)])
+@pytest.mark.parametrize("decoding", ["whole", "reduced"])
+def test_a_cache_changes_no_batch_and_nothing_is_opened_again(tmp_path, augmentation, decoding):
+    config = dataclasses.replace(picture_records(tmp_path), augmentation=augmentation, decoding=decoding)
+    plain = take(iterator(dataclasses.replace(config, cache_mb=0)), 12)
+    small = dataclasses.replace(config, cache_mb=1)
+    for x, y in zip(plain, take(iterator(small), 12), strict=True):
+        assert_same(x, y)
+    batches = iterator(small, batch_size=12)
+    next(batches)
+    if augmentation is None:
+        for file in tmp_path.glob("*.png"):
+            file.write_bytes(b"gone")  # What has been read stays as it was.
+    assert len({i for _ in range(2) for i in ids_of(batches, 1)}) == 12
+    assert not batches.skipped
+
+
+def test_a_cache_keeps_what_fits_its_budget_and_nothing_else():
+    cache = Cache(4000)
+    for key in range(5):
+        cache.put(key, f"value {key}", size=1000)
+    cache.put(0, "another", size=1000)
+    assert len(cache) == 2 and cache.get(0) == "value 0" and cache.get(2) is None
+    cache.put("small", 1, size=100)
+    assert cache.get("small") == 1
+
+
+def test_pictures_that_cannot_be_used_are_counted_with_a_cache_too(tmp_path):
+    config = picture_records(tmp_path)
+    (tmp_path / "2.png").write_bytes((tmp_path / "2.png").read_bytes()[:60])
+    batches = iterator(config, batch_size=10)
+    take(batches, 3)
+    assert batches.skipped == {"corrupt_image": 2}

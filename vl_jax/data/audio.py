@@ -84,6 +84,11 @@ class SoundImage:
     where: str  # "sample ID (FILE, record N)", for messages
     config: AudioConfig
 
+    @property
+    def key(self) -> tuple[str, AudioConfig]:
+        """See ``sample.image_key``."""
+        return str(self.path), self.config
+
     def __call__(self) -> PilImage.Image:
         """Reads the sound and draws it.
 

@@ -20,8 +20,10 @@ from PIL import ImageEnhance
 
 from vl_jax.data import grounding
 from vl_jax.data.audio import SoundImage
+from vl_jax.data.cache import Cache, decode
 from vl_jax.data.sample import Box, Image, ReducibleImage, Sample, Turn, image_size
 
+_NO_CACHE = Cache(0)
 _ATTEMPTS = 8  # crops tried before a picture stays whole
 
 # Texts that a mirror image makes false, those about writing, which it makes illegible, and those about
@@ -97,17 +99,18 @@ class AugmentedImage:
     image: Image
     geometry: Geometry
     look: Look
+    cache: Cache = _NO_CACHE  # of originals
 
     def __call__(self) -> PilImage.Image:
         """Raises as the original does."""
-        return self._change(self.image())
+        return self._change(decode(self.image, self.cache))
 
     def size(self) -> tuple[int, int]:
         """Width and height of the original."""
         return image_size(self.image)
 
     def at_least(self, width: int, height: int) -> PilImage.Image:
-        """No smaller than that, if the original is not; see ``ReducibleImage``."""
+        """No smaller than that, if the original is not; see ``ReducibleImage``. Reads it anew every time."""
         if not isinstance(self.image, ReducibleImage):
             return self()
         left, top, right, bottom = self.geometry.shown
@@ -133,7 +136,12 @@ class AugmentedImage:
 
 
 def augment(
-    sample: Sample, config: AugmentationConfig, rng: np.random.Generator, *, length: Callable[[str], int]
+    sample: Sample,
+    config: AugmentationConfig,
+    rng: np.random.Generator,
+    *,
+    length: Callable[[str], int],
+    cache: Cache = _NO_CACHE,
 ) -> Sample:
     """A draw of the sample with changed pictures and, where they move, changed boxes.
 
@@ -142,6 +150,7 @@ def augment(
 
     Args:
       length: the number of tokens of a text.
+      cache: of the pictures before they are changed.
 
     Raises:
       BadSample: an image cannot be used.
@@ -157,7 +166,7 @@ def augment(
     for geometry in _geometries(sample, config, rng):
         turns = _moved(sample, geometry, config.min_visible, length)
         if turns is not None:
-            images = tuple(AugmentedImage(image, geometry, look) for image in sample.images)
+            images = tuple(AugmentedImage(image, geometry, look, cache) for image in sample.images)
             return dataclasses.replace(sample, turns=turns, images=images)
     raise AssertionError("the picture as it is can always be taken")
 

@@ -15,8 +15,10 @@ beginning, the *trunk*, up to the last image:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
+
+import numpy as np
 
 from vl_jax.data.sample import IMAGE_PLACEHOLDER, TEXT, BadSample, Sample, standalone_questions
 from vl_jax.data.tokenizer import GROUNDING, SPECIAL, Tokenizer, recalled
@@ -37,35 +39,27 @@ class VisualRun:
     length: int
 
 
-@dataclass
+@dataclass(frozen=True)
 class Dialogue:
-    """One encoded conversation; the lists have one entry for each sequence position."""
+    """One encoded conversation; the arrays have one entry for each sequence position."""
 
-    tokens: list[int] = field(default_factory=list)
-    targets: list[int] = field(default_factory=list)  # the id to predict from here, 0 where there is none
-    loss_weights: list[float] = field(default_factory=list)  # 1 where there is a target
-    positions: list[int] = field(default_factory=list)
-    branch_ids: list[int] = field(default_factory=list)
-    visual_runs: list[VisualRun] = field(default_factory=list)
-    answer_runs: list[range] = field(default_factory=list)  # where the answers stand, their EOS included
-    num_turns: int = 0
-
-    def _append(self, ids: list[int], *, branch: int, position: int, first: bool, rest: bool) -> None:
-        """Adds a run of tokens of one branch; whether the first is a target, and whether the rest are."""
-        count = len(ids)
-        if first and self.tokens and self.branch_ids[-1] == branch:
-            self.targets[-1], self.loss_weights[-1] = ids[0], 1.0
-        self.tokens += ids
-        self.targets += [*ids[1:], 0] if rest else [0] * count
-        self.loss_weights += [1.0] * (count - 1) + [0.0] if rest else [0.0] * count
-        self.positions += range(position, position + count)
-        self.branch_ids += [branch] * count
+    tokens: np.ndarray  # i32[t]
+    targets: np.ndarray  # i32[t] the id to predict from here, 0 where there is none
+    loss_weights: np.ndarray  # f32[t] 1 where there is a target
+    positions: np.ndarray  # i32[t]
+    branch_ids: np.ndarray  # i32[t]
+    visual_runs: tuple[VisualRun, ...]
+    answer_runs: tuple[range, ...]  # where the answers stand, their EOS included
+    num_turns: int
 
 
 _PER_POSITION = ("tokens", "targets", "loss_weights", "positions", "branch_ids")
 
 # A part of a conversation: ids, with None standing for one image's run; and whether it is an answer.
 _Part = tuple[list[Any], bool]
+
+# What a run of tokens is.
+_WRITTEN, _ANSWER, _IMAGE = range(3)
 
 
 def encode_dialogue(
@@ -92,32 +86,27 @@ def encode_dialogue(
         image, or not even the first turn fits.
     """
     _check(sample, image_lengths)
-    result = Dialogue()
+    draft = _Draft(tokenizer.image, image_lengths)
     if turns == "dialogue":
-        start = [tokenizer.bos, *_encode(tokenizer, sample.system.strip())]
-        _extend(result, [(start, False)], 0, image_lengths, tokenizer.image, targets)
+        draft.extend([([tokenizer.bos, *_encode(tokenizer, sample.system.strip())], False)], 0)
         questions = [t.question for t in sample.turns]
         branches = [0] * len(questions)
     else:
         trunk, questions = _split_trunk(sample, tokenizer)
-        _extend(result, [(trunk, False)], 0, image_lengths, tokenizer.image, targets)
+        draft.extend([(trunk, False)], 0)
         branches = list(range(1, len(questions) + 1))
+    opened = turns == "independent" and bool(sample.images)
+    prompt_of, num_turns = _tail if opened else _user, 0
     for turn, question, branch in zip(sample.turns, questions, branches, strict=True):
-        opened = turns == "independent" and bool(sample.images)
-        prompt = _tail(tokenizer, question) if opened else _user(tokenizer, question)
-        if turn.kind == TEXT and not opened:
-            prompt = []
+        prompt = [] if turn.kind == TEXT and not opened else prompt_of(tokenizer, question)
         answer = _answer(tokenizer, turn.answer)
-        images, seen = prompt.count(None), len(result.visual_runs)
-        length = len(prompt) + len(answer) - images + sum(image_lengths[seen : seen + images])
-        if max_tokens is not None and len(result.tokens) + length > max_tokens:
+        if max_tokens is not None and len(draft.tokens) + draft.room(prompt) + len(answer) > max_tokens:
             break
-        parts: list[_Part] = [(prompt, False), (answer, True)]
-        _extend(result, parts, branch, image_lengths, tokenizer.image, targets)
-        result.num_turns += 1
-    if not result.num_turns:
+        draft.extend([(prompt, False), (answer, True)], branch)
+        num_turns += 1
+    if not num_turns:
         raise BadSample("too_long", f"sample {sample.id}: its first turn does not fit {max_tokens} tokens")
-    return result
+    return draft.finish(targets, num_turns)
 
 
 def keep_turns(dialogue: Dialogue, turns: Turns, chosen: Sequence[int]) -> Dialogue:
@@ -126,23 +115,20 @@ def keep_turns(dialogue: Dialogue, turns: Turns, chosen: Sequence[int]) -> Dialo
     Args:
       chosen: of the independent form any turns in any order; of the dialogue form the first few.
     """
+    branches = [0, *(1 + turn for turn in chosen)]
     if turns == "dialogue":
-        places = list(range(dialogue.answer_runs[len(chosen) - 1].stop))
+        places = np.arange(dialogue.answer_runs[len(chosen) - 1].stop)
     else:
-        branches: dict[int, list[int]] = {0: []}
-        for place, branch in enumerate(dialogue.branch_ids):
-            branches.setdefault(branch, []).append(place)
-        places = [p for branch in (0, *(1 + turn for turn in chosen)) for p in branches[branch]]
-    new = {place: index for index, place in enumerate(places)}
-    kept = {name: [getattr(dialogue, name)[p] for p in places] for name in _PER_POSITION}
-    if kept["loss_weights"][-1]:  # What was to be predicted here is not there any more.
-        kept["loss_weights"][-1], kept["targets"][-1] = 0.0, 0
-    runs = [r for r in dialogue.visual_runs if r.start in new]
+        places = np.concatenate([np.flatnonzero(dialogue.branch_ids == branch) for branch in branches])
+    new = np.full(len(dialogue.tokens), -1)
+    new[places] = np.arange(len(places))
+    kept = {name: getattr(dialogue, name)[places] for name in _PER_POSITION}
+    kept["targets"][-1] = kept["loss_weights"][-1] = 0  # What was to be predicted here is not there any more.
     answers = [dialogue.answer_runs[turn] for turn in chosen]
     return Dialogue(
         **kept,
-        visual_runs=runs,
-        answer_runs=[range(new[run.start], new[run.start] + len(run)) for run in answers],
+        visual_runs=tuple(r for r in dialogue.visual_runs if new[r.start] >= 0),
+        answer_runs=tuple(range(int(new[run.start]), int(new[run.start]) + len(run)) for run in answers),
         num_turns=len(chosen),
     )
 
@@ -159,9 +145,9 @@ def encode_prompt(sample: Sample, tokenizer: Tokenizer, *, image_lengths: Sequen
         parts.append((_user(tokenizer, turn.question), False))
         if index < len(sample.turns) - 1:
             parts.append((_answer(tokenizer, turn.answer), True))
-    result = Dialogue(num_turns=len(sample.turns))
-    _extend(result, parts, 0, image_lengths, tokenizer.image, None)
-    return result
+    draft = _Draft(tokenizer.image, image_lengths)
+    draft.extend(parts, 0)
+    return draft.finish(None, len(sample.turns))
 
 
 def encode_text(
@@ -186,9 +172,9 @@ def encode_text(
     else:
         text = _pieces(tokenizer, turn.question, _VERBATIM)
     parts: list[_Part] = [([tokenizer.bos], False), ([*text, *([tokenizer.eos] * complete)], True)]
-    result = Dialogue(num_turns=1)
-    _extend(result, parts, 0, image_lengths, tokenizer.image, "text" if complete else None)
-    return result
+    draft = _Draft(tokenizer.image, image_lengths)
+    draft.extend(parts, 0)
+    return draft.finish("text" if complete else None, 1)
 
 
 def _check(sample: Sample, image_lengths: Sequence[int]) -> None:
@@ -258,31 +244,71 @@ def _runs(ids: list[Any]) -> Iterator[list[int] | None]:
         yield ids[start:] if start else ids
 
 
-def _extend(
-    result: Dialogue,
-    parts: Sequence[_Part],
-    branch: int,
-    image_lengths: Sequence[int],
-    image_id: int,
-    targets: Targets | None,
-) -> None:
-    """Appends parts of one branch, opening image runs; positions go on from the branch or the trunk."""
-    every, adjacent, answers = targets == "text", targets == "all", targets is not None
-    if result.branch_ids and result.branch_ids[-1] == branch:
-        position = result.positions[-1] + 1
-    else:
-        position = result.branch_ids.count(0)
-    after_text = bool(result.tokens)  # The first piece of a branch has its supervision cut by ``_append``.
-    for ids, is_answer in parts:
-        start, always = len(result.tokens), (is_answer and answers) or every
-        for run in _runs(ids):
-            first, rest = always or (adjacent and after_text), always or adjacent
-            after_text = run is not None
-            if run is None:
-                length = image_lengths[len(result.visual_runs)]
-                result.visual_runs.append(VisualRun(len(result.visual_runs), len(result.tokens), length))
-                run, first, rest = [image_id] * length, False, False
-            result._append(run, branch=branch, position=position, first=first, rest=rest)
-            position += len(run)
-        if is_answer:
-            result.answer_runs.append(range(start, len(result.tokens)))
+class _Draft:
+    """A dialogue that is being written: runs of tokens in lists, and everything else from them at the end."""
+
+    def __init__(self, image_id: int, image_lengths: Sequence[int]):
+        self.tokens: list[int] = []
+        self._image_id, self._image_lengths = image_id, image_lengths
+        self._runs: list[tuple[int, int, int, int]] = []  # branch, sequence index less position, kind, length
+        self._branch = self._shift = self._trunk = 0
+        self._visual_runs: list[VisualRun] = []
+        self._answer_runs: list[range] = []
+
+    def room(self, ids: list[Any]) -> int:
+        """How many positions the part would take if it came next."""
+        images, seen = ids.count(None), len(self._visual_runs)
+        return len(ids) - images + sum(self._image_lengths[seen : seen + images])
+
+    def extend(self, parts: Sequence[_Part], branch: int) -> None:
+        """Adds parts of one branch, opening image runs; positions go on from the branch or the trunk."""
+        if branch != self._branch:
+            self._trunk = len(self.tokens) if self._branch == 0 else self._trunk
+            self._branch, self._shift = branch, len(self.tokens) - self._trunk
+        for ids, is_answer in parts:
+            start, kind = len(self.tokens), _ANSWER if is_answer else _WRITTEN
+            for run in _runs(ids) if None in ids else (ids,):
+                if run is None:
+                    length = self._image_lengths[len(self._visual_runs)]
+                    self._visual_runs.append(VisualRun(len(self._visual_runs), len(self.tokens), length))
+                    self._append([self._image_id] * length, _IMAGE)
+                else:
+                    self._append(run, kind)
+            if is_answer:
+                self._answer_runs.append(range(start, len(self.tokens)))
+
+    def _append(self, run: list[int], kind: int) -> None:
+        self.tokens += run
+        self._runs.append((self._branch, self._shift, kind, len(run)))
+
+    def finish(self, targets: Targets | None, num_turns: int) -> Dialogue:
+        """The dialogue; without ``targets`` nothing is predicted."""
+        tokens, runs = np.array(self.tokens, np.int32), np.array(self._runs, np.int32).T
+        branch_ids, shifts, kinds = np.repeat(runs[:3], runs[3], axis=1)
+        # A token is predicted from the one before it, where that is of the same branch.
+        here = np.zeros(len(tokens), bool)
+        here[:-1] = _predicted(kinds, targets)[1:] & (branch_ids[1:] == branch_ids[:-1])
+        following = np.zeros(len(tokens), np.int32)
+        following[:-1] = tokens[1:] * here[:-1]
+        return Dialogue(
+            tokens=tokens,
+            targets=following,
+            loss_weights=here.astype(np.float32),
+            positions=np.arange(len(tokens), dtype=np.int32) - shifts,
+            branch_ids=branch_ids,
+            visual_runs=tuple(self._visual_runs),
+            answer_runs=tuple(self._answer_runs),
+            num_turns=num_turns,
+        )
+
+
+def _predicted(kinds: np.ndarray, targets: Targets | None) -> np.ndarray:
+    """Which tokens of a dialogue are predicted, seen by themselves: ``bool[t]``."""
+    if targets is None:
+        return np.zeros(len(kinds), bool)
+    if targets == "answers":
+        return kinds == _ANSWER
+    text = kinds != _IMAGE
+    if targets == "all":
+        text[1:] &= text[:-1]
+    return text

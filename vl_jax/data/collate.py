@@ -3,6 +3,7 @@
     tokens  [ segment 1 | segment 2 | ... | padding ]   tiles  [ of segment 1 | of segment 2 | ... | unused ]
 
 Tiles stand close together, so the encoder's only idle work is on the unused ones at the end of a row.
+Read row by row, the places in use hold the examples one behind the other; so a field is filled at once.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import numpy as np
 
 from vl_jax.batch import Batch
 from vl_jax.data.example import Example
+
+_NOTHING = np.zeros(0, np.bool_)  # takes the type of whatever it is joined with
 
 
 @dataclass(frozen=True)
@@ -40,60 +43,89 @@ def collate(
     Raises:
       ValueError: a row does not fit.
     """
-    batch = _empty_batch(len(rows), sizes, padding_id)
-    for index, row in enumerate(rows):
-        _fill_row(batch, index, row, sizes, pad_left)
-    return batch
+    examples = [example for row in rows for example in row]
+    row_of = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
+    segments = [segment for row in rows for segment in range(1, 1 + len(row))]
+    sizes_of = [(len(e.tokens), len(e.tiles), len(e.visual_index)) for e in examples]
+    lengths = np.array(sizes_of, np.int32).reshape(-1, 3)
+    used = np.zeros((len(rows), 3), np.int32)
+    np.add.at(used, row_of, lengths)
+    weights = _joined(examples, "loss_weights")
+    predicted = np.bincount(np.repeat(row_of, lengths[:, 0]), weights != 0, minlength=len(rows))
+    _check(rows, used, predicted, sizes)
 
-
-def _fill_row(batch: Batch, row: int, examples: Sequence[Example], sizes: RowSizes, pad_left: bool) -> None:
-    used = sum(len(e.tokens) for e in examples)
-    tiles = sum(len(e.tiles) for e in examples)
-    visual = sum(len(e.visual_index) for e in examples)
-    predicted = sum(np.count_nonzero(e.loss_weights) for e in examples)
-    found = (used, tiles, visual, predicted)
-    limits = (sizes.tokens, sizes.tiles, sizes.visual, sizes.targets)
-    if any(f > limit for f, limit in zip(found, limits, strict=True)):
-        names = ", ".join(e.id for e in examples)
-        raise ValueError(
-            f"row of {names}: tokens, tiles, visual tokens, targets {found} exceed the limits {limits}"
-        )
-    start, tile, slot, target = sizes.tokens - used if pad_left else 0, 0, 0, 0
-    for segment, e in enumerate(examples, start=1):
-        here, there = slice(start, start + len(e.tokens)), slice(slot, slot + len(e.visual_index))
-        for name in ("tokens", "positions", "branch_ids"):
-            getattr(batch, name)[row, here] = getattr(e, name)
-        predicted = np.flatnonzero(e.loss_weights)
-        wanted = slice(target, target + len(predicted))
-        batch.target_index[row, wanted] = predicted + start
-        batch.targets[row, wanted] = e.targets[predicted]
-        batch.loss_weights[row, wanted] = e.loss_weights[predicted]
-        batch.segment_ids[row, here] = segment
-        batch.visual_slot[row, here] = np.where(e.visual_slot < 0, -1, e.visual_slot + slot)
-        batch.tiles[row, tile : tile + len(e.tiles)] = e.tiles
-        # Newline and separator have one place in the table for the whole row; tile tokens move.
-        of_tile = e.visual_index < sizes.tiles * sizes.tile_tokens
-        batch.visual_index[row, there] = e.visual_index + of_tile * np.int32(tile * sizes.tile_tokens)
-        batch.visual_start[row, there] = e.visual_start + start
-        batch.visual_segment_ids[row, there] = segment
-        start, tile, slot, target = here.stop, tile + len(e.tiles), there.stop, wanted.stop
-
-
-def _empty_batch(rows: int, sizes: RowSizes, padding_id: int) -> Batch:
-    def full(value: int, *shape: int) -> np.ndarray:
-        return np.full((rows, *shape), value, np.int32)
-
+    # What lies before each example in its row: tokens, tiles and visual tokens.
+    before = np.cumsum(lengths, axis=0) - lengths - (np.cumsum(used, axis=0) - used)[row_of]
+    first = sizes.tokens - used[:, :1] if pad_left else np.zeros_like(used[:, :1])
+    starts = before[:, 0] + first[row_of, 0]
+    here = _between(first, first + used[:, :1], sizes.tokens)
+    there = _between(0, used[:, 2:], sizes.visual)
+    slots, index = _joined(examples, "visual_slot"), _joined(examples, "visual_index")
+    slots = np.where(slots < 0, -1, slots + np.repeat(before[:, 2], lengths[:, 0]))
+    # Newline and separator have one place in the table for the whole row; tile tokens move.
+    of_tile = index < sizes.tiles * sizes.tile_tokens
+    index = index + of_tile * np.repeat(before[:, 1] * sizes.tile_tokens, lengths[:, 2])
+    visible_from = _joined(examples, "visual_start") + np.repeat(starts, lengths[:, 2])
+    tiles = np.zeros((len(rows), sizes.tiles, sizes.tile_size, sizes.tile_size, 3), np.uint8)
+    for row, tile, example in zip(row_of, before[:, 1], examples, strict=True):
+        tiles[row, tile : tile + len(example.tiles)] = example.tiles
     return Batch(
-        tokens=full(padding_id, sizes.tokens),
-        target_index=full(0, sizes.targets),
-        targets=full(0, sizes.targets),
-        loss_weights=np.zeros((rows, sizes.targets), np.float32),
-        positions=full(0, sizes.tokens),
-        segment_ids=full(0, sizes.tokens),
-        branch_ids=full(0, sizes.tokens),
-        visual_slot=full(-1, sizes.tokens),
-        tiles=np.zeros((rows, sizes.tiles, sizes.tile_size, sizes.tile_size, 3), np.uint8),
-        visual_index=full(-1, sizes.visual),
-        visual_start=full(sizes.tokens, sizes.visual),  # past the end: nothing ever sees padding
-        visual_segment_ids=full(0, sizes.visual),
+        tokens=_spread(_joined(examples, "tokens"), here, padding_id),
+        positions=_spread(_joined(examples, "positions"), here, 0),
+        segment_ids=_spread(np.repeat(segments, lengths[:, 0]), here, 0),
+        branch_ids=_spread(_joined(examples, "branch_ids"), here, 0),
+        visual_slot=_spread(slots, here, -1),
+        **_predictions(here, _joined(examples, "targets"), weights, sizes.targets),
+        tiles=tiles,
+        visual_index=_spread(index, there, -1),
+        visual_start=_spread(visible_from, there, sizes.tokens),  # past the end: nothing ever sees padding
+        visual_segment_ids=_spread(np.repeat(segments, lengths[:, 2]), there, 0),
     )
+
+
+def _joined(examples: Sequence[Example], name: str) -> np.ndarray:
+    """A field of all examples, one behind the other."""
+    return np.concatenate([_NOTHING, *(getattr(example, name) for example in examples)])
+
+
+def _between(start: np.ndarray | int, stop: np.ndarray, width: int) -> np.ndarray:
+    """Which places of each row are in use: ``bool[B width]``, from starts and stops ``[B 1]``."""
+    places = np.arange(width)
+    return (places >= start) & (places < stop)
+
+
+def _spread(values: np.ndarray, places: np.ndarray, padding: int) -> np.ndarray:
+    """Values at the places that are in use, row by row: ``i32[B width]``."""
+    result = np.full(places.shape, padding, np.int32)
+    result[places] = values
+    return result
+
+
+def _predictions(
+    here: np.ndarray, following: np.ndarray, weights: np.ndarray, most: int
+) -> dict[str, np.ndarray]:
+    """What a batch says of its targets, those of a row one behind the other: ``[B most]`` each."""
+    used = np.flatnonzero(weights)
+    rows, places = (axis[used] for axis in np.nonzero(here))
+    count = np.bincount(rows, minlength=len(here))
+    wanted = _between(0, count[:, None], most)
+    loss_weights = np.zeros(wanted.shape, np.float32)
+    loss_weights[wanted] = weights[used]
+    return {
+        "target_index": _spread(places, wanted, 0),
+        "targets": _spread(following[used], wanted, 0),
+        "loss_weights": loss_weights,
+    }
+
+
+def _check(
+    rows: Sequence[Sequence[Example]], used: np.ndarray, predicted: np.ndarray, sizes: RowSizes
+) -> None:
+    limits = (sizes.tokens, sizes.tiles, sizes.visual, sizes.targets)
+    found = np.column_stack([used, predicted]).astype(int)
+    for row in np.flatnonzero((found > limits).any(axis=1)).tolist():
+        names = ", ".join(e.id for e in rows[row])
+        raise ValueError(
+            f"row of {names}: tokens, tiles, visual tokens, targets {tuple(found[row].tolist())} exceed the "
+            f"limits {limits}"
+        )

@@ -15,6 +15,7 @@ import numpy as np
 
 from vl_jax.data import chat, images
 from vl_jax.data.augment import AugmentationConfig
+from vl_jax.data.cache import Cache
 from vl_jax.data.example import Example
 from vl_jax.data.packing import PackingConfig
 from vl_jax.data.pictures import Pictures, read_pictures
@@ -52,6 +53,7 @@ class DataConfig:
     image_dropout_rate: float = 0.0  # share of the draws whose images are withheld
     tiling: images.TilingConfig = field(default_factory=images.TilingConfig)
     decoding: Decoding = "whole"
+    cache_mb: int = 128  # MiB of records and tiles of files kept in memory, of all workers; 0: none
     augmentation: AugmentationConfig | None = None  # of pictures, in training; None: they stay as they are
     packing: PackingConfig | None = None  # rows of several samples in training; None: one sample a row
     seed: int = 0
@@ -63,8 +65,9 @@ class DataConfig:
         for name in ("max_tokens", "max_tiles", "num_threads", "prefetch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        if self.num_workers < 0:
-            raise ValueError(f"num_workers={self.num_workers}: must not be negative; 0 means threads")
+        for name, none in {"num_workers": "means threads", "cache_mb": "keeps nothing"}.items():
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must not be negative; 0 {none}")
         for name in ("max_turns", "max_answer_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1, or None for all")
@@ -127,6 +130,7 @@ class Encoder:
     max_tiles: int  # M
     max_targets: int  # Q
     decoding: Decoding = "whole"
+    cache: Cache = field(default_factory=lambda: Cache(0), compare=False)  # of pictures
 
     def __post_init__(self):
         if self.tokenizer.vocab_size > self.spec.vocab_size:
@@ -282,9 +286,9 @@ class Encoder:
         return example
 
     def _pictures(self, sample: Sample) -> Pictures:
-        side, most = self.spec.tile_tokens_side, self.max_tiles
+        side, most, quick = self.spec.tile_tokens_side, self.max_tiles, self.decoding == "reduced"
         return read_pictures(
-            sample, self.tiling, tile_tokens_side=side, max_tiles=most, quick=self.decoding == "reduced"
+            sample, self.tiling, tile_tokens_side=side, max_tiles=most, quick=quick, cache=self.cache
         )
 
     def _image_lengths(self, pictures: Pictures) -> list[int]:
@@ -304,18 +308,18 @@ class Encoder:
                 slots[run.start : run.start + len(layout)] = np.arange(here, total, dtype=np.int32)
         return Example(
             id=sample.id,
-            tokens=np.array(dialogue.tokens, np.int32),
-            targets=np.array(dialogue.targets, np.int32),
-            loss_weights=np.array(dialogue.loss_weights, np.float32),
-            positions=np.array(dialogue.positions, np.int32),
-            branch_ids=np.array(dialogue.branch_ids, np.int32),
+            tokens=dialogue.tokens,
+            targets=dialogue.targets,
+            loss_weights=dialogue.loss_weights,
+            positions=dialogue.positions,
+            branch_ids=dialogue.branch_ids,
             visual_slot=slots,
             tiles=pictures.tiles,
             visual_index=np.concatenate(index) if index else np.zeros(0, np.int32),
             visual_start=starts,
             num_turns=dialogue.num_turns,
             grids=pictures.grids,
-            answer_runs=tuple(dialogue.answer_runs),
+            answer_runs=dialogue.answer_runs,
         )
 
 
@@ -337,6 +341,7 @@ def make_encoder(config: DataConfig, spec: ModelSpec, *, targets: chat.Targets =
         max_tiles=config.max_tiles,
         max_targets=min(answers or config.max_tokens, config.max_tokens),
         decoding=config.decoding,
+        cache=Cache((config.cache_mb << 20) // max(config.num_workers, 1)),
     )
 
 

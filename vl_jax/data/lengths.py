@@ -132,17 +132,17 @@ class Measure:
         if self.blind:
             sample, sizes = sample.without_images(), []
         tiles, visual = self.encoder.room_of(sizes)
-        # Without its images a sample is short; what they take is added where they stand.
+        # Every image takes one place here; what it takes beyond that is added where it stands.
         dialogue = chat.encode_dialogue(
             sample,
             self.encoder.tokenizer,
-            image_lengths=[0] * len(sizes),
+            image_lengths=[1] * len(sizes),
             turns=self.turns,
             targets=self.targets,
         )
-        predicted = np.array([0, *dialogue.loss_weights[:-1]]) > 0
+        predicted = np.append(0, dialogue.loss_weights[:-1]) > 0
         if self.turns == "independent":
-            part = np.array(dialogue.branch_ids)
+            part = dialogue.branch_ids
         else:
             ends = [run.stop for run in dialogue.answer_runs]
             part = 1 + np.searchsorted(ends, np.arange(len(dialogue.tokens)), side="right")
@@ -150,7 +150,7 @@ class Measure:
         tokens = np.bincount(part, minlength=count)
         targets = np.bincount(part, weights=predicted, minlength=count).astype(np.int64)
         for run, length in zip(dialogue.visual_runs, visual, strict=True):
-            tokens[part[run.start] if self.turns == "dialogue" else 0] += length
+            tokens[part[run.start] if self.turns == "dialogue" else 0] += length - run.length
         texts = [t.answer.strip().lower() for t in sample.turns]
         first = {text: turn for turn, text in reversed(list(enumerate(texts)))}
         answers = [first[text] for text in texts]

@@ -9,37 +9,58 @@ import numpy as np
 from PIL import Image as PilImage
 
 from vl_jax.data import images
-from vl_jax.data.sample import BadSample, Image, ReducibleImage, Sample, image_size
+from vl_jax.data.cache import Cache
+from vl_jax.data.sample import BadSample, Image, ReducibleImage, Sample, image_key, image_size
 
 
 @dataclass(frozen=True)
 class Pictures:
     """All tiles of a sample, and each image's grid and layout."""
 
-    tiles: np.ndarray  # u8[m h w c]
+    tiles: np.ndarray  # u8[m h w c], not to be changed
     grids: tuple[images.Grid, ...]
     layouts: tuple[np.ndarray, ...]  # i32[s] of each, see ``images.layout``
 
 
 def read_pictures(
-    sample: Sample, tiling: images.TilingConfig, *, tile_tokens_side: int, max_tiles: int, quick: bool
+    sample: Sample,
+    tiling: images.TilingConfig,
+    *,
+    tile_tokens_side: int,
+    max_tiles: int,
+    quick: bool,
+    cache: Cache,
 ) -> Pictures:
     """Opens and tiles the images of a sample.
 
     Args:
       quick: nearly the same tiles in less time, see ``encode.Decoding``.
+      cache: has the tiles of files that were opened before, made in the same way.
 
     Raises:
       BadSample: an image cannot be used, or they need more than ``max_tiles`` tiles.
     """
-    count = len(sample.images)
-    decoded = [_decode(image, count, tiling, quick) for image in sample.images]
-    grids = tuple(grid for _, grid in decoded)
+    count, size = len(sample.images), tiling.tile_size
+    if not count:
+        return Pictures(np.zeros((0, size, size, 3), np.uint8), (), ())
+    keys = [_tiles_key(image, count, tiling) for image in sample.images]
+    # Of each image its tiles, if they are known, or else the picture; and the grid.
+    found = [
+        (None if key is None else cache.get(key)) or _decode(image, count, tiling, quick)
+        for key, image in zip(keys, sample.images, strict=True)
+    ]
+    grids = tuple(grid for _, grid in found)
     needed = [images.num_views_tiles(grid, tiling.views) for grid in grids]
     if sum(needed) > max_tiles:
         message = f"sample {sample.id}: {count} images in {sum(needed)} tiles, limit {max_tiles}"
         raise BadSample("too_many_tiles", message)
-    stacks = [images.make_tiles(p, grid=grid, config=tiling, quick=quick) for p, grid in decoded]
+    stacks = []
+    for key, (tiles, grid) in zip(keys, found, strict=True):
+        if isinstance(tiles, PilImage.Image):
+            tiles = images.make_tiles(tiles, grid=grid, config=tiling, quick=quick)
+            if key is not None:
+                cache.put(key, (tiles, grid), size=tiles.nbytes)
+        stacks.append(tiles)
     layouts = [
         images.layout(
             grid,
@@ -50,9 +71,13 @@ def read_pictures(
         )
         for i, grid in enumerate(grids)
     ]
-    size = tiling.tile_size
-    tiles = np.concatenate(stacks) if stacks else np.zeros((0, size, size, 3), np.uint8)
-    return Pictures(tiles, grids, tuple(layouts))
+    return Pictures(stacks[0] if count == 1 else np.concatenate(stacks), grids, tuple(layouts))
+
+
+def _tiles_key(image: Image, count: int, tiling: images.TilingConfig) -> tuple[object, str] | None:
+    """What the tiles of an image follow from, besides the tiling; None where that is not known."""
+    key = image_key(image)
+    return None if key is None else (key, "one tile" if count > tiling.max_tiled_images else "tiles")
 
 
 def _decode(

@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from vl_jax.data.augment import augment
+from vl_jax.data.cache import read
 from vl_jax.data.chat import Targets
 from vl_jax.data.encode import DataConfig, Encoder, ModelSpec, make_encoder, make_row_encoder, open_sources
 from vl_jax.data.example import Example
@@ -62,7 +63,7 @@ class SampleReader:
     def _draw(self, place: Place) -> Sample:
         config = self.config
         sample = vary(
-            self.sources[place.source][place.record],
+            read(self.sources[place.source], place.record, self.encoder.cache, name=place.source),
             rng=np.random.default_rng((self.seed, place.index)),
             max_turns=config.max_turns,
             sampling=config.turn_sampling,
@@ -104,7 +105,7 @@ class ItemReader:
         return examples
 
     def _sample(self, item: Item) -> Sample:
-        sample = self.sources[item.source][item.record]
+        sample = read(self.sources[item.source], item.record, self.encoder.cache, name=item.source)
         if item.blind:
             for image in sample.images:  # A broken image is a bad sample in every draw, not only in most.
                 image()
@@ -124,7 +125,8 @@ class ItemReader:
 def _augmented(sample: Sample, encoder: Encoder, config: DataConfig, key: tuple[int, ...]) -> Sample:
     if config.augmentation is None:
         return sample
-    return augment(sample, config.augmentation, np.random.default_rng(key), length=encoder.text_length)
+    rng, length = np.random.default_rng(key), encoder.text_length
+    return augment(sample, config.augmentation, rng, length=length, cache=encoder.cache)
 
 
 def _open_samples(

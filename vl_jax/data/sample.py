@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -46,6 +46,14 @@ def image_size(image: Image) -> tuple[int, int]:
       BadSample: the image cannot be used.
     """
     return image.size() if isinstance(image, SizedImage) else image().size
+
+
+def image_key(image: Image) -> Hashable:
+    """What the pixels of an image follow from while its file stays as it is; None where nothing says so.
+
+    An image says so by a property ``key``.
+    """
+    return getattr(image, "key", None)
 
 
 class BadSample(ValueError):
@@ -114,9 +122,11 @@ class Sample:
         if self.images:
             bare[0] = questions[0][len(_lead(self.turns[0].question, len(self.turns))[0]) :]
         asked = [questions[i] if rank == 0 else bare[i] for rank, i in enumerate(indices)]
-        turns = [self.turns[i] for i in indices]
-        turns = [Turn(q, t.answer, t.kind, t.language, t.boxes) for q, t in zip(asked, turns, strict=True)]
-        return Sample(self.id, tuple(turns), self.images, self.system)
+        turns = tuple(
+            t if q is t.question else Turn(q, t.answer, t.kind, t.language, t.boxes)
+            for q, t in zip(asked, (self.turns[i] for i in indices), strict=True)
+        )
+        return Sample(self.id, turns, self.images, self.system)
 
     def without_images(self) -> Sample:
         """The same conversation with images and placeholders withheld."""
@@ -144,6 +154,11 @@ class FileImage:
     path: Path
     where: str  # "sample ID (FILE, record N)", for messages
     max_pixels: int = DEFAULT_MAX_PIXELS
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """See ``image_key``."""
+        return str(self.path), self.max_pixels
 
     def __call__(self) -> PilImage.Image:
         """Decodes to RGB; transparent pixels become white.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Literal
 
 import numpy as np
@@ -47,13 +48,12 @@ def choose_turns(
     limit = count if max_turns is None else min(max_turns, count)
     if sampling == "first":
         return list(range(limit))
-    order = [int(i) for i in rng.permutation(count)]
+    order = rng.permutation(count).tolist()
     if sampling == "uniform":
         return order[:limit]
     groups: dict[str, list[int]] = {}
     for index in order:  # A random order inside every group, and of the groups.
         groups.setdefault(answers[index].strip().lower(), []).append(index)
-    names = [list(groups)[int(i)] for i in rng.permutation(len(groups))]
-    rounds = max(len(g) for g in groups.values())
-    dealt = [groups[name][r] for r in range(rounds) for name in names if r < len(groups[name])]
-    return dealt[:limit]
+    every = list(groups.values())
+    dealt = itertools.zip_longest(*(every[i] for i in rng.permutation(len(every)).tolist()))
+    return [index for group in dealt for index in group if index is not None][:limit]
