@@ -36,6 +36,7 @@ REQUIRED = [
     "scipy>=1.17",
     "tensorboardX>=2.6.5",
     "tensorflow-datasets>=4.9.10",
+    "tensorstore>=0.1.86",
     "tokenizers>=0.23.3",
 ]
 

@@ -46,6 +46,7 @@ from vl_jax.model import VisionLanguage, VisionLanguageConfig, init_routing_stat
 from vl_jax.moe.routing import State
 from vl_jax.sharding import MeshConfig, make_mesh
 
+ROUTING = "routing"  # where the routing state stands in a tree of parameters and state
 # Prompts are padded to a multiple of so many tokens, so that lengths that differ a little share a program.
 PROMPT_BUCKET = 128
 # Files of a published folder that are not weights; they go where the weights go.
@@ -146,18 +147,14 @@ def load_params(published: Published | str | Path, layout: Layout) -> tuple[Any,
     if not isinstance(published, Published):
         published = read_published(published)
     published = published.as_run_by(layout.model.config)
-    targets = _with_state(layout.params, routing_targets(published, layout))
-    tree = rules.read(published.plan(targets), published.weights, targets, ignored=IGNORED)
-    state = tree.pop("routing", {})
-    return tree, state
-
-
-def routing_targets(published: Published, layout: Layout) -> Any:
-    """Shapes and places of the routing state, which is empty for most schemes."""
-    return jax.tree.map(
+    state = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=layout.replicated),
         jax.eval_shape(lambda: init_routing_state(published.config)),
     )
+    targets = with_state(layout.params, state)
+    tree = rules.read(published.plan(targets), published.weights, targets, ignored=IGNORED)
+    state = tree.pop(ROUTING, {})
+    return tree, state
 
 
 def side_files(folder: Path) -> list[Path]:
@@ -167,18 +164,24 @@ def side_files(folder: Path) -> list[Path]:
 
 
 def write_published(
-    folder: Path, params: Any, state: State, published: Published, *, dtypes: Mapping[str, Any] | None = None
+    folder: Path,
+    params: Any,
+    state: Mapping[str, Any],
+    published: Published,
+    *,
+    dtypes: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes parameters in the layout, names and dtypes of the checkpoint they came from.
 
     Args:
       folder: must not exist; it appears when it is complete.
+      params, state: arrays, lazy ones too: one tensor of the folder is in memory at a time.
       dtypes: of the tensors of a parameter or state, by its path; None: as in the checkpoint.
 
     Raises:
       WeightsError: the folder exists, or the parameters are not those of the checkpoint's model.
     """
-    tree = _with_state(params, state)
+    tree = with_state(params, state)
     plan = published.plan(tree)
     entries = published.weights.entries
     by_key = {key: entry.dtype for key, entry in entries.items()}
@@ -192,8 +195,9 @@ def write_published(
     write_folder(folder, published.fields, {**ours, **kept}, arrays, copies=side_files(published.folder))
 
 
-def _with_state(params: Any, state: Any) -> dict[str, Any]:
-    return {**params, "routing": state} if state else dict(params)
+def with_state(params: Any, state: Any) -> dict[str, Any]:
+    """One tree of parameters and routing state, which is empty for most schemes."""
+    return {**params, ROUTING: state} if state else dict(params)
 
 
 @dataclass(frozen=True)
