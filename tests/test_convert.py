@@ -127,11 +127,13 @@ def assert_same_bytes(found: Path, given: Path) -> None:
 def test_there_and_back_in_pieces_nothing_differs(tmp_path, monkeypatch, dtype, tied):
     monkeypatch.setattr(lazy_array, "PIECE", 10_000)
     published(tmp_path / "published", np.dtype(dtype), layers=3, width=64, vocabulary=300, tied=tied)
+    (tmp_path / "published/chat_template.jinja").write_text("{{ messages }}")
     convert(tmp_path / "published", tmp_path / "ours")
     stored = list((tmp_path / "ours/checkpoints/0/params").rglob("*.*.*"))
     assert max(file.stat().st_size for file in stored) < 11_000  # what is random does not shrink
     convert(tmp_path / "ours", tmp_path / "back")
     assert_same_bytes(tmp_path / "back", tmp_path / "published")
+    assert (tmp_path / "back/chat_template.jinja").read_text() == "{{ messages }}"
 
 
 def test_routing_state_comes_back_in_its_own_dtype(tmp_path):

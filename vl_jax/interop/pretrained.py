@@ -25,6 +25,7 @@ from vl_jax import params as params_lib
 from vl_jax.batch import Batch
 from vl_jax.data.picture_text import PictureTextProcessor
 from vl_jax.data.processor import Processor
+from vl_jax.data.text_processor import TextProcessor
 from vl_jax.generation import GenerationConfig
 from vl_jax.interop import rules
 from vl_jax.interop.deepseek_vl2 import deepseek_vl2_rules, read_deepseek_vl2
@@ -49,12 +50,13 @@ from vl_jax.sharding import MeshConfig, make_mesh
 ROUTING = "routing"  # where the routing state stands in a tree of parameters and state
 # Prompts are padded to a multiple of so many tokens, so that lengths that differ a little share a program.
 PROMPT_BUCKET = 128
+_CONTEXT = 2048  # tokens, of a language model whose config does not say
 # Files of a published folder that are not weights; they go where the weights go.
-SIDE_FILES = ("*.json", "*.txt", "*.model", "*.md", "LICENSE*")
+SIDE_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.md", "LICENSE*")
 
 
 Fields = Mapping[str, Any]
-AnyProcessor = Processor | PictureTextProcessor
+AnyProcessor = Processor | PictureTextProcessor | TextProcessor
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,10 @@ def _language_rules(config: VisionLanguageConfig, fields: Fields, _: Weights) ->
     return language_rules(config.language, NAMES.get(fields["model_type"], Names()))
 
 
+def _language_processor(folder: Path, fields: Fields, _: VisionLanguageConfig) -> TextProcessor | None:
+    return TextProcessor.load(folder, max_tokens=fields.get("max_position_embeddings") or _CONTEXT)
+
+
 def _deepseek_vl2_processor(folder: Path, *_: Any) -> Processor | None:
     return Processor.load(folder) if (folder / "processor_config.json").is_file() else None
 
@@ -84,7 +90,7 @@ FAMILIES: dict[str, Family] = {
     "deepseek_vl_v2": Family(
         read_deepseek_vl2, lambda config, *_: deepseek_vl2_rules(config), _deepseek_vl2_processor
     ),
-    **dict.fromkeys(LANGUAGE, Family(_language_config, _language_rules)),
+    **dict.fromkeys(LANGUAGE, Family(_language_config, _language_rules, _language_processor)),
     **dict.fromkeys(
         VISION_LANGUAGE,
         Family(
@@ -207,7 +213,7 @@ class Pretrained:
     layout: Layout
     params: Any
     routing_state: State
-    processor: AnyProcessor | None  # None: the folder has none, e.g. of a language model
+    processor: AnyProcessor | None  # None: the folder has none
 
     @property
     def model(self) -> VisionLanguage:
@@ -278,8 +284,8 @@ class Pretrained:
     def _processor(self) -> AnyProcessor:
         if self.processor is None:
             raise ValueError(
-                "the checkpoint has no processor (processor_config.json or preprocessor_config.json): "
-                "ask the model itself, with token ids"
+                "the checkpoint has no processor (processor_config.json, preprocessor_config.json, or of a "
+                "language model tokenizer.json and a chat template): ask the model itself, with token ids"
             )
         return self.processor
 
