@@ -26,6 +26,7 @@ REQUIRED = [
     "grain>=0.2.18",
     "jax>=0.10.2,<0.13",
     "jaxtyping>=0.3.11",
+    "jinja2>=3.1.6",
     "ml-collections>=1.1.0",
     "ml-dtypes>=0.6",
     "numpy>=2.4",
@@ -36,6 +37,7 @@ REQUIRED = [
     "scipy>=1.17",
     "tensorboardX>=2.6.5",
     "tensorflow-datasets>=4.9.10",
+    "tensorstore>=0.1.86",
     "tokenizers>=0.23.3",
 ]
 

@@ -14,7 +14,9 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from vl_jax import lazy_array
 from vl_jax.checkpoint import Checkpointer, CheckpointError, checksums
+from vl_jax.lazy_array import LazyArray
 from vl_jax.sharding import MeshConfig, make_mesh
 
 
@@ -116,18 +118,48 @@ def test_arrays_saved_on_one_device_come_back_on_eight(tmp_path):
     assert_is_step(read(tmp_path, devices=8), 3, devices=8)
 
 
-@pytest.mark.parametrize("frugal_writer", [True, False])
-def test_with_few_bytes_in_flight_the_same_is_stored_and_read(tmp_path, frugal_writer):
-    few = 4 * 64 * 1024
-    writer, reader = (few, None) if frugal_writer else (None, few)
-    checkpointer = Checkpointer(tmp_path, in_flight=writer)
-    checkpointer.save(3, params=tree(3), training=training(3), record={"step": 3})
+def lazily(value):
+    """The tree with every array read from a copy in memory, a piece at a time."""
+    return jax.tree.map(lambda x: LazyArray.of(np.asarray(x)), value)
+
+
+@pytest.mark.parametrize("lazy", [{"writer"}, {"reader"}, {"writer", "reader"}])
+@pytest.mark.parametrize("piece", [60, 2**20])  # bytes: parts of a row, and whole arrays
+def test_lazy_arrays_are_stored_as_ordinary_ones_are(tmp_path, monkeypatch, lazy, piece):
+    monkeypatch.setattr(lazy_array, "PIECE", piece)
+    form = lazily if "writer" in lazy else lambda value: value
+    checkpointer = Checkpointer(tmp_path, lazy="writer" in lazy)
+    checkpointer.save(3, params=form(tree(3)), training=form(training(3)), record={"step": 3})
     checkpointer.close()
-    checkpointer = Checkpointer(tmp_path, in_flight=reader)
-    found = checkpointer.restore(params=abstract(tree(3)), training_of=lambda _: abstract(training(3)))
+    targets = abstract((tree(3, devices=8), training(3, devices=8)))
+    checkpointer = Checkpointer(tmp_path, lazy="reader" in lazy)
+    found = checkpointer.restore(params=targets[0], training_of=lambda _: targets[1])
     checkpointer.close()
     assert found is not None
-    jax.tree.map(np.testing.assert_array_equal, found[1:3], (tree(3), training(3)))
+    for leaf, expected in zip(
+        jax.tree.leaves(found[1:3]), jax.tree.leaves((tree(3), training(3))), strict=True
+    ):
+        assert isinstance(leaf, LazyArray) == ("reader" in lazy)
+        leaf = leaf[tuple(map(slice, leaf.shape))] if isinstance(leaf, LazyArray) else leaf
+        assert leaf.dtype == expected.dtype
+        np.testing.assert_array_equal(leaf, expected)
+
+
+def test_damage_is_noticed_before_a_lazy_array_is_given_back(tmp_path):
+    checkpointer = Checkpointer(tmp_path, lazy=True)
+    checkpointer.save(3, params=lazily(tree(3)), training=lazily(training(3)), record={})
+    checkpointer.close()
+    # Zeros of the same length in place of the smallest array: storage has nothing to complain about.
+    other = Checkpointer(tmp_path / "other", lazy=True)
+    zeros = jax.tree.map(jnp.zeros_like, tree(3))
+    other.save(3, params=lazily(zeros), training=lazily(training(3)), record={})
+    other.close()
+    (tmp_path / "other/3/params/scale/0").rename(tmp_path / "3/params/scale/0")
+    checkpointer = Checkpointer(tmp_path, lazy=True)
+    targets = abstract((tree(3), training(3)))
+    with pytest.raises(CheckpointError, match=r"checksum of params differs at \['scale'\]"):
+        checkpointer.restore(params=targets[0], training_of=lambda _: targets[1])
+    checkpointer.close()
 
 
 def test_only_the_newest_steps_are_kept(tmp_path):

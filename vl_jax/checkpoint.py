@@ -11,6 +11,9 @@ leaf carries a checksum that does not depend on sharding, and restoring falls ba
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +21,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
+from orbax.checkpoint import future
 
 from vl_jax import params as params_lib
+from vl_jax.lazy_array import Index, LazyArray
 
 logger = logging.getLogger(__name__)
-
-_PIECE = 1 << 20  # items summed at a time
-_SLACK = 1 << 20  # bytes by which a limit must exceed what is asked for
 
 
 class CheckpointError(ValueError):
@@ -44,14 +47,14 @@ def _checksums(leaves: list[jax.Array]) -> jax.Array:
     return jnp.stack([one(x) for x in leaves])
 
 
-def _checksum_on_host(x: Any) -> int:
-    """The same of an array in host memory, a piece at a time: compiled for a CPU, it holds all products."""
-    bits, total = np.asarray(x).reshape(-1).view(f"u{x.dtype.itemsize}"), 0
-    for start in range(0, bits.size, _PIECE):
-        piece = bits[start : start + _PIECE].astype(np.uint32)
-        first = 2 * start % 2**32 + 1
-        weights = np.arange(0, 2 * len(piece), 2, dtype=np.uint32) + np.uint32(first)
-        total += int((piece * weights).sum(dtype=np.uint32))
+def _checksum_on_host(array: LazyArray) -> int:
+    """The same of an array in host memory, by pieces: compiled for a CPU, it holds all products."""
+    total = offset = 0
+    for index in array.pieces():
+        bits = array[index].reshape(-1).view(f"u{array.dtype.itemsize}").astype(np.uint32)
+        weights = np.arange(0, 2 * bits.size, 2, dtype=np.uint32) + np.uint32((2 * offset + 1) % 2**32)
+        total += int(np.multiply(bits, weights, out=bits).sum(dtype=np.uint32))
+        offset += bits.size
     return total % 2**32
 
 
@@ -59,12 +62,18 @@ def checksums(tree: Any) -> dict[str, int]:
     """A checksum per leaf of a tree of 1-, 2- or 4-byte arrays, the same for every sharding."""
     named, _ = jax.tree_util.tree_flatten_with_path(tree)
     leaves = {jax.tree_util.keystr(path): leaf for path, leaf in named}
-    host = {name: _checksum_on_host(x) for name, x in leaves.items() if _in_one_piece(x)}
-    others = [name for name in leaves if name not in host]
+    here = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, LazyArray)}
+    here |= {
+        name: LazyArray.of(np.asarray(leaf))
+        for name, leaf in leaves.items()
+        if name not in here and _in_one_piece(leaf)
+    }
+    sums = {name: _checksum_on_host(array) for name, array in here.items()}
+    others = [name for name in leaves if name not in sums]
     if others:
         values = jax.device_get(_checksums([leaves[name] for name in others]))
-        host |= {name: int(v) for name, v in zip(others, values, strict=True)}
-    return host
+        sums |= {name: int(v) for name, v in zip(others, values, strict=True)}
+    return sums
 
 
 def _in_one_piece(x: Any) -> bool:
@@ -73,39 +82,90 @@ def _in_one_piece(x: Any) -> bool:
     return len(places) < 2 and all(device.platform == "cpu" for device in places)
 
 
+class _LazyArrayHandler(ocp.type_handlers.ArrayHandler):
+    """How orbax stores and restores lazy arrays: as if each had been sharded into its pieces."""
+
+    async def serialize(
+        self, values: Sequence[LazyArray], infos: Sequence[Any], args: Sequence[Any] | None = None
+    ) -> Sequence[future.Future]:
+        written = self._write(values, infos)
+        return [future.CommitFutureAwaitingContractedSignals(written, name="lazy_array")]
+
+    async def _write(self, values: Sequence[LazyArray], infos: Sequence[Any]) -> None:
+        for array, info in zip(values, infos, strict=True):
+            await info.await_path_creation()
+            spec = ocp.type_handlers.get_json_tspec_write(
+                info,
+                use_ocdbt=info.is_ocdbt_checkpoint,
+                global_shape=array.shape,
+                local_shape=array.piece,
+                dtype=array.dtype,
+            )
+            store = await tensorstore.open(spec, create=True, open=True, context=info.ts_context)
+            for index in array.pieces():
+                await store[index].write(array[index])
+
+    async def deserialize(self, infos: Sequence[Any], args: Sequence[Any] | None = None) -> list[LazyArray]:
+        reads = [ocp.type_handlers.get_json_tspec_read(i, use_ocdbt=i.is_ocdbt_checkpoint) for i in infos]
+        given = infos[0].ts_context
+        stores = [await tensorstore.open(spec, open=True, context=given) for spec in reads]
+        # A reader whose windows are other than the chunks on disk meets each chunk again: two stay decoded.
+        chunks = [(s.chunk_layout.read_chunk_template.shape, s.dtype.numpy_dtype.itemsize) for s in stores]
+        most = 2 * max(math.prod(shape) * itemsize for shape, itemsize in chunks)
+        cached = tensorstore.Context.Spec({"cache_pool": {"total_bytes_limit": most}})
+        context = tensorstore.Context(cached, parent=given)
+        stores = [await tensorstore.open(spec, open=True, context=context) for spec in reads]
+        return [LazyArray(tuple(s.shape), s.dtype.numpy_dtype, partial(_read, s)) for s in stores]
+
+
+def _read(store: Any, index: Index) -> np.ndarray:
+    """A part of a stored array, read by pieces: at once, it would be in memory as it is on disk as well."""
+    window = store[index][tensorstore.d[:].translate_to[0]]
+    result = np.empty(window.shape, window.dtype.numpy_dtype)
+    for part in LazyArray.of(result).pieces():
+        result[part] = window[part].read().result()
+    return result
+
+
+def _lazy_handler() -> ocp.PyTreeCheckpointHandler:
+    """The handler of a tree of lazy arrays, which on disk are a ``jax.Array`` each.
+
+    Each array has files of its own: the data base that orbax takes otherwise collects in memory what it is
+    given, and writes it at the end.
+    """
+    handler = _LazyArrayHandler()
+    registry = ocp.type_handlers.create_type_handler_registry((LazyArray, handler), (jax.Array, handler))
+    return ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
+
+
 class Checkpointer:
     """Saves asynchronously, restores the newest sound step."""
 
-    def __init__(self, folder: Path, *, keep: int = 3, in_flight: int | None = None):
+    def __init__(self, folder: Path, *, keep: int = 3, lazy: bool = False):
         """Opens or makes the folder.
 
         Args:
           keep: steps that stay.
-          in_flight: bytes that may be on their way to or from the disk at a time, at least those of the
-            largest leaf; leaves then have files of their own. None: as many as there are, which is quickest,
-            and takes as much memory again as the arrays.
+          lazy: takes and gives back trees of ``LazyArray``, of which memory then holds pieces only.
         """
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-        limits: dict[str, Any] = {}
-        if in_flight is not None:
-            gigabytes = (in_flight + _SLACK) / 1e9
-            # The data base in which leaves are stored otherwise collects them in memory before it writes.
-            limits = {"save_concurrent_gb": gigabytes, "restore_concurrent_gb": gigabytes, "use_ocdbt": False}
-        handlers = {
-            "params": ocp.StandardCheckpointHandler(**limits),
-            "training": ocp.StandardCheckpointHandler(**limits),
-            "record": ocp.JsonCheckpointHandler(),
-        }
+        handler = _lazy_handler if lazy else ocp.StandardCheckpointHandler
+        handlers = {"params": handler(), "training": handler(), "record": ocp.JsonCheckpointHandler()}
+        self._lazy = lazy
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)
 
     def save(self, step: int, *, params: Any, training: Any, record: dict[str, Any]) -> None:
-        """Starts writing; the arrays are copied before this returns, the files follow in the background."""
+        """Starts writing; the files follow in the background.
+
+        Arrays are copied before this returns, lazy ones are read until everything is on disk.
+        """
+        item = ocp.args.PyTreeSave if self._lazy else ocp.args.StandardSave
         sums = {"params": checksums(params), "training": checksums(training)}
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                params=ocp.args.StandardSave(params),
-                training=ocp.args.StandardSave(training),
+                params=item(params),
+                training=item(training),
                 record=ocp.args.JsonSave({**record, "checksums": sums}),
             ),
         )
@@ -132,9 +192,7 @@ class Checkpointer:
                 record = self._manager.restore(step, args=only_record)["record"]
                 training = training_of(record)
                 _check_shapes(self._manager.item_metadata(step)["params"], params)
-                args = ocp.args.Composite(
-                    params=ocp.args.StandardRestore(params), training=ocp.args.StandardRestore(training)
-                )
+                args = ocp.args.Composite(params=self._target(params), training=self._target(training))
                 restored = self._manager.restore(step, args=args)
                 _verify(restored, record["checksums"])
             except CheckpointError as error:
@@ -149,21 +207,11 @@ class Checkpointer:
             raise CheckpointError("no checkpoint can be restored; " + "; ".join(problems))
         return None
 
-    def record(self) -> dict[str, Any]:
-        """The record of the newest step, without its arrays.
-
-        Raises:
-          CheckpointError: there is no step, or its record cannot be read.
-        """
-        step = self._manager.latest_step()
-        if step is None:
-            raise CheckpointError("the folder holds no checkpoint")
-        try:
-            return self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))[
-                "record"
-            ]
-        except Exception as error:  # storage raises many kinds; each means "this step cannot be read"
-            raise CheckpointError(f"step {step}: {type(error).__name__}: {error}") from None
+    def _target(self, tree: Any) -> ocp.args.CheckpointArgs:
+        if not self._lazy:
+            return ocp.args.StandardRestore(tree)
+        each = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=LazyArray), tree)
+        return ocp.args.PyTreeRestore(tree, restore_args=each)
 
     def wait(self) -> None:
         """Returns when everything saved is on disk."""

@@ -70,9 +70,13 @@ class PublishedTokenizer:
             raise ValueError(f"{file}: the vocabulary lacks the end token {self.eos_text!r}")
         self.eos: int = found
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text as the checkpoint reads it, special tokens in it and before it included."""
-        return self._plain.encode(text).ids
+    def encode(self, text: str, *, complete: bool = False) -> list[int]:
+        """The ids of a text as the checkpoint reads it, special tokens in it included.
+
+        Args:
+          complete: the text has all special tokens; otherwise the tokenizer puts its own around it.
+        """
+        return self._plain.encode(text, add_special_tokens=not complete).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; incomplete UTF-8 shows as U+FFFD."""
@@ -155,7 +159,7 @@ class PictureTextProcessor:
             )
         views = [self.images(np.asarray(picture())) for picture in sample.images]
         pixels = {name: self._stack(views, name) for name in self.shapes}
-        return _row(tokens, visual, pixels[LOW], pixels.get(HIGH))
+        return make_row(tokens, visual, pixels[LOW], pixels.get(HIGH))
 
     def _encode(self, text: str, mark: str) -> list[int]:
         return self.tokenizer.encode(text.replace(IMAGE_PLACEHOLDER, mark * self.image_tokens))
@@ -175,7 +179,7 @@ class PictureTextProcessor:
         return np.stack(stacked)[None]
 
 
-def _row(tokens: np.ndarray, visual: np.ndarray, low: np.ndarray, high: np.ndarray | None) -> Batch:
+def make_row(tokens: np.ndarray, visual: np.ndarray, low: np.ndarray, high: np.ndarray | None) -> Batch:
     """A row that holds nothing but the tokens, and the pictures one after the other."""
     count, ones = int(visual.sum()), np.ones((1, len(tokens)), np.int32)
     padding = (0, int(count == 0))  # a model looks up visual tokens even where none is wanted

@@ -3,13 +3,13 @@
     published folder  <->  checkpoints/0   parameters and routing state, in the dtypes of the weights
                            published/      config.json, tokenizer, and the tensors that are not ours
 
-Either result appears under its name only when it is complete. Host memory holds the parameters and little
-more than a second copy of the largest: they are stored, restored and written one after the other.
+Either result appears under its name only when it is complete. Host memory never holds the model, only pieces
+of one parameter. They are read twice: on the way there first for their checksums, on the way back first to
+verify them.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import shutil
 from collections.abc import Iterator
@@ -18,24 +18,24 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from vl_jax import params as params_lib
-from vl_jax import sharding
 from vl_jax.checkpoint import Checkpointer
+from vl_jax.interop import rules
 from vl_jax.interop.folder import write_folder
 from vl_jax.interop.pretrained import (
+    ROUTING,
     Published,
-    load_params,
     read_published,
-    routing_targets,
     side_files,
+    with_state,
     write_published,
 )
-from vl_jax.layout import Layout, plan_layout, smallest_batch
-from vl_jax.model import VisionLanguage
-from vl_jax.sharding import MeshConfig, make_mesh
+from vl_jax.interop.vision_language import IGNORED
+from vl_jax.layout import abstract
+from vl_jax.lazy_array import LazyArray
+from vl_jax.model import VisionLanguage, init_routing_state
 
 PUBLISHED, CHECKPOINTS = "published", "checkpoints"
 
@@ -55,19 +55,21 @@ def convert(source: Path, target: Path) -> None:
 
 
 def _to_checkpoint(published: Published, target: Path) -> None:
-    dtypes = _leaf_dtypes(published)
-    layout = _layout(published, dtypes)
-    params, state = load_params(published, layout)
+    shapes = _shapes(published)
+    plan = published.plan(shapes)
+    dtypes = _dtypes(plan, published, shapes)
+    tree = rules.lazily(plan, published.weights, _typed(shapes, dtypes), ignored=IGNORED)
+    state = tree.pop(ROUTING, {})
+    used = {key for leaf in plan.leaves for _, key in leaf.sources()}
+    kept = {key: entry for key, entry in published.weights.entries.items() if key not in used}
+    arrays = ((key, published.weights[key]) for key in kept)
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        used = {key for leaf in published.plan(_tree(layout, published)).leaves for _, key in leaf.sources()}
-        kept = {key: entry for key, entry in published.weights.entries.items() if key not in used}
-        arrays = ((key, published.weights[key]) for key in kept)
         write_folder(partial / PUBLISHED, published.fields, kept, arrays, copies=side_files(published.folder))
-        checkpointer = Checkpointer(partial / CHECKPOINTS, in_flight=_largest(layout))
+        checkpointer = Checkpointer(partial / CHECKPOINTS, lazy=True)
         with _no_word_of_merging():
-            checkpointer.save(0, params=params, training=_training(state), record={"dtypes": dtypes})
+            checkpointer.save(0, params=tree, training=_training(state), record={"dtypes": dtypes})
             checkpointer.close()
         partial.rename(target)
     finally:
@@ -91,68 +93,44 @@ def _no_word_of_merging() -> Iterator[None]:
 
 def _to_published(source: Path, target: Path) -> None:
     published = read_published(source / PUBLISHED)
-    dtypes = _stored_dtypes(source / CHECKPOINTS)
-    layout = _layout(published, dtypes)
-    state = routing_targets(published, layout)
-    checkpointer = Checkpointer(source / CHECKPOINTS, in_flight=_largest(layout))
+    params = _shapes(published)
+    training = _training(params.pop(ROUTING, {}))
+    checkpointer = Checkpointer(source / CHECKPOINTS, lazy=True)
     try:
-        restored = checkpointer.restore(
-            params=layout.params, training_of=lambda _: _training_targets(state, layout)
-        )
+        restored = checkpointer.restore(params=params, training_of=lambda _: training)
     finally:
         checkpointer.close()
     if restored is None:
         raise ValueError(f"{source / CHECKPOINTS}: holds no checkpoint")
-    _, params, training, _ = restored
-    write_published(target, params, training.get("routing", {}), published, dtypes=dtypes)
+    _, params, training, record = restored
+    write_published(target, params, training.get(ROUTING, {}), published, dtypes=record["dtypes"])
 
 
 def _training(state: Any) -> dict[str, Any]:
-    # Storage takes no empty tree, and a scheme may have no state.
-    return {"step": jnp.zeros((), jnp.int32), **({"routing": state} if state else {})}
+    """What stands beside the parameters: storage takes no empty tree, and a scheme may have no state."""
+    return with_state({"step": LazyArray.of(np.zeros((), np.int32))}, state)
 
 
-def _training_targets(state: Any, layout: Layout) -> dict[str, Any]:
-    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=layout.replicated)
-    return {"step": step, **({"routing": state} if state else {})}
+def _shapes(published: Published) -> dict[str, Any]:
+    """Parameters and routing state as shapes and dtypes of ours."""
+    state = jax.eval_shape(lambda: init_routing_state(published.config))
+    return with_state(abstract(VisionLanguage(published.config)), state)
 
 
-def _leaf_dtypes(published: Published) -> dict[str, str]:
-    """For every parameter the dtype of the tensors it is made of, the widest if they differ."""
-    abstract = params_lib.flatten(_tree(_layout(published, {}), published))
-    found = {}
-    for leaf in published.plan(params_lib.unflatten(abstract)).leaves:
-        entries = published.weights.entries
+def _dtypes(plan: rules.Plan, published: Published, shapes: Any) -> dict[str, str]:
+    """For every leaf the dtype of the tensors it is made of, the widest if they differ."""
+    ours, entries, found = params_lib.flatten(shapes), published.weights.entries, {}
+    for leaf in plan.leaves:
         dtypes = {entries[key].dtype for _, key in leaf.sources() if key in entries}
-        found[leaf.path] = str(np.result_type(*dtypes)) if dtypes else str(abstract[leaf.path].dtype)
+        found[leaf.path] = str(np.result_type(*dtypes) if dtypes else ours[leaf.path].dtype)
     return found
 
 
-def _layout(published: Published, dtypes: dict[str, str]) -> Layout:
-    mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
-    example = smallest_batch(published.config, rows=sharding.batch_axes(mesh))
-    layout = plan_layout(VisionLanguage(published.config), example, mesh)
+def _typed(shapes: Any, dtypes: dict[str, str]) -> Any:
+    """The tree with parameters in the dtypes of the weights; routing state stays in its own."""
 
     def typed(path: str, leaf: Any) -> Any:
-        return jax.ShapeDtypeStruct(leaf.shape, dtypes.get(path, leaf.dtype), sharding=leaf.sharding)
+        kept = path.startswith(f"{ROUTING}/") or path not in dtypes
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype if kept else dtypes[path])
 
-    return dataclasses.replace(layout, params=params_lib.map_paths(typed, layout.params))
-
-
-def _stored_dtypes(folder: Path) -> dict[str, str]:
-    """The dtypes that a checkpoint of ``convert`` says its published side had."""
-    checkpointer = Checkpointer(folder)
-    try:
-        return checkpointer.record()["dtypes"]
-    finally:
-        checkpointer.close()
-
-
-def _largest(layout: Layout) -> int:
-    """Bytes of the largest parameter."""
-    return max(leaf.size * leaf.dtype.itemsize for leaf in params_lib.flatten(layout.params).values())
-
-
-def _tree(layout: Layout, published: Published) -> dict[str, Any]:
-    state = routing_targets(published, layout)
-    return {**layout.params, **({"routing": state} if state else {})}
+    return params_lib.map_paths(typed, shapes)

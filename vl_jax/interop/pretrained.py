@@ -25,6 +25,7 @@ from vl_jax import params as params_lib
 from vl_jax.batch import Batch
 from vl_jax.data.picture_text import PictureTextProcessor
 from vl_jax.data.processor import Processor
+from vl_jax.data.text_processor import TextProcessor
 from vl_jax.generation import GenerationConfig
 from vl_jax.interop import rules
 from vl_jax.interop.deepseek_vl2 import deepseek_vl2_rules, read_deepseek_vl2
@@ -46,14 +47,16 @@ from vl_jax.model import VisionLanguage, VisionLanguageConfig, init_routing_stat
 from vl_jax.moe.routing import State
 from vl_jax.sharding import MeshConfig, make_mesh
 
+ROUTING = "routing"  # where the routing state stands in a tree of parameters and state
 # Prompts are padded to a multiple of so many tokens, so that lengths that differ a little share a program.
 PROMPT_BUCKET = 128
+_CONTEXT = 2048  # tokens, of a language model whose config does not say
 # Files of a published folder that are not weights; they go where the weights go.
-SIDE_FILES = ("*.json", "*.txt", "*.model", "*.md", "LICENSE*")
+SIDE_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.md", "LICENSE*")
 
 
 Fields = Mapping[str, Any]
-AnyProcessor = Processor | PictureTextProcessor
+AnyProcessor = Processor | PictureTextProcessor | TextProcessor
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,10 @@ def _language_rules(config: VisionLanguageConfig, fields: Fields, _: Weights) ->
     return language_rules(config.language, NAMES.get(fields["model_type"], Names()))
 
 
+def _language_processor(folder: Path, fields: Fields, _: VisionLanguageConfig) -> TextProcessor | None:
+    return TextProcessor.load(folder, max_tokens=fields.get("max_position_embeddings") or _CONTEXT)
+
+
 def _deepseek_vl2_processor(folder: Path, *_: Any) -> Processor | None:
     return Processor.load(folder) if (folder / "processor_config.json").is_file() else None
 
@@ -83,7 +90,7 @@ FAMILIES: dict[str, Family] = {
     "deepseek_vl_v2": Family(
         read_deepseek_vl2, lambda config, *_: deepseek_vl2_rules(config), _deepseek_vl2_processor
     ),
-    **dict.fromkeys(LANGUAGE, Family(_language_config, _language_rules)),
+    **dict.fromkeys(LANGUAGE, Family(_language_config, _language_rules, _language_processor)),
     **dict.fromkeys(
         VISION_LANGUAGE,
         Family(
@@ -146,18 +153,14 @@ def load_params(published: Published | str | Path, layout: Layout) -> tuple[Any,
     if not isinstance(published, Published):
         published = read_published(published)
     published = published.as_run_by(layout.model.config)
-    targets = _with_state(layout.params, routing_targets(published, layout))
-    tree = rules.read(published.plan(targets), published.weights, targets, ignored=IGNORED)
-    state = tree.pop("routing", {})
-    return tree, state
-
-
-def routing_targets(published: Published, layout: Layout) -> Any:
-    """Shapes and places of the routing state, which is empty for most schemes."""
-    return jax.tree.map(
+    state = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=layout.replicated),
         jax.eval_shape(lambda: init_routing_state(published.config)),
     )
+    targets = with_state(layout.params, state)
+    tree = rules.read(published.plan(targets), published.weights, targets, ignored=IGNORED)
+    state = tree.pop(ROUTING, {})
+    return tree, state
 
 
 def side_files(folder: Path) -> list[Path]:
@@ -167,18 +170,24 @@ def side_files(folder: Path) -> list[Path]:
 
 
 def write_published(
-    folder: Path, params: Any, state: State, published: Published, *, dtypes: Mapping[str, Any] | None = None
+    folder: Path,
+    params: Any,
+    state: Mapping[str, Any],
+    published: Published,
+    *,
+    dtypes: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes parameters in the layout, names and dtypes of the checkpoint they came from.
 
     Args:
       folder: must not exist; it appears when it is complete.
+      params, state: arrays, lazy ones too: one tensor of the folder is in memory at a time.
       dtypes: of the tensors of a parameter or state, by its path; None: as in the checkpoint.
 
     Raises:
       WeightsError: the folder exists, or the parameters are not those of the checkpoint's model.
     """
-    tree = _with_state(params, state)
+    tree = with_state(params, state)
     plan = published.plan(tree)
     entries = published.weights.entries
     by_key = {key: entry.dtype for key, entry in entries.items()}
@@ -192,8 +201,9 @@ def write_published(
     write_folder(folder, published.fields, {**ours, **kept}, arrays, copies=side_files(published.folder))
 
 
-def _with_state(params: Any, state: Any) -> dict[str, Any]:
-    return {**params, "routing": state} if state else dict(params)
+def with_state(params: Any, state: Any) -> dict[str, Any]:
+    """One tree of parameters and routing state, which is empty for most schemes."""
+    return {**params, ROUTING: state} if state else dict(params)
 
 
 @dataclass(frozen=True)
@@ -203,7 +213,7 @@ class Pretrained:
     layout: Layout
     params: Any
     routing_state: State
-    processor: AnyProcessor | None  # None: the folder has none, e.g. of a language model
+    processor: AnyProcessor | None  # None: the folder has none
 
     @property
     def model(self) -> VisionLanguage:
@@ -274,8 +284,8 @@ class Pretrained:
     def _processor(self) -> AnyProcessor:
         if self.processor is None:
             raise ValueError(
-                "the checkpoint has no processor (processor_config.json or preprocessor_config.json): "
-                "ask the model itself, with token ids"
+                "the checkpoint has no processor (processor_config.json, preprocessor_config.json, or of a "
+                "language model tokenizer.json and a chat template): ask the model itself, with token ids"
             )
         return self.processor
 

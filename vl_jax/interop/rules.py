@@ -10,8 +10,9 @@ Left of the arrow are the fields of the template, in order of appearance, and th
 the right are the axes of our parameter. All sizes follow from the shape of our parameter, so a rule holds for
 every size of the family, and each direction is the exact inverse of the other::
 
-    plan(rules, shapes, stacks) --.--> read(plan, weights, targets)   source tensors -> our tree
-                                  '--> export(plan, tree)             our tree -> source tensors, streamed
+    plan(rules, shapes, stacks) --.--> read(plan, weights, targets)     source tensors -> our tree
+                                  |--> lazily(plan, weights, targets)   the same, read when it is used
+                                  '--> export(plan, tree)               our tree -> source tensors, streamed
 
 One leaf is assembled at a time, out of views of the files: host memory peaks at the largest leaf, or, where a
 sharding is asked for, at the part of it that this host's devices hold.
@@ -32,6 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vl_jax.interop.safetensors import Entry, WeightsError
+from vl_jax.lazy_array import Index, LazyArray
 from vl_jax.params import Tree, flatten, unflatten
 
 STACK = "{stack}"
@@ -207,10 +209,28 @@ def read(
       WeightsError: lists every parameter without source, source tensor without use, and wrong shape or dtype.
     """
     flat = flatten(targets)
+    arrays = flatten(lazily(plan, weights, targets, ignored=ignored))
+    return unflatten({path: _place(array, flat[path]) for path, array in arrays.items()})
+
+
+def lazily(
+    plan: Plan, weights: Mapping[str, np.ndarray], targets: Tree, *, ignored: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The tree that ``read`` gives, of lazy arrays: any part is assembled when it is asked for.
+
+    Raises:
+      WeightsError: as ``read`` does.
+    """
+    flat = flatten(targets)
     problems = [*plan.problems, *_mismatches(plan, weights, flat, ignored)]
     if problems:
         raise WeightsError(f"weights do not fit, {len(problems)} problems:\n" + "\n".join(problems))
-    return unflatten({leaf.path: _place(leaf, weights, flat[leaf.path]) for leaf in plan.leaves})
+
+    def array(leaf: Leaf) -> LazyArray:
+        dtype = np.dtype(flat[leaf.path].dtype)
+        return LazyArray(leaf.shape, dtype, lambda index: _assemble(leaf, weights, index, dtype))
+
+    return unflatten({leaf.path: array(leaf) for leaf in plan.leaves})
 
 
 def _mismatches(
@@ -245,30 +265,27 @@ def _castable(source: Any, target: Any) -> bool:
     return source == target
 
 
-def _place(leaf: Leaf, weights: Mapping[str, np.ndarray], target: Any) -> jax.Array:
+def _place(array: LazyArray, target: Any) -> jax.Array:
     """One leaf on its devices. Waits for the copy: host memory then never holds two leaves."""
     if target.sharding is None:
-        whole = (slice(None),) * len(leaf.shape)
-        return jax.device_put(_assemble(leaf, weights, whole, target.dtype)).block_until_ready()
+        return jax.device_put(array[(slice(None),) * len(array.shape)]).block_until_ready()
     # Devices that hold the same part share one copy of it.
     parts: dict[Shape, np.ndarray] = {}
 
-    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+    def part(index: Index | None) -> np.ndarray:
         assert index is not None
         bounds = tuple(
-            bound for s, size in zip(index, leaf.shape, strict=True) for bound in s.indices(size)[:2]
+            bound for s, size in zip(index, array.shape, strict=True) for bound in s.indices(size)[:2]
         )
         if bounds not in parts:
-            parts[bounds] = _assemble(leaf, weights, index, target.dtype)
+            parts[bounds] = array[index]
         return parts[bounds]
 
-    array = jax.make_array_from_callback(leaf.shape, target.sharding, part, dtype=target.dtype)
-    return array.block_until_ready()
+    placed = jax.make_array_from_callback(array.shape, target.sharding, part, dtype=array.dtype)
+    return placed.block_until_ready()
 
 
-def _assemble(
-    leaf: Leaf, weights: Mapping[str, np.ndarray], index: tuple[slice, ...], dtype: Any
-) -> np.ndarray:
+def _assemble(leaf: Leaf, weights: Mapping[str, np.ndarray], index: Index, dtype: np.dtype) -> np.ndarray:
     """The part of a leaf that ``index`` selects, copied out of views of the source tensors."""
     axes, sizes = leaf.axes, leaf.sizes
     window = {name: range(*s.indices(sizes[name])) for name, s in zip(axes.target, index, strict=True)}
@@ -328,30 +345,31 @@ def _split(leaf: Leaf, array: Any, dtypes: Mapping[str, Any]) -> Iterator[tuple[
     order = [left.index(name) for name in axes.elementary]
     for window, block in _blocks(leaf, array):
         for positions, key in leaf.sources(window):
-            tensor = (
-                block[(*_within(positions, window, axes), ...)].transpose(order).reshape(leaf.source_shape)
-            )
-            tensor = np.ascontiguousarray(tensor, dtype=dtypes.get(key, block.dtype))
-            yield key, tensor.reshape(leaf.source_shape)  # ascontiguousarray gives a scalar an axis
+            tensor = block[(*_within(positions, window, axes), ...)].transpose(order)
+            tensor = tensor.reshape(leaf.source_shape)
+            yield key, tensor.astype(dtypes.get(key, block.dtype), copy=False)
 
 
 def _blocks(leaf: Leaf, array: Any) -> Iterator[tuple[Mapping[str, range], np.ndarray]]:
-    """A leaf on the host: one position along its first field at a time, or whole if it has no field.
+    """A leaf on the host, one source tensor at a time.
 
-    Only copies are fetched, for a ``jax.Array`` keeps its host copy as long as it lives.
+    Of an array on devices every part costs the start of a program: one position along its first field then.
     """
+    fields = leaf.axes.fields[:1] if isinstance(array, jax.Array) else leaf.axes.fields
     whole = {name: range(size) for name, size in leaf.sizes.items()}
-    if not leaf.axes.fields:
-        yield whole, np.asarray(jnp.copy(array) if isinstance(array, jax.Array) else array)
-        return
-    first = leaf.axes.fields[0]
-    axis = leaf.axes.target.index(first)
-    for i in whole[first]:
-        if isinstance(array, jax.Array):
-            block = np.asarray(jax.lax.dynamic_slice_in_dim(array, i, 1, axis))
-        else:
-            block = array[(*(slice(None),) * axis, slice(i, i + 1))]
-        yield whole | {first: range(i, i + 1)}, block
+    for positions in itertools.product(*(whole[field] for field in fields)):
+        window = whole | {field: range(i, i + 1) for field, i in zip(fields, positions, strict=True)}
+        yield window, _fetch(array, tuple(slice(r.start, r.stop) for r in window.values()))
+
+
+def _fetch(array: Any, index: Index) -> np.ndarray:
+    """A part of an array; of a ``jax.Array`` a copy is fetched, for it keeps its host copy while it lives."""
+    if not isinstance(array, jax.Array):
+        return np.asarray(array[index])
+    sizes = [s.stop - s.start for s in index]
+    if sizes == list(array.shape):
+        return np.asarray(jnp.copy(array))
+    return np.asarray(jax.lax.dynamic_slice(array, [s.start for s in index], sizes))
 
 
 def _within(positions: Mapping[str, int], window: Mapping[str, range], axes: Axes) -> tuple[int | slice, ...]:

@@ -14,13 +14,14 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 # The limit every reader of the format keeps; a longer header is damage or an attack.
 MAX_HEADER = 100_000_000
+MAX_COPY = 8 << 20  # bytes put in order at a time
 METADATA = "__metadata__"
 
 DTYPES: dict[str, np.dtype] = {
@@ -209,7 +210,8 @@ def write_file(
                     raise WeightsError(f"{path}: tensor {name!r} is {found}, announced as {entries[name]}")
                 missing.remove(name)
                 file.seek(begins[name])
-                file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+                _write_data(file, array)
+                del array  # before the next one is made
             if missing:
                 raise WeightsError(f"{path}: tensor {min(missing)!r} was announced and never came")
             file.flush()
@@ -217,6 +219,14 @@ def write_file(
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _write_data(file: BinaryIO, array: np.ndarray) -> None:
+    """Writes an array's items in order; of one that does not lie so a few rows are copied at a time."""
+    rows = np.atleast_1d(array)
+    step = len(rows) if rows.flags.c_contiguous else MAX_COPY * len(rows) // rows.nbytes
+    for start in range(0, len(rows), max(step, 1)):
+        file.write(np.ascontiguousarray(rows[start : start + step]).reshape(-1).view(np.uint8).data)
 
 
 def _make_header(
