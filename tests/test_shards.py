@@ -24,7 +24,6 @@ from vl_jax.data.sources import (
     MetaConfig,
     ParquetConfig,
     ScenesConfig,
-    TfdsConfig,
     WebDatasetConfig,
     open_source,
 )
@@ -281,95 +280,6 @@ def test_a_part_that_was_being_written_is_written_again(tmp_path, monkeypatch):
         (tmp_path / "new.partial").mkdir()
         (tmp_path / "new.partial" / "source.json").write_text("{}")
         convert(config, open_source(config), tmp_path / "new")
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory) -> Path:
-    """A folder with a small data set of TensorFlow Datasets, built without TensorFlow."""
-    tfds = pytest.importorskip("tensorflow_datasets")
-    folder = tmp_path_factory.mktemp("prepared")
-    features = {"image": tfds.features.Image(), "question": tfds.features.Text(), "said": {}}
-    features["said"]["answers"] = tfds.features.Sequence(tfds.features.Text())
-    features["objects"] = tfds.features.Sequence(
-        {"bbox": tfds.features.BBoxFeature(), "phrase": tfds.features.Text()}
-    )
-
-    class TinyVqa(tfds.core.GeneratorBasedBuilder):
-        VERSION = tfds.core.Version("1.0.0")
-        pkg_dir_path = folder  # where it would look for texts about itself
-
-        def _info(self):
-            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-        def _split_generators(self, dl_manager):
-            return {"train": self._generate_examples()}
-
-        def _generate_examples(self):
-            for i in range(3):
-                (folder / f"{i}.png").write_bytes(png(i))
-                answers = ["red", "blue", "blue"]
-                boxes = [
-                    tfds.features.BBox(ymin=0.0, xmin=0.25, ymax=0.5, xmax=1.0),
-                    tfds.features.BBox(ymin=0.0, xmin=0.0, ymax=1.0, xmax=1.0),
-                ]
-                example = {
-                    "image": folder / f"{i}.png",
-                    "question": f"What {i}?",
-                    "said": {"answers": answers},
-                }
-                names = ("the owl", "all of it")
-                example["objects"] = [{"bbox": b, "phrase": p} for b, p in zip(boxes, names, strict=True)]
-                yield i, example
-
-    TinyVqa(data_dir=folder / "data", file_format="array_record").download_and_prepare()
-    return folder
-
-
-def test_a_data_set_of_tfds_is_read_by_name(prepared):
-    config = TfdsConfig("t", "tiny_vqa", root="data", question="question", answer="said/answers")
-    source = open_source(config, root=str(prepared))
-    assert len(source) == 3 and len(source.files) == 1
-    numbers = set()
-    for i in range(3):
-        sample = source[i]
-        number = sample.images[0]().getpixel((0, 0))[0]
-        numbers.add(number)
-        question = f"What {number}?"
-        assert [(t.question, t.answer) for t in sample.turns] == [
-            (f"<image>\n{question}", "blue"),
-            (question, "red"),
-        ]
-    assert numbers == {0, 1, 2}
-
-
-def test_phrases_of_tfds_are_located(prepared):
-    config = TfdsConfig(
-        "t", "tiny_vqa", root="data", answer="objects/phrase", boxes="objects/bbox", prompt="Locate {}."
-    )
-    sample = open_source(config, root=str(prepared))[0]
-    width, height = sample.images[0]().size
-    assert [t.question for t in sample.turns] == ["<image>\nLocate the owl.", "Locate all of it."]
-    assert sample.turns[0].boxes[0].corners == (0.25 * width, 0, width, 0.5 * height)
-    assert sample.turns[0].answer == "<|ref|>the owl<|/ref|><|det|>[[250, 0, 999, 500]]<|/det|>"
-    with pytest.raises(ValueError, match="boxes='b' of source 't': needs an image, no question"):
-        TfdsConfig("t", "d", boxes="b")
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"dataset": "absent"}, "data, absent, train: "),
-        ({"split": "test"}, "tiny_vqa, test: "),
-        ({"answer": "reply"}, "no feature 'reply'; there are image, question, said, objects"),
-    ],
-)
-def test_a_data_set_that_is_not_there_is_named(prepared, change, message):
-    config = TfdsConfig(
-        **{"name": "t", "dataset": "tiny_vqa", "root": "data", "answer": "question", **change}
-    )
-    with pytest.raises(ValueError, match=f"source 't': .*{message}") as caught:
-        open_source(config, root=str(prepared))
-    assert "\n" not in str(caught.value)
 
 
 def test_an_index_of_tar_files_is_small(tmp_path):

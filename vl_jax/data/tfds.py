@@ -2,9 +2,10 @@
 
 tfds build --file_format=array_record coco_captions
 TfdsConfig("coco", "coco_captions", answer="captions/text", prompt="Describe the picture.")
-TfdsConfig("where", "my_phrases", answer="objects/phrase", boxes="objects/bbox", prompt="Locate {}.")
+TfdsConfig("refs", "ref_coco", answer="objects/refexp/raw", boxes="objects/bbox", prompt="Locate {}.")
 
-Lists of lists, such as the expressions of ``ref_coco``, cannot be prepared without TensorFlow.
+An object of ``ref_coco`` has several expressions, a list within a list: to prepare those, but not to read
+them, TFDS needs TensorFlow.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class TfdsConfig:
     question: str = ""  # empty: ``prompt`` is the question
     answer: str = "answer"  # of a list, each different answer is a turn of its own, the most frequent first
     prompt: str = ""
-    boxes: str = ""  # the answers are phrases, each for one of these; ``prompt``, with {}, asks where it is
+    boxes: str = ""  # each has an answer, a phrase or a list of them; ``prompt``, with {}, asks where it is
     max_pixels: int = DEFAULT_MAX_PIXELS
 
     def __post_init__(self):
@@ -82,12 +83,11 @@ class TfdsSource:
             raise ValueError(f"source {config.name!r}: {self._where}: {reason}") from None
         self._records = found
         names = {f for f in (config.image, config.question, config.answer, config.boxes) if f}
-        missing = sorted(f for f in names if f.partition("/")[0] not in found.dataset_info.features)
+        known = list(_paths(found.dataset_info.features))
+        missing = sorted(names.difference(known))
         if missing:
-            known = ", ".join(found.dataset_info.features)
-            raise ValueError(
-                f"source {config.name!r}: {self._where}: no feature {missing[0]!r}; there are {known}"
-            )
+            there = f"no feature {missing[0]!r}; there are {', '.join(known)}"
+            raise ValueError(f"source {config.name!r}: {self._where}: {there}")
         self.files = sorted(Path(found.dataset_info.data_dir).glob("*.array_record*"))
 
     def __len__(self) -> int:
@@ -105,8 +105,9 @@ class TfdsSource:
         config, where = self._config, f"{self._where}, record {index}"
         try:
             record = self._records[index]
-        except (ValueError, RuntimeError, OSError, LookupError, TypeError) as error:
-            raise BadSample("bad_record", f"sample ? ({where}): {error}") from None
+        except Exception as error:  # Here too.
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise BadSample("bad_record", f"sample ? ({where}): {reason}") from None
         images = [_feature(record, config.image)] if config.image else []
         if not all(isinstance(data, bytes) for data in images):
             raise BadSample("bad_image_field", f"sample ? ({where}): {config.image!r} is no image")
@@ -138,42 +139,59 @@ class TfdsSource:
 
     def _located(self, record: Any, image: EncodedImage, where: str) -> Iterator[Turn]:
         """For every phrase, where it is: boxes are ymin, xmin, ymax, xmax in shares of the picture."""
-        phrases = _texts(_feature(record, self._config.answer), where)
+        found = _list(_feature(record, self._config.answer))
+        phrases = [_texts(several, where) if _list(several) else [] for several in found]
         try:
-            found: np.ndarray = np.array(_feature(record, self._config.boxes), np.float64)
+            boxes: np.ndarray = np.array(_feature(record, self._config.boxes), np.float64)
         except (ValueError, TypeError):
-            found = np.zeros(0)
-        if found.shape != (len(phrases), 4) or not ((found >= 0) & (found <= 1)).all():  # NaN is neither
+            boxes = np.zeros(0)
+        if not any(phrases):
+            raise BadSample("no_boxes", f"sample ? ({where}): there are no phrases")
+        if boxes.shape != (len(phrases), 4) or not ((boxes >= 0) & (boxes <= 1)).all():  # NaN is neither
             raise BadSample("bad_box", f"sample ? ({where}): needs a box in 0..1 for each of its phrases")
-        if any(mark in phrase for phrase in phrases for mark in SPECIAL):
-            raise BadSample("bad_box", f"sample ? ({where}): a phrase holds a special mark")
         width, height = image.size()
-        for number, (phrase, (top, left, bottom, right)) in enumerate(
-            zip(phrases, found.tolist(), strict=True)
-        ):
+        lead = f"{IMAGE_PLACEHOLDER}\n"
+        for several, (top, left, bottom, right) in zip(phrases, boxes.tolist(), strict=True):
             if left >= right or top >= bottom:
-                raise BadSample("bad_box", f"sample ? ({where}): the box of {phrase[:80]!r} has no area")
-            corners = (left * width, top * height, right * width, bottom * height)
-            box = Box(phrase, corners)
-            answer = write_boxes([box], width=width, height=height)
-            question = f"{IMAGE_PLACEHOLDER}\n" * (number == 0) + self._config.prompt.replace("{}", phrase)
-            yield Turn(question, answer, "grounding", "", (box,))
+                raise BadSample("bad_box", f"sample ? ({where}): the box of {str(several)[:80]} has no area")
+            for phrase in several:
+                if not phrase.strip() or any(mark in phrase for mark in (*SPECIAL, IMAGE_PLACEHOLDER)):
+                    raise BadSample("bad_box", f"sample ? ({where}): a phrase is blank or holds a mark")
+                box = Box(phrase, (left * width, top * height, right * width, bottom * height))
+                answer = write_boxes([box], width=width, height=height)
+                yield Turn(lead + self._config.prompt.replace("{}", phrase), answer, "grounding", "", (box,))
+                lead = ""
+
+
+def _paths(features: Any, prefix: str = "") -> Iterator[str]:
+    """The names of all features, ``a/b`` for b within a, be there one a or a list of them."""
+    features = getattr(features, "feature", features)
+    for name, inner in features.items() if hasattr(features, "items") else ():
+        yield prefix + name
+        yield from _paths(inner, f"{prefix}{name}/")
 
 
 def _feature(record: Any, path: str) -> Any:
-    for key in path.split("/"):
-        if isinstance(record, list):
-            record = [inner.get(key) if isinstance(inner, dict) else None for inner in record]
-        else:
-            record = record.get(key) if isinstance(record, dict) else None
-    return record
+    """What a path leads to, or None; a name may have a slash of its own, as ``image/id``."""
+    if isinstance(record, list):
+        return [_feature(inner, path) for inner in record]
+    if not isinstance(record, dict):
+        return None
+    if path in record:
+        return record[path]
+    head, slash, rest = path.partition("/")
+    return _feature(record.get(head), rest) if slash else None
+
+
+def _list(value: Any) -> list[Any]:
+    """Something or several, as they come: a list or an array."""
+    values = value.tolist() if hasattr(value, "tolist") else value
+    return values if isinstance(values, list) else [values]
 
 
 def _texts(value: Any, where: str) -> list[str]:
-    """One text or several, as they come: bytes, str, a list or an array of them."""
-    values = value.tolist() if hasattr(value, "tolist") else value
-    values = values if isinstance(values, list) else [values]
-    texts = [v.decode("utf-8", errors="replace") if isinstance(v, bytes) else v for v in values]
+    """One text or several, as bytes or str."""
+    texts = [v.decode("utf-8", errors="replace") if isinstance(v, bytes) else v for v in _list(value)]
     if not texts or not all(isinstance(text, str) for text in texts):
         raise BadSample("bad_conversation", f"sample ? ({where}): expected a text or a list of texts")
     return texts
