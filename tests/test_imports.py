@@ -13,7 +13,7 @@ PACKAGE = "vl_jax"
 
 # A module may import from its own level and from those before it.
 LEVELS = (
-    "config batch params kernels charts process allocator",
+    "cache config batch params kernels charts process allocator",
     "sharding losses metrics data",
     "nn",
     "moe",

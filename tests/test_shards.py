@@ -15,6 +15,7 @@ import pytest
 from PIL import Image as PilImage
 
 from vl_jax.data import convert as convert_lib
+from vl_jax.data import webdataset
 from vl_jax.data.convert import convert
 from vl_jax.data.sources import (
     ArrayRecordConfig,
@@ -282,13 +283,15 @@ def test_a_part_that_was_being_written_is_written_again(tmp_path, monkeypatch):
         convert(config, open_source(config), tmp_path / "new")
 
 
-def test_an_index_of_tar_files_is_small(tmp_path):
+def write_many(file: Path, count: int) -> None:
+    names = [f"shard/sample-{number:09}.{ending}" for number in range(count) for ending in ("jpg", "json")]
+    write_tar(file, [(name, b"") for name in names])
+
+
+def test_an_index_of_tar_files_is_small(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     count = 3000
-    with tarfile.open(tmp_path / "s.tar", "w") as out:
-        for number in range(count):
-            for ending in ("jpg", "json"):
-                member = tarfile.TarInfo(f"shard/sample-{number:09}.{ending}")
-                out.addfile(member, io.BytesIO())
+    write_many(tmp_path / "s.tar", count)
     tracemalloc.start()
     source = open_source(WebDatasetConfig("w", "s.tar"), root=str(tmp_path))
     used, _ = tracemalloc.get_traced_memory()
@@ -296,6 +299,24 @@ def test_an_index_of_tar_files_is_small(tmp_path):
     assert len(source) == count and used < 150 * count
     with pytest.raises(BadSample, match="sample-000002999.*not_json"):
         source[count - 1]
+
+
+def test_tar_files_are_walked_again_only_when_one_has_changed(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    sample_tars(tmp_path)
+    write_many(tmp_path / "s9.tar", 2000)
+    walked, walk = [], webdataset.walk
+    monkeypatch.setattr(webdataset, "walk", lambda file: walked.append(file.name) or walk(file))
+
+    def read() -> list:
+        source = open_source(WebDatasetConfig("w", "s*.tar"), root=str(tmp_path))
+        assert len(source) == 2006
+        return [(source[i].id, source[i].turns, source[i].images[0]().getpixel((0, 0))) for i in range(6)]
+
+    first = read()
+    assert read() == first and walked == ["s0.tar", "s1.tar", "s9.tar"]
+    os.utime(tmp_path / "s1.tar", ns=(1, 1))
+    assert read() == first and len(walked) == 6
 
 
 def test_decoded_row_groups_are_mapped_and_follow_their_file(tmp_path):
