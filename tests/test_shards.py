@@ -15,7 +15,7 @@ import pytest
 from PIL import Image as PilImage
 
 from vl_jax.data import convert as convert_lib
-from vl_jax.data import webdataset
+from vl_jax.data import kept, webdataset
 from vl_jax.data.convert import convert
 from vl_jax.data.sources import (
     ArrayRecordConfig,
@@ -216,6 +216,51 @@ def test_a_bad_picture_of_coco_has_a_reason(tmp_path, change, reason):
     with pytest.raises(BadSample) as caught:
         source[0]
     assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize("kept_before", [False, True])
+def test_annotations_of_coco_find_their_pictures_in_whatever_order(tmp_path, monkeypatch, kept_before):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(kept, "_WORTH", 0)
+    names = ["3", 1, "a", 2]  # ids; of the fourth there is no box
+    owners = [1, 3, "a", "1", "3", 1, 7]
+    boxes = [{"image_id": o, "category_id": 1, "bbox": [n, 0, 1, 1]} for n, o in enumerate(owners)]
+    content = {
+        "annotations": boxes,
+        "info": {"images": [1, {"annotations": []}]},
+        "images": [{"id": i, "file_name": "a.png", "width": 8, "height": 6} for i in names],
+        "categories": [{"id": "1", "name": "猫"}],
+    }
+    (tmp_path / "c.json").write_text(json.dumps(content, indent=1, ensure_ascii=False))
+    for _ in range(1 + kept_before):
+        source = open_source(CocoConfig("c", "c.json"), root=str(tmp_path))
+    assert [[int(b.corners[0]) for b in source[i].turns[1].boxes] for i in range(3)] == [
+        [1, 4],
+        [0, 3, 5],
+        [2],
+    ]
+    assert [source[i].id for i in range(3)] == ["c-3", "c-1", "c-a"]
+    with pytest.raises(BadSample, match="no_boxes"):
+        source[3]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "not JSON: Expecting value: line 1 column 1"),
+        ("[]", "expected a list under 'images'"),
+        ('{"images": [], "annotations": [], "categories": {}}', "expected a list under 'categories'"),
+        ('{"images": [{}, 3]}', "the entry of 'images' up to byte 17 must be an object"),
+        ('{"images": [], "images": []}', "a second 'images' at byte 24"),
+        ('{"images": [{"id": 1}],\n"annotations": [{]}', "not JSON: .* line 2 column 18"),
+        ('{"images": [], "annotations": [], "categories": []} 7', "not JSON: Extra data: line 1 column 53"),
+    ],
+)
+def test_a_file_that_is_not_as_coco_has_it_is_refused_with_the_position(tmp_path, text, problem):
+    (tmp_path / "c.json").write_text(text)
+    with pytest.raises(ValueError, match=f"c.json: {problem}") as caught:
+        open_source(CocoConfig("c", "c.json"), root=str(tmp_path))
+    assert "\n" not in str(caught.value)
 
 
 def test_converted_samples_are_those_of_the_source(tmp_path):
