@@ -4,7 +4,7 @@
      "annotations": [{"image_id", "category_id", "bbox": [x, y, width, height], "iscrowd"}]}
 
 Turns: one that asks for the kinds of object, and one for each kind that asks where they are. Crowds are left
-out, as they have no box of their own.
+out, as they have no box of their own. Entries stay in the file: where they are is kept for the next time.
 """
 
 from __future__ import annotations

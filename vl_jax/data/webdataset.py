@@ -3,7 +3,8 @@
     shard-0000.tar    a.jpg a.json  |  b.jpg b.txt  |  c.0.png c.1.png c.json  | ...
 
 A ``json`` member is a record (see ``conversation``), a ``txt`` member a caption; the images are those beside
-it, in their order. Nothing is ever unpacked: members are read in place, whatever their names are.
+it, in their order. Nothing is ever unpacked: members are read in place, whatever their names are, and where
+they are is kept for the next time.
 """
 
 from __future__ import annotations
