@@ -31,13 +31,14 @@ def prepared(tmp_path_factory) -> Path:
     """A folder with a small data set, shaped as VQAv2, COCO captions and phrases with boxes are."""
     folder = tmp_path_factory.mktemp("prepared")
     text, sequence = tfds.features.Text(), tfds.features.Sequence
+    label = tfds.features.ClassLabel(names=["fish", "bird"])
     features = {
         "image": tfds.features.Image(),
         "image/id": np.int64,
         "question": text,
         "said": {"answers": sequence(text)},
         "captions": sequence({"id": np.int64, "text": text}),
-        "objects": sequence({"bbox": tfds.features.BBoxFeature(), "phrase": text}),
+        "objects": sequence({"bbox": tfds.features.BBoxFeature(), "phrase": text, "label": label}),
     }
 
     class TinyVqa(tfds.core.GeneratorBasedBuilder):
@@ -61,7 +62,7 @@ def prepared(tmp_path_factory) -> Path:
                         "question": f"What {i}?",
                         "said": {"answers": ["red", "blue", "blue"]},
                         "captions": [{"id": k, "text": f"caption {k} of {i}"} for k in range(2)],
-                        "objects": [{"bbox": b, "phrase": p} for b, p in objects],
+                        "objects": [{"bbox": b, "phrase": p, "label": "bird"} for b, p in objects],
                     },
                 )
 
@@ -107,6 +108,19 @@ def test_phrases_of_tfds_are_located(prepared):
     assert sample.turns[0].answer == "<|ref|>the owl<|/ref|><|det|>[[250, 0, 999, 500]]<|/det|>"
     with pytest.raises(ValueError, match="boxes='b' of source 't': needs an image, no question"):
         TfdsConfig("t", "d", boxes="b")
+
+
+def test_boxes_of_a_class_are_one_answer(prepared):
+    config = TfdsConfig(
+        "t", "tiny_vqa", root="data", answer="objects/label", boxes="objects/bbox", prompt="Locate every {}."
+    )
+    sample = open_source(config, root=str(prepared))[0]
+    assert [t.question for t in sample.turns] == ["<image>\nLocate every bird."]
+    assert (
+        sample.turns[0].answer == "<|ref|>bird<|/ref|><|det|>[[250, 0, 999, 500], [0, 0, 999, 999]]<|/det|>"
+    )
+    named = TfdsConfig("t", "tiny_vqa", root="data", answer="objects/label", prompt="What is there?")
+    assert [t.answer for t in open_source(named, root=str(prepared))[0].turns] == ["bird"]
 
 
 @pytest.mark.parametrize(
@@ -170,7 +184,10 @@ def referring(*expressions: list[str]):
 
 
 def test_each_expression_of_ref_coco_is_located(monkeypatch):
-    examples = [referring(["the owl"], ["left half", "half on the left"], []), referring(["one"])]
+    examples = [
+        referring(["the owl"], ["left half", "half on the left", "left half"], []),
+        referring(["one"]),
+    ]
     source = open_ref_coco(monkeypatch, examples)
     assert len(source) == 2
     sample = source[0]

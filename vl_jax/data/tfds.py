@@ -2,6 +2,7 @@
 
 tfds build --file_format=array_record coco_captions
 TfdsConfig("coco", "coco_captions", answer="captions/text", prompt="Describe the picture.")
+TfdsConfig("voc", "voc/2012", answer="objects/label", boxes="objects/bbox", prompt="Locate every {}.")
 TfdsConfig("refs", "ref_coco", answer="objects/refexp/raw", boxes="objects/bbox", prompt="Locate {}.")
 
 An object of ``ref_coco`` has several expressions, a list within a list: to prepare those, but not to read
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ class TfdsConfig:
     root: str = ""  # folder of prepared data sets relative to the data root; empty: the data root
     image: str = "image"  # empty: the data set has no images
     question: str = ""  # empty: ``prompt`` is the question
-    answer: str = "answer"  # of a list, each different answer is a turn of its own, the most frequent first
+    answer: str = "answer"  # of a list, each different one is a turn of its own, the most frequent first
     prompt: str = ""
     boxes: str = ""  # each has an answer, a phrase or a list of them; ``prompt``, with {}, asks where it is
     max_pixels: int = DEFAULT_MAX_PIXELS
@@ -83,11 +84,13 @@ class TfdsSource:
             raise ValueError(f"source {config.name!r}: {self._where}: {reason}") from None
         self._records = found
         names = {f for f in (config.image, config.question, config.answer, config.boxes) if f}
-        known = list(_paths(found.dataset_info.features))
+        known = dict(_features(found.dataset_info.features))
         missing = sorted(names.difference(known))
         if missing:
             there = f"no feature {missing[0]!r}; there are {', '.join(known)}"
             raise ValueError(f"source {config.name!r}: {self._where}: {there}")
+        # Of a feature that is one of some classes, records have the number.
+        self._classes: list[str] = getattr(known[config.answer], "names", None) or []
         self.files = sorted(Path(found.dataset_info.data_dir).glob("*.array_record*"))
 
     def __len__(self) -> int:
@@ -129,7 +132,8 @@ class TfdsSource:
         """Questions and their answers."""
         config = self._config
         questions = _texts(_feature(record, config.question), where) if config.question else [config.prompt]
-        answers = [text for text, _ in Counter(_texts(_feature(record, config.answer), where)).most_common()]
+        found = _texts(_feature(record, config.answer), where, self._classes)
+        answers = [text for text, _ in Counter(found).most_common()]
         if len(questions) == 1:
             questions *= len(answers)
         if len(questions) != len(answers):
@@ -138,9 +142,9 @@ class TfdsSource:
         return list(zip(questions, answers, strict=True))
 
     def _located(self, record: Any, image: EncodedImage, where: str) -> Iterator[Turn]:
-        """For every phrase, where it is: boxes are ymin, xmin, ymax, xmax in shares of the picture."""
+        """For every phrase, where all that it names is: ymin, xmin, ymax, xmax in shares of the picture."""
         found = _list(_feature(record, self._config.answer))
-        phrases = [_texts(several, where) if _list(several) else [] for several in found]
+        phrases = [_texts(several, where, self._classes) if _list(several) else [] for several in found]
         try:
             boxes: np.ndarray = np.array(_feature(record, self._config.boxes), np.float64)
         except (ValueError, TypeError):
@@ -150,25 +154,27 @@ class TfdsSource:
         if boxes.shape != (len(phrases), 4) or not ((boxes >= 0) & (boxes <= 1)).all():  # NaN is neither
             raise BadSample("bad_box", f"sample ? ({where}): needs a box in 0..1 for each of its phrases")
         width, height = image.size()
-        lead = f"{IMAGE_PLACEHOLDER}\n"
+        named: dict[str, list[Box]] = {}
         for several, (top, left, bottom, right) in zip(phrases, boxes.tolist(), strict=True):
             if left >= right or top >= bottom:
                 raise BadSample("bad_box", f"sample ? ({where}): the box of {str(several)[:80]} has no area")
-            for phrase in several:
+            for phrase in dict.fromkeys(several):
                 if not phrase.strip() or any(mark in phrase for mark in (*SPECIAL, IMAGE_PLACEHOLDER)):
                     raise BadSample("bad_box", f"sample ? ({where}): a phrase is blank or holds a mark")
                 box = Box(phrase, (left * width, top * height, right * width, bottom * height))
-                answer = write_boxes([box], width=width, height=height)
-                yield Turn(lead + self._config.prompt.replace("{}", phrase), answer, "grounding", "", (box,))
-                lead = ""
+                named.setdefault(phrase, []).append(box)
+        for number, (phrase, own) in enumerate(named.items()):
+            question = f"{IMAGE_PLACEHOLDER}\n" * (number == 0) + self._config.prompt.replace("{}", phrase)
+            answer = write_boxes(own, width=width, height=height)
+            yield Turn(question, answer, "grounding", "", tuple(own))
 
 
-def _paths(features: Any, prefix: str = "") -> Iterator[str]:
-    """The names of all features, ``a/b`` for b within a, be there one a or a list of them."""
-    features = getattr(features, "feature", features)
+def _features(features: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """All features by name, ``a/b`` for b within a; of a list of features, what it is a list of."""
     for name, inner in features.items() if hasattr(features, "items") else ():
-        yield prefix + name
-        yield from _paths(inner, f"{prefix}{name}/")
+        inner = getattr(inner, "feature", inner)
+        yield prefix + name, inner
+        yield from _features(inner, f"{prefix}{name}/")
 
 
 def _feature(record: Any, path: str) -> Any:
@@ -189,9 +195,17 @@ def _list(value: Any) -> list[Any]:
     return values if isinstance(values, list) else [values]
 
 
-def _texts(value: Any, where: str) -> list[str]:
-    """One text or several, as bytes or str."""
-    texts = [v.decode("utf-8", errors="replace") if isinstance(v, bytes) else v for v in _list(value)]
+def _texts(value: Any, where: str, classes: Sequence[str] = ()) -> list[str]:
+    """One text or several, as bytes, str, or numbers of classes."""
+    texts = [_text(v, classes) for v in _list(value)]
     if not texts or not all(isinstance(text, str) for text in texts):
         raise BadSample("bad_conversation", f"sample ? ({where}): expected a text or a list of texts")
     return texts
+
+
+def _text(value: Any, classes: Sequence[str]) -> Any:
+    """A text as such, what is no text as it is."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", errors="replace")
+    is_class = isinstance(value, int | np.integer) and 0 <= value < len(classes)
+    return classes[int(value)] if is_class else value
