@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
+import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +18,10 @@ from vl_jax.data.encode import DataConfig, ModelSpec
 from vl_jax.data.images import TilingConfig
 from vl_jax.data.llava import LlavaConfig
 from vl_jax.data.packing import PackingConfig
+from vl_jax.data.parquet import ParquetConfig
 from vl_jax.data.sample import Box, Sample, Turn
 from vl_jax.data.scenes import ScenesConfig
+from vl_jax.data.webdataset import WebDatasetConfig
 
 SPEC = ModelSpec(tile_tokens_side=2, fusion="prefix", vocab_size=2048)
 CONFIG = DataConfig(
@@ -74,6 +79,60 @@ def test_files_tell_what_is_wrong_with_them(tmp_path):
     examples = {f.what: f.examples for f in examination.findings}
     assert "no.png" in examples["cannot be used: missing image"][0]
     assert examples["picture that an earlier record has"] == ("again and a",)
+
+
+def as_files(folder: Path, records: list[tuple[dict, bytes]]) -> LlavaConfig:
+    for number, (_, data) in enumerate(records):
+        (folder / f"{number}.png").write_bytes(data)
+    texts = [json.dumps({**record, "image": f"{n}.png"}) for n, (record, _) in enumerate(records)]
+    (folder / "d.jsonl").write_text("\n".join(texts))
+    return LlavaConfig("s", "d.jsonl")
+
+
+def as_tar(folder: Path, records: list[tuple[dict, bytes]]) -> WebDatasetConfig:
+    with tarfile.open(folder / "d.tar", "w") as out:
+        for number, (record, image) in enumerate(records):
+            for ending, data in (("png", image), ("json", json.dumps(record).encode())):
+                member = tarfile.TarInfo(f"{number}.{ending}")
+                member.size = len(data)
+                out.addfile(member, io.BytesIO(data))
+    return WebDatasetConfig("s", "d.tar")
+
+
+def as_parquet(folder: Path, records: list[tuple[dict, bytes]]) -> ParquetConfig:
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    rows = [{**record, "image": {"bytes": data}} for record, data in records]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "d.parquet")
+    return ParquetConfig("s", "d.parquet")
+
+
+@pytest.mark.parametrize("write", [as_files, as_tar, as_parquet])
+def test_every_container_tells_of_the_same_faults(tmp_path, write):
+    def png(seed: int) -> bytes:
+        out = io.BytesIO()
+        picture(seed).save(out, "PNG")
+        return out.getvalue()
+
+    def record(name: str, answer: str | None = "that", question: str = "what?") -> dict:
+        return {"id": name, "question": question, "answer": answer}
+
+    records = [(record(str(n)), png(n)) for n in range(4)]
+    records += [(record("again"), png(0)), (record("2"), png(9)), (record("e", ""), png(10))]
+    records += [(record("cut"), png(11)[:60]), (record("n", None), png(12))]
+    records += [(record("more", question="<image><image>"), png(13))] * 2
+    config = dataclasses.replace(CONFIG, root=str(tmp_path), sources=(write(tmp_path, records),))
+    examination = doctor.examine(config, SPEC, "s")
+    assert found(examination) == {
+        "picture that an earlier record has": 1,
+        "id that an earlier record has": 1,
+        "empty answer": 1,
+        "cannot be used: corrupt image": 1,
+        "cannot be used: bad conversation": 1,
+        "cannot be used: placeholder mismatch": 2,
+    }
+    assert examination.num_usable == 7 and examination.num_records == examination.num_examined == 11
 
 
 @pytest.mark.parametrize(

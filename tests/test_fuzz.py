@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import os
 import random
 import string
 import tarfile
 import time
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -16,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image as PilImage
 
-from vl_jax.data import array_records
+from vl_jax.data import array_records, kept
 from vl_jax.data.conversation import parse
 from vl_jax.data.sample import BadSample, Sample, Turn
 from vl_jax.data.sources import (
@@ -29,6 +32,7 @@ from vl_jax.data.sources import (
     WebDatasetConfig,
     open_source,
 )
+from vl_jax.data.tar import walk
 
 TOO_LONG = 5.0  # seconds for one small file: it hangs
 
@@ -269,6 +273,95 @@ def test_damaged_files_are_read_counted_or_refused(tmp_path, container, count):
         (inside / "a.png").write_bytes(damaged(image, chance) if chance.random() < 0.3 else image)
         ends.update(outcomes(CONTAINERS[container](inside, chance), inside))
     assert ends["ok"] and sum(ends.values()) > ends["ok"], ends  # Neither all too tame, nor all too wild.
+
+
+def misled(data: bytes, random: random.Random) -> bytes:
+    """A tar file of which a header says something else, with the right checksum."""
+    result = bytearray(data)
+    at = 512 * random.randrange(len(result) // 512)
+    field = random.choice([slice(0, 100), slice(124, 136), slice(156, 157), slice(257, 263), slice(345, 500)])
+    length = field.stop - field.start
+    value = random.choice(
+        [
+            random.choice([b"L", b"x", b"g", b"S", b"5", b"\0"]),
+            b"%011o\0" % random.choice([0, 1, 511, 10**9]),
+            b"\x80" + random.randbytes(11),
+            b"../" * 40 + b"a.png",
+            random.randbytes(length),
+            b"16 path=a/b.txt\n" * 7,
+        ]
+    )
+    result[at + field.start : at + field.stop] = value[:length].ljust(length, b"\0")
+    result[at + 148 : at + 156] = b" " * 8
+    result[at + 148 : at + 156] = b"%06o\0 " % sum(result[at : at + 512])
+    return bytes(result)
+
+
+@pytest.mark.parametrize("count", [100, pytest.param(5000, marks=pytest.mark.slow)])
+def test_a_tar_file_that_misleads_is_read_or_refused(tmp_path, count):
+    ends, file = Counter(), tmp_path / "d.tar"
+    for seed in range(count):
+        chance = random.Random(f"misled/{seed}")
+        config = webdataset(tmp_path, chance)
+        for _ in range(chance.randint(1, 3)):
+            if file.stat().st_size >= 512:
+                file.write_bytes(misled(file.read_bytes(), chance))
+        ends.update(outcomes(config, tmp_path))
+        with contextlib.suppress(ValueError):
+            for _, start, size in walk(file):
+                assert 512 <= start <= start + size <= file.stat().st_size
+    assert ends["ok"] and ends["refused"], ends
+
+
+def whole_tar(folder: Path):
+    members = [("a.png", picture(random.Random(0))), ("a.json", b'{"question": "What?", "answer": "It."}')]
+    with tarfile.open(folder / "d.tar", "w") as out:
+        for name, data in [*members, ("b.txt", b"one"), ("c.png", b"two")]:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            out.addfile(member, io.BytesIO(data))
+    return WebDatasetConfig("x", "d.tar")
+
+
+def whole_list(folder: Path):
+    (folder / "d.json").write_text(json.dumps([{"text": "one"}, {"text": "two"}, 3]))
+    return LlavaConfig("x", "d.json")
+
+
+def whole_coco(folder: Path):
+    (folder / "a.png").write_bytes(picture(random.Random(0)))
+    images = [{"id": i, "file_name": "a.png", "width": 12, "height": 12} for i in range(3)]
+    boxes = [{"image_id": i // 2, "category_id": 1, "bbox": [0, 0, 3, 3]} for i in range(4)]
+    content = {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "cat"}]}
+    (folder / "d.json").write_text(json.dumps(content))
+    return CocoConfig("x", "d.json")
+
+
+@pytest.mark.parametrize("count", [100, pytest.param(3000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("make", [whole_tar, whole_list, whole_coco])
+def test_a_kept_index_that_misleads_points_into_the_file_or_is_made_anew(tmp_path, monkeypatch, make, count):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(kept, "_WORTH", 0)
+    config = make(tmp_path)
+    size, honest = (tmp_path / config.file).stat().st_size, outcomes(config, tmp_path)
+    assert honest["ok"] == 2 and sum(honest.values()) == 3
+    (index,) = (tmp_path / "cache" / "vl_jax" / "index").iterdir()
+    whole, read = index.read_bytes(), os.pread
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "pread", lambda fd, n, at: asked.append((at, n)) or read(fd, n, at))
+    ends = Counter()
+    for seed in range(count):
+        chance, data = random.Random(f"index/{seed}"), bytearray(whole)
+        start = data.index(b"\n", 9) + 1
+        at = start + 8 * chance.randrange((len(data) - start) // 8)
+        value = chance.choice([0, 1, -1, 7, 512, size, size - 1, 2**62, -(2**63), 1 << 32])
+        data[at : at + 8] = value.to_bytes(8, "little", signed=True)
+        index.write_bytes(b"%08x\n" % zlib.crc32(data[9:]) + data[9:])
+        asked.clear()
+        ends[outcomes(config, tmp_path) == honest] += 1
+        # What is walked over again is read a page at a time, which may end behind the file.
+        assert all(0 <= place <= size and n <= max(size - place, 4096) for place, n in asked)
+    assert ends[True] and ends[False]
 
 
 @pytest.mark.parametrize("count", [200, pytest.param(2000, marks=pytest.mark.slow)])

@@ -13,7 +13,7 @@ PACKAGE = "vl_jax"
 
 # A module may import from its own level and from those before it.
 LEVELS = (
-    "config batch params kernels lazy_array charts process allocator",
+    "config batch params kernels lazy_array charts process allocator cache_folder",
     "sharding losses metrics data",
     "nn",
     "moe",

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image as PilImage
 
 from vl_jax.data import convert as convert_lib
+from vl_jax.data import kept, webdataset
 from vl_jax.data.convert import convert
 from vl_jax.data.sources import (
     ArrayRecordConfig,
@@ -24,7 +25,6 @@ from vl_jax.data.sources import (
     MetaConfig,
     ParquetConfig,
     ScenesConfig,
-    TfdsConfig,
     WebDatasetConfig,
     open_source,
 )
@@ -218,6 +218,51 @@ def test_a_bad_picture_of_coco_has_a_reason(tmp_path, change, reason):
     assert caught.value.reason == reason
 
 
+@pytest.mark.parametrize("kept_before", [False, True])
+def test_annotations_of_coco_find_their_pictures_in_whatever_order(tmp_path, monkeypatch, kept_before):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(kept, "_WORTH", 0)
+    names = ["3", 1, "a", 2]  # ids; of the fourth there is no box
+    owners = [1, 3, "a", "1", "3", 1, 7]
+    boxes = [{"image_id": o, "category_id": 1, "bbox": [n, 0, 1, 1]} for n, o in enumerate(owners)]
+    content = {
+        "annotations": boxes,
+        "info": {"images": [1, {"annotations": []}]},
+        "images": [{"id": i, "file_name": "a.png", "width": 8, "height": 6} for i in names],
+        "categories": [{"id": "1", "name": "猫"}],
+    }
+    (tmp_path / "c.json").write_text(json.dumps(content, indent=1, ensure_ascii=False))
+    for _ in range(1 + kept_before):
+        source = open_source(CocoConfig("c", "c.json"), root=str(tmp_path))
+    assert [[int(b.corners[0]) for b in source[i].turns[1].boxes] for i in range(3)] == [
+        [1, 4],
+        [0, 3, 5],
+        [2],
+    ]
+    assert [source[i].id for i in range(3)] == ["c-3", "c-1", "c-a"]
+    with pytest.raises(BadSample, match="no_boxes"):
+        source[3]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "not JSON: Expecting value: line 1 column 1"),
+        ("[]", "expected a list under 'images'"),
+        ('{"images": [], "annotations": [], "categories": {}}', "expected a list under 'categories'"),
+        ('{"images": [{}, 3]}', "the entry of 'images' up to byte 17 must be an object"),
+        ('{"images": [], "images": []}', "a second 'images' at byte 24"),
+        ('{"images": [{"id": 1}],\n"annotations": [{]}', "not JSON: .* line 2 column 18"),
+        ('{"images": [], "annotations": [], "categories": []} 7', "not JSON: Extra data: line 1 column 53"),
+    ],
+)
+def test_a_file_that_is_not_as_coco_has_it_is_refused_with_the_position(tmp_path, text, problem):
+    (tmp_path / "c.json").write_text(text)
+    with pytest.raises(ValueError, match=f"c.json: {problem}") as caught:
+        open_source(CocoConfig("c", "c.json"), root=str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
 def test_converted_samples_are_those_of_the_source(tmp_path):
     pytest.importorskip("array_record")
     config = ScenesConfig("s", num_examples=5)
@@ -283,102 +328,15 @@ def test_a_part_that_was_being_written_is_written_again(tmp_path, monkeypatch):
         convert(config, open_source(config), tmp_path / "new")
 
 
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory) -> Path:
-    """A folder with a small data set of TensorFlow Datasets, built without TensorFlow."""
-    tfds = pytest.importorskip("tensorflow_datasets")
-    folder = tmp_path_factory.mktemp("prepared")
-    features = {"image": tfds.features.Image(), "question": tfds.features.Text(), "said": {}}
-    features["said"]["answers"] = tfds.features.Sequence(tfds.features.Text())
-    features["objects"] = tfds.features.Sequence(
-        {"bbox": tfds.features.BBoxFeature(), "phrase": tfds.features.Text()}
-    )
-
-    class TinyVqa(tfds.core.GeneratorBasedBuilder):
-        VERSION = tfds.core.Version("1.0.0")
-        pkg_dir_path = folder  # where it would look for texts about itself
-
-        def _info(self):
-            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-        def _split_generators(self, dl_manager):
-            return {"train": self._generate_examples()}
-
-        def _generate_examples(self):
-            for i in range(3):
-                (folder / f"{i}.png").write_bytes(png(i))
-                answers = ["red", "blue", "blue"]
-                boxes = [
-                    tfds.features.BBox(ymin=0.0, xmin=0.25, ymax=0.5, xmax=1.0),
-                    tfds.features.BBox(ymin=0.0, xmin=0.0, ymax=1.0, xmax=1.0),
-                ]
-                example = {
-                    "image": folder / f"{i}.png",
-                    "question": f"What {i}?",
-                    "said": {"answers": answers},
-                }
-                names = ("the owl", "all of it")
-                example["objects"] = [{"bbox": b, "phrase": p} for b, p in zip(boxes, names, strict=True)]
-                yield i, example
-
-    TinyVqa(data_dir=folder / "data", file_format="array_record").download_and_prepare()
-    return folder
+def write_many(file: Path, count: int) -> None:
+    names = [f"shard/sample-{number:09}.{ending}" for number in range(count) for ending in ("jpg", "json")]
+    write_tar(file, [(name, b"") for name in names])
 
 
-def test_a_data_set_of_tfds_is_read_by_name(prepared):
-    config = TfdsConfig("t", "tiny_vqa", root="data", question="question", answer="said/answers")
-    source = open_source(config, root=str(prepared))
-    assert len(source) == 3 and len(source.files) == 1
-    numbers = set()
-    for i in range(3):
-        sample = source[i]
-        number = sample.images[0]().getpixel((0, 0))[0]
-        numbers.add(number)
-        question = f"What {number}?"
-        assert [(t.question, t.answer) for t in sample.turns] == [
-            (f"<image>\n{question}", "blue"),
-            (question, "red"),
-        ]
-    assert numbers == {0, 1, 2}
-
-
-def test_phrases_of_tfds_are_located(prepared):
-    config = TfdsConfig(
-        "t", "tiny_vqa", root="data", answer="objects/phrase", boxes="objects/bbox", prompt="Locate {}."
-    )
-    sample = open_source(config, root=str(prepared))[0]
-    width, height = sample.images[0]().size
-    assert [t.question for t in sample.turns] == ["<image>\nLocate the owl.", "Locate all of it."]
-    assert sample.turns[0].boxes[0].corners == (0.25 * width, 0, width, 0.5 * height)
-    assert sample.turns[0].answer == "<|ref|>the owl<|/ref|><|det|>[[250, 0, 999, 500]]<|/det|>"
-    with pytest.raises(ValueError, match="boxes='b' of source 't': needs an image, no question"):
-        TfdsConfig("t", "d", boxes="b")
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"dataset": "absent"}, "data, absent, train: "),
-        ({"split": "test"}, "tiny_vqa, test: "),
-        ({"answer": "reply"}, "no feature 'reply'; there are image, question, said, objects"),
-    ],
-)
-def test_a_data_set_that_is_not_there_is_named(prepared, change, message):
-    config = TfdsConfig(
-        **{"name": "t", "dataset": "tiny_vqa", "root": "data", "answer": "question", **change}
-    )
-    with pytest.raises(ValueError, match=f"source 't': .*{message}") as caught:
-        open_source(config, root=str(prepared))
-    assert "\n" not in str(caught.value)
-
-
-def test_an_index_of_tar_files_is_small(tmp_path):
+def test_an_index_of_tar_files_is_small(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     count = 3000
-    with tarfile.open(tmp_path / "s.tar", "w") as out:
-        for number in range(count):
-            for ending in ("jpg", "json"):
-                member = tarfile.TarInfo(f"shard/sample-{number:09}.{ending}")
-                out.addfile(member, io.BytesIO())
+    write_many(tmp_path / "s.tar", count)
     tracemalloc.start()
     source = open_source(WebDatasetConfig("w", "s.tar"), root=str(tmp_path))
     used, _ = tracemalloc.get_traced_memory()
@@ -386,6 +344,24 @@ def test_an_index_of_tar_files_is_small(tmp_path):
     assert len(source) == count and used < 150 * count
     with pytest.raises(BadSample, match="sample-000002999.*not_json"):
         source[count - 1]
+
+
+def test_tar_files_are_walked_again_only_when_one_has_changed(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    sample_tars(tmp_path)
+    write_many(tmp_path / "s9.tar", 2000)
+    walked, walk = [], webdataset.walk
+    monkeypatch.setattr(webdataset, "walk", lambda file: walked.append(file.name) or walk(file))
+
+    def read() -> list:
+        source = open_source(WebDatasetConfig("w", "s*.tar"), root=str(tmp_path))
+        assert len(source) == 2006
+        return [(source[i].id, source[i].turns, source[i].images[0]().getpixel((0, 0))) for i in range(6)]
+
+    first = read()
+    assert read() == first and walked == ["s0.tar", "s1.tar", "s9.tar"]
+    os.utime(tmp_path / "s1.tar", ns=(1, 1))
+    assert read() == first and len(walked) == 6
 
 
 def test_decoded_row_groups_are_mapped_and_follow_their_file(tmp_path):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from pathlib import Path
 
 import jax
+
+from vl_jax.cache_folder import cache_folder
 
 
 def set_up() -> None:
@@ -15,8 +16,7 @@ def set_up() -> None:
     logging.getLogger("vl_jax").setLevel(logging.INFO)
     if os.environ.get("VL_JAX_DISTRIBUTED"):  # set by the launchers in tpu_scripts
         jax.distributed.initialize()
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vl_jax" / "xla"
     if jax.config.values["jax_compilation_cache_dir"] is None:
-        jax.config.update("jax_compilation_cache_dir", str(default))
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder("xla")))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -4,19 +4,27 @@
      "annotations": [{"image_id", "category_id", "bbox": [x, y, width, height], "iscrowd"}]}
 
 Turns: one that asks for the kinds of object, and one for each kind that asks where they are. Crowds are left
-out, as they have no box of their own.
+out, as they have no box of their own. Entries stay in the file: where they are is kept for the next time.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import mmap
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vl_jax.data import grounding
-from vl_jax.data.llava import read_json
+from vl_jax.data.json_reader import JsonReader
+from vl_jax.data.kept import Arrays, Done, keep
+from vl_jax.data.lines import Spans, map_file, read_places, spans_lie_in
+from vl_jax.data.llava import parse_line
 from vl_jax.data.sample import (
     DEFAULT_MAX_PIXELS,
     IMAGE_PLACEHOLDER,
@@ -27,6 +35,8 @@ from vl_jax.data.sample import (
     image_in,
 )
 from vl_jax.data.shards import check_fields, file_and_folder
+
+_LISTS = ("images", "categories", "annotations")
 
 
 @dataclass(frozen=True)
@@ -53,14 +63,14 @@ class CocoSource:
         self._config = config
         self._file, self._folder = file_and_folder(root, config.file, config.root, config.name)
         self.files = [self._file]
-        whole = read_json(self._file)
-        self._pictures = _entries(whole, "images", self._file)
-        categories = _entries(whole, "categories", self._file)
-        self._names = {_key(c.get("id")): str(c.get("name")) for c in categories}
-        self._boxes: dict[str, list[dict[str, Any]]] = {}
-        for annotation in _entries(whole, "annotations", self._file):
-            if not annotation.get("iscrowd"):
-                self._boxes.setdefault(_key(annotation.get("image_id")), []).append(annotation)
+        data = map_file(self._file)
+        make, sound = functools.partial(_index, self._file, data), functools.partial(_is_sound, len(data))
+        self._index = found = keep("coco-1", self.files, make, sound)
+        self._pictures, categories, self._annotations = (
+            Spans(data, *found[name].reshape(-1, 2).T) for name in _LISTS
+        )
+        entries = [_entry(categories[i], f"{self._file}, categories[{i}]") for i in range(len(categories))]
+        self._names = {_key(c.get("id")): str(c.get("name")) for c in entries}
 
     def __len__(self) -> int:
         return len(self._pictures)
@@ -74,20 +84,27 @@ class CocoSource:
         Raises:
           BadSample: the picture has no box, or an entry breaks a rule.
         """
-        entry = self._pictures[index]
-        where = f"sample {str(entry.get('id'))[:80]} ({self._file}, images[{index}])"
+        where = f"{self._file}, images[{index}]"
+        entry = _entry(self._pictures[index], where)
+        where = f"sample {str(entry.get('id'))[:80]} ({where})"
         name, size = entry.get("file_name"), (entry.get("width"), entry.get("height"))
         if not isinstance(name, str) or not all(isinstance(n, int) and 0 < n < 10**6 for n in size):
             raise BadSample("bad_image_field", f"{where}: needs file_name, width and height")
         width, height = int(size[0] or 0), int(size[1] or 0)
-        annotations = self._boxes.get(_key(entry.get("id")), [])
-        boxes = [self._box(a, width, height, where) for a in annotations]
+        boxes = [self._box(a, width, height, where) for a in self._annotations_of(index, entry, where)]
         if not boxes:
             raise BadSample("no_boxes", f"{where}: no annotation of it has a box")
         first, *others = turns_about(boxes, width, height)
         first = dataclasses.replace(first, question=f"{IMAGE_PLACEHOLDER}\n{first.question}")
         image = image_in(self._folder, name, where, self._config.max_pixels)
-        return Sample(f"{self._config.name}-{entry['id']}", (first, *others), (image,))
+        return Sample(f"{self._config.name}-{entry.get('id')}", (first, *others), (image,))
+
+    def _annotations_of(self, index: int, entry: dict[str, Any], where: str) -> list[dict[str, Any]]:
+        of = self._index
+        numbers = of["order"][of["begins"][index] : of["ends"][index]].tolist()
+        found = [_entry(self._annotations[number], where) for number in numbers]
+        # The index goes by hashes of ids, which may be the same by chance.
+        return [a for a in found if _key(a.get("image_id")) == _key(entry.get("id"))]
 
     def _box(self, annotation: dict[str, Any], width: int, height: int, where: str) -> Box:
         label = self._names.get(_key(annotation.get("category_id")))
@@ -115,13 +132,71 @@ def turns_about(boxes: Sequence[Box], width: int, height: int) -> list[Turn]:
     return turns
 
 
-def _entries(whole: Any, key: str, file: Path) -> list[dict[str, Any]]:
-    found = whole.get(key) if isinstance(whole, dict) else None
-    if not isinstance(found, list):
-        raise ValueError(f"{file}: expected a list under {key!r}")
-    for index, entry in enumerate(found):
+def _index(file: Path, data: mmap.mmap | bytes, done: Done) -> Arrays:
+    """Where all entries are, and which annotations belong to which picture.
+
+    Returns:
+      images, categories, annotations: i64[2n] where each entry begins and stops, by turns.
+      order: i64[m] annotations with a box; those of picture i are order[begins[i] : ends[i]].
+      begins, ends: i64[n].
+
+    Raises:
+      ValueError: the file is no JSON object with these lists of objects.
+    """
+    reader = JsonReader(file, data)
+    places: Arrays = {}
+    pictures, owners = array("q"), array("q")  # hashes of the ids of pictures, and of those of annotations
+    boxes = array("b")  # whether an annotation has one
+
+    def look(entry: Any) -> None:
         if not isinstance(entry, dict):
-            raise ValueError(f"{file}: {key}[{index}] must be an object")
+            raise ValueError(f"{file}: the entry of {key!r} up to byte {reader.position} must be an object")
+        if key == "images":
+            pictures.append(hash(_key(entry.get("id"))))
+        elif key == "annotations":
+            owners.append(hash(_key(entry.get("image_id"))))
+            boxes.append(not entry.get("iscrowd"))
+
+    if reader.peek() != "{":
+        reader.value()
+    else:
+        for key in reader.fields():
+            if key in places:
+                raise ValueError(f"{file}: a second {key!r} at byte {reader.position}")
+            if key in _LISTS and reader.peek() == "[":
+                places[key] = read_places(reader, done, look)
+            else:
+                reader.value()
+    reader.end()
+    if missing := [name for name in _LISTS if name not in places]:
+        raise ValueError(f"{file}: expected a list under {missing[0]!r}")
+    owner, wanted = np.array(owners, np.int64), np.array(pictures, np.int64)
+    order = np.flatnonzero(np.array(boxes, np.bool_))
+    order = order[np.argsort(owner[order], kind="stable")]
+    begins, ends = (np.searchsorted(owner[order], wanted, side) for side in ("left", "right"))
+    return {**places, "order": order, "begins": begins, "ends": ends}
+
+
+def _is_sound(size: int, arrays: Arrays) -> bool:
+    """Whether an index points into a file of that many bytes, and nowhere else."""
+    order, begins, ends = (arrays[name] for name in ("order", "begins", "ends"))
+    return bool(
+        all(spans_lie_in(size, *arrays[name].reshape(-1, 2).T) for name in _LISTS)
+        and len(begins) == len(ends) == len(arrays["images"]) // 2
+        and ((0 <= begins) & (begins <= ends) & (ends <= len(order))).all()
+        and ((0 <= order) & (order < len(arrays["annotations"]) // 2)).all()
+    )
+
+
+def _entry(text: bytes, where: str) -> dict[str, Any]:
+    """An entry, which was an object when the index was made.
+
+    Raises:
+      BadSample: it is none now, as the file was changed meanwhile.
+    """
+    found = parse_line(text, where)
+    if not isinstance(found, dict):
+        raise BadSample("not_an_object", f"sample ? ({where}): expected an object")
     return found
 
 

@@ -5,17 +5,20 @@ So a file of millions of records costs no memory of the process, and no time of 
 
 from __future__ import annotations
 
-import json
 import mmap
-import re
+from array import array
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from vl_jax.data.json_reader import BYTE_ORDER_MARK, JsonReader
+from vl_jax.data.kept import Arrays, Done, keep
+
 _CHUNK = 1 << 22
 _BLANK = 8  # lines up to this many bytes are looked at when the file is opened
-_MARK = b"\xef\xbb\xbf"  # the byte order mark
-_SPACE = re.compile(r"[ \t\r\n]*")
+_SHOWN = 1 << 10  # half the elements between two signs of progress
 
 
 class Spans:
@@ -38,10 +41,10 @@ def lines(path: Path) -> Spans:
     Raises:
       ValueError: there is no such file.
     """
-    data = _map(path)
+    data = map_file(path)
     ends = _line_ends(data)
     starts = np.concatenate([np.zeros(1, np.int64), ends[:-1] + 1])[: len(ends)]
-    if data[:3] == _MARK:
+    if data[:3] == BYTE_ORDER_MARK:
         starts[0] = 3
     kept = ends - starts > 0
     for i in np.flatnonzero(kept & (ends - starts <= _BLANK)):
@@ -50,29 +53,56 @@ def lines(path: Path) -> Spans:
 
 
 def json_items(path: Path) -> Spans:
-    """The elements of the list that a JSON file holds.
+    """The elements of the list that a JSON file holds; where they are is kept for the next time.
 
     Raises:
       ValueError: there is no such file, or it is not a JSON list in UTF-8; with the position.
     """
-    data = _map(path)
-    try:
-        text = str(data, "utf-8-sig")
-        places = _elements(text)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 at byte {error.start}") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
-    except TypeError as error:
-        raise ValueError(f"{path}: {error}") from None
-    # Characters to bytes: what lies before a place, encoded.
-    marks = [0, *(mark for place in places for mark in place)]
-    lengths = [len(text[a:b].encode()) for a, b in zip(marks, marks[1:], strict=False)]
-    offsets = np.cumsum(lengths, dtype=np.int64) + (3 if data[:3] == _MARK else 0)
-    return Spans(data, offsets[::2], offsets[1::2])
+    data = map_file(path)
+
+    def make(done: Done) -> Arrays:
+        reader = JsonReader(path, data)
+        if reader.peek() != "[":
+            found = type(reader.value().value).__name__
+            reader.end()
+            raise ValueError(f"{path}: expected a list of records, found {found}")
+        places = read_places(reader, done)
+        reader.end()
+        return {"starts": places[::2], "stops": places[1::2]}
+
+    kept = keep("json-1", [path], make, lambda arrays: spans_lie_in(len(data), **arrays))
+    return Spans(data, **kept)
 
 
-def _map(path: Path) -> mmap.mmap | bytes:
+def read_places(
+    reader: JsonReader, done: Done, look: Callable[[Any], object] = lambda value: None
+) -> np.ndarray:
+    """Where the elements of a list begin and stop, by turns: i64[2n].
+
+    Args:
+      look: is shown each of them.
+    """
+    places = array("q")
+    for value, start, stop in reader.items():
+        look(value)
+        places.append(start)
+        places.append(stop)
+        if not len(places) % _SHOWN:
+            done(stop)
+    return np.array(places, np.int64)
+
+
+def spans_lie_in(size: int, starts: np.ndarray, stops: np.ndarray) -> bool:
+    """Whether these are stretches of a file of that many bytes."""
+    return len(starts) == len(stops) and bool(((0 <= starts) & (starts <= stops) & (stops <= size)).all())
+
+
+def map_file(path: Path) -> mmap.mmap | bytes:
+    """What is in a file, mapped.
+
+    Raises:
+      ValueError: there is no such file.
+    """
     if not path.is_file():
         raise ValueError(f"no such file {path}")
     if not path.stat().st_size:  # An empty file cannot be mapped.
@@ -89,30 +119,3 @@ def _line_ends(data: mmap.mmap | bytes) -> np.ndarray:
     if size and data[size - 1 : size] != b"\n":
         found.append(np.array([size]))
     return np.concatenate([np.zeros(0, np.int64), *found]).astype(np.int64)
-
-
-def _elements(text: str) -> list[tuple[int, int]]:
-    """Where each element of a JSON list begins and ends; they are decoded one by one, and none is kept."""
-    place, decode = _next(text, 0), json.JSONDecoder().raw_decode
-    if not text.startswith("[", place):
-        raise TypeError(f"expected a list of records, found {type(json.loads(text)).__name__}")
-    result: list[tuple[int, int]] = []
-    place = _next(text, place + 1)
-    while result or not text.startswith("]", place):
-        _, stop = decode(text, place)
-        result.append((place, stop))
-        place = _next(text, stop)
-        if text.startswith("]", place):
-            break
-        if not text.startswith(",", place):
-            raise json.JSONDecodeError("Expecting ',' delimiter", text, place)
-        place = _next(text, place + 1)
-    if (rest := _next(text, place + 1)) < len(text):
-        raise json.JSONDecodeError("Extra data", text, rest)
-    return result
-
-
-def _next(text: str, place: int) -> int:
-    """The first place from there on that is not blank."""
-    found = _SPACE.match(text, place)
-    return found.end() if found else place

@@ -2,16 +2,18 @@
 
 tfds build --file_format=array_record coco_captions
 TfdsConfig("coco", "coco_captions", answer="captions/text", prompt="Describe the picture.")
-TfdsConfig("where", "my_phrases", answer="objects/phrase", boxes="objects/bbox", prompt="Locate {}.")
+TfdsConfig("voc", "voc/2012", answer="objects/label", boxes="objects/bbox", prompt="Locate every {}.")
+TfdsConfig("refs", "ref_coco", answer="objects/refexp/raw", boxes="objects/bbox", prompt="Locate {}.")
 
-Lists of lists, such as the expressions of ``ref_coco``, cannot be prepared without TensorFlow.
+An object of ``ref_coco`` has several expressions, a list within a list: to prepare those, but not to read
+them, TFDS needs TensorFlow.
 """
 
 from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,9 +43,9 @@ class TfdsConfig:
     root: str = ""  # folder of prepared data sets relative to the data root; empty: the data root
     image: str = "image"  # empty: the data set has no images
     question: str = ""  # empty: ``prompt`` is the question
-    answer: str = "answer"  # of a list, each different answer is a turn of its own, the most frequent first
+    answer: str = "answer"  # of a list, each different one is a turn of its own, the most frequent first
     prompt: str = ""
-    boxes: str = ""  # the answers are phrases, each for one of these; ``prompt``, with {}, asks where it is
+    boxes: str = ""  # each has an answer, a phrase or a list of them; ``prompt``, with {}, asks where it is
     max_pixels: int = DEFAULT_MAX_PIXELS
 
     def __post_init__(self):
@@ -82,12 +84,13 @@ class TfdsSource:
             raise ValueError(f"source {config.name!r}: {self._where}: {reason}") from None
         self._records = found
         names = {f for f in (config.image, config.question, config.answer, config.boxes) if f}
-        missing = sorted(f for f in names if f.partition("/")[0] not in found.dataset_info.features)
+        known = dict(_features(found.dataset_info.features))
+        missing = sorted(names.difference(known))
         if missing:
-            known = ", ".join(found.dataset_info.features)
-            raise ValueError(
-                f"source {config.name!r}: {self._where}: no feature {missing[0]!r}; there are {known}"
-            )
+            there = f"no feature {missing[0]!r}; there are {', '.join(known)}"
+            raise ValueError(f"source {config.name!r}: {self._where}: {there}")
+        # Of a feature that is one of some classes, records have the number.
+        self._classes: list[str] = getattr(known[config.answer], "names", None) or []
         self.files = sorted(Path(found.dataset_info.data_dir).glob("*.array_record*"))
 
     def __len__(self) -> int:
@@ -105,8 +108,9 @@ class TfdsSource:
         config, where = self._config, f"{self._where}, record {index}"
         try:
             record = self._records[index]
-        except (ValueError, RuntimeError, OSError, LookupError, TypeError) as error:
-            raise BadSample("bad_record", f"sample ? ({where}): {error}") from None
+        except Exception as error:  # Here too.
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise BadSample("bad_record", f"sample ? ({where}): {reason}") from None
         images = [_feature(record, config.image)] if config.image else []
         if not all(isinstance(data, bytes) for data in images):
             raise BadSample("bad_image_field", f"sample ? ({where}): {config.image!r} is no image")
@@ -128,7 +132,8 @@ class TfdsSource:
         """Questions and their answers."""
         config = self._config
         questions = _texts(_feature(record, config.question), where) if config.question else [config.prompt]
-        answers = [text for text, _ in Counter(_texts(_feature(record, config.answer), where)).most_common()]
+        found = _texts(_feature(record, config.answer), where, self._classes)
+        answers = [text for text, _ in Counter(found).most_common()]
         if len(questions) == 1:
             questions *= len(answers)
         if len(questions) != len(answers):
@@ -137,43 +142,70 @@ class TfdsSource:
         return list(zip(questions, answers, strict=True))
 
     def _located(self, record: Any, image: EncodedImage, where: str) -> Iterator[Turn]:
-        """For every phrase, where it is: boxes are ymin, xmin, ymax, xmax in shares of the picture."""
-        phrases = _texts(_feature(record, self._config.answer), where)
+        """For every phrase, where all that it names is: ymin, xmin, ymax, xmax in shares of the picture."""
+        found = _list(_feature(record, self._config.answer))
+        phrases = [_texts(several, where, self._classes) if _list(several) else [] for several in found]
         try:
-            found: np.ndarray = np.array(_feature(record, self._config.boxes), np.float64)
+            boxes: np.ndarray = np.array(_feature(record, self._config.boxes), np.float64)
         except (ValueError, TypeError):
-            found = np.zeros(0)
-        if found.shape != (len(phrases), 4) or not ((found >= 0) & (found <= 1)).all():  # NaN is neither
+            boxes = np.zeros(0)
+        if not any(phrases):
+            raise BadSample("no_boxes", f"sample ? ({where}): there are no phrases")
+        if boxes.shape != (len(phrases), 4) or not ((boxes >= 0) & (boxes <= 1)).all():  # NaN is neither
             raise BadSample("bad_box", f"sample ? ({where}): needs a box in 0..1 for each of its phrases")
-        if any(mark in phrase for phrase in phrases for mark in SPECIAL):
-            raise BadSample("bad_box", f"sample ? ({where}): a phrase holds a special mark")
         width, height = image.size()
-        for number, (phrase, (top, left, bottom, right)) in enumerate(
-            zip(phrases, found.tolist(), strict=True)
-        ):
+        named: dict[str, list[Box]] = {}
+        for several, (top, left, bottom, right) in zip(phrases, boxes.tolist(), strict=True):
             if left >= right or top >= bottom:
-                raise BadSample("bad_box", f"sample ? ({where}): the box of {phrase[:80]!r} has no area")
-            corners = (left * width, top * height, right * width, bottom * height)
-            box = Box(phrase, corners)
-            answer = write_boxes([box], width=width, height=height)
+                raise BadSample("bad_box", f"sample ? ({where}): the box of {str(several)[:80]} has no area")
+            for phrase in dict.fromkeys(several):
+                if not phrase.strip() or any(mark in phrase for mark in (*SPECIAL, IMAGE_PLACEHOLDER)):
+                    raise BadSample("bad_box", f"sample ? ({where}): a phrase is blank or holds a mark")
+                box = Box(phrase, (left * width, top * height, right * width, bottom * height))
+                named.setdefault(phrase, []).append(box)
+        for number, (phrase, own) in enumerate(named.items()):
             question = f"{IMAGE_PLACEHOLDER}\n" * (number == 0) + self._config.prompt.replace("{}", phrase)
-            yield Turn(question, answer, "grounding", "", (box,))
+            answer = write_boxes(own, width=width, height=height)
+            yield Turn(question, answer, "grounding", "", tuple(own))
+
+
+def _features(features: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """All features by name, ``a/b`` for b within a; of a list of features, what it is a list of."""
+    for name, inner in features.items() if hasattr(features, "items") else ():
+        inner = getattr(inner, "feature", inner)
+        yield prefix + name, inner
+        yield from _features(inner, f"{prefix}{name}/")
 
 
 def _feature(record: Any, path: str) -> Any:
-    for key in path.split("/"):
-        if isinstance(record, list):
-            record = [inner.get(key) if isinstance(inner, dict) else None for inner in record]
-        else:
-            record = record.get(key) if isinstance(record, dict) else None
-    return record
+    """What a path leads to, or None; a name may have a slash of its own, as ``image/id``."""
+    if isinstance(record, list):
+        return [_feature(inner, path) for inner in record]
+    if not isinstance(record, dict):
+        return None
+    if path in record:
+        return record[path]
+    head, slash, rest = path.partition("/")
+    return _feature(record.get(head), rest) if slash else None
 
 
-def _texts(value: Any, where: str) -> list[str]:
-    """One text or several, as they come: bytes, str, a list or an array of them."""
+def _list(value: Any) -> list[Any]:
+    """Something or several, as they come: a list or an array."""
     values = value.tolist() if hasattr(value, "tolist") else value
-    values = values if isinstance(values, list) else [values]
-    texts = [v.decode("utf-8", errors="replace") if isinstance(v, bytes) else v for v in values]
+    return values if isinstance(values, list) else [values]
+
+
+def _texts(value: Any, where: str, classes: Sequence[str] = ()) -> list[str]:
+    """One text or several, as bytes, str, or numbers of classes."""
+    texts = [_text(v, classes) for v in _list(value)]
     if not texts or not all(isinstance(text, str) for text in texts):
         raise BadSample("bad_conversation", f"sample ? ({where}): expected a text or a list of texts")
     return texts
+
+
+def _text(value: Any, classes: Sequence[str]) -> Any:
+    """A text as such, what is no text as it is."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", errors="replace")
+    is_class = isinstance(value, int | np.integer) and 0 <= value < len(classes)
+    return classes[int(value)] if is_class else value

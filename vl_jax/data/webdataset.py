@@ -3,26 +3,33 @@
     shard-0000.tar    a.jpg a.json  |  b.jpg b.txt  |  c.0.png c.1.png c.json  | ...
 
 A ``json`` member is a record (see ``conversation``), a ``txt`` member a caption; the images are those beside
-it, in their order. Nothing is ever unpacked: members are read in place, whatever their names are.
+it, in their order. Nothing is ever unpacked: members are read in place, whatever their names are, and where
+they are is kept for the next time.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-import tarfile
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from vl_jax.data.conversation import parse
+from vl_jax.data.kept import Arrays, Done, keep
 from vl_jax.data.llava import parse_line
 from vl_jax.data.sample import DEFAULT_MAX_PIXELS, BadSample, EncodedImage, Sample
 from vl_jax.data.shards import Places, check_fields, find_files
+from vl_jax.data.tar import walk
 
 _IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
 _MAX_TEXT = 1 << 24  # bytes of a record
+_MOST_ENDINGS = 1 << 16
+_SHOWN = 1 << 10  # samples found between two signs of progress
 
 
 @dataclass(frozen=True)
@@ -44,40 +51,22 @@ class _Group(NamedTuple):
     members: list[tuple[str, int, int]]
 
 
-class _Shard:
-    """The samples of one file: a few numbers each, so that millions of them fit in memory."""
+class _Samples:
+    """The samples of all files: a few numbers each, so that millions of them fit in memory."""
 
-    def __init__(self):
-        self._first = array("q")  # member of each sample
-        self._keys, self._key_ends = bytearray(), array("q")  # their names, one behind the other
-        self._offsets, self._sizes, self._endings = array("q"), array("q"), array("H")
-        self._names: dict[str, int] = {}  # of endings, numbered
-        self._last = ""
-
-    def __len__(self) -> int:
-        return len(self._first)
+    def __init__(self, arrays: Arrays):
+        """Takes what ``_index`` made."""
+        self._arrays = arrays
+        self.counts = arrays["counts"].tolist()
+        self._endings = arrays["endings"].tobytes().decode("utf-8", "replace").split("\0")
 
     def __getitem__(self, index: int) -> _Group:
-        names, start = list(self._names), self._key_ends[index - 1] if index else 0
-        key = self._keys[start : self._key_ends[index]].decode("utf-8", "surrogatepass")
-        stop = self._first[index + 1] if index + 1 < len(self) else len(self._offsets)
-        members = range(self._first[index], stop)
-        return _Group(key, [(names[self._endings[m]], self._offsets[m], self._sizes[m]) for m in members])
-
-    def add(self, key: str, ending: str, offset: int, size: int) -> None:
-        """Notes a member; neighbours of one name are one sample.
-
-        Raises:
-          OverflowError: there are all too many different endings.
-        """
-        if not len(self) or key != self._last:
-            self._last = key
-            self._first.append(len(self._offsets))
-            self._keys += key.encode("utf-8", "surrogatepass")
-            self._key_ends.append(len(self._keys))
-        self._offsets.append(offset)
-        self._sizes.append(size)
-        self._endings.append(self._names.setdefault(ending, len(self._names)))
+        of = self._arrays
+        key = of["keys"][of["key_starts"][index] : of["key_starts"][index + 1]].tobytes()
+        members = slice(of["first"][index], of["first"][index + 1])
+        endings = [self._endings[number] for number in of["ending"][members]]
+        places = zip(endings, of["offset"][members].tolist(), of["size"][members].tolist(), strict=True)
+        return _Group(key.decode("utf-8", "replace"), list(places))
 
 
 class WebDatasetSource:
@@ -90,8 +79,10 @@ class WebDatasetSource:
     def __init__(self, config: WebDatasetConfig, *, root: str = "."):
         self._config = config
         self.files = find_files(root, config.file, config.name)
-        self._shards = [_scan(file) for file in self.files]
-        self._places = Places([len(shard) for shard in self._shards])
+        lengths = [file.stat().st_size for file in self.files]
+        make, sound = functools.partial(_index, self.files), functools.partial(_is_sound, lengths)
+        self._samples = _Samples(keep("tar-1", self.files, make, sound))
+        self._places = Places(self._samples.counts)
 
     def __len__(self) -> int:
         return len(self._places)
@@ -105,8 +96,8 @@ class WebDatasetSource:
         Raises:
           BadSample: it breaks a rule; the message names the file and the member.
         """
-        number, place = self._places[index]
-        file, group = self.files[number], self._shards[number][place]
+        number, _ = self._places[index]
+        file, group = self.files[number], self._samples[index]
         where = f"{file}, {group.key[:80]!r}, record {index}"
         images = [m for m in group.members if m[0].rpartition(".")[2] in _IMAGES]
         record = self._record(file, group, where)
@@ -141,32 +132,79 @@ class WebDatasetSource:
         return EncodedImage(read, f".{ending}", where, self._config.max_pixels)
 
 
-def _scan(file: Path) -> _Shard:
-    """The samples of a tar file, by reading the headers of its members one after the other."""
-    shard = _Shard()
-    length, position = file.stat().st_size, 0
-    try:
-        with tarfile.open(file, "r:") as archive:
-            for member in archive:
-                position = member.offset
-                if not member.isreg() or member.sparse is not None:
-                    continue  # Links and devices are no samples, and are never followed.
-                if member.offset_data + member.size > length:
-                    raise tarfile.ReadError(f"{member.name[:80]!r} is cut off")
-                folder, _, base = member.name.rpartition("/")
-                stem, _, ending = base.partition(".")
-                if not stem or not ending:
-                    continue
-                key = f"{folder}/{stem}" if folder else stem
-                shard.add(key, ending.lower(), member.offset_data, member.size)
-                vars(archive)["members"].clear()  # It would keep them all.
-            position = archive.offset
-        with file.open("rb") as opened:
-            if any(os.pread(opened.fileno(), 512, position)):  # To tarfile, a broken header is just the end.
-                raise tarfile.ReadError("neither a header nor the end")
-    except (tarfile.TarError, ValueError, OSError, EOFError, OverflowError) as error:
-        raise ValueError(f"{file}: no sound uncompressed tar file at byte {position}: {error}") from None
-    return shard
+def _index(files: Sequence[Path], done: Done) -> Arrays:
+    """Where all samples are; neighbouring members of one name are one sample.
+
+    Returns:
+      counts: i64[f] samples of each file.
+      first: i64[n + 1] the first member of each sample.
+      keys, key_starts: u8[...], i64[n + 1] the names of the samples, one behind the other.
+      offset, size, ending: i64[m], i64[m], u16[m] of each member, its ending by number.
+      endings: u8[...] the different endings, a NUL between two.
+
+    Raises:
+      ValueError: a file is no sound tar file, or there are too many endings.
+    """
+    counts, first, keys, key_starts = array("q"), array("q"), bytearray(), array("q")
+    offsets, sizes, endings = array("q"), array("q"), array("H")
+    numbers: dict[bytes, int] = {}
+    before = 0  # bytes of the files already walked
+    for file in files:
+        count, last = len(first), None
+        for name, offset, size in walk(file):
+            base = name[name.rfind(b"/") + 1 :]
+            stem, _, ending = base.partition(b".")
+            if not stem or not ending:
+                continue
+            key = name[: -len(ending) - 1]
+            if key != last:
+                last = key
+                first.append(len(offsets))
+                key_starts.append(len(keys))
+                keys += key
+                if not len(first) % _SHOWN:
+                    done(before + offset)
+            offsets.append(offset)
+            sizes.append(size)
+            number = numbers.get(ending)
+            if number is None:
+                number = numbers[ending] = len(numbers)
+                if number >= _MOST_ENDINGS:
+                    raise ValueError(f"{file}: more than {_MOST_ENDINGS} different endings of names")
+            endings.append(number)
+        counts.append(len(first) - count)
+        before += file.stat().st_size
+        done(before)
+    first.append(len(offsets))
+    key_starts.append(len(keys))
+    arrays = {"counts": counts, "first": first, "key_starts": key_starts, "offset": offsets, "size": sizes}
+    texts = {"keys": keys, "endings": b"\0".join(numbers).lower()}
+    found: Arrays = {name: np.frombuffer(numbers, np.int64) for name, numbers in arrays.items()}
+    found |= {name: np.frombuffer(text, np.uint8) for name, text in texts.items()}
+    return found | {"ending": np.frombuffer(endings, np.uint16)}
+
+
+def _is_sound(lengths: Sequence[int], arrays: Arrays) -> bool:
+    """Whether an index points into files of that many bytes, and nowhere else."""
+    first, starts, offset, size = (arrays[name] for name in ("first", "key_starts", "offset", "size"))
+    ends = np.array([0, *np.cumsum(arrays["counts"])])  # of the samples of each file
+    if not (
+        len(first) == len(starts) == ends[-1] + 1
+        and len(ends) == len(lengths) + 1
+        and len(offset) == len(size) == len(arrays["ending"])
+        and _rises(ends, len(first) - 1)
+        and _rises(first, len(offset))
+        and _rises(starts, len(arrays["keys"]))
+    ):
+        return False
+    limit = np.repeat(np.array(lengths), np.diff(first[ends]))
+    inside = (offset >= 0) & (size >= 0) & (size <= limit) & (offset <= limit - size)
+    return bool(inside.all() and (arrays["ending"] <= (arrays["endings"] == 0).sum()).all())
+
+
+def _rises(places: np.ndarray, last: int) -> bool:
+    """Whether places go from 0 up to the last."""
+    return bool(places[0] == 0 and places[-1] == last and (places[1:] >= places[:-1]).all())
 
 
 def _read(file: Path, offset: int, size: int, where: str) -> bytes:
