@@ -9,8 +9,15 @@ from pathlib import Path
 
 # All of this has to stand before jax is imported, or it has no effect.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Eight devices; and quick compilation rather than fast code, for most of a small test is compilation.
-XLA_FLAGS = {"--xla_force_host_platform_device_count": "8", "--xla_backend_optimization_level": "0"}
+XLA_FLAGS = {
+    "--xla_force_host_platform_device_count": "8",
+    # Quick compilation rather than fast code, for most of a small test is compilation.
+    "--xla_backend_optimization_level": "0",
+    # Where few cores have other work, the slowest of eight devices comes to a meeting late. After 40 seconds
+    # XLA would end the process, and every test that is left with it.
+    "--xla_cpu_collective_call_terminate_timeout_seconds": "900",
+    "--xla_cpu_collective_timeout_seconds": "900",
+}
 for flag, value in XLA_FLAGS.items():
     if flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}={value}".strip()

@@ -96,7 +96,7 @@ VL2_TOLERANCES: tuple[tuple[str, Tolerance], ...] = (
 
 
 class Recorded(Mapping[str, np.ndarray]):
-    """Arrays of several files, each loaded when it is asked for."""
+    """Arrays of several files, each loaded when it is asked for; no file stays open."""
 
     def __init__(self):
         self._load: dict[str, Callable[[], np.ndarray]] = {}
@@ -104,6 +104,17 @@ class Recorded(Mapping[str, np.ndarray]):
     def add(self, arrays: Arrays, prefix: str = "") -> Recorded:
         """Adds the arrays of an open file under ``prefix + name``."""
         self._load |= {f"{prefix}{name}": functools.partial(arrays.__getitem__, name) for name in arrays}
+        return self
+
+    def add_file(self, path: Path, prefix: str = "") -> Recorded:
+        """Adds the arrays of an ``.npz`` file under ``prefix + name``."""
+
+        def load(name: str) -> np.ndarray:
+            with np.load(path) as arrays:
+                return arrays[name]
+
+        with np.load(path) as arrays:
+            self._load |= {f"{prefix}{name}": functools.partial(load, name) for name in arrays.files}
         return self
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -162,7 +173,7 @@ def _name(root: Path, path: Path) -> str:
 
 def _hf_model(root: Path, folder: Path) -> Iterator[Fixture]:
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    arrays = Recorded().add(np.load(folder / "io.npz"))
+    arrays = Recorded().add_file(folder / "io.npz")
     if (folder / "grads.safetensors").is_file():
         arrays.add(open_file(folder / "grads.safetensors"), "grad/")
 
@@ -207,7 +218,7 @@ def _vl2(
 ) -> Fixture:
     arrays = Recorded()
     for path in files:
-        arrays.add(np.load(path), f"{path.stem}/")
+        arrays.add_file(path, f"{path.stem}/")
     tolerance = functools.partial(_vl2_tolerance, config=config)
     return Fixture(
         name, model_class, folder, config, arrays, VL2_NOT_COMPARED[model_class], tolerance, **options

@@ -151,6 +151,8 @@ def run_vision(fixture: Any) -> dict[str, Any]:
         **{f"out_attentions.{i}": w for i, w in enumerate(captured["blocks/attention/weights"])},
         **modules(kind, captured, encoded, ""),
         **gradients(objective, params, plan),
+        # Thousands of terms of either sign: in float32 their sum would lose more than the recording allows.
+        "out_objective": np.sum(np.asarray(results(encoded)[main], np.float64) * np.asarray(cotangent)),
     }
 
 

@@ -136,7 +136,9 @@ def test_every_option_agrees_with_the_reference(options: dict[str, Any]):
         expected = reference(PIXELS[image], weights, config)
         assert len(output.stages) == len(expected)
         for stage, wanted in zip(output.stages, expected, strict=True):
-            assert_close(stage[image], np.moveaxis(wanted, 0, -1))
+            # What cancels in a sum leaves the rounding of its terms: errors are seen against the largest.
+            scale = np.abs(wanted).max()
+            assert_close(stage[image] / scale, np.moveaxis(wanted, 0, -1) / scale)
         assert_close(output.pooled[image], expected[-1].mean((1, 2)))
 
 
