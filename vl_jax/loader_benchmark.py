@@ -129,7 +129,7 @@ def theirs(data: DataConfig, rows: int, workers: int) -> Iterator[Take]:
     import torch  # pyright: ignore[reportMissingImports]
 
     torch.set_num_threads(1)  # more of them spin while they wait, which would count against it
-    dataset = Records(data)
+    dataset: Any = Records(data)
     loader = torch.utils.data.DataLoader(
         dataset,
         rows,

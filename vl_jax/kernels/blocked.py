@@ -119,7 +119,8 @@ def _backward(
                 activated, pullback = jax.vjp(activation, jnp.where(mine, _slice(projected, first, size), 0))
                 (grad_hidden,) = pullback(upstream @ w.w_out.T)
                 of_weights = ExpertWeights(
-                    w_in=_slice(padded, first, size).T @ grad_hidden,
+                    # In its final shape: behind the scan XLA would copy the whole stack to change it.
+                    w_in=(_slice(padded, first, size).T @ grad_hidden).reshape(weights.w_in.shape[1:]),
                     w_out=activated.T @ upstream,
                     b_in=None if w.b_in is None else jnp.sum(grad_hidden, axis=0).reshape(w.b_in.shape),
                     b_out=None if w.b_out is None else jnp.sum(upstream, axis=0),
@@ -139,7 +140,7 @@ def _backward(
     experts = (*_bounds(group_sizes), _flat_weights(weights))
     grad_rows, total = jax.lax.scan(one_expert, jnp.zeros_like(padded), experts)
     grad_rows = _without_rest(grad_rows, group_sizes, rows.shape[0])
-    return grad_rows, None, dataclasses.replace(total, w_in=total.w_in.reshape(weights.w_in.shape))
+    return grad_rows, None, total
 
 
 blocked_mlp.defvjp(_forward, _backward)
