@@ -44,7 +44,7 @@ def test_every_token_chooses_different_experts_and_zipf_prefers_the_first():
 
 def test_figures_are_printed_and_written(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(routing_benchmark, "CPU_SHAPES", (SMALL,))
-    monkeypatch.setattr(routing_benchmark.allocator, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(routing_benchmark.allocator, "keep_freed_memory", lambda **_: None)
     file = tmp_path / "found.json"
     assert cli.main(["benchmark", "routing", "--repeats=1", f"--json={file}"]) == 0
     balanced, zipf = json.loads(file.read_text())["layers"]

@@ -43,19 +43,28 @@ def as_found() -> Iterator[None]:
         os.environ[_VARIABLE] = ours
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(*, one_heap: bool = False) -> None:
     """On a CPU, makes the allocator of glibc keep what is freed, in one heap of huge pages.
 
     XLA frees the temporaries of a step and takes them anew at the next one. By default they go back to the
     kernel in between, and a step of the quickstart costs 37,000 page faults (a sixth of its time). With an
     accelerator or another C library nothing happens.
+
+    Args:
+      one_heap: for the threads of XLA as well, if it has not begun yet. A thread's own heap cannot keep a buffer
+        of more than 64 MB; but what a process compiles makes a heap that all share slower (a step of the
+        quickstart by a seventh).
     """
     import jax
 
     libc = ctypes.CDLL(None)
-    if jax.default_backend() != "cpu" or not hasattr(libc, "mallopt"):
+    if not hasattr(libc, "mallopt"):
         return
-    for parameter, value in ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1)):
+    if one_heap:
+        libc.mallopt(_M_ARENA_MAX, 1)
+    if jax.default_backend() != "cpu":  # which starts threads
+        return
+    for parameter, value in ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1)):
         libc.mallopt(parameter, value)
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return
