@@ -51,9 +51,9 @@ def keep_freed_memory(*, one_heap: bool = False) -> None:
     accelerator or another C library nothing happens.
 
     Args:
-      one_heap: for the threads of XLA as well, if it has not begun yet. A thread's own heap cannot keep a buffer
-        of more than 64 MB; but what a process compiles makes a heap that all share slower (a step of the
-        quickstart by a seventh).
+      one_heap: for the threads of XLA as well, if it has not begun yet. A thread's own heap cannot keep a
+        buffer of more than 64 MB; but what a process compiles makes a heap that all share slower (a step of
+        the quickstart by a seventh).
     """
     import jax
 
