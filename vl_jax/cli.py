@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -361,12 +360,10 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 
 def _conformance(arguments: argparse.Namespace) -> None:
-    # Before jax starts: on a machine without an accelerator, eight devices to spread experts over.
-    flags = os.environ.get("XLA_FLAGS", "")
-    if "device_count" not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
+    from vl_jax import process
     from vl_jax.moe import conformance
 
+    process.simulate_devices(8)  # to spread experts over, on a machine without an accelerator
     results = conformance.check(arguments.scheme)
     for result in results:
         print(result)
