@@ -146,7 +146,7 @@ def test_the_same_seed_gives_the_same_batches_and_another_seed_others():
 
 
 def test_threads_and_prefetch_do_not_change_the_batches():
-    other = dataclasses.replace(CONFIG, num_threads=1, prefetch=5)
+    other = dataclasses.replace(CONFIG, num_threads=2, prefetch=5)
     for x, y in zip(take(iterator(), 4), take(iterator(other), 4), strict=True):
         assert_same(x, y)
 

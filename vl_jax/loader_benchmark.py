@@ -80,7 +80,8 @@ def run(experiment: Experiment, *, repeats: int = 9, json_file: Path | None = No
 
 
 def _name(data: DataConfig) -> str:
-    return f"ours, {data.parallel} {'worker processes' if data.num_workers else 'threads'}"
+    one, more = ("worker process", "worker processes") if data.num_workers else ("thread", "threads")
+    return f"ours, {data.parallel} {one if data.parallel == 1 else more}"
 
 
 def _is_cold(name: str) -> bool:

@@ -57,7 +57,7 @@ class DataConfig:
     augmentation: AugmentationConfig | None = None  # of pictures, in training; None: they stay as they are
     packing: PackingConfig | None = None  # rows of several samples in training; None: one sample a row
     seed: int = 0
-    num_threads: int = 2
+    num_threads: int = 1  # more pay where decoding large photographs takes longer than the rest
     num_workers: int = 0  # processes that read and encode instead of threads
     prefetch: int = 2  # batches made ahead of the training step
 

@@ -23,7 +23,7 @@ from vl_jax.data.processes import Processes, Read
 from vl_jax.data.sample import BadSample, Sample, each
 from vl_jax.data.sources import Source
 from vl_jax.data.turns import vary
-from vl_jax.data.workers import Pool, Threads
+from vl_jax.data.workers import Here, Pool, Threads
 
 Task = TypeVar("Task")
 _AUGMENTATION = 1  # what the random numbers are for, behind those of the draw
@@ -146,6 +146,6 @@ def _open_items(
 def _pool(
     read: Read[Task], make: Callable[[], Read[Task]], config: DataConfig, room: int
 ) -> Pool[Task, Example | BadSample]:
-    if not config.num_workers:
-        return Threads(read, config.num_threads)
-    return Processes(make, config.num_workers, room=room)
+    if config.num_workers:
+        return Processes(make, config.num_workers, room=room)
+    return Threads(read, config.num_threads) if config.num_threads > 1 else Here(read)
