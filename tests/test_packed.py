@@ -86,6 +86,13 @@ def test_resume_gives_the_very_batches_that_were_to_come(taken):
         assert_same(a, b)
 
 
+def test_threads_and_prefetch_do_not_change_the_rows():
+    other = dataclasses.replace(CONFIG, num_threads=3, prefetch=5)
+    rows, others = (take(PackedIterator(c, SPEC, batch_size=2), 3) for c in (CONFIG, other))
+    for a, b in zip(rows, others, strict=True):
+        assert_same(a, b)
+
+
 def test_rows_are_what_the_plan_says():
     planner, _ = open_planner(CONFIG, SPEC)
     plan = planner.plan(planner.begin(Cursor()))

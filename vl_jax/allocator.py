@@ -48,7 +48,7 @@ def keep_freed_memory(*, one_heap: bool = False) -> None:
 
     XLA frees the temporaries of a step and takes them anew at the next one. By default they go back to the
     kernel in between, and a step of the quickstart costs 37,000 page faults (a sixth of its time). With an
-    accelerator or another C library nothing happens.
+    accelerator (but for ``one_heap``) or another C library nothing happens.
 
     Args:
       one_heap: for the threads of XLA as well, if it has not begun yet. A thread's own heap cannot keep a

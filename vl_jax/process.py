@@ -11,7 +11,7 @@ import jax
 from vl_jax.cache_folder import cache_folder
 
 _DEVICE_COUNT = "--xla_force_host_platform_device_count"
-# A device waits in one thread for every loop that it is in, and in one more; four loops is the deepest nest.
+# A device waits in one thread for every loop that it is in, and in one more; no loops nest deeper than four.
 _THREADS_PER_DEVICE = 8
 
 
@@ -26,9 +26,9 @@ def simulate_devices(count: int) -> None:
 def give_threads() -> None:
     """Before jax starts: threads enough for simulated devices that wait for one another.
 
-    XLA's CPU client has as many threads as devices, and a collective operation keeps its thread until the
-    last device has come. A loop that waits for a computation lets what stands behind it begin, so that one
-    device may hold several threads, and the one that all others wait for finds none left: on two cores a
+    XLA's CPU client has a thread for each device (or core), and a collective operation keeps its thread until
+    the last device has come. A loop that waits for a computation lets what stands behind it begin, so that
+    one device may hold several threads, and the one that all others wait for finds none left: on two cores a
     training step over eight devices stood still once in some hundred times (jaxlib 0.10.2). XLA takes the
     number of threads from ``NPROC``, which is left alone where the user has set it.
     """

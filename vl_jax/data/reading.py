@@ -49,7 +49,7 @@ class SampleReader:
     seed: int
 
     def pool(self, rows: int) -> Pool[Place, Example | BadSample]:
-        """Threads, or as many processes as the config says, that read chunks of so many rows."""
+        """What the config says, this thread, several or processes, to read chunks of so many rows."""
         facts = (self.config, self.encoder.spec, tuple(self.sources), self.targets, self.seed)
         row = self.encoder.row_bytes
         room = max(min(rows * row, _MOST_ROOM), row)
@@ -83,7 +83,7 @@ class ItemReader:
     seed: int
 
     def pool(self) -> Pool[Item, Example | BadSample]:
-        """Threads, or as many processes as the config says, that read the items of a row."""
+        """What the config says, this thread, several or processes, to read the items of a row."""
         facts = (self.config, self.encoder.spec, tuple(self.sources), self.targets, self.seed)
         return _pool(self, functools.partial(_open_items, *facts), self.config, self.encoder.row_bytes)
 

@@ -43,8 +43,8 @@ class Threads(Generic[Task, Result]):
 class Here(Generic[Task, Result]):
     """No pool: the thread that asks for the result of a chunk does it.
 
-    A thread of a pool and the one that lays out batches would wait for each other at Python's lock: small
-    pictures take a third less CPU time without it.
+    A thread of a pool and the one that lays out batches wait for each other at Python's lock: small pictures
+    take a third less CPU time without the pool.
     """
 
     def __init__(self, function: Callable[[Sequence[Task]], list[Result]]):
