@@ -1,8 +1,9 @@
-"""The benchmark of packed rows: both ways train on as many samples a step."""
+"""The benchmark of packed rows: its rivals train on as many samples, or questions, a step."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -16,19 +17,28 @@ PACKED = str(Path(__file__).with_name("tiny_experiment.py:packed"))
 
 
 @pytest.mark.slow
-def test_both_ways_take_as_many_samples(tmp_path, capsys, monkeypatch):
+def test_all_ways_take_as_many_samples_or_questions(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
         packing_benchmark.allocator, "keep_freed_memory", lambda: None
     )  # this process goes on
     file = tmp_path / "packing.json"
     result = packing_benchmark.run(load(PACKED), repeats=1, json_file=file)
-    packed, unpacked = result["ways"].values()
+    packed, unpacked, asked = result["ways"].values()
     assert abs(packed["samples"] - unpacked["samples"]) <= 0.5
     assert unpacked["samples"] == unpacked["rows"] > packed["rows"]
-    assert packed["used"] > unpacked["used"]
-    assert result["ratio"]["median"] > 0
-    assert "packed / one sample a row" in capsys.readouterr().out
-    assert file.exists()
+    assert packed["used"] > unpacked["used"] > asked["used"]
+    assert packed["questions"] > packed["samples"]  # of a sample they share its picture
+    assert abs(packed["questions"] - asked["questions"]) <= 0.5
+    assert asked["questions"] == asked["samples"] == asked["rows"]
+    assert result["ratios"].keys() == {"one sample a row", "one question a row"}
+    assert all(ratio["median"] > 0 for each in result["ratios"].values() for ratio in each.values())
+    assert "packed / one question a row, tokens: " in capsys.readouterr().out
+    assert json.loads(file.read_text()) == result
+
+
+def test_questions_are_counted_by_what_is_predicted_in_their_branches():
+    training = packing_benchmark.Training(load(PACKED))
+    assert training.questions == 2 * training.samples  # ``max_turns``; scenes have more
 
 
 def test_an_experiment_that_does_not_pack_is_refused():

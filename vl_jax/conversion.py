@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 
 from vl_jax.data import long_text, packed
 from vl_jax.data.array_records import ENDING, ArrayRecordConfig
@@ -29,9 +29,18 @@ def run(experiment: Experiment, name: str, target: Path) -> ArrayRecordConfig:
     console, data = Console(), experiment.data
     config = find_source(data, name)
     source = open_source(config, root=data.root)
-    with _bar(console, f"convert {name}") as progress:
-        split = _splitter(experiment) if data.long_text == "split" else None
-        report = convert(config, source, target, num_threads=data.num_threads, split=split, progress=progress)
+    labels = [f"compare pictures of {name}"] if data.merge_turns > 1 else []
+    with _bars(console, *labels, f"convert {name}") as bars:
+        report = convert(
+            config,
+            source,
+            target,
+            num_threads=data.num_threads,
+            split=_splitter(experiment) if data.long_text == "split" else None,
+            merge_turns=data.merge_turns,
+            progress=bars[-1],
+            comparing=bars[0],
+        )
     console.print(
         f"{target}: {report}; listed in {target / REPORT}", markup=False, highlight=False, soft_wrap=True
     )
@@ -40,7 +49,7 @@ def run(experiment: Experiment, name: str, target: Path) -> ArrayRecordConfig:
     if data.packing is not None and data.packing.index and report.records:
         alone = dataclasses.replace(data, sources=(converted,), evaluation=())
         for stage in {stage.targets: stage for stage in experiment.stages}.values():
-            with _bar(console, f"measure {name} ({stage.targets})") as progress:
+            with _bars(console, f"measure {name} ({stage.targets})") as (progress,):
                 packed.open_planner(alone, model_spec(experiment), targets=stage.targets, progress=progress)
     console.print(f"in the experiment file: {converted!r}", markup=False, highlight=False, soft_wrap=True)
     return converted
@@ -55,8 +64,11 @@ def _splitter(experiment: Experiment) -> Split:
 
 
 @contextmanager
-def _bar(console: Console, label: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress line; it is told how many are done, and of how many."""
-    with Progress(console=console) as bar:
-        task = bar.add_task(label, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+def _bars(console: Console, *labels: str) -> Iterator[list[Callable[[int, int], None]]]:
+    """Progress lines; each is told how many are done, and of how many."""
+    with Progress(console=console) as bars:
+        yield [functools.partial(_update, bars, bars.add_task(label, total=None)) for label in labels]
+
+
+def _update(bars: Progress, task: TaskID, done: int, total: int) -> None:
+    bars.update(task, completed=done, total=total)

@@ -6,7 +6,6 @@ records of a source --read, encode--> lengths, faults by reason
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ from vl_jax.data.chat import Targets
 from vl_jax.data.encode import DataConfig, Encoder, ModelSpec, find_source, make_encoder
 from vl_jax.data.lengths import Measure, read
 from vl_jax.data.packing import PackingConfig
-from vl_jax.data.sample import BadSample, Box, Sample
+from vl_jax.data.sample import BadSample, Box, Sample, pixels_digest
 from vl_jax.data.sources import open_source
 from vl_jax.data.waste import WasteReport
 from vl_jax.evaluate.answers import normalize
@@ -170,7 +169,7 @@ def _look(
         notes.add("id that an earlier record has", sample.id)
     ids.add(sample.id)
     for image in images:
-        digest = hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()
+        digest = pixels_digest(image)
         if pictures.setdefault(digest, sample.id) != sample.id:
             notes.add("picture that an earlier record has", f"{sample.id} and {pictures[digest]}")
     for turn in sample.turns:

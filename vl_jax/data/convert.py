@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from vl_jax.data import array_records
+from vl_jax.data.merged import MergedSource
 from vl_jax.data.sample import BadSample, Sample
 from vl_jax.data.sources import Source, SourceConfig, stamp_of
 
@@ -36,8 +37,9 @@ class Report:
     """What became of the records of a source."""
 
     records: int  # written
-    skipped: dict[str, str]  # the index of each record left out, and the reason with its place
+    skipped: dict[str, str]  # each record left out, by its number (once merged): place and reason
     split: int = 0  # of the source's records, those that became several
+    merged: int = 0  # those that were added to an earlier one about the same pictures
 
     @property
     def reasons(self) -> dict[str, int]:
@@ -47,7 +49,8 @@ class Report:
     def __str__(self) -> str:
         left = ", ".join(f"{n} {reason}" for reason, n in self.reasons.items())
         several = f", {self.split} were split" if self.split else ""
-        return f"{self.records} records{several}" + (f", left out: {left}" if left else "")
+        fewer = f", {self.merged} were merged into others" if self.merged else ""
+        return f"{self.records} records{several}{fewer}" + (f", left out: {left}" if left else "")
 
 
 def convert(
@@ -58,23 +61,30 @@ def convert(
     per_file: int = 2000,
     num_threads: int = 2,
     split: Split | None = None,
+    merge_turns: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    comparing: Callable[[int, int], None] = lambda done, total: None,
 ) -> Report:
     """Writes a source as ArrayRecord files into a new folder; goes on where an earlier call was killed.
 
     Args:
       split: makes one or more samples of each; None leaves them whole.
+      merge_turns: most turns of records about the same pictures that become one; 1 leaves them apart.
       progress: called with the number of records that are done and of all.
+      comparing: called like it while pictures are compared, which comes first.
 
     Raises:
       ValueError: the folder holds something else, or another source was begun there.
     """
     facts = {"source": repr(config), "stamp": stamp_of(source), "length": len(source), "per_file": per_file}
-    facts["split_texts"] = split is not None
+    facts |= {"split_texts": split is not None, "merge_turns": merge_turns if merge_turns > 1 else False}
     if target.exists():
         return _finished(target, config, facts)
     folder = target.with_name(f"{target.name}.partial")
     _claim(folder, config, facts)
+    records = len(source)
+    if merge_turns > 1:
+        source = MergedSource(source, max_turns=merge_turns, num_threads=num_threads, progress=comparing)
     total, parts = len(source), []
     with ThreadPoolExecutor(num_threads) as pool:
         for number, start in enumerate(range(0, total, per_file)):
@@ -86,7 +96,10 @@ def convert(
             progress(stop, total)
     skipped = {index: message for part in parts for index, message in part["skipped"].items()}
     report = Report(
-        sum(part["records"] for part in parts), skipped, sum(part.get("split", 0) for part in parts)
+        sum(part["records"] for part in parts),
+        skipped,
+        sum(part.get("split", 0) for part in parts),
+        records - total,
     )
     _write(folder / REPORT, {**dataclasses.asdict(report), **facts, "reasons": report.reasons})
     for file in (folder / _SOURCE, *folder.glob("part-*.json")):
@@ -98,10 +111,9 @@ def convert(
 def _finished(target: Path, config: SourceConfig, facts: dict[str, Any]) -> Report:
     file = target / REPORT
     found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    # Conversions of earlier versions say nothing of texts: they split none.
-    if {key: found.get(key, False) for key in facts} != _as_then(facts, config, found):
+    if not _same(found, facts, config):
         raise ValueError(f"{target}: exists, and is not a conversion of this source as it is now")
-    return Report(found["records"], found["skipped"], found.get("split", 0))
+    return Report(found["records"], found["skipped"], found.get("split", 0), found.get("merged", 0))
 
 
 def _claim(folder: Path, config: SourceConfig, facts: dict[str, Any]) -> None:
@@ -110,9 +122,15 @@ def _claim(folder: Path, config: SourceConfig, facts: dict[str, Any]) -> None:
     file = folder / _SOURCE
     if file.is_file():
         found = json.loads(file.read_text(encoding="utf-8"))
-        if found != _as_then(facts, config, found):
+        if not _same(found, facts, config):
             raise ValueError(f"{folder}: was begun for another source or other files; delete it")
     _write(file, facts)
+
+
+def _same(found: dict[str, Any], facts: dict[str, Any], config: SourceConfig) -> bool:
+    """Whether a conversion, perhaps by an earlier version, was of this source in this way."""
+    # Earlier versions say nothing of texts and pictures: they split and merged none.
+    return {key: found.get(key, False) for key in facts} == _as_then(facts, config, found)
 
 
 def _as_then(facts: dict[str, Any], config: SourceConfig, found: dict[str, Any]) -> dict[str, Any]:

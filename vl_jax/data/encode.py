@@ -47,6 +47,7 @@ class DataConfig:
     max_tiles: int = 1  # M, tiles of a row
     max_answer_tokens: int | None = None  # Q, tokens predicted in a row of answers; None: as many as T
     long_text: Literal["skip", "split"] = "skip"  # what ``convert-data`` does with texts that do not fit
+    merge_turns: int = 1  # ``convert-data`` makes one sample of so many questions about the same pictures
     turns: chat.Turns = "independent"
     max_turns: int | None = None  # questions taken from a sample at each draw
     turn_sampling: TurnSampling = "first"
@@ -62,7 +63,7 @@ class DataConfig:
     prefetch: int = 2  # batches made ahead of the training step
 
     def __post_init__(self):
-        for name in ("max_tokens", "max_tiles", "num_threads", "prefetch"):
+        for name in ("max_tokens", "max_tiles", "merge_turns", "num_threads", "prefetch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         for name, none in {"num_workers": "means threads", "cache_mb": "keeps nothing"}.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import io
 import os
 from collections.abc import Callable, Hashable, Sequence
@@ -54,6 +55,11 @@ def image_key(image: Image) -> Hashable:
     An image says so by a property ``key``.
     """
     return getattr(image, "key", None)
+
+
+def pixels_digest(picture: PilImage.Image) -> bytes:
+    """32 bytes that two RGB pictures have in common only if they look the same."""
+    return hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).digest()
 
 
 class BadSample(ValueError):
@@ -145,6 +151,18 @@ def standalone_questions(sample: Sample) -> list[str]:
         raise BadSample("image_in_later_turn", f"sample {sample.id}: a later turn brings its own image")
     lead, remainder = _lead(first, len(sample.turns))
     return [lead + remainder, *(lead + q for q in rest)]
+
+
+def opening(sample: Sample) -> str:
+    """The images, and what leads up to them: what the standalone questions of all its turns begin with.
+
+    Raises:
+      BadSample: there is no such text, for a question comes before its image, or an image in a later turn.
+    """
+    lead, question = _lead(sample.turns[0].question, 2)
+    if lead + question != standalone_questions(sample)[0]:
+        raise BadSample("image_after_question", f"sample {sample.id}: asks before it shows the image")
+    return lead
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, UInt8
 
 from vl_jax.encoders.transformer import Attention, BlockConfig, Encoded, feed_forward, run_blocks
 from vl_jax.kernels.activation import FUNCTIONS, Kind
+from vl_jax.nn.conv import convolve
 from vl_jax.nn.layers import LayerNorm, Linear, fan_in, named
 from vl_jax.sharding import constrain
 
@@ -158,16 +159,6 @@ class PatchStem(nn.Module):
         return y
 
 
-def convolve(
-    x: Float[Array, "M h w c"], kernel: Float[Array, "3 3 c D"], bias: Float[Array, " D"], *, stride: int
-) -> Float[Array, "M u v D"]:
-    """3x3 convolution, padding 1."""
-    y = jax.lax.conv_general_dilated(
-        x, kernel, (stride, stride), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
-    return y + bias
-
-
 # Of the initial position table: comparable to what a stem gives, so that place counts from the first step.
 POSITION_STD = 0.3
 
@@ -192,7 +183,7 @@ class ConvStem(nn.Module):
             init = named(fan_in(in_axis=(0, 1, 2), scale=2.0), None, None, None, None)
             kernel = self.param(f"kernel_{i}", init, (3, 3, x.shape[-1], features)).astype(x.dtype)
             bias = self.param(f"bias_{i}", named(nn.initializers.zeros, None), (features,)).astype(x.dtype)
-            y = convolve(y, kernel, bias, stride=2 if i < HALVINGS[height] else 1)
+            y = convolve(y, kernel, stride=2 if i < HALVINGS[height] else 1, padding=1) + bias
             x = x + y if y.shape == x.shape else y
         return x.reshape(x.shape[0], -1, x.shape[-1])
 
