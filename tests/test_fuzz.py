@@ -12,6 +12,7 @@ import tarfile
 import time
 import zlib
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from PIL import Image as PilImage
 
 from vl_jax.data import array_records, kept
 from vl_jax.data.conversation import parse
+from vl_jax.data.merged import MergedSource
 from vl_jax.data.sample import BadSample, Sample, Turn
 from vl_jax.data.sources import (
     ArrayRecordConfig,
@@ -29,6 +31,7 @@ from vl_jax.data.sources import (
     LlavaConfig,
     MetaConfig,
     ParquetConfig,
+    Source,
     WebDatasetConfig,
     open_source,
 )
@@ -83,18 +86,30 @@ def outcomes(config, folder: Path) -> Counter:
     except ValueError as error:
         assert "\n" not in str(error) and str(folder) in str(error), error
         return Counter(refused=1)
+    answers = []
     for index in range(len(source)):
         try:
             sample = source[index]
             check(sample)
+            answers += [turn.answer for turn in sample.turns]
             for image in sample.images:
                 image()
             result["ok"] += 1
         except BadSample as error:
             assert str(folder) in str(error) and "\n" not in error.reason
             result[error.reason] += 1
+    assert sorted(merged_answers(source)) == sorted(answers)
     assert time.monotonic() - start < TOO_LONG
     return result
+
+
+def merged_answers(source: Source) -> Iterator[str]:
+    """What the source's samples answer where those about the same pictures are one."""
+    merged = MergedSource(source, max_turns=5)
+    for index in range(len(merged)):
+        with contextlib.suppress(BadSample):
+            check(merged[index])
+            yield from (turn.answer for turn in merged[index].turns)
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
