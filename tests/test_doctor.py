@@ -72,13 +72,13 @@ def test_files_tell_what_is_wrong_with_them(tmp_path):
         "cannot be used: corrupt image": 1,
         "cannot be used: placeholder mismatch": 1,
         "cannot be used: not an object": 1,
-        "picture that an earlier record has": 1,
+        doctor.REPEATED_PICTURE: 1,
         "id that an earlier record has": 1,
     }
     assert examination.num_usable == 3 and examination.num_records == examination.num_examined == 7
     examples = {f.what: f.examples for f in examination.findings}
     assert "no.png" in examples["cannot be used: missing image"][0]
-    assert examples["picture that an earlier record has"] == ("again and a",)
+    assert examples[doctor.REPEATED_PICTURE] == ("again and a",)
 
 
 def as_files(folder: Path, records: list[tuple[dict, bytes]]) -> LlavaConfig:
@@ -125,7 +125,7 @@ def test_every_container_tells_of_the_same_faults(tmp_path, write):
     config = dataclasses.replace(CONFIG, root=str(tmp_path), sources=(write(tmp_path, records),))
     examination = doctor.examine(config, SPEC, "s")
     assert found(examination) == {
-        "picture that an earlier record has": 1,
+        doctor.REPEATED_PICTURE: 1,
         "id that an earlier record has": 1,
         "empty answer": 1,
         "cannot be used: corrupt image": 1,

@@ -26,6 +26,8 @@ from vl_jax.evaluate.answers import normalize
 
 # Examples that are kept of every finding, and the questions that are named as guessable.
 _EXAMPLES, _QUESTIONS = 3, 8
+REPEATED_PICTURE = "picture that an earlier record has (merge_turns can make one sample of both)"
+
 # A question tells how well it is guessed if it was asked so often; and is guessable from this share on.
 _OFTEN, _GUESSABLE = 5, 0.8
 # The rows that are proposed where none are configured have room for so many of the longest samples.
@@ -171,7 +173,7 @@ def _look(
     for image in images:
         digest = pixels_digest(image)
         if pictures.setdefault(digest, sample.id) != sample.id:
-            notes.add("picture that an earlier record has", f"{sample.id} and {pictures[digest]}")
+            notes.add(REPEATED_PICTURE, f"{sample.id} and {pictures[digest]}")
     for turn in sample.turns:
         if not turn.answer.strip():
             notes.add("empty answer", f"{sample.id}: {turn.question!r}")
