@@ -27,18 +27,13 @@ def test_all_ways_take_as_many_samples_or_questions(tmp_path, capsys, monkeypatc
     assert abs(packed["samples"] - unpacked["samples"]) <= 0.5
     assert unpacked["samples"] == unpacked["rows"] > packed["rows"]
     assert packed["used"] > unpacked["used"] > asked["used"]
-    assert packed["questions"] > packed["samples"]  # of a sample they share its picture
+    assert packed["questions"] == 2 * packed["samples"]  # ``max_turns``; scenes have more
     assert abs(packed["questions"] - asked["questions"]) <= 0.5
     assert asked["questions"] == asked["samples"] == asked["rows"]
     assert result["ratios"].keys() == {"one sample a row", "one question a row"}
     assert all(ratio["median"] > 0 for each in result["ratios"].values() for ratio in each.values())
     assert "packed / one question a row, tokens: " in capsys.readouterr().out
     assert json.loads(file.read_text()) == result
-
-
-def test_questions_are_counted_by_what_is_predicted_in_their_branches():
-    training = packing_benchmark.Training(load(PACKED))
-    assert training.questions == 2 * training.samples  # ``max_turns``; scenes have more
 
 
 def test_an_experiment_that_does_not_pack_is_refused():

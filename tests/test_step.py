@@ -144,7 +144,7 @@ def test_micro_batches_take_every_row_once_and_none_changes_its_device():
 
 
 def test_the_loss_is_the_mean_over_weighted_targets():
-    model = tiny.config("top_k")
+    model = tiny.config()
     batch = tiny.varied_batch(ROWS)
     logits = np.take_along_axis(tiny.logits(model, batch), batch.target_index[..., None], axis=1)
     shifted = np.exp(logits - logits.max(-1, keepdims=True))
