@@ -223,6 +223,18 @@ def test_convert_data_names_the_source_that_takes_the_other_s_place(capsys, tmp_
     assert "known: heldout, scenes" in refused(capsys, "convert-data", CONFIG, "--source=x", "--to=y")
 
 
+def test_a_conversion_of_which_nothing_is_left_says_why(capsys, tmp_path):
+    pytest.importorskip("array_record")
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
+    (tmp_path / "train.json").write_text(
+        json.dumps([{"id": "7", "image": "gone.png", "conversations": turns}])
+    )
+    config = Path(__file__).parent.parent / "experiments/easy_vqa.py"
+    options = (f"--config={config}", f"--config.data.root={tmp_path}", "--source=train")
+    message = refused(capsys, "convert-data", *options, f"--to={tmp_path / 'new'}")
+    assert "no record can be used" in message and "sample 7" in message and "[missing_image]" in message
+
+
 @pytest.mark.parametrize("name", ["step", "decode", "routing"])
 def test_a_config_for_a_benchmark_that_reads_none_is_refused(capsys, name):
     assert refused(capsys, "benchmark", name, CONFIG).startswith(f"benchmark {name} takes no --config")

@@ -24,7 +24,8 @@ def run(experiment: Experiment, name: str, target: Path) -> ArrayRecordConfig:
     """Converts a source, prints the report, and gives the config that takes the source's place.
 
     Raises:
-      ValueError: there is no such source, it cannot be read, or the folder holds something else.
+      ValueError: there is no such source, it cannot be read, the folder holds something else, or no record
+        can be used.
     """
     console, data = Console(), experiment.data
     config = find_source(data, name)
@@ -44,9 +45,12 @@ def run(experiment: Experiment, name: str, target: Path) -> ArrayRecordConfig:
     console.print(
         f"{target}: {report}; listed in {target / REPORT}", markup=False, highlight=False, soft_wrap=True
     )
+    if not report.records:
+        first = next(iter(report.skipped.values()), "the source is empty")
+        raise ValueError(f"{target}: no record can be used; delete it once this is put right: {first}")
     pattern = os.path.join(os.path.relpath(target, data.root), f"*{ENDING}")
     converted = ArrayRecordConfig(name, pattern)
-    if data.packing is not None and data.packing.index and report.records:
+    if data.packing is not None and data.packing.index:
         alone = dataclasses.replace(data, sources=(converted,), evaluation=())
         for stage in {stage.targets: stage for stage in experiment.stages}.values():
             with _bars(console, f"measure {name} ({stage.targets})") as (progress,):
