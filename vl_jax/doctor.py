@@ -26,7 +26,7 @@ from vl_jax.evaluate.answers import normalize
 
 # Examples that are kept of every finding, and the questions that are named as guessable.
 _EXAMPLES, _QUESTIONS = 3, 8
-REPEATED_PICTURE = "picture that an earlier record has (merge_turns can make one sample of both)"
+REPEATED_PICTURE = "picture that an earlier record has (convert-data can join both: config.data.merge_turns)"
 
 # A question tells how well it is guessed if it was asked so often; and is guessable from this share on.
 _OFTEN, _GUESSABLE = 5, 0.8
