@@ -25,8 +25,8 @@ The routing bias of checkpoints that have one keeps balancing the experts in all
 import dataclasses
 
 from vl_jax import config
-from vl_jax.data.encode import DataConfig
-from vl_jax.data.llava import LlavaConfig
+from vl_jax.data.config import DataConfig
+from vl_jax.data.sources.llava import LlavaConfig
 from vl_jax.evaluate.runner import EvaluationConfig
 from vl_jax.experiment import Experiment
 from vl_jax.language.decoder import DecoderConfig

@@ -7,10 +7,10 @@ A format and machinery check at this scale, not a captioner: 623 photographs can
 """
 
 from vl_jax import config
-from vl_jax.adapter import AdapterConfig
-from vl_jax.data.encode import DataConfig
-from vl_jax.data.images import TilingConfig
-from vl_jax.data.llava import LlavaConfig
+from vl_jax.data.config import DataConfig
+from vl_jax.data.images.tiling import TilingConfig
+from vl_jax.data.sources.llava import LlavaConfig
+from vl_jax.encoders.adapter import AdapterConfig
 from vl_jax.encoders.vit import ViTConfig
 from vl_jax.evaluate.runner import EvaluationConfig
 from vl_jax.experiment import Experiment

@@ -10,11 +10,11 @@ squeezed into it.
 from pathlib import Path
 
 from vl_jax import config
-from vl_jax.data.audio import AudioConfig
-from vl_jax.data.augment import AugmentationConfig
-from vl_jax.data.encode import DataConfig
-from vl_jax.data.images import TilingConfig
-from vl_jax.data.llava import LlavaConfig
+from vl_jax.data.config import DataConfig
+from vl_jax.data.images.audio import AudioConfig
+from vl_jax.data.images.augment import AugmentationConfig
+from vl_jax.data.images.tiling import TilingConfig
+from vl_jax.data.sources.llava import LlavaConfig
 from vl_jax.evaluate.runner import EvaluationConfig
 from vl_jax.experiment import Experiment
 from vl_jax.train.loop import LoopConfig

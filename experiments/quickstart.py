@@ -11,10 +11,10 @@ beside this file.
 import dataclasses
 
 from vl_jax import config
-from vl_jax.adapter import AdapterConfig
-from vl_jax.data.encode import DataConfig
-from vl_jax.data.images import TilingConfig
-from vl_jax.data.scenes import ScenesConfig
+from vl_jax.data.config import DataConfig
+from vl_jax.data.images.tiling import TilingConfig
+from vl_jax.data.sources.scenes import ScenesConfig
+from vl_jax.encoders.adapter import AdapterConfig
 from vl_jax.encoders.vit import ViTConfig
 from vl_jax.evaluate.runner import EvaluationConfig
 from vl_jax.experiment import Experiment

@@ -44,9 +44,9 @@ flags.FLAGS.mark_as_parsed()
 # From here on every annotated function of the package checks its arguments; an int will do for a float.
 install_import_hook("vl_jax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
-from vl_jax import process  # noqa: E402
+from vl_jax.runtime import start  # noqa: E402
 
-process.give_threads()  # to the eight devices
+start.give_threads()  # to the eight devices
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -14,18 +14,13 @@ from parity_language import cross_entropy, first_of, routed_everywhere
 
 from vl_jax import generation
 from vl_jax import params as params_lib
-from vl_jax.adapter import Adapter
 from vl_jax.batch import Batch
-from vl_jax.data import images
+from vl_jax.data.images import tiling
+from vl_jax.encoders.adapter import Adapter
 from vl_jax.encoders.vit import ViT
 from vl_jax.generation import GenerationConfig
 from vl_jax.interop import rules
-from vl_jax.interop.deepseek_vl2 import (
-    deepseek_vl2_rules,
-    projector_rules,
-    read_deepseek_vl2,
-    read_projector,
-)
+from vl_jax.interop.deepseek_vl2 import deepseek_vl2_rules, projector_rules, read_deepseek_vl2, read_projector
 from vl_jax.interop.language import language_stacks, read_rope
 from vl_jax.interop.vision import IGNORED, read_vision, vision_rules
 from vl_jax.layout import abstract, smallest_batch
@@ -110,9 +105,9 @@ class Model:
             layouts, first = [np.zeros(0, np.int32)], 0
             for grid in grids:
                 layouts.append(
-                    images.layout(grid, tile_tokens_side=side, views=views, first_tile=first, num_tiles=count)
+                    tiling.layout(grid, tile_tokens_side=side, views=views, first_tile=first, num_tiles=count)
                 )
-                first += images.num_views_tiles(grid, views)
+                first += tiling.num_views_tiles(grid, views)
             index.append(np.concatenate(layouts))
         width = max(1, *(len(i) for i in index))
         visual = inputs["images_seq_mask"]

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from vl_jax.data.images import DEFAULT_GRIDS, best_grid, num_visual_tokens
-from vl_jax.data.pixels import read_image_processor
-from vl_jax.data.processor import Processor, ProcessorConfig, Record
-from vl_jax.data.request import Request
-from vl_jax.data.tokenizer import ASSISTANT, BOS, IMAGE, SPECIAL, USER
+from vl_jax.data.images.pixels import read_image_processor
+from vl_jax.data.images.tiling import DEFAULT_GRIDS, best_grid, num_visual_tokens
+from vl_jax.data.published.processor import Processor, ProcessorConfig, Record
+from vl_jax.data.published.request import Request
+from vl_jax.data.text.tokenizer import ASSISTANT, BOS, IMAGE, SPECIAL, USER
 
 # One case, and the grids, are of the published sizes; the other cases are cut for small tiles.
 PUBLISHED_TILE, PUBLISHED_PATCH, PUBLISHED_RATIO = 384, 14, 2

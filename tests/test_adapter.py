@@ -15,8 +15,8 @@ import tiny
 
 from vl_jax import params as params_lib
 from vl_jax import sharding
-from vl_jax.adapter import Adapter, AdapterConfig, gather_visual, pixel_shuffle
-from vl_jax.encoders.hybrid import HighResolutionConfig
+from vl_jax.encoders.adapter import Adapter, AdapterConfig, gather_visual, pixel_shuffle
+from vl_jax.encoders.high_resolution import HighResolutionConfig
 from vl_jax.encoders.sam import SAMConfig
 from vl_jax.kernels.activation import FUNCTIONS
 from vl_jax.layout import abstract, plan_layout, put_batch, smallest_batch

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from vl_jax import allocator
+from vl_jax.runtime import allocator
 
 VARIABLE = "GLIBC_TUNABLES"
 

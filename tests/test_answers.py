@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from vl_jax.evaluate.answers import Answer, Prior, normalize, scores, summarize
+from vl_jax.data.text.normalize import normalize
+from vl_jax.evaluate.answers import Answer, Prior, scores, summarize
 
 
 @pytest.mark.parametrize(

@@ -22,19 +22,22 @@ from PIL import Image as PilImage
 from scipy.io import wavfile
 from scipy.signal import stft
 
-from vl_jax import cli, doctor
+from vl_jax import cli
 from vl_jax.config import load
-from vl_jax.data import array_records, audio
-from vl_jax.data.audio import AudioConfig, SoundImage, log_mel, mel_bands, to_levels
-from vl_jax.data.augment import AugmentationConfig, augment
-from vl_jax.data.convert import convert
-from vl_jax.data.encode import DataConfig, ModelSpec, make_encoder
-from vl_jax.data.images import TilingConfig
-from vl_jax.data.lengths import Measure
+from vl_jax.data.config import DataConfig, ModelSpec
+from vl_jax.data.encode import make_encoder
+from vl_jax.data.files.sound_files import read_header, read_sound
+from vl_jax.data.images import audio
+from vl_jax.data.images.audio import AudioConfig, SoundImage, log_mel, mel_bands, to_levels
+from vl_jax.data.images.augment import AugmentationConfig, augment
+from vl_jax.data.images.tiling import TilingConfig
 from vl_jax.data.sample import BadSample, image_size
-from vl_jax.data.sound_files import read_header, read_sound
-from vl_jax.data.sources import LlavaConfig, open_source
-from vl_jax.experiment import run
+from vl_jax.data.sources import array_records
+from vl_jax.data.sources.build import LlavaConfig, open_source
+from vl_jax.data.stream.lengths import Measure
+from vl_jax.data.tools import examination
+from vl_jax.data.tools.convert import convert
+from vl_jax.runs import run
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = AudioConfig(sample_rate=8000, window_ms=32, hop_ms=16, num_bands=32, min_seconds=0.5, max_seconds=2)
@@ -298,7 +301,7 @@ def test_lengths_the_doctor_and_training_see_the_same_sounds(folder):
     assert lengths.tiles.tolist() == [len(e.tiles) for e in examples] == [1, 2]
     totals = lengths.trunk + np.add.reduceat(lengths.turns, lengths.offsets[:-1])
     assert totals.tolist() == [len(e.tokens) for e in examples]
-    seen = doctor.examine(data_config(folder), SPEC, "sounds")
+    seen = examination.examine(data_config(folder), SPEC, "sounds")
     assert seen.num_usable == 3
     assert "cannot be used: corrupt audio" in {f.what for f in seen.findings}
 

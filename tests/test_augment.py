@@ -15,16 +15,17 @@ from test_packed import CONFIG as PACKED
 from test_pipeline import CONFIG, SPEC, assert_same
 
 from vl_jax import config as config_lib
-from vl_jax.data import grounding
-from vl_jax.data.augment import AugmentationConfig, AugmentedImage, Geometry, Look, augment
-from vl_jax.data.encode import DataConfig, make_encoder
-from vl_jax.data.images import TilingConfig
-from vl_jax.data.packed import PackedIterator
-from vl_jax.data.pipeline import TrainIterator
-from vl_jax.data.preview import render_samples, to_html
-from vl_jax.data.prompts import evaluation_prompts
+from vl_jax.data.config import DataConfig
+from vl_jax.data.encode import make_encoder
+from vl_jax.data.images.augment import AugmentationConfig, AugmentedImage, Geometry, Look, augment
+from vl_jax.data.images.tiling import TilingConfig
 from vl_jax.data.sample import Box, FileImage, Sample, Turn
-from vl_jax.data.tokenizer import load_tokenizer
+from vl_jax.data.stream.evaluation_prompts import evaluation_prompts
+from vl_jax.data.stream.packed import PackedIterator
+from vl_jax.data.stream.pipeline import TrainIterator
+from vl_jax.data.text import grounding
+from vl_jax.data.text.tokenizer import load_tokenizer
+from vl_jax.data.tools.preview import render_samples, to_html
 
 TOKENIZER = load_tokenizer()
 COLOURS = {"red": (220, 0, 0), "green": (0, 220, 0), "blue": (0, 0, 220)}

@@ -7,10 +7,10 @@ import json
 import numpy as np
 import pytest
 
-from vl_jax import benchmark
+from vl_jax.benchmarks import step as step_benchmark
 
 TINY = {
-    **benchmark.MODEL,
+    **step_benchmark.MODEL,
     "vocab_size": 32,
     "hidden_size": 16,
     "intermediate_size": 16,
@@ -28,42 +28,42 @@ TINY = {
 
 
 def test_sides_that_disagree_are_not_timed():
-    found = benchmark.compare([1.0, 2.0], [1.0, 2.00001])
+    found = step_benchmark.compare([1.0, 2.0], [1.0, 2.00001])
     assert found["numbers"] == 2 and found["difference"] == pytest.approx(5e-6, rel=1e-2)
     with pytest.raises(ValueError, match="ours and transformers differ by 5.0e-01"):
-        benchmark.compare([1.0, 1.0], [1.0, 2.0])
+        step_benchmark.compare([1.0, 1.0], [1.0, 2.0])
     with pytest.raises(ValueError, match="differ by nan"):
-        benchmark.compare([np.nan], [1.0])
+        step_benchmark.compare([np.nan], [1.0])
 
 
 def test_ratios_are_of_cpu_time_and_against_the_faster_way_of_the_other_side():
     timed = {
-        benchmark.OURS: {"loop": [(1.0, 9.0), (2.0, 9.0), (1.0, 9.0)]},
-        benchmark.THEIRS: {"calls": [(4.0, 9.0), (8.0, 9.0), (9.0, 9.0)], "loop": [(5.0, 1.0)] * 3},
+        step_benchmark.OURS: {"loop": [(1.0, 9.0), (2.0, 9.0), (1.0, 9.0)]},
+        step_benchmark.THEIRS: {"calls": [(4.0, 9.0), (8.0, 9.0), (9.0, 9.0)], "loop": [(5.0, 1.0)] * 3},
     }
-    speed = benchmark._ratios("decode", timed)["loop"]
+    speed = step_benchmark._ratios("decode", timed)["loop"]
     assert speed == {"median": 4.0, "lowest": 2.5, "highest": 5.0}
-    assert benchmark._ratios("step", timed)["loop"]["median"] == 0.25
+    assert step_benchmark._ratios("step", timed)["loop"]["median"] == 0.25
 
 
 def test_an_unknown_name_and_no_turns_are_refused():
     with pytest.raises(ValueError, match="benchmark 'train': known are step, decode"):
-        benchmark.run("train")
+        step_benchmark.run("train")
     with pytest.raises(ValueError, match="repeats=0: must be at least 1"):
-        benchmark.run("step", repeats=0)
+        step_benchmark.run("step", repeats=0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["step", "decode"])
 def test_figures_are_printed_and_written(name, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("XLA_FLAGS")  # one device, as for anyone who measures
-    case = benchmark.Case(model=TINY, rows=2, length=8, prompt=3, new_tokens=5, checked=2)
-    result = benchmark.run(name, repeats=2, json_file=tmp_path / "found.json", case=case)
+    case = step_benchmark.Case(model=TINY, rows=2, length=8, prompt=3, new_tokens=5, checked=2)
+    result = step_benchmark.run(name, repeats=2, json_file=tmp_path / "found.json", case=case)
     assert json.loads((tmp_path / "found.json").read_text())["measured"] == result["measured"]
-    ours = result["measured"][benchmark.OURS]
+    ours = result["measured"][step_benchmark.OURS]
     assert set(ours) == ({"step"} if name == "step" else {"calls", "loop"})
     for clocks in ours.values():
         assert 0 < clocks["cpu"]["lowest"] <= clocks["cpu"]["median"] <= clocks["cpu"]["highest"]
     printed = capsys.readouterr().out
-    assert benchmark.UNITS[name] in printed
-    assert ("ours / transformers" in printed) == (benchmark.THEIRS in result["measured"])
+    assert step_benchmark.UNITS[name] in printed
+    assert ("ours / transformers" in printed) == (step_benchmark.THEIRS in result["measured"])

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from oracle import processor_folder
 from PIL import Image as PilImage
 
-from vl_jax.data.chat import encode_dialogue, encode_prompt, encode_text
-from vl_jax.data.images import TilingConfig, best_grid, num_visual_tokens
+from vl_jax.data.images.tiling import TilingConfig, best_grid, num_visual_tokens
 from vl_jax.data.sample import BadSample, FileImage, Sample, Turn, standalone_questions
-from vl_jax.data.tokenizer import load_tokenizer
+from vl_jax.data.text.chat import encode_dialogue, encode_prompt, encode_text
+from vl_jax.data.text.tokenizer import load_tokenizer
 
 TOKENIZER = load_tokenizer()
 

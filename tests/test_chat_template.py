@@ -13,8 +13,8 @@ from test_convert import published
 from tokenizers import decoders, models, pre_tokenizers
 
 import vl_jax
-from vl_jax.data.chat_template import ChatTemplate
-from vl_jax.data.text_processor import TextProcessor
+from vl_jax.data.published.text_processor import TextProcessor
+from vl_jax.data.text.chat_template import ChatTemplate
 
 # With a line for each statement, as published templates have: blocks leave no blanks and no empty lines.
 TURNS = """

@@ -14,9 +14,9 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from vl_jax import lazy_array
 from vl_jax.checkpoint import Checkpointer, CheckpointError, checksums
-from vl_jax.lazy_array import LazyArray
+from vl_jax.runtime import lazy_array
+from vl_jax.runtime.lazy_array import LazyArray
 from vl_jax.sharding import MeshConfig, make_mesh
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from vl_jax import cli, doctor, experiment
+from vl_jax import cli, runs
 from vl_jax.config import load, to_json
+from vl_jax.data.tools import examination
 
 pytest.importorskip("ml_collections")  # experiment files return its ConfigDict
 
@@ -101,7 +102,7 @@ DATA_FILE = """
 import dataclasses
 import runpy
 from vl_jax import config
-from vl_jax.data.llava import LlavaConfig
+from vl_jax.data.sources.llava import LlavaConfig
 
 def get_config():
     experiment = config.rebuild(runpy.run_path({tiny!r})["get_config"]())
@@ -134,10 +135,10 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path):
     tree = json.loads(to_json(load(TINY, [("loop.churn", "False")])))
     del tree["loop"]["churn"]  # it did not exist then
     (tmp_path / "config.json").write_text(json.dumps(tree))
-    experiment._claim(load(TINY, [("loop.churn", "False")]), tmp_path)
+    runs._claim(load(TINY, [("loop.churn", "False")]), tmp_path)
     assert "churn" in (tmp_path / "config.json").read_text()
     with pytest.raises(ValueError, match="differs at config.loop.churn"):
-        experiment._claim(load(TINY), tmp_path)
+        runs._claim(load(TINY), tmp_path)
 
 
 def test_a_report_of_a_folder_without_a_run_is_refused(capsys, tmp_path):
@@ -242,13 +243,13 @@ def test_a_config_for_a_benchmark_that_reads_none_is_refused(capsys, name):
 
 
 def test_inspect_data_plans_the_rows_of_stages_that_draw_alike_once(capsys, monkeypatch):
-    calls, padding = [], doctor.padding
+    calls, padding = [], examination.padding
 
     def counted(*args, **options):
         calls.append(options)
         return padding(*args, **options)
 
-    monkeypatch.setattr(doctor, "padding", counted)
+    monkeypatch.setattr(examination, "padding", counted)
     targets = "--config.stages.first.targets=answers"
     assert cli.main(["inspect", "data", CONFIG, targets, "--examine=20", "--samples=1"]) == 0
     assert capsys.readouterr().out.count("padding of stage") == 2 and len(calls) == 1

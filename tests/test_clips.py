@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image as PilImage
 
-from vl_jax.data.clips import evenly, mark_frames
-from vl_jax.data.encode import DataConfig, ModelSpec, make_encoder
-from vl_jax.data.images import TilingConfig
+from vl_jax.data.config import DataConfig, ModelSpec
+from vl_jax.data.encode import make_encoder
+from vl_jax.data.images.clips import evenly, mark_frames
+from vl_jax.data.images.tiling import TilingConfig
 from vl_jax.data.sample import BadSample
-from vl_jax.data.sources import LlavaConfig, open_source
+from vl_jax.data.sources.build import LlavaConfig, open_source
 
 
 @given(st.integers(1, 500), st.integers(1, 64))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import pytest
 import tiny
@@ -11,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vl_jax.config import ConfigError, from_json, load, override, rebuild, to_json, view
-from vl_jax.data.images import TilingConfig
-from vl_jax.data.llava import LlavaConfig
-from vl_jax.data.packing import PackingConfig
-from vl_jax.data.scenes import ScenesConfig
+from vl_jax.data.config import DataConfig, PackingConfig
+from vl_jax.data.images.tiling import TilingConfig
+from vl_jax.data.sources.llava import LlavaConfig
+from vl_jax.data.sources.scenes import ScenesConfig
+from vl_jax.experiment import Experiment
 from vl_jax.moe.routing import MoEConfig
 from vl_jax.train.optimizer import OptimizerConfig
 from vl_jax.train.stages import Stage
@@ -42,12 +44,12 @@ def test_stages_stay_in_the_order_in_which_they_were_written(names):
     stages = tuple(dataclasses.replace(EXPERIMENT.stages[0], name=name) for name in names)
     experiment = dataclasses.replace(EXPERIMENT, stages=stages)
     assert [stage.name for stage in rebuild(view(experiment)).stages] == list(names)
-    assert [stage.name for stage in from_json(to_json(experiment)).stages] == list(names)
+    assert [stage.name for stage in from_json(to_json(experiment), Experiment).stages] == list(names)
 
 
 def test_view_and_json_give_back_an_equal_config():
     assert rebuild(view(EXPERIMENT)) == EXPERIMENT
-    assert from_json(to_json(EXPERIMENT)) == EXPERIMENT
+    assert from_json(to_json(EXPERIMENT), Experiment) == EXPERIMENT
 
 
 def test_a_part_that_is_absent_is_switched_on_by_a_field_of_it_and_off_by_none():
@@ -74,7 +76,7 @@ RATES = st.lists(st.tuples(st.text(), st.floats(0, 9)), max_size=2).map(tuple)
 
 
 def assert_survives(config):
-    assert from_json(to_json(config)) == config
+    assert from_json(to_json(config), type(config)) == config
     assert rebuild(view(config)) == config
 
 
@@ -177,7 +179,7 @@ def test_no_override_ends_in_anything_but_a_config_or_one_line(path, text):
 def test_no_json_ends_in_anything_but_a_config_or_a_config_error(value, field):
     tree = {**json.loads(to_json(EXPERIMENT)), field: value}
     try:
-        rebuild(tree)
+        rebuild(tree, Experiment)
     except ConfigError as error:
         assert "config" in str(error)
 
@@ -185,19 +187,23 @@ def test_no_json_ends_in_anything_but_a_config_or_a_config_error(value, field):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("os:system", "class 'os:system' is not part of vl_jax"),
-        ("vl_jax_evil:X", "class 'vl_jax_evil:X' is not part of vl_jax"),
-        ("vl_jax.moe.routing:Nothing", "no config class 'vl_jax.moe.routing:Nothing'"),
-        ("vl_jax.nothing:MoEConfig", "no config class 'vl_jax.nothing:MoEConfig'"),
-        ("vl_jax.config:rebuild", "'vl_jax.config:rebuild' is not a config class"),
-        (None, "_type"),
+        ("os:system", "config: class os:system is not one of Experiment"),
+        ("MoEConfig", "config: class MoEConfig is not one of Experiment"),
+        ("vl_jax.moe.routing:MoEConfig", "is not one of Experiment"),
+        ("evil.py:Experiment", "is not one of Experiment"),
     ],
 )
-def test_a_class_that_is_no_config_of_this_package_is_refused(name, message):
-    tree = {"_type": name} if name else {}
-    with pytest.raises(ConfigError, match="config: ") as error:
-        rebuild(tree)
+def test_a_class_that_the_place_does_not_allow_is_refused(name, message):
+    tree = {**json.loads(to_json(EXPERIMENT)), "_type": name}
+    with pytest.raises(ConfigError) as error:
+        rebuild(tree, Experiment)
     assert message in str(error.value)
+
+
+def test_a_file_of_an_earlier_version_named_the_modules_of_classes():
+    text = to_json(EXPERIMENT)
+    old = re.sub(r'"_type": "(\w+)"', r'"_type": "vl_jax.where_it_was:\1"', text)
+    assert old != text and from_json(old, Experiment) == EXPERIMENT
 
 
 def test_a_class_in_the_wrong_place_is_refused():
@@ -206,12 +212,12 @@ def test_a_class_in_the_wrong_place_is_refused():
     with pytest.raises(
         ConfigError, match="config.data.sources.x: class TilingConfig is not one of ScenesConfig, Llava"
     ):
-        rebuild(tree)
+        rebuild(tree, Experiment)
 
 
 def test_sources_of_different_classes_stand_side_by_side():
     data = dataclasses.replace(EXPERIMENT.data, sources=(ScenesConfig("a"), LlavaConfig("b", file="b.json")))
-    assert from_json(to_json(data)) == data and rebuild(view(data)) == data
+    assert from_json(to_json(data), DataConfig) == data and rebuild(view(data)) == data
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vl_jax.data import chat
-from vl_jax.data.conversation import parse
-from vl_jax.data.lines import json_items, lines
+from vl_jax.data.files.spans import json_items, lines
 from vl_jax.data.sample import BadSample, Sample, Turn
-from vl_jax.data.sources import LlavaConfig, open_source
-from vl_jax.data.tokenizer import load_tokenizer
+from vl_jax.data.sources.build import LlavaConfig, open_source
+from vl_jax.data.sources.conversation import parse
+from vl_jax.data.text import chat
+from vl_jax.data.text.tokenizer import load_tokenizer
 
 SHAREGPT = {
     "conversations": [{"from": "user", "value": "<image>\nWhat?"}, {"from": "assistant", "value": "A"}]

@@ -13,7 +13,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from vl_jax import lazy_array
 from vl_jax.checkpoint import Checkpointer, CheckpointError
 from vl_jax.interop import rules
 from vl_jax.interop.convert import convert
@@ -22,6 +21,7 @@ from vl_jax.interop.pretrained import FAMILIES, Published, load_params, read_pub
 from vl_jax.interop.safetensors import Entry
 from vl_jax.layout import abstract, plan_layout, smallest_batch
 from vl_jax.model import VisionLanguage, init_routing_state
+from vl_jax.runtime import lazy_array
 from vl_jax.sharding import MeshConfig, make_mesh
 
 MIB = 2**20

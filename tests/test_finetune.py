@@ -14,9 +14,10 @@ from PIL import Image
 
 from vl_jax import experiment as experiment_lib
 from vl_jax import params as params_lib
+from vl_jax import runs
 from vl_jax.cli import main
 from vl_jax.config import ConfigError, from_json, load, to_json
-from vl_jax.data.images import TilingConfig
+from vl_jax.data.images.tiling import TilingConfig
 from vl_jax.experiment import Experiment, resolve
 from vl_jax.interop import pretrained
 from vl_jax.train import lora
@@ -132,9 +133,9 @@ def test_a_published_checkpoint_is_tuned_and_published_again(
     one = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda: one)
     given = experiment(published, data, what=what)
-    results = experiment_lib.run(given, tmp_path / "run")
+    results = runs.run(given, tmp_path / "run")
     assert results["val"]["num_questions"] == 4
-    resolved, layout, state, _ = experiment_lib.restore(tmp_path / "run")
+    resolved, layout, state, _ = runs.restore(tmp_path / "run")
     assert resolved == resolve(given)
     before, routing = pretrained.load_params(published, layout)
     before, after = params_lib.flatten(before), params_lib.flatten(state.params)

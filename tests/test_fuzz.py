@@ -20,11 +20,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image as PilImage
 
-from vl_jax.data import array_records, kept
-from vl_jax.data.conversation import parse
-from vl_jax.data.merged import MergedSource
+from vl_jax.data.files import index_cache
+from vl_jax.data.files.tar import walk
 from vl_jax.data.sample import BadSample, Sample, Turn
-from vl_jax.data.sources import (
+from vl_jax.data.sources import array_records
+from vl_jax.data.sources.build import (
     ArrayRecordConfig,
     CocoConfig,
     LabelStudioConfig,
@@ -35,7 +35,8 @@ from vl_jax.data.sources import (
     WebDatasetConfig,
     open_source,
 )
-from vl_jax.data.tar import walk
+from vl_jax.data.sources.conversation import parse
+from vl_jax.data.sources.merged import MergedSource
 
 TOO_LONG = 5.0  # seconds for one small file: it hangs
 
@@ -356,7 +357,7 @@ def whole_coco(folder: Path):
 @pytest.mark.parametrize("make", [whole_tar, whole_list, whole_coco])
 def test_a_kept_index_that_misleads_points_into_the_file_or_is_made_anew(tmp_path, monkeypatch, make, count):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(kept, "_WORTH", 0)
+    monkeypatch.setattr(index_cache, "_WORTH", 0)
     config = make(tmp_path)
     size, honest = (tmp_path / config.file).stat().st_size, outcomes(config, tmp_path)
     assert honest["ok"] == 2 and sum(honest.values()) == 3

@@ -8,19 +8,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vl_jax import cli
-from vl_jax.data import grounding
-from vl_jax.data.grounding import (
-    Grounding,
-    Region,
-    draw,
-    parse,
-    to_grid,
-    to_pixels,
-    write,
-    write_boxes,
-)
+from vl_jax.commands import generate
 from vl_jax.data.sample import Box
-from vl_jax.data.tokenizer import GROUNDING, SPECIAL, load_tokenizer
+from vl_jax.data.text import grounding
+from vl_jax.data.text.grounding import Grounding, Region, draw, parse, to_grid, to_pixels, write, write_boxes
+from vl_jax.data.text.tokenizer import GROUNDING, SPECIAL, load_tokenizer
 
 labels = st.text(max_size=12).filter(lambda s: not any(mark in s for mark in SPECIAL))
 intervals = st.tuples(st.integers(0, 999), st.integers(0, 999)).map(sorted)
@@ -145,7 +137,7 @@ def test_a_label_that_no_font_can_write_is_numbered(monkeypatch):
 def test_an_answer_is_drawn_on_its_picture(tmp_path, capsys):
     Image.new("RGB", (1000, 500), "white").save(tmp_path / "in.png")
     text = write([Region("dog", ((100, 200, 500, 900),))]) + "<|det|>[[1, 2"
-    cli._draw(text, tmp_path / "in.png", tmp_path / "out.png")
+    generate._draw(text, tmp_path / "in.png", tmp_path / "out.png")
     assert capsys.readouterr().err.strip() == f"{tmp_path / 'out.png'}: boxes drawn: 1, not readable: 1"
     with Image.open(tmp_path / "out.png") as drawn:
         assert drawn.getpixel((101, 300)) != (255, 255, 255) == drawn.getpixel((300, 300))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from oracle import processor_folder
 from PIL import Image as PilImage
 
-from vl_jax.data.images import (
+from vl_jax.data.images.tiling import (
     DEFAULT_GRIDS,
     TilingConfig,
     best_grid,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import statistics
+from collections import Counter
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -13,27 +15,40 @@ PACKAGE = "vl_jax"
 
 # A module may import from its own level and from those before it.
 LEVELS = (
-    "config batch params kernels lazy_array charts process allocator cache_folder",
+    "config batch params parts kernels runtime",
     "sharding losses metrics data",
     "nn",
     "moe",
-    "encoders adapter fusion language heads",
+    "encoders fusion language heads",
     "model",
     "layout checkpoint interop compress generation",
     "train evaluate serving export fit",
-    "experiment gallery report doctor benchmark conversion",
-    "comparison routing_page routing_benchmark loader_benchmark packing_benchmark routing_aot data_page",
-    "inspection",
+    "experiment",
+    "runs report conversion benchmarks",
     "sweep",
+    "commands",
     "cli",
     "__main__",
 )
+# The same inside ``data``.
+DATA_LEVELS = (
+    "sample",
+    "files",
+    "text",
+    "images",
+    "sources",
+    "example config",
+    "encode collate",
+    "published stream",
+    "tools",
+)
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names.split()}
+DATA_LEVEL_OF = {name: level for level, names in enumerate(DATA_LEVELS) for name in names.split()}
 
 # Packages missing on some platforms, and the modules that may import them at the top of the file. Everything
 # else has to be importable without them, so it may not import those modules at its top either.
 OPTIONAL = {
-    "grain": {f"{PACKAGE}.data.pipeline"},
+    "grain": {f"{PACKAGE}.data.stream.pipeline"},
     "tensorflow_datasets": set(),
     "ml_collections": set(),
     "pyarrow": set(),
@@ -79,21 +94,46 @@ def _graph(*, top_level: bool) -> dict[str, set[str]]:
     }
 
 
-def test_every_module_has_a_level():
-    missing = {name for name in SOURCES if name != PACKAGE and name.split(".")[1] not in LEVEL_OF}
-    assert not missing, f"give these a place in LEVELS: {sorted(missing)}"
+def _level(name: str, package: str, levels: dict[str, int]) -> int | None:
+    """The level of a module below ``package``; None for other modules, and for the package itself."""
+    inner = name.removeprefix(f"{package}.")
+    return None if inner == name else levels.get(inner.split(".")[0])
 
 
-def test_no_module_imports_from_a_higher_level():
-    upward = [
-        f"{name} imports {target}"
-        for name, targets in _graph(top_level=False).items()
-        for target in targets
-        if name != PACKAGE
-        and target.startswith(f"{PACKAGE}.")
-        and LEVEL_OF.get(target.split(".")[1], -1) > LEVEL_OF.get(name.split(".")[1], len(LEVELS))
-    ]
+ROOMS = ((PACKAGE, LEVEL_OF), (f"{PACKAGE}.data", DATA_LEVEL_OF))
+
+
+@pytest.mark.parametrize(("package", "levels"), ROOMS)
+def test_every_module_has_a_level(package: str, levels: dict[str, int]):
+    inside = {name for name in SOURCES if name.startswith(f"{package}.")}
+    missing = {name for name in inside if _level(name, package, levels) is None}
+    assert not missing, f"give these a level: {sorted(missing)}"
+
+
+@pytest.mark.parametrize(("package", "levels"), ROOMS)
+def test_no_module_imports_from_a_higher_level(package: str, levels: dict[str, int]):
+    upward = []
+    for name, targets in _graph(top_level=False).items():
+        here = _level(name, package, levels)
+        for target in targets:
+            there = _level(target, package, levels)
+            if here is not None and there is not None and there > here:
+                upward.append(f"{name} imports {target}")
     assert not upward, "\n".join(sorted(upward))
+
+
+def test_folders_and_files_stay_small():
+    """A folder has at most 20 files, and half of all files at most 150 lines."""
+    folders = Counter(path.parent for path in SOURCES.values())
+    assert max(folders.values()) <= 20, folders.most_common(1)
+    lines = [len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCES.values()]
+    assert statistics.median(lines) <= 150
+
+
+def test_no_class_has_the_name_of_another():
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES.values()]
+    names = Counter(n.name for tree in trees for n in ast.walk(tree) if isinstance(n, ast.ClassDef))
+    assert not [name for name, count in names.items() if count > 1]
 
 
 def test_imports_form_no_cycle():

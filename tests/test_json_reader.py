@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vl_jax.data import json_reader
-from vl_jax.data.json_reader import JsonReader
+from vl_jax.data.files import json_reader
+from vl_jax.data.files.json_reader import JsonReader
 
 FILE = Path("some/file.json")
 VALUES = st.recursive(

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vl_jax.data import kept
+from vl_jax.data.files import index_cache
 
 ARRAYS = {
     "wide": np.arange(20_000, dtype=np.int64),
@@ -40,7 +40,7 @@ class Made:
 
 
 def keep(files, made, sound=lambda arrays: True, kind="test-1"):
-    found = kept.keep(kind, files, made, sound)
+    found = index_cache.keep(kind, files, made, sound)
     assert found.keys() == made.arrays.keys()
     for name, array in made.arrays.items():
         assert found[name].dtype == array.dtype
@@ -132,7 +132,7 @@ def test_a_damaged_index_is_made_anew(tmp_path, folder):
 
 
 def test_somebody_who_waits_is_told_for_what(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(kept, "_PATIENCE_S", 0.0)
+    monkeypatch.setattr(index_cache, "_PATIENCE_S", 0.0)
     with caplog.at_level("INFO"):
         keep(write(tmp_path, "a", "b"), Made())
     assert "making the index of a and 1 more of 0 MB, ETA " in caplog.text

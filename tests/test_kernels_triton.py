@@ -17,7 +17,7 @@ from vl_jax.kernels.combine import expert_mlp
 from vl_jax.kernels.expert_weights import ExpertWeights
 from vl_jax.kernels.router import rank_in_expert, sort_by_expert
 from vl_jax.kernels.target import KIB, GpuTarget, choose, current_gpu, gpu_target_of
-from vl_jax.kernels.triton_product import SUMS, Tiles, choose_tiles, plan_visits
+from vl_jax.kernels.triton_product import SUMS, BlockShape, choose_tiles, plan_visits
 
 pytestmark = pytest.mark.filterwarnings(TRITON_WARNING)
 
@@ -165,7 +165,7 @@ def test_tiles_fit(kind, dtype):
 
 
 def test_tiles_of_a_hopper_gpu_for_a_large_layer():
-    assert choose_tiles(GpuTarget(227 * KIB), 1536, 1408, 2048, dtype=jnp.bfloat16) == Tiles(
+    assert choose_tiles(GpuTarget(227 * KIB), 1536, 1408, 2048, dtype=jnp.bfloat16) == BlockShape(
         128, 256, 64, 8, 4
     )
 

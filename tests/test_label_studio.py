@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image as PilImage
 
-from vl_jax.data import grounding
-from vl_jax.data.label_studio import LabelStudioSource, _answers, _boxes_and_texts
-from vl_jax.data.regions import _mask
 from vl_jax.data.sample import BadSample
-from vl_jax.data.sources import LabelStudioConfig, open_source
+from vl_jax.data.sources.build import LabelStudioConfig, open_source
+from vl_jax.data.sources.label_studio import LabelStudioSource, _answers, _boxes_and_texts
+from vl_jax.data.sources.regions import _mask
+from vl_jax.data.text import grounding
 
 
 def rectangle(label="cat", x=10, y=20, width=30, height=40, identity="r1", **value):

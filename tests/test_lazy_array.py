@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vl_jax import lazy_array
-from vl_jax.lazy_array import LazyArray
+from vl_jax.runtime import lazy_array
+from vl_jax.runtime.lazy_array import LazyArray
 
 
 @given(

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image as PilImage
 
-from vl_jax.data import lengths as lengths_lib
-from vl_jax.data.encode import DataConfig, ModelSpec, make_row_encoder
-from vl_jax.data.images import TilingConfig
-from vl_jax.data.lengths import Measure, Measuring, open_index
-from vl_jax.data.packing import PackingConfig
-from vl_jax.data.sources import LlavaConfig, ScenesConfig, open_source
+from vl_jax.data.config import DataConfig, ModelSpec, PackingConfig
+from vl_jax.data.encode import make_row_encoder
+from vl_jax.data.images.tiling import TilingConfig
+from vl_jax.data.sources.build import LlavaConfig, ScenesConfig, open_source
+from vl_jax.data.stream import lengths as lengths_lib
+from vl_jax.data.stream.lengths import Measure, Measuring, open_index
 
 TILED = TilingConfig(tile_size=16, candidates=((1, 1), (2, 1), (1, 2), (2, 2)))
 CONFIG = DataConfig(

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image as PilImage
 
-from vl_jax import cli, loader_benchmark
-from vl_jax.data.encode import DataConfig, ModelSpec, make_encoder
-from vl_jax.data.images import TilingConfig
-from vl_jax.data.sources import LlavaConfig, ScenesConfig, open_source
+from vl_jax import cli
+from vl_jax.benchmarks import loader as loader_benchmark
+from vl_jax.data.config import DataConfig, ModelSpec
+from vl_jax.data.encode import make_encoder
+from vl_jax.data.images.tiling import TilingConfig
+from vl_jax.data.sources.build import LlavaConfig, ScenesConfig, open_source
 
 pytest.importorskip("grain")
 
@@ -20,9 +22,9 @@ FILE = """
 import dataclasses
 from pathlib import Path
 from vl_jax import config
-from vl_jax.data.encode import DataConfig
-from vl_jax.data.images import TilingConfig
-from vl_jax.data.sources import LlavaConfig
+from vl_jax.data.config import DataConfig
+from vl_jax.data.images.tiling import TilingConfig
+from vl_jax.data.sources.build import LlavaConfig
 
 QUICKSTART = config.load(r"{quickstart}")
 

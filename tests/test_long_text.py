@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image as PilImage
 
-from vl_jax.data.chat import encode_dialogue
-from vl_jax.data.convert import convert
-from vl_jax.data.long_text import split
 from vl_jax.data.sample import TEXT, Sample, Turn
-from vl_jax.data.sources import ArrayRecordConfig, LlavaConfig, open_source
-from vl_jax.data.tokenizer import load_tokenizer
+from vl_jax.data.sources.build import ArrayRecordConfig, LlavaConfig, open_source
+from vl_jax.data.text.chat import encode_dialogue
+from vl_jax.data.text.tokenizer import load_tokenizer
+from vl_jax.data.tools.convert import convert
+from vl_jax.data.tools.long_text import split
 
 TOKENIZER = load_tokenizer()
 words = st.lists(

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image as PilImage
 
-from vl_jax.data.chat import encode_dialogue
-from vl_jax.data.convert import convert
-from vl_jax.data.merged import MergedSource
 from vl_jax.data.sample import TEXT, BadSample, Box, Sample, Turn, standalone_questions
-from vl_jax.data.sources import ArrayRecordConfig, LlavaConfig, open_source
-from vl_jax.data.tokenizer import load_tokenizer
+from vl_jax.data.sources.build import ArrayRecordConfig, LlavaConfig, open_source
+from vl_jax.data.sources.merged import MergedSource
+from vl_jax.data.text.chat import encode_dialogue
+from vl_jax.data.text.tokenizer import load_tokenizer
+from vl_jax.data.tools.convert import convert
 
 TOKENIZER = load_tokenizer()
 COLOURS = ("red", "green", "blue")

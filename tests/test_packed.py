@@ -18,13 +18,13 @@ import tiny
 from PIL import Image as PilImage
 
 from vl_jax import config as config_lib
-from vl_jax.data import encode, waste
-from vl_jax.data.encode import DataConfig, ModelSpec
-from vl_jax.data.images import TilingConfig
-from vl_jax.data.packed import PackedIterator, open_planner
-from vl_jax.data.packing import PackingConfig
-from vl_jax.data.plan import Cursor
-from vl_jax.data.sources import LlavaConfig, ScenesConfig, open_source
+from vl_jax.data import encode
+from vl_jax.data.config import DataConfig, ModelSpec, PackingConfig
+from vl_jax.data.images.tiling import TilingConfig
+from vl_jax.data.sources.build import LlavaConfig, ScenesConfig, open_source
+from vl_jax.data.stream import padding as padding_lib
+from vl_jax.data.stream.packed import PackedIterator, open_planner
+from vl_jax.data.stream.plan import Cursor
 from vl_jax.model import VisionLanguage
 from vl_jax.train.step import loss_sums
 
@@ -230,7 +230,7 @@ def test_a_wrong_state_is_refused():
 
 def test_padding_is_predicted_as_it_comes():
     planner, _ = open_planner(CONFIG, SPEC)
-    report = waste.predict(planner, CONFIG)
+    report = padding_lib.predict(planner, CONFIG)
     batches = PackedIterator(CONFIG, SPEC, batch_size=report.num_rows)
     (batch,) = take(batches, 1)
     assert report.packed.tokens == pytest.approx((batch.segment_ids == 0).mean())
@@ -258,7 +258,7 @@ def test_padding_of_the_shared_mixture_is_within_bounds(shared_data):
     )
     sizes = {s.name: float(len(open_source(s, root=config.root))) for s in config.sources}
     planner, _ = open_planner(config, dataclasses.replace(SPEC, tile_tokens_side=4), sources=sizes)
-    report = waste.predict(planner, config)
+    report = padding_lib.predict(planner, config)
     print(report)
     assert report.packed.tokens < 0.05 and report.packed.tiles < 0.08
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vl_jax import packing_benchmark
+from vl_jax.benchmarks import packing as packing_benchmark
 from vl_jax.config import load
 
 pytest.importorskip("ml_collections")  # experiment files return its ConfigDict

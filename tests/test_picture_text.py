@@ -17,9 +17,9 @@ from tokenizers import models, pre_tokenizers
 
 import vl_jax
 from vl_jax import sharding
-from vl_jax.data.picture_text import PictureTextProcessor
-from vl_jax.data.pixels import read_image_processor
-from vl_jax.data.request import Request, to_sample
+from vl_jax.data.images.pixels import read_image_processor
+from vl_jax.data.published.picture_text import PictureTextProcessor
+from vl_jax.data.published.request import Request, to_sample
 from vl_jax.interop.vision_language import FAMILIES, load_processor, read_vision_language
 from vl_jax.layout import put_batch
 from vl_jax.sharding import MeshConfig, make_mesh

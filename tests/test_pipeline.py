@@ -12,16 +12,17 @@ import pytest
 from PIL import Image as PilImage
 
 from vl_jax import config as config_module
-from vl_jax.data.augment import AugmentationConfig
-from vl_jax.data.cache import Cache
-from vl_jax.data.encode import DataConfig, ModelSpec, find_source, make_encoder
-from vl_jax.data.images import TilingConfig
-from vl_jax.data.pipeline import TrainIterator
-from vl_jax.data.preview import render_samples, to_html, to_text
-from vl_jax.data.prompts import evaluation_prompts
+from vl_jax.data.config import DataConfig, ModelSpec, find_source
+from vl_jax.data.encode import make_encoder
+from vl_jax.data.files.memory_cache import MemoryCache
+from vl_jax.data.images.augment import AugmentationConfig
+from vl_jax.data.images.tiling import TilingConfig
 from vl_jax.data.sample import Sample, Turn
-from vl_jax.data.sources import LlavaConfig, ScenesConfig, open_source
-from vl_jax.data.turns import choose_turns
+from vl_jax.data.sources.build import LlavaConfig, ScenesConfig, open_source
+from vl_jax.data.stream.evaluation_prompts import evaluation_prompts
+from vl_jax.data.stream.pipeline import TrainIterator
+from vl_jax.data.text.turns import choose_turns
+from vl_jax.data.tools.preview import render_samples, to_html, to_text
 
 pytest.importorskip("grain")
 
@@ -381,7 +382,7 @@ def test_a_cache_changes_no_batch_and_nothing_is_opened_again(tmp_path, augmenta
 
 
 def test_a_cache_keeps_what_fits_its_budget_and_nothing_else():
-    cache = Cache(4000)
+    cache = MemoryCache(4000)
     for key in range(5):
         cache.put(key, f"value {key}", size=1000)
     cache.put(0, "another", size=1000)

@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 from parity_processor import image_processor_outputs
 from PIL import Image as PilImage
 
-from vl_jax.data.pixels import ImageProcessor, Resize, ViewConfig, load_image_processor, read_image_processor
+from vl_jax.data.images.pixels import (
+    ImageProcessor,
+    Resize,
+    ViewConfig,
+    load_image_processor,
+    read_image_processor,
+)
 
 sizes = st.integers(1, 60)
 

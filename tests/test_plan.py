@@ -12,11 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vl_jax.data import order
-from vl_jax.data.lengths import Lengths, concatenate
-from vl_jax.data.mixture import Mixture, MixtureWarmup, SourceWeight
-from vl_jax.data.packing import PackingConfig, balanced, fill_rows
-from vl_jax.data.plan import Cursor, Draw, Planner, choose
+from vl_jax.data.config import MixtureWarmup, PackingConfig, SourceWeight
+from vl_jax.data.stream import shuffle
+from vl_jax.data.stream.lengths import Lengths, concatenate
+from vl_jax.data.stream.mixture import Mixture
+from vl_jax.data.stream.packing import balanced, fill_rows
+from vl_jax.data.stream.plan import Cursor, Draw, Planner, choose
 
 LIMITS = st.tuples(st.integers(20, 200), st.integers(1, 9), st.integers(10, 60))
 
@@ -55,13 +56,13 @@ def windows(plan: Planner, count: int, cursor: Cursor | None = None):
 
 @pytest.mark.parametrize("size", [1, 2, 3, 10, 64, 1000])
 def test_a_shuffle_holds_every_number_once_and_differs_by_key(size):
-    shuffles = [order.shuffled(np.arange(size), size, key) for key in range(20)]
+    shuffles = [shuffle.shuffled(np.arange(size), size, key) for key in range(20)]
     assert all(sorted(s) == list(range(size)) for s in shuffles)
     assert size < 10 or len({tuple(s) for s in shuffles}) == 20
 
 
 def test_first_places_of_a_shuffle_are_about_uniform():
-    found = Counter(order.shuffled(np.full(4000, 3), 10, np.arange(4000)).tolist())
+    found = Counter(shuffle.shuffled(np.full(4000, 3), 10, np.arange(4000)).tolist())
     assert len(found) == 10 and all(abs(n - 400) < 100 for n in found.values())
 
 
@@ -79,7 +80,7 @@ def test_rows_hold_every_item_once_within_the_budgets(count, limits, seed):
 
 def test_neighbouring_rows_share_the_cost_evenly():
     costs = np.random.default_rng(0).exponential(size=400)
-    ordered = costs[balanced(costs, key=order.mix(1))]
+    ordered = costs[balanced(costs, key=shuffle.mix(1))]
     shuffled = np.random.default_rng(1).permutation(costs)
     even, random = (c.reshape(-1, 20).sum(1).std() for c in (ordered, shuffled))
     assert even < 0.7 * random
@@ -164,7 +165,7 @@ def test_rare_sources_are_drawn_at_their_rate():
 @pytest.mark.parametrize("sampling", ["first", "uniform", "balanced"])
 def test_draws_of_turns_keep_their_rule(sampling):
     lengths = lengths_of(300, 3)
-    keys = order.mix(np.arange(300))
+    keys = shuffle.mix(np.arange(300))
     drawn = choose(lengths, keys, Draw(10**6, 10**6, 10**6, max_turns=2, sampling=sampling))
     everything = choose(lengths, keys, Draw(10**6, 10**6, 10**6, sampling=sampling))
     counts = np.diff(lengths.offsets)
@@ -186,7 +187,7 @@ def test_turns_that_do_not_fit_are_left_out_and_samples_that_do_not_are_skipped(
         one, trunk=np.array([10]), tiles=np.array([2]), fault=np.array([0]), turns=np.array([5, 20, 1, 1]),
         offsets=np.array([0, 4]), targets=np.array([2, 2, 2, 2]), answers=np.zeros(4, np.uint32),
     )  # fmt: skip
-    key = order.mix(np.array([1]))
+    key = shuffle.mix(np.array([1]))
     assert choose(sized, key, Draw(30, 2, 9)).turns == [(0,)]
     assert choose(sized, key, Draw(35, 2, 9)).turns == [(0, 1)]
     cases = {"too_long": (14, 2, 9), "too_many_tiles": (50, 1, 9), "too_many_targets": (50, 2, 7)}

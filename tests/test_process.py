@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from vl_jax import process
+from vl_jax.runtime import start
 
 FLAG = "--xla_force_host_platform_device_count"
 
@@ -22,22 +22,22 @@ def environment(monkeypatch):
 @pytest.mark.parametrize("devices", [8, 100])
 def test_simulated_devices_get_eight_threads_each(environment, devices):
     environment.setenv("XLA_FLAGS", f"--xla_cpu_enable_fast_math=false {FLAG}={devices}")
-    process.give_threads()
+    start.give_threads()
     assert int(os.environ["NPROC"]) == max(8 * devices, os.cpu_count())
 
 
 def test_threads_are_left_alone_without_simulated_devices_or_where_the_user_chose(environment):
-    process.give_threads()
+    start.give_threads()
     assert "NPROC" not in os.environ
     environment.setenv("NPROC", "3")
-    process.simulate_devices(2)
+    start.simulate_devices(2)
     assert os.environ["NPROC"] == "3"
     assert os.environ["XLA_FLAGS"] == f"{FLAG}=2"
 
 
 def test_the_number_of_devices_that_the_user_chose_stays(environment):
     environment.setenv("XLA_FLAGS", f"{FLAG}=4")
-    process.simulate_devices(8)
+    start.simulate_devices(8)
     assert os.environ["XLA_FLAGS"] == f"{FLAG}=4"
 
 

@@ -18,12 +18,12 @@ import pytest
 from test_packed import CONFIG as PACKED
 from test_pipeline import CONFIG, SPEC, assert_same, two_pictures, write_records
 
-from vl_jax.data import processes
 from vl_jax.data.encode import make_encoder
 from vl_jax.data.example import Example
-from vl_jax.data.packed import PackedIterator
-from vl_jax.data.pipeline import TrainIterator
 from vl_jax.data.sample import BadSample
+from vl_jax.data.stream import worker_processes
+from vl_jax.data.stream.packed import PackedIterator
+from vl_jax.data.stream.pipeline import TrainIterator
 
 pytest.importorskip("grain")
 
@@ -33,10 +33,10 @@ SHARED = Path("/dev/shm")
 # Takes a batch, names its workers, and goes on as it is told.
 SCRIPT = """
 import dataclasses, multiprocessing, sys, time
-from vl_jax.data.encode import DataConfig, ModelSpec
-from vl_jax.data.images import TilingConfig
-from vl_jax.data.pipeline import TrainIterator
-from vl_jax.data.sources import ScenesConfig
+from vl_jax.data.config import DataConfig, ModelSpec
+from vl_jax.data.images.tiling import TilingConfig
+from vl_jax.data.stream.pipeline import TrainIterator
+from vl_jax.data.sources.build import ScenesConfig
 
 if __name__ == "__main__":
     config = DataConfig(
@@ -153,9 +153,11 @@ def test_examples_are_the_same_on_the_other_side_whether_they_fit_or_not(room):
     bad = BadSample("corrupt_image", "sample 3: no")
     given = [encoder.example(two_pictures()), bad, encoder.example(two_pictures((32, 5)))]
     memory = memoryview(bytearray(room))
-    packed, used = processes._pack(given, memory)
+    packed, used = worker_processes._pack(given, memory)
     data = np.frombuffer(memory, np.uint8, used).copy()
-    found = [processes._unpack(x, data) if isinstance(x, processes._Packed) else x for x in packed]
+    found = [
+        worker_processes._unpack(x, data) if isinstance(x, worker_processes._Packed) else x for x in packed
+    ]
     assert sum(isinstance(x, Example) for x in packed) == {0: 2, 6_000: 2, 1 << 20: 0}[room]
     assert found[1] is bad
     for a, b in zip(given[::2], found[::2], strict=True):
@@ -166,6 +168,6 @@ def test_examples_are_the_same_on_the_other_side_whether_they_fit_or_not(room):
 def test_too_little_shared_memory_is_said_before_anything_starts(monkeypatch):
     room = os.statvfs(SHARED).f_bavail * os.statvfs(SHARED).f_frsize
     with pytest.raises(ValueError, match="num_workers=2: needs .* MiB of shared memory, /dev/shm has"):
-        processes.Processes(list, 2, room=room)
+        worker_processes.Processes(list, 2, room=room)
     with pytest.raises(ValueError, match="num_workers=-1: must not be negative"):
         dataclasses.replace(CONFIG, num_workers=-1)

@@ -14,11 +14,12 @@ from parity_processor import recorded_notes, run_notes
 from PIL import Image as PilImage
 from tokenizers import models
 
-from vl_jax.data.encode import Encoder, ModelSpec
-from vl_jax.data.processor import Processor, ProcessorConfig
-from vl_jax.data.request import Request
+from vl_jax.data.config import ModelSpec
+from vl_jax.data.encode import Encoder
+from vl_jax.data.published.processor import Processor, ProcessorConfig
+from vl_jax.data.published.request import Request
 from vl_jax.data.sample import Sample, Turn
-from vl_jax.data.tokenizer import (
+from vl_jax.data.text.tokenizer import (
     ASSISTANT,
     BOS,
     EOS,

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vl_jax.charts import Series, line_chart, number, thin, ticks
-from vl_jax.gallery import MAX_SAMPLES, choose, is_correct
 from vl_jax.metrics import MetricsWriter
-from vl_jax.report import write_report
+from vl_jax.report.charts import Series, line_chart, number, thin, ticks
+from vl_jax.report.gallery import MAX_SAMPLES, choose, is_correct
+from vl_jax.report.run import write_report
 
 VOID = {"meta", "br", "img", "hr", "input", "link"}
 KINDS = {"colour": 0.97, "文字": 0.5}

@@ -7,8 +7,9 @@ import json
 import pytest
 from pallas import one_at_a_time
 
-from vl_jax import cli, routing_aot
-from vl_jax.routing_benchmark import Shape
+from vl_jax import cli
+from vl_jax.benchmarks import routing_aot
+from vl_jax.benchmarks.routing import Shape
 
 SMALL = Shape(tokens=8 * 128, width=256, hidden=128, num_experts=16, top_k=4, gated=True, dtype="bfloat16")
 TEXT = """

@@ -8,8 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from vl_jax import cli, routing_benchmark
-from vl_jax.routing_benchmark import Shape
+from vl_jax import cli
+from vl_jax.benchmarks import routing as routing_benchmark
+from vl_jax.benchmarks.routing import Shape
 
 SMALL = Shape(tokens=64, width=8, hidden=6, num_experts=4, top_k=2)
 

@@ -17,7 +17,7 @@ import parity_conv
 import pytest
 
 from vl_jax import params as params_lib
-from vl_jax.encoders.hybrid import HighResolution, HighResolutionConfig, HybridAligner
+from vl_jax.encoders.high_resolution import HighResolution, HighResolutionConfig, HybridAligner
 from vl_jax.encoders.sam import SAM, SAMConfig, SAMOutput, join, offset_table, partition, with_offsets
 from vl_jax.interop import conv, rules
 from vl_jax.interop.folder import open_weights, read_config

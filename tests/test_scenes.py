@@ -7,9 +7,9 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from vl_jax.data.glyphs import GLYPHS
-from vl_jax.data.scene_text import CHINESE, KINDS, PLACES
-from vl_jax.data.scenes import COLOURS, ScenesConfig, ScenesSource
+from vl_jax.data.sources.glyphs import GLYPHS
+from vl_jax.data.sources.scene_text import CHINESE, KINDS, PLACES
+from vl_jax.data.sources.scenes import COLOURS, ScenesConfig, ScenesSource
 
 SOURCE = ScenesSource(ScenesConfig("scenes", num_examples=1500))
 COLOUR_OF = {CHINESE[c]: c for c in COLOURS} | {c: c for c in COLOURS}

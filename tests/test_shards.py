@@ -14,10 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image as PilImage
 
-from vl_jax.data import convert as convert_lib
-from vl_jax.data import kept, webdataset
-from vl_jax.data.convert import convert
-from vl_jax.data.sources import (
+from vl_jax.data.files import index_cache
+from vl_jax.data.sources import webdataset
+from vl_jax.data.sources.build import (
     ArrayRecordConfig,
     BadSample,
     CocoConfig,
@@ -28,6 +27,8 @@ from vl_jax.data.sources import (
     WebDatasetConfig,
     open_source,
 )
+from vl_jax.data.tools import convert as convert_lib
+from vl_jax.data.tools.convert import convert
 
 
 def png(colour: int) -> bytes:
@@ -221,7 +222,7 @@ def test_a_bad_picture_of_coco_has_a_reason(tmp_path, change, reason):
 @pytest.mark.parametrize("kept_before", [False, True])
 def test_annotations_of_coco_find_their_pictures_in_whatever_order(tmp_path, monkeypatch, kept_before):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(kept, "_WORTH", 0)
+    monkeypatch.setattr(index_cache, "_WORTH", 0)
     names = ["3", 1, "a", 2]  # ids; of the fourth there is no box
     owners = [1, 3, "a", "1", "3", 1, 7]
     boxes = [{"image_id": o, "category_id": 1, "bbox": [n, 0, 1, 1]} for n, o in enumerate(owners)]

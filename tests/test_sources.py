@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image as PilImage
 
-from vl_jax.data.encode import DataConfig, ModelSpec, make_encoder
-from vl_jax.data.images import TilingConfig
+from vl_jax.data.config import DataConfig, ModelSpec
+from vl_jax.data.encode import make_encoder
+from vl_jax.data.images.tiling import TilingConfig
 from vl_jax.data.sample import FileImage, Sample, Turn, standalone_questions
-from vl_jax.data.sources import BadSample, LlavaConfig, ScenesConfig, open_source
+from vl_jax.data.sources.build import BadSample, LlavaConfig, ScenesConfig, open_source
 
 
 def talk(question="<image>\nWhat?", answer="A cat.", **fields):

@@ -7,8 +7,9 @@ import json
 
 import pytest
 
-from vl_jax import cli, comparison, config, experiment, sweep
+from vl_jax import cli, config, runs, sweep
 from vl_jax.config import ConfigError
+from vl_jax.report import comparison
 
 pytest.importorskip("ml_collections")
 
@@ -69,7 +70,7 @@ def test_a_finished_run_is_not_repeated_and_all_are_compared(spec, tmp_path, mon
         ran.append((folder.name, chosen.seed))
         leave_a_run(chosen, folder)
 
-    monkeypatch.setattr(experiment, "run", run)
+    monkeypatch.setattr(runs, "run", run)
     command = ["sweep", f"--config={spec}", "--sweep=scheme", f"--workdir={tmp_path / 'runs'}"]
     assert cli.main([*command, "--config.seed=3"]) == 0
     assert ran == [("scheme=top_k", 3), ("scheme=loss_free,bias_rate=0.5", 3)]
@@ -85,7 +86,7 @@ def test_a_finished_run_is_not_repeated_and_all_are_compared(spec, tmp_path, mon
 
 
 def test_configurations_are_checked_before_anything_runs(spec, tmp_path, monkeypatch):
-    monkeypatch.setattr(experiment, "run", lambda *_: pytest.fail("it ran"))
+    monkeypatch.setattr(runs, "run", lambda *_: pytest.fail("it ran"))
     with pytest.raises(ConfigError, match="config.model.moe: top_k=99"):
         sweep.run(spec, ["rate", "wrong"], tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
@@ -97,7 +98,7 @@ def test_a_failed_run_does_not_stop_the_others(spec, tmp_path, monkeypatch):
             raise ValueError("no room")
         leave_a_run(chosen, folder)
 
-    monkeypatch.setattr(experiment, "run", run)
+    monkeypatch.setattr(runs, "run", run)
     with pytest.raises(ValueError, match="1 of 2 runs failed: scheme=top_k; see"):
         sweep.run(spec, ["scheme"], tmp_path / "runs")
     assert [row.name for row in comparison._runs(tmp_path / "runs")] == ["scheme=loss_free,bias_rate=0.5"]

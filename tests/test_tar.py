@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from vl_jax.data.tar import walk
+from vl_jax.data.files.tar import walk
 
 FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
 HUGE = 9 << 30  # bytes, more than eleven octal digits can say

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image as PilImage
 
-from vl_jax.data.sources import BadSample, TfdsConfig, open_source
+from vl_jax.data.sources.build import BadSample, TfdsConfig, open_source
 
 tfds = pytest.importorskip("tensorflow_datasets")
 REFERRING = {"answer": "objects/refexp/raw", "boxes": "objects/bbox", "prompt": "Locate {}."}

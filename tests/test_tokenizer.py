@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import processor_folder
 
-from vl_jax.data.scene_text import CHINESE, COLOUR_NAMES, PLACES, SHAPE_NAMES, TEMPLATES
-from vl_jax.data.scenes import CHINESE_WORDS, COLOURS, ENGLISH_WORDS
-from vl_jax.data.tokenizer import GROUNDING, SPECIAL, load_tokenizer, train_tokenizer
+from vl_jax.data.sources.scene_text import CHINESE, COLOUR_NAMES, PLACES, SHAPE_NAMES, TEMPLATES
+from vl_jax.data.sources.scenes import CHINESE_WORDS, COLOURS, ENGLISH_WORDS
+from vl_jax.data.text.tokenizer import GROUNDING, SPECIAL, load_tokenizer
+from vl_jax.data.tools.vocabulary import train_tokenizer
 
 TOKENIZER = load_tokenizer()
 

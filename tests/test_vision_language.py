@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from vl_jax import params as params_lib
-from vl_jax.adapter import AdapterConfig
-from vl_jax.encoders.hybrid import HighResolutionConfig
+from vl_jax.encoders.adapter import AdapterConfig
+from vl_jax.encoders.high_resolution import HighResolutionConfig
 from vl_jax.interop import rules
 from vl_jax.interop.safetensors import WeightsError
 from vl_jax.interop.vision_language import (

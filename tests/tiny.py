@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from vl_jax import params as params_lib
-from vl_jax.adapter import AdapterConfig
 from vl_jax.batch import Batch
-from vl_jax.data import images
-from vl_jax.data.encode import Encoder, ModelSpec
+from vl_jax.data.config import ModelSpec
+from vl_jax.data.encode import Encoder
 from vl_jax.data.example import Example
-from vl_jax.data.tokenizer import load_tokenizer
+from vl_jax.data.images import tiling
+from vl_jax.data.text.tokenizer import load_tokenizer
+from vl_jax.encoders.adapter import AdapterConfig
 from vl_jax.encoders.vit import ViTConfig
 from vl_jax.fusion.gate import CrossModalGateConfig
 from vl_jax.language.decoder import DecoderConfig
@@ -73,7 +74,7 @@ def encoder(fusion: str) -> Encoder:
     """Lays out rows of up to 24 tokens and two tiles."""
     return Encoder(
         tokenizer=load_tokenizer(),
-        tiling=images.TilingConfig(tile_size=TILE_SIZE, views="global"),
+        tiling=tiling.TilingConfig(tile_size=TILE_SIZE, views="global"),
         spec=ModelSpec(tile_tokens_side=TILE_TOKENS_SIDE, fusion=fusion, vocab_size=2048),  # type: ignore[arg-type]
         max_tokens=24,
         max_tiles=TILES,
@@ -87,7 +88,7 @@ def example(
     """A random sample: its tiles, then ``text`` tokens, then independent branches of the given lengths."""
     random = np.random.default_rng(seed)
     layout = [
-        images.layout(
+        tiling.layout(
             (1, 1), tile_tokens_side=TILE_TOKENS_SIDE, views="global", first_tile=t, num_tiles=TILES
         )
         for t in range(tiles)

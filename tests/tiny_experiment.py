@@ -4,11 +4,10 @@ With ``:packed`` behind the file's name, a row holds several samples.
 """
 
 from vl_jax import config
-from vl_jax.adapter import AdapterConfig
-from vl_jax.data.encode import DataConfig
-from vl_jax.data.images import TilingConfig
-from vl_jax.data.packing import PackingConfig
-from vl_jax.data.scenes import ScenesConfig
+from vl_jax.data.config import DataConfig, PackingConfig
+from vl_jax.data.images.tiling import TilingConfig
+from vl_jax.data.sources.scenes import ScenesConfig
+from vl_jax.encoders.adapter import AdapterConfig
 from vl_jax.encoders.vit import ViTConfig
 from vl_jax.evaluate.runner import EvaluationConfig
 from vl_jax.experiment import Experiment

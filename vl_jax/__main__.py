@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from vl_jax import allocator
+from vl_jax.runtime import allocator
 
 if __name__ == "__main__":
     allocator.start_anew()

@@ -25,7 +25,7 @@ import tensorstore
 from orbax.checkpoint import future
 
 from vl_jax import params as params_lib
-from vl_jax.lazy_array import Index, LazyArray
+from vl_jax.runtime.lazy_array import Index, LazyArray
 
 logger = logging.getLogger(__name__)
 

@@ -9,6 +9,10 @@ checked on the final values, before any array exists. Code past the command line
 A tuple of named dataclasses (training stages, data sources) appears in the view as a mapping from
 name to element, so ``--config.stages.sft.steps=100`` addresses one of them. A part that may be absent is
 switched on by setting one of its fields, ``--config.data.packing.max_tokens=2048``, and off by ``=None``.
+A part of which there are several kinds is exchanged by the name of another class, or where its field is
+``Open`` by ``path/to/file.py:Name``.
+
+Files name classes without their modules, so that a class can move: the field says which one is meant.
 """
 
 from __future__ import annotations
@@ -17,8 +21,6 @@ import ast
 import contextlib
 import dataclasses
 import difflib
-import importlib
-import importlib.util
 import json
 import traceback
 import types
@@ -26,7 +28,9 @@ import typing
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from vl_jax import parts
 
 TYPE_KEY = "_type"
 
@@ -35,12 +39,21 @@ class ConfigError(ValueError):
     """A configuration value that breaks a rule; the message is one line naming path, value and rule."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Open:
+    """Marks a field, by ``Annotated``, that also takes a part in a file of one's own (see ``parts``)."""
+
+    kind: str  # of the part, for messages
+    needs: tuple[str, ...] = ()  # what its class must have, besides being a frozen dataclass
+
+
 def to_tree(value: Any) -> Any:
-    """Turns a config dataclass into nested plain mappings, each with the name of its class."""
+    """Turns a config dataclass into nested plain mappings, each with its class."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        name = f"{type(value).__module__}:{type(value).__qualname__}"
-        fields = dataclasses.fields(value)
-        return {TYPE_KEY: name, **{f.name: to_tree(getattr(value, f.name)) for f in fields}}
+        return {
+            TYPE_KEY: type(value),
+            **{f.name: to_tree(getattr(value, f.name)) for f in dataclasses.fields(value)},
+        }
     if isinstance(value, tuple) and value and all(_is_named(v) for v in value):
         return {v.name: to_tree(v) for v in value}
     return value
@@ -56,18 +69,15 @@ def view(config: Any):
         for key, value in tree.items():
             hint = cls_hints.get(key)
             if isinstance(value, dict):
-                result[key] = convert(value, _hints(value))
+                result[key] = convert(value, _hints_of(value))
             elif value is None and _placeholder_type(hint) is not None:
                 result[key] = config_dict.placeholder(_placeholder_type(hint))
             else:
                 result[key] = value
         return result
 
-    def _hints(tree: dict[str, Any]) -> dict[str, Any]:
-        return typing.get_type_hints(_resolve(tree[TYPE_KEY], "config")) if TYPE_KEY in tree else {}
-
     tree = to_tree(config)
-    return convert(tree, _hints(tree)).lock()
+    return convert(tree, _hints_of(tree)).lock()
 
 
 def override(config_view: Any, path: str, text: str) -> None:
@@ -93,6 +103,10 @@ def override(config_view: Any, path: str, text: str) -> None:
         with node.ignore_type():
             node[last] = None
         return
+    if (part := _named_part(node, last, text, f"config.{path}")) is not None:
+        with node.unlocked(), node.ignore_type():
+            node[last] = view(part)
+        return
     if hasattr(node[last], "keys"):
         fields = ", ".join(k for k in node[last].keys() if k != TYPE_KEY)
         raise ConfigError(f"config.{path} is a group, set one of its fields: {fields}")
@@ -104,23 +118,30 @@ def override(config_view: Any, path: str, text: str) -> None:
         raise ConfigError(f"config.{path}={text}: expected {expected}") from None
 
 
-def rebuild(tree: Any, path: str = "config") -> Any:
+def rebuild(tree: Any, cls: Any = None, path: str = "config") -> Any:
     """Rebuilds the dataclass from a view or a parsed JSON tree, checking every type and rule.
+
+    Args:
+      cls: the class it is to be; None takes that of a view.
 
     Raises:
       ConfigError: one line with the dotted path, the value and the rule it breaks.
     """
-    return _build(tree, _class_of(tree, path), path)
+    if cls is None:
+        cls = tree.get(TYPE_KEY) if hasattr(tree, "keys") else None
+        if not isinstance(cls, type):
+            raise ConfigError(f"{path}: expected a mapping with its class under {TYPE_KEY!r}")
+    return _build(tree, cls, path)
 
 
 def to_json(config: Any) -> str:
     """The resolved config as JSON; ``from_json`` rebuilds an equal dataclass without the experiment file."""
-    return json.dumps(to_tree(config), indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(to_tree(config), indent=2, ensure_ascii=False, default=parts.spec_of) + "\n"
 
 
-def from_json(text: str) -> Any:
-    """Rebuilds a config dataclass from the JSON that ``to_json`` wrote."""
-    return rebuild(json.loads(text))
+def from_json(text: str, cls: Any) -> Any:
+    """Rebuilds a config dataclass of the given class from the JSON that ``to_json`` wrote."""
+    return rebuild(json.loads(text), cls)
 
 
 def load(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> Any:
@@ -166,15 +187,11 @@ def sweep(spec: str, names: Iterable[str]) -> list[dict[str, str]]:
 
 
 def _execute(path: Path) -> ModuleType:
-    """An experiment file as a module."""
+    """An experiment file as a module, run anew: what it names may have changed."""
     if not path.is_file():
         raise ConfigError(f"--config={path}: no such file")
-    module_spec = importlib.util.spec_from_file_location(f"experiment_{path.stem}", path)
-    assert module_spec is not None and module_spec.loader is not None
-    module = importlib.util.module_from_spec(module_spec)
     with _errors_of(path):
-        module_spec.loader.exec_module(module)
-    return module
+        return parts.run_file(path)
 
 
 def replace(config: Any, overrides: Iterable[tuple[str, str]]) -> Any:
@@ -204,25 +221,79 @@ def _is_named(value: Any) -> bool:
     return dataclasses.is_dataclass(value) and hasattr(value, "name")
 
 
-def _class_of(tree: Any, path: str) -> type:
-    """The config class of a tree, which names it under ``_type``."""
-    if not hasattr(tree, "keys") or not isinstance(tree.get(TYPE_KEY), str):
-        raise ConfigError(f"{path}: expected a mapping with the name of its class under {TYPE_KEY!r}")
-    return _resolve(tree[TYPE_KEY], path)
+def _hints_of(tree: Any) -> dict[str, Any]:
+    """Types of the fields of a tree's class; empty for a mapping of named parts."""
+    cls = tree.get(TYPE_KEY)
+    return typing.get_type_hints(cls, include_extras=True) if isinstance(cls, type) else {}
 
 
-def _resolve(name: str, path: str) -> type:
-    """The dataclass a type name stands for; only classes of this package are ever imported."""
-    module, _, attribute = name.partition(":")
-    if module.split(".")[0] != "vl_jax":
-        raise ConfigError(f"{path}: class {name!r} is not part of vl_jax")
+def _options(hint: Any) -> tuple[list[Any], Open | None]:
+    """The types that a field allows, one by one, and its mark if it is open."""
+    mark = None
+    if typing.get_origin(hint) is Annotated:
+        hint, *marks = typing.get_args(hint)
+        mark = next((m for m in marks if isinstance(m, Open)), None)
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return list(typing.get_args(hint)) if union else [hint], mark
+
+
+def _classes(options: Iterable[Any]) -> dict[str, type]:
+    """The config classes among the types that a field allows, by name."""
+    return {o.__name__: o for o in options if isinstance(o, type) and dataclasses.is_dataclass(o)}
+
+
+def _class_of(name: Any, hint: Any, path: str) -> type:
+    """The config class that a tree names under ``_type``, provided that the field allows it.
+
+    Earlier versions wrote ``module:Class``; the class is meant, wherever it is now.
+    """
+    options, mark = _options(hint)
+    classes = _classes(options)
+    if isinstance(name, str) and not name.partition(":")[0].endswith(".py"):
+        short = name.rpartition(":")[2]
+        if short in classes:
+            return classes[short]
+    elif isinstance(name, type) and name in classes.values():
+        return name
+    elif mark is not None:
+        return _own_class(name, mark, classes, path)
+    shown = name.__name__ if isinstance(name, type) else name
+    raise ConfigError(f"{path}: class {shown} is not one of {', '.join(classes)}")
+
+
+def _own_class(name: Any, mark: Open, known: Iterable[str], path: str) -> type:
+    """A class in a user's file, checked to be a part of its kind."""
     try:
-        cls = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError):
-        raise ConfigError(f"{path}: no config class {name!r}") from None
-    if not dataclasses.is_dataclass(cls):
-        raise ConfigError(f"{path}: {name!r} is not a config class")
-    return typing.cast(type, cls)
+        cls = parts.find(name, known, kind=mark.kind) if isinstance(name, str) else name
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if not isinstance(cls, type) or not dataclasses.is_dataclass(cls):
+        raise ConfigError(f"{path}={name}: expected a frozen dataclass, found {type(cls).__name__}")
+    missing = [need for need in mark.needs if not hasattr(cls, need)]
+    if missing:
+        raise ConfigError(f"{path}: {cls.__name__} is no {mark.kind}: it has no {missing[0]}")
+    return cls
+
+
+def _named_part(node: Any, key: str, text: str, path: str) -> Any:
+    """The part, with its defaults, that a text names for a field of parts; None where it names none.
+
+    Raises:
+      ConfigError: the part cannot be made without arguments.
+    """
+    hint = _hints_of(node).get(key)
+    options, mark = _options(hint)
+    known = _classes(options)
+    if text in known:
+        cls = known[text]
+    elif mark is not None and ".py" in text:
+        cls = _own_class(text, mark, known, path)
+    else:
+        return None
+    try:
+        return cls()
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{path}={text}: {error}") from None
 
 
 def _placeholder_type(hint: Any) -> type | None:
@@ -233,16 +304,14 @@ def _placeholder_type(hint: Any) -> type | None:
 
 def _optional_part(node: Any, key: str) -> type | None:
     """The dataclass of a field that holds one or None, if it can be made without arguments."""
-    if TYPE_KEY not in node:
-        return None
-    options = typing.get_args(typing.get_type_hints(_resolve(node[TYPE_KEY], "config"))[key])
-    parts = [option for option in options if dataclasses.is_dataclass(option)]
-    if types.NoneType not in options or len(parts) != 1:
+    options, _ = _options(_hints_of(node).get(key))
+    classes = [option for option in options if dataclasses.is_dataclass(option)]
+    if types.NoneType not in options or len(classes) != 1:
         return None
     given = (dataclasses.MISSING, dataclasses.MISSING)
-    if any((f.default, f.default_factory) == given for f in dataclasses.fields(parts[0])):
+    if any((f.default, f.default_factory) == given for f in dataclasses.fields(classes[0])):
         return None
-    return typing.cast(type, parts[0])
+    return typing.cast(type, classes[0])
 
 
 def _parse(text: str, node: Any, key: str) -> Any:
@@ -274,8 +343,8 @@ def _unknown(where: str, key: str, names: list[str]) -> str:
 def _build(value: Any, hint: Any, path: str) -> Any:
     """Checks ``value`` against a type hint and returns it as that type."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return _build_union(value, args, path)
+    if origin in (typing.Union, types.UnionType, Annotated):
+        return _build_union(value, hint, path)
     if origin is Literal:
         if value not in args:
             allowed = ", ".join(map(repr, args))
@@ -299,15 +368,15 @@ def _build(value: Any, hint: Any, path: str) -> Any:
     return value
 
 
-def _build_union(value: Any, options: tuple[Any, ...], path: str) -> Any:
+def _build_union(value: Any, hint: Any, path: str) -> Any:
+    options, _ = _options(hint)
     if value is None and types.NoneType in options:
         return None
-    if hasattr(value, "keys"):
-        cls = _class_of(value, path)
-        if cls not in options:
-            names = ", ".join(getattr(o, "__name__", str(o)) for o in options)
-            raise ConfigError(f"{path}: class {cls.__name__} is not one of {names}")
-        return _build(value, cls, path)
+    if hasattr(value, "keys") and _classes(options):
+        name = value.get(TYPE_KEY)
+        if name is None:
+            raise ConfigError(f"{path}: expected a mapping with its class under {TYPE_KEY!r}")
+        return _build_dataclass(value, _class_of(name, hint, path), path)
     errors = []
     for option in options:
         if option is not types.NoneType:
@@ -321,7 +390,9 @@ def _build_union(value: Any, options: tuple[Any, ...], path: str) -> Any:
 def _build_dataclass(value: Any, cls: Any, path: str) -> Any:
     if not hasattr(value, "keys"):
         raise ConfigError(f"{path}={value!r}: expected the fields of {cls.__name__}")
-    hints = typing.get_type_hints(cls)
+    if TYPE_KEY in value and value[TYPE_KEY] is not cls:
+        _class_of(value[TYPE_KEY], cls, path)
+    hints = typing.get_type_hints(cls, include_extras=True)
     names = [f.name for f in dataclasses.fields(cls)]
     for key in value.keys():
         if key != TYPE_KEY and key not in names:

@@ -12,11 +12,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
-from vl_jax.data import long_text, packed
-from vl_jax.data.array_records import ENDING, ArrayRecordConfig
-from vl_jax.data.convert import REPORT, Split, convert
-from vl_jax.data.encode import find_source, make_encoder
-from vl_jax.data.sources import open_source
+from vl_jax.data.config import find_source
+from vl_jax.data.encode import make_encoder
+from vl_jax.data.sources.array_records import ENDING, ArrayRecordConfig
+from vl_jax.data.sources.build import open_source
+from vl_jax.data.stream import packed
+from vl_jax.data.tools import long_text
+from vl_jax.data.tools.convert import REPORT, Split, convert
 from vl_jax.experiment import Experiment, model_spec
 
 

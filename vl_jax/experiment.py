@@ -1,47 +1,31 @@
-"""An experiment: everything a run varies, as one value, and the run itself: train, evaluate, report."""
+"""An experiment: everything a run varies, as one value, and what follows from it without training."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import logging
-import math
-import os
-import platform
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-import vl_jax
-from vl_jax import allocator, generation, report, sharding
-from vl_jax import config as config_lib
-from vl_jax import params as params_lib
+from vl_jax import sharding
 from vl_jax.batch import Batch
-from vl_jax.checkpoint import Checkpointer
-from vl_jax.data.audio import AudioConfig, SoundImage
-from vl_jax.data.encode import DataConfig, ModelSpec, make_encoder
-from vl_jax.data.images import TilingConfig
-from vl_jax.data.llava import LlavaConfig
-from vl_jax.data.meta import MetaConfig
-from vl_jax.data.processor import Processor
-from vl_jax.data.sample import IMAGE_PLACEHOLDER, FileImage, Sample, Turn
-from vl_jax.data.sources import open_source
-from vl_jax.evaluate.runner import EvaluationConfig, evaluate
-from vl_jax.generation import GenerationConfig
+from vl_jax.data.config import DataConfig, ModelSpec
+from vl_jax.data.encode import make_encoder
+from vl_jax.data.images.tiling import TilingConfig
+from vl_jax.data.published.processor import Processor
+from vl_jax.evaluate.runner import EvaluationConfig
 from vl_jax.interop import pretrained
-from vl_jax.layout import Layout, init_params, plan_layout, put_batch, rows_here
+from vl_jax.layout import Layout, init_params, plan_layout
 from vl_jax.model import VisionLanguage, VisionLanguageConfig, init_routing_state
 from vl_jax.moe.routing import State, is_causal
 from vl_jax.sharding import MeshConfig
 from vl_jax.train import loop
 from vl_jax.train.loop import LoopConfig
 from vl_jax.train.stages import Stage, adapter_shapes, trainable_paths
-from vl_jax.train.step import TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -191,36 +175,6 @@ def plan(experiment: Experiment) -> Layout:
     return layout
 
 
-def run(experiment: Experiment, workdir: Path) -> dict[str, Any]:
-    """Trains (or resumes), evaluates and writes the report. Returns the evaluation results by task.
-
-    Raises:
-      loop.Stopped: the run was asked to stop and saved its state.
-      ValueError: the configuration does not fit the machine, the data or an earlier run of this folder.
-    """
-    allocator.keep_freed_memory()
-    start, experiment = time.time(), resolve(experiment)
-    for source in (*experiment.data.sources, *experiment.data.evaluation):
-        open_source(source, root=experiment.data.root)
-    layout = plan(experiment)
-    _claim(experiment, workdir)
-    state = loop.train(
-        layout,
-        experiment.stages,
-        lambda stage: open_stream(experiment, stage, rows_here(layout, stage.batch_size)),
-        begin=lambda: first_weights(experiment, layout),
-        workdir=workdir,
-        config=experiment.loop,
-        seed=experiment.seed,
-    )
-    results = evaluate_all(experiment, layout, state, workdir)
-    if jax.process_index() == 0:
-        facts = {"wall_time_s": round(time.time() - start, 1), **_facts(layout)}
-        (workdir / "run.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        report.write_report(workdir)
-    return results
-
-
 def first_weights(experiment: Experiment, layout: Layout) -> tuple[Any, State]:
     """Parameters and routing state that a run begins with: those of ``init``, or fresh ones."""
     if experiment.init:
@@ -229,161 +183,14 @@ def first_weights(experiment: Experiment, layout: Layout) -> tuple[Any, State]:
     return init_params(layout, example, experiment.seed), init_routing_state(layout.model.config)
 
 
-def evaluate_all(experiment: Experiment, layout: Layout, state: TrainState, workdir: Path) -> dict[str, Any]:
-    """Evaluates every held-out source of the experiment that has no result of this step yet."""
-    step = sum(stage.steps for stage in experiment.stages)
-    results = {}
-    for source in experiment.data.evaluation:
-        done = workdir / "eval" / source.name / f"{step}.json"
-        if done.exists():
-            results[source.name] = json.loads(done.read_text(encoding="utf-8"))
-        else:
-            results[source.name] = evaluate_task(experiment, layout, state, workdir, source.name, step)
-    return results
-
-
-def evaluate_task(
-    experiment: Experiment, layout: Layout, state: TrainState, workdir: Path, task: str, step: int
-) -> dict[str, Any]:
-    """Evaluates one held-out source; writes ``eval/<task>/<step>.json`` and returns its content."""
-    return evaluate(
-        layout,
-        state.params,
-        state.routing,
-        data=experiment.data,
-        spec=model_spec(experiment),
-        config=experiment.evaluation,
-        task=task,
-        step=step,
-        workdir=workdir,
-    )
-
-
-def evaluate_run(workdir: Path, tasks: Sequence[str], overrides: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """Evaluates the newest checkpoint of a run anew, on the named tasks or, with none named, on all.
-
-    Args:
-      overrides: changes to the run's ``evaluation`` and ``data``, by dotted path.
-
-    Raises:
-      ValueError: the folder holds no run, it has no such task, or an override concerns what was trained.
-    """
-    wrong = next((path for path, _ in overrides if path.split(".")[0] not in ("evaluation", "data")), None)
-    if wrong is not None:
-        raise ValueError(
-            f"--config.{wrong}: of a finished run only config.evaluation and config.data may change"
-        )
-    experiment, layout, state, step = restore(workdir, overrides)
-    names = _tasks(experiment, tasks)
-    results = {name: evaluate_task(experiment, layout, state, workdir, name, step) for name in names}
-    if jax.process_index() == 0:
-        report.write_report(workdir)
-    return results
-
-
-def evaluate_published(experiment: Experiment, tasks: Sequence[str], workdir: Path) -> dict[str, Any]:
-    """Evaluates the published checkpoint ``experiment.init`` as it is, on tasks of the experiment."""
-    names, experiment = _tasks(experiment, tasks), resolve(experiment)
-    layout = plan(experiment)
-    params, routing = first_weights(experiment, layout)
-    state = TrainState(np.zeros((), np.int32), params, None, routing)
-    return {name: evaluate_task(experiment, layout, state, workdir, name, 0) for name in names}
-
-
-def _tasks(experiment: Experiment, names: Sequence[str]) -> Sequence[str]:
-    known = [source.name for source in experiment.data.evaluation]
-    for name in names or known[:1] or [""]:
-        if name not in known:
-            raise ValueError(f"--task={name}: config.data.evaluation has {', '.join(known) or 'no source'}")
-    return names or known
-
-
-def restore(
-    workdir: Path, overrides: Sequence[tuple[str, str]] = (), *, before: int | None = None
-) -> tuple[Experiment, Layout, TrainState, int]:
-    """The experiment of a run, its newest state on the devices here, adapters merged, and the state's step.
-
-    Args:
-      before: the newest state of an earlier step than this one.
-
-    Raises:
-      ValueError: the folder holds no run, or no sound checkpoint.
-    """
-    path = workdir / "config.json"
-    if not path.is_file():
-        raise ValueError(f"--workdir={workdir} holds no run: there is no config.json")
-    experiment = config_lib.from_json(path.read_text(encoding="utf-8"))
-    if overrides:
-        experiment = config_lib.replace(experiment, overrides)
-    layout = plan(experiment)
-    checkpointer = Checkpointer(workdir / "checkpoints")
-    try:
-        restored = loop.restore(checkpointer, layout, experiment.stages, before=before)
-    finally:
-        checkpointer.close()
-    if restored is None:
-        when = "" if before is None else f" of a step before {before}"
-        raise ValueError(f"--workdir={workdir} holds no checkpoint{when} yet")
-    state, position = restored
-    state = loop.merge_adapters(layout, loop.stage_at(experiment.stages, position), state)
-    return experiment, layout, state, position.global_step
-
-
-def export(workdir: Path, target: Path) -> None:
-    """Writes the model of a fine-tuned run, adapters merged, as the published checkpoint it began with.
-
-    Raises:
-      ValueError: the run did not begin with a published checkpoint, or the target exists.
-    """
-    experiment, _, state, _ = restore(workdir)
-    if not experiment.init:
-        raise ValueError(
-            f"{workdir}: the run did not begin with a published checkpoint (config.init is empty)"
-        )
-    published = pretrained.read_published(experiment.init).as_run_by(experiment.model)
-    pretrained.write_published(target, state.params, state.routing, published)
-
-
-def answer(
-    workdir: Path, *, prompt: str, image: Path | None, audio: Path | None = None, max_new_tokens: int
-) -> str:
-    """What the model of a run says to one prompt, about an image, a sound, both or neither."""
-    experiment, layout, state, _ = restore(workdir)
-    encoder = make_encoder(experiment.data, model_spec(experiment))
-    pictures = [FileImage(image, where="--image")] if image else []
-    pictures += [SoundImage(audio, "--audio", _hearing(experiment))] if audio else []
-    question = f"{IMAGE_PLACEHOLDER}\n" * len(pictures) + prompt
-    sample = Sample(id=str(image or audio or "prompt"), turns=(Turn(question, ""),), images=tuple(pictures))
-    rows = [[encoder.prompt(sample)]] * sharding.batch_axes(layout.mesh)
-    stop = (encoder.tokenizer.eos,)
-    with sharding.use_mesh(layout.mesh, layout.rules):
-        tokens = generation.generate(
-            state.params,
-            state.routing,
-            put_batch(encoder.collate(rows, pad_left=True), layout),
-            model=layout.model,
-            config=GenerationConfig(max_new_tokens=max_new_tokens),
-            stop=stop,
-        )
-    return encoder.tokenizer.decode(generation.answer_ids(tokens, stop=stop)[0])
-
-
-def _hearing(experiment: Experiment) -> AudioConfig:
-    """How the sounds of the experiment's sources become pictures."""
-    for source in experiment.data.sources:
-        if isinstance(source, LlavaConfig | MetaConfig):
-            return source.audio
-    raise ValueError("--audio: no source of the run says how a sound becomes a picture")
-
-
 def open_stream(experiment: Experiment, stage: Stage, rows: Sequence[int] | None = None) -> loop.Stream:
     """The training batches of a stage, in an order that follows from the seed and the stage's name.
 
     Args:
       rows: of the global batch, those that this process needs; None: all of them.
     """
-    from vl_jax.data.packed import PackedIterator
-    from vl_jax.data.pipeline import TrainIterator
+    from vl_jax.data.stream.packed import PackedIterator
+    from vl_jax.data.stream.pipeline import TrainIterator
 
     packed = experiment.data.packing is not None
     iterator = functools.partial(PackedIterator, rows=rows) if packed else TrainIterator
@@ -406,47 +213,3 @@ def mixture(experiment: Experiment, stage: Stage) -> dict[str, float]:
 def _stage_seed(experiment: Experiment, stage: Stage) -> int:
     entropy = [experiment.seed, experiment.data.seed, *stage.name.encode()]
     return int(np.random.SeedSequence(entropy).generate_state(1)[0])
-
-
-def _claim(experiment: Experiment, workdir: Path) -> None:
-    """Writes the resolved config; refuses a folder that holds a run of another one.
-
-    Of a run begun by an earlier version, fields that did not exist yet have their defaults.
-    """
-    path, text = workdir / "config.json", config_lib.to_json(experiment)
-    held = text
-    if path.exists():
-        held = config_lib.to_json(config_lib.from_json(path.read_text(encoding="utf-8")))
-    if held != text:
-        before, now = (_flat(json.loads(t)) for t in (held, text))
-        changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
-        raise ValueError(
-            f"--workdir={workdir} holds a run with another configuration "
-            f"(differs at {', '.join(changed[:3])}); resume it with the same options or choose another folder"
-        )
-    if jax.process_index() != 0:
-        return
-    workdir.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def _flat(tree: Any, prefix: str = "config") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {k: v for key, value in tree.items() for k, v in _flat(value, f"{prefix}.{key}").items()}
-
-
-def _facts(layout: Layout) -> dict[str, Any]:
-    """What the report says about the machine and the model."""
-    device = jax.devices()[0]
-    parameters = sum(math.prod(leaf.shape) for leaf in params_lib.flatten(layout.params).values())
-    return {
-        "parameters": parameters,
-        "devices": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
-        "host": f"{os.cpu_count()} cores, {platform.machine()}",
-        "vl_jax": vl_jax.__version__,
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-    }

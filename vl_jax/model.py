@@ -18,9 +18,9 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from vl_jax.adapter import Adapter, AdapterConfig
 from vl_jax.batch import Batch
-from vl_jax.encoders.hybrid import HighResolution, HighResolutionConfig, HybridAligner
+from vl_jax.encoders.adapter import Adapter, AdapterConfig
+from vl_jax.encoders.high_resolution import HighResolution, HighResolutionConfig, HybridAligner
 from vl_jax.encoders.vit import ViT, ViTConfig
 from vl_jax.fusion.gate import CrossModalGateConfig
 from vl_jax.language.decoder import Decoder, DecoderConfig, LayerContext

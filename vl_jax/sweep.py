@@ -12,8 +12,9 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from vl_jax import comparison, config, experiment
+from vl_jax import config, runs
 from vl_jax.config import ConfigError
+from vl_jax.report import comparison
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ def run(spec: str, names: Sequence[str], workdir: Path, overrides: Iterable[tupl
             continue
         logger.info("run %d of %d: %s", number, len(folders), folder.name)
         try:
-            experiment.run(chosen, folder)
+            runs.run(chosen, folder)
         except ValueError as error:
             logger.error("%s: %s", folder.name, error)
             failed.append(folder.name)

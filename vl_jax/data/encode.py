@@ -7,117 +7,31 @@ of static shape.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vl_jax.data import chat, images
-from vl_jax.data.augment import AugmentationConfig
-from vl_jax.data.cache import Cache
+from vl_jax.data.config import DataConfig, Decoding, ModelSpec
 from vl_jax.data.example import Example
-from vl_jax.data.packing import PackingConfig
-from vl_jax.data.pictures import Pictures, read_pictures
+from vl_jax.data.files.memory_cache import MemoryCache
+from vl_jax.data.images.tiles import Pictures, read_pictures
+from vl_jax.data.images.tiling import (
+    TilingConfig,
+    best_grid,
+    max_visual_tokens,
+    num_views_tiles,
+    num_visual_tokens,
+)
 from vl_jax.data.sample import BadSample, Sample, each
-from vl_jax.data.sources import Source, SourceConfig, open_source
-from vl_jax.data.tokenizer import GROUNDING, Tokenizer, load_tokenizer
-from vl_jax.data.turns import TurnSampling
+from vl_jax.data.text import chat
+from vl_jax.data.text.tokenizer import GROUNDING, Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from vl_jax.batch import Batch
 else:
     Batch = Any  # Worker processes encode and make no batches; without JAX they start in no time.
-
-# How pictures become tiles: whole, as the published processors do; or quicker, JPEG files decoded at 1/2, 1/4
-# or 1/8 of their size where the tiles need no more, and the overview made from the tiles of a square grid. It
-# differs by about one grey level on average, the overview by two.
-Decoding = Literal["whole", "reduced"]
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Where samples come from and how they become batches."""
-
-    root: str = "."  # folder that file names of the sources are relative to
-    sources: tuple[SourceConfig, ...] = ()
-    evaluation: tuple[SourceConfig, ...] = ()
-    tokenizer: str = ""  # a tokenizer.json; empty means the shipped vocabulary
-    max_tokens: int = 512  # T, length of a row
-    max_tiles: int = 1  # M, tiles of a row
-    max_answer_tokens: int | None = None  # Q, tokens predicted in a row of answers; None: as many as T
-    long_text: Literal["skip", "split"] = "skip"  # what ``convert-data`` does with texts that do not fit
-    merge_turns: int = 1  # ``convert-data`` makes one sample of so many questions about the same pictures
-    turns: chat.Turns = "independent"
-    max_turns: int | None = None  # questions taken from a sample at each draw
-    turn_sampling: TurnSampling = "first"
-    image_dropout_rate: float = 0.0  # share of the draws whose images are withheld
-    tiling: images.TilingConfig = field(default_factory=images.TilingConfig)
-    decoding: Decoding = "whole"
-    cache_mb: int = 128  # MiB of records and tiles of files kept in memory, of all workers; 0: none
-    augmentation: AugmentationConfig | None = None  # of pictures, in training; None: they stay as they are
-    packing: PackingConfig | None = None  # rows of several samples in training; None: one sample a row
-    seed: int = 0
-    num_threads: int = 1  # more pay where decoding large photographs takes longer than the rest
-    num_workers: int = 0  # processes that read and encode instead of threads
-    prefetch: int = 2  # batches made ahead of the training step
-
-    def __post_init__(self):
-        for name in ("max_tokens", "max_tiles", "merge_turns", "num_threads", "prefetch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        for name, none in {"num_workers": "means threads", "cache_mb": "keeps nothing"}.items():
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must not be negative; 0 {none}")
-        for name in ("max_turns", "max_answer_tokens"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1, or None for all")
-        if not 0 <= self.image_dropout_rate <= 1:
-            raise ValueError(f"image_dropout_rate={self.image_dropout_rate}: must lie in 0..1")
-        self._check_packing()
-        for group in (self.sources, self.evaluation):
-            names = [s.name for s in group]
-            if len(set(names)) < len(names):
-                raise ValueError(f"source names {names}: must be different")
-
-    @property
-    def parallel(self) -> int:
-        """How many samples are worked on at a time."""
-        return self.num_workers or self.num_threads
-
-    def _check_packing(self) -> None:
-        row = self.packing
-        if row is None:
-            return
-        if self.turns == "dialogue" and (self.max_turns is not None or self.turn_sampling != "first"):
-            raise ValueError(
-                f"packing with turns='dialogue', max_turns={self.max_turns}, turn_sampling="
-                f"{self.turn_sampling!r}: packed dialogues are whole; set max_turns=None and "
-                "turn_sampling='first', or turns='independent'"
-            )
-        answers = row.max_answer_tokens or row.max_tokens
-        limits = {
-            "max_tokens": (self.max_tokens, row.max_tokens),
-            "max_tiles": (self.max_tiles, row.max_tiles),
-            "max_answer_tokens": (min(self.max_answer_tokens or self.max_tokens, self.max_tokens), answers),
-        }
-        for name, (sample, most) in limits.items():
-            if sample > most:
-                raise ValueError(f"packing.{name}={most}: must be at least {name}={sample} of one sample")
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """What the data side must know of a model.
-
-    With ``prefix`` fusion an image's visual tokens stand in the sequence, each at a position of its own;
-    with ``gated`` fusion the sequence holds one placeholder an image, and text looks at the visual tokens
-    on the side.
-    """
-
-    tile_tokens_side: int  # h: a tile becomes h * h tokens
-    fusion: Literal["prefix", "gated"]
-    vocab_size: int
 
 
 @dataclass(frozen=True)
@@ -125,13 +39,13 @@ class Encoder:
     """The static sizes of a pipeline, and the functions that fill them."""
 
     tokenizer: Tokenizer
-    tiling: images.TilingConfig
+    tiling: TilingConfig
     spec: ModelSpec
     max_tokens: int  # T
     max_tiles: int  # M
     max_targets: int  # Q
     decoding: Decoding = "whole"
-    cache: Cache = field(default_factory=lambda: Cache(0), compare=False)  # of pictures
+    cache: MemoryCache = field(default_factory=lambda: MemoryCache(0), compare=False)  # of pictures
 
     def __post_init__(self):
         if self.tokenizer.vocab_size > self.spec.vocab_size:
@@ -150,7 +64,7 @@ class Encoder:
     def max_visual_tokens(self) -> int:
         """S, the visual tokens of a row: what ``max_tiles`` tiles can give, and what fits the sequence."""
         side = self.spec.tile_tokens_side
-        most = images.max_visual_tokens(self.tiling, tile_tokens_side=side, max_tiles=self.max_tiles)
+        most = max_visual_tokens(self.tiling, tile_tokens_side=side, max_tiles=self.max_tiles)
         return min(most, self.max_tokens) if self.spec.fusion == "prefix" else most
 
     def example(
@@ -210,12 +124,12 @@ class Encoder:
         Args:
           sizes: width and height of each image in pixels.
         """
-        grids = [images.best_grid(*size, self.tiling, num_images=len(sizes)) for size in sizes]
-        tiles = sum(images.num_views_tiles(g, self.tiling.views) for g in grids)
+        grids = [best_grid(*size, self.tiling, num_images=len(sizes)) for size in sizes]
+        tiles = sum(num_views_tiles(g, self.tiling.views) for g in grids)
         side, views = self.spec.tile_tokens_side, self.tiling.views
         if self.spec.fusion != "prefix":
             return tiles, [1] * len(sizes)
-        return tiles, [images.num_visual_tokens(g, tile_tokens_side=side, views=views) for g in grids]
+        return tiles, [num_visual_tokens(g, tile_tokens_side=side, views=views) for g in grids]
 
     def text_length(self, text: str) -> int:
         """The number of tokens of what somebody wrote."""
@@ -342,7 +256,7 @@ def make_encoder(config: DataConfig, spec: ModelSpec, *, targets: chat.Targets =
         max_tiles=config.max_tiles,
         max_targets=min(answers or config.max_tokens, config.max_tokens),
         decoding=config.decoding,
-        cache=Cache((config.cache_mb << 20) // max(config.num_workers, 1)),
+        cache=MemoryCache((config.cache_mb << 20) // max(config.num_workers, 1)),
     )
 
 
@@ -362,37 +276,3 @@ def make_row_encoder(config: DataConfig, spec: ModelSpec, *, targets: chat.Targe
             packing=None,
         )
     return make_encoder(config, spec, targets=targets)
-
-
-def open_sources(
-    config: DataConfig, weights: Mapping[str, float] | None
-) -> tuple[dict[str, Source], dict[str, float]]:
-    """The sources of a training stream by name, opened, and their relative weights.
-
-    Args:
-      weights: by name; None or none takes all sources of the config alike.
-
-    Raises:
-      ValueError: a source is unknown or unreadable, or a weight is not above 0.
-    """
-    known = {s.name: s for s in config.sources}
-    weights = dict(weights) if weights else dict.fromkeys(known, 1.0)
-    if not weights or any(not w > 0 for w in weights.values()):
-        raise ValueError(f"sources={weights}: needs at least one source, and weights above 0")
-    for name in weights:
-        if name not in known:
-            raise ValueError(f"source {name!r}: not in the config; known: {', '.join(known)}")
-    return {name: open_source(known[name], root=config.root) for name in weights}, weights
-
-
-def find_source(config: DataConfig, name: str) -> SourceConfig:
-    """The source config of that name, first among ``evaluation``, then among ``sources``.
-
-    Raises:
-      ValueError: there is none.
-    """
-    every = [*config.evaluation, *config.sources]
-    for source in every:
-        if source.name == name:
-            return source
-    raise ValueError(f"source {name!r}: not in the config; known: {', '.join(s.name for s in every)}")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vl_jax.data.images import Grid
+from vl_jax.data.images.tiling import Grid
 
 
 @dataclass(frozen=True)

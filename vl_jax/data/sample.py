@@ -140,6 +140,15 @@ class Sample:
         return dataclasses.replace(self, turns=turns, images=())
 
 
+@runtime_checkable
+class Source(Protocol):
+    """Random access to samples; reading a bad record raises ``BadSample``."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Sample: ...
+
+
 def standalone_questions(sample: Sample) -> list[str]:
     """Each turn's question as it reads when asked alone, with the images in front of it.
 

@@ -130,7 +130,7 @@ class NormedConv(nn.Module):
         return BatchNorm(self.frozen, name="norm")(conv(x))
 
 
-class Block(nn.Module):
+class ResidualBlock(nn.Module):
     """A residual block; where width or resolution change, the shortcut is a 1x1 convolution."""
 
     config: ResNetConfig
@@ -169,7 +169,7 @@ class ResNet(nn.Module):
         x = ACTIVATIONS[c.activation](x)
         x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))  # pyright: ignore[reportArgumentType]
         stages = [x]
-        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        block = nn.remat(ResidualBlock, prevent_cse=False) if self.remat else ResidualBlock
         for i, (width, blocks) in enumerate(zip(c.stage_dims, c.stage_blocks, strict=True)):
             stride = 2 if i else c.first_stage_stride
             x, _ = block(c, width, stride, self.frozen, name=f"stage{i}_first")(x, None)

@@ -29,7 +29,7 @@ Leaf = Any
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class WindowRun:
     """Consecutive layers of one kind, whose parameters are stacked under one name."""
 
     name: str
@@ -72,20 +72,20 @@ class SAMConfig:
         return self.image_size // self.patch_size
 
     @property
-    def runs(self) -> tuple[Run, ...]:
+    def runs(self) -> tuple[WindowRun, ...]:
         """The layers in order; from the second run of a kind on, a number follows its name.
 
         A run ends with the first of ``global_layers``, whose output is one of the encoder's results.
         """
         is_global = [self.window == 0 or i in self.global_layers for i in range(self.num_layers)]
         seen = [bool(self.global_layers) and i > self.global_layers[0] for i in range(self.num_layers)]
-        runs: list[Run] = []
+        runs: list[WindowRun] = []
         for (whole, _), group in itertools.groupby(
             range(self.num_layers), key=lambda i: (is_global[i], seen[i])
         ):
             kind, window = ("global_layers", 0) if whole else ("window_layers", self.window)
             earlier = sum(run.window == window for run in runs)
-            runs.append(Run(f"{kind}_{earlier}" if earlier else kind, window, tuple(group)))
+            runs.append(WindowRun(f"{kind}_{earlier}" if earlier else kind, window, tuple(group)))
         return tuple(runs)
 
 
@@ -149,7 +149,7 @@ def with_offsets(
     return query.reshape(flat), key.reshape(flat)
 
 
-class Attention(nn.Module):
+class WindowAttention(nn.Module):
     """Attention among all cells of a grid (or of a window, which is a small grid)."""
 
     config: SAMConfig
@@ -193,7 +193,7 @@ class Layer(nn.Module):
     def __call__(self, x: Float[Array, "M u v D"], _: None) -> tuple[Float[Array, "M u v D"], None]:
         c = self.config
         normed = LayerNorm(c.norm_epsilon, name="norm1")(x)
-        mix = Attention(c, self.window or c.grid, name="attention")
+        mix = WindowAttention(c, self.window or c.grid, name="attention")
         if self.window:
             # The padding is attended to, as in the published model: after the norm, so its cells are zero.
             mixed = mix(partition(normed, window=self.window))

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any
+
+from vl_jax.data.text.normalize import normalize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +26,6 @@ class Answer:
     prediction: str
     blind_prediction: str
     prior_prediction: str
-
-
-def normalize(text: str) -> str:
-    """Unicode compatibility form, lower case, single spaces, no final full stop."""
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join(folded.split()).rstrip(".。").strip()
 
 
 class Prior:

@@ -18,11 +18,11 @@ from rich.progress import track
 
 from vl_jax import generation, sharding
 from vl_jax.batch import Batch
-from vl_jax.data.encode import DataConfig, ModelSpec
-from vl_jax.data.prompts import evaluation_prompts
+from vl_jax.data.config import DataConfig, ModelSpec
 from vl_jax.data.sample import BadSample
-from vl_jax.data.sources import open_source
-from vl_jax.data.tokenizer import Tokenizer, load_tokenizer
+from vl_jax.data.sources.build import open_source
+from vl_jax.data.stream.evaluation_prompts import evaluation_prompts
+from vl_jax.data.text.tokenizer import Tokenizer, load_tokenizer
 from vl_jax.evaluate.answers import Answer, Prior, summarize
 from vl_jax.generation import GenerationConfig
 from vl_jax.layout import Layout, put_batch

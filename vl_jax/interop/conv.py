@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vl_jax.encoders.hybrid import HighResolutionConfig
+from vl_jax.encoders.high_resolution import HighResolutionConfig
 from vl_jax.encoders.resnet import ResNetConfig
 from vl_jax.encoders.sam import SAMConfig
 from vl_jax.interop.rules import Rule

@@ -34,8 +34,8 @@ from vl_jax.interop.pretrained import (
 )
 from vl_jax.interop.vision_language import IGNORED
 from vl_jax.layout import abstract
-from vl_jax.lazy_array import LazyArray
 from vl_jax.model import VisionLanguage, init_routing_state
+from vl_jax.runtime.lazy_array import LazyArray
 
 PUBLISHED, CHECKPOINTS = "published", "checkpoints"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vl_jax.adapter import AdapterConfig
+from vl_jax.encoders.adapter import AdapterConfig
 from vl_jax.interop.language import Names, language_rules, read_deepseek
 from vl_jax.interop.rules import Rule
 from vl_jax.interop.vision import read_vision, vision_rules

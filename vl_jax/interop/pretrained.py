@@ -23,9 +23,9 @@ from jax.sharding import Mesh
 from vl_jax import generation, sharding
 from vl_jax import params as params_lib
 from vl_jax.batch import Batch
-from vl_jax.data.picture_text import PictureTextProcessor
-from vl_jax.data.processor import Processor
-from vl_jax.data.text_processor import TextProcessor
+from vl_jax.data.published.picture_text import PictureTextProcessor
+from vl_jax.data.published.processor import Processor
+from vl_jax.data.published.text_processor import TextProcessor
 from vl_jax.generation import GenerationConfig
 from vl_jax.interop import rules
 from vl_jax.interop.deepseek_vl2 import deepseek_vl2_rules, read_deepseek_vl2

@@ -33,8 +33,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from vl_jax.interop.safetensors import Entry, WeightsError
-from vl_jax.lazy_array import Index, LazyArray
 from vl_jax.params import Tree, flatten, unflatten
+from vl_jax.runtime.lazy_array import Index, LazyArray
 
 STACK = "{stack}"
 LAYER, PART = "layer", "part"

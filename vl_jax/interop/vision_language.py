@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vl_jax.adapter import AdapterConfig
-from vl_jax.data.picture_text import HIGH, LOW, Format, PictureTextProcessor
+from vl_jax.data.published.picture_text import HIGH, LOW, Format, PictureTextProcessor
+from vl_jax.encoders.adapter import AdapterConfig
 from vl_jax.encoders.vit import ViTConfig
 from vl_jax.interop import vision
 from vl_jax.interop.conv import aligner_rules, high_resolution_rules, read_high_resolution, sam_stacks
@@ -55,7 +55,7 @@ _LLAVA_ENCODER = {
 
 
 @dataclass(frozen=True)
-class Family:
+class PictureFamily:
     """Models that share a config class, and how their tensors are called."""
 
     read: Callable[[Fields], VisionLanguageConfig]
@@ -112,7 +112,7 @@ def vision_language_stacks(config: VisionLanguageConfig) -> dict[str, tuple[int,
     return {**language_stacks(config.language), **(sam_stacks(high.encoder) if high else {})}
 
 
-def _family(config: Fields) -> Family:
+def _family(config: Fields) -> PictureFamily:
     kind = config.get("model_type")
     if kind not in FAMILIES:
         raise ValueError(f"model_type={kind!r}: known are {', '.join(sorted(FAMILIES))}")
@@ -157,7 +157,7 @@ def _before(name: str, keys: Iterable[str], default: str) -> str:
     return found[0] if found else default
 
 
-def _projector_rules(family: Family, keys: Iterable[str]) -> tuple[Rule, ...]:
+def _projector_rules(family: PictureFamily, keys: Iterable[str]) -> tuple[Rule, ...]:
     if not family.layers:
         root = _before("aligner.proj.weight", keys, family.projector)
         return (*high_resolution_rules(root), *aligner_rules(root + "aligner."))
@@ -234,7 +234,7 @@ _DEEPSEEK_VL_SYSTEM = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the "
     "user provides, and assist the user with a variety of tasks using natural language."
 )
-_DEEPSEEK_VL = Family(
+_DEEPSEEK_VL = PictureFamily(
     _read_deepseek_vl,
     encoder="siglip_vision_model",
     vision="model.vision_model.",
@@ -248,7 +248,7 @@ _DEEPSEEK_VL = Family(
 FAMILIES = {
     "deepseek_vl": _DEEPSEEK_VL,
     "deepseek_vl_hybrid": dataclasses.replace(_DEEPSEEK_VL, read=_read_deepseek_vl_hybrid, layers=()),
-    "llava": Family(
+    "llava": PictureFamily(
         _read_llava,
         encoder="clip_vision_model",
         vision="vision_tower.",

@@ -29,7 +29,7 @@ from vl_jax.kernels.target import GpuTarget
 
 
 @struct.dataclass
-class Visits:
+class BlockVisits:
     """Up to ``rows`` rows of one group each; V of them, at the end some that have nothing to do."""
 
     group: jax.Array  # i32[V]; G is the rows past the last group, more means no rows
@@ -37,7 +37,7 @@ class Visits:
     end: jax.Array  # i32[V] where the group ends
 
 
-def plan_visits(group_sizes: Int[Array, " G"], num_rows: int, rows: int) -> Visits:
+def plan_visits(group_sizes: Int[Array, " G"], num_rows: int, rows: int) -> BlockVisits:
     """The visits to all rows, those of no group too, in their order."""
     ends = jnp.append(jnp.cumsum(group_sizes), num_rows).astype(jnp.int32)
     starts = jnp.pad(ends[:-1], (1, 0))
@@ -47,11 +47,11 @@ def plan_visits(group_sizes: Int[Array, " G"], num_rows: int, rows: int) -> Visi
     group = jnp.sum(visit[:, None] >= visit_ends, axis=1, dtype=jnp.int32)
     known = jnp.minimum(group, ends.shape[0] - 1)
     first = starts[known] + (visit - (visit_ends - visits)[known]) * rows
-    return Visits(group, first, ends[known])
+    return BlockVisits(group, first, ends[known])
 
 
 @dataclasses.dataclass(frozen=True)
-class Tiles:
+class BlockShape:
     """What one program computes, and how: ``warps`` threads of 32, ``stages`` steps on their way at once."""
 
     rows: int
@@ -81,7 +81,7 @@ def choose_tiles(
     right: int = 1,
     sums: int = 1,
     fetched_by: int = 1,
-) -> Tiles:
+) -> BlockShape:
     """The largest tiles that registers and shared memory have room for, no larger than the matrices.
 
     Args:
@@ -106,7 +106,7 @@ def choose_tiles(
     while stages() < 3 and tile[1] > 64:
         tile[1] //= 2
     warps = 8 if sums * tile[0] * tile[1] >= SUMS // 2 else 4
-    return Tiles(tile[0], tile[1], tile[2], warps, fetched_by * max(1, min(4, stages())))
+    return BlockShape(tile[0], tile[1], tile[2], warps, fetched_by * max(1, min(4, stages())))
 
 
 def product(
@@ -168,7 +168,7 @@ def product(
     return [*results[:-1], jnp.sum(results[-1], axis=0)] if row_sums else list(results)
 
 
-def _product_body(*refs, names: tuple[str, ...], transposed: bool, epilogue: Epilogue, tiles: Tiles):
+def _product_body(*refs, names: tuple[str, ...], transposed: bool, epilogue: Epilogue, tiles: BlockShape):
     """One program: all of the sums, the epilogue, and the results of the rows of its visit."""
     given: dict[str, Any] = dict(zip(names, refs, strict=False))
     outputs, lhs, rhs = refs[len(names) :], given["lhs"], given["rhs"]
@@ -269,7 +269,7 @@ def transposed_product(
     return out.reshape(num_groups, depth, parts * columns)
 
 
-def _transposed_body(starts, ends, *refs, tiles: Tiles, column_tiles: int):
+def _transposed_body(starts, ends, *refs, tiles: BlockShape, column_tiles: int):
     """One program: a tile of the result of one group, from all of its rows."""
     *source, lhs, rhs, out = refs
     tile, group = pl.program_id(0), pl.program_id(2)

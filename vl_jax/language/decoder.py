@@ -39,7 +39,7 @@ REMAT_POLICIES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class LayerRun:
     """Consecutive layers of one kind, whose parameters are stacked under one name."""
 
     name: str
@@ -87,10 +87,10 @@ class DecoderConfig:
         return tuple(i for i in range(self.num_layers) if i not in dense)
 
     @property
-    def runs(self) -> tuple[Run, ...]:
+    def runs(self) -> tuple[LayerRun, ...]:
         """The layers in order; from the second run of a kind on, a number follows its name."""
         sparse = set(self.sparse_layers)
-        runs: list[Run] = []
+        runs: list[LayerRun] = []
 
         def together(layer: int) -> tuple[bool, int]:
             return layer in sparse, 0 if self.scan_layers else layer
@@ -98,7 +98,7 @@ class DecoderConfig:
         for (is_sparse, _), group in itertools.groupby(range(self.num_layers), key=together):
             kind = "moe_layers" if is_sparse else "dense_layers"
             earlier = sum(r.sparse == is_sparse for r in runs)
-            runs.append(Run(f"{kind}_{earlier}" if earlier else kind, is_sparse, tuple(group)))
+            runs.append(LayerRun(f"{kind}_{earlier}" if earlier else kind, is_sparse, tuple(group)))
         return tuple(runs)
 
 
@@ -175,7 +175,7 @@ class Decoder(nn.Module):
         if not c.tie_embeddings:
             self.head = Linear(c.vocab_size, ("embed", "vocab"))
 
-    def _stack(self, run: Run) -> nn.Module:
+    def _stack(self, run: LayerRun) -> nn.Module:
         layer = DecoderLayer
         if self.config.remat != "none":
             layer = nn.remat(layer, prevent_cse=False, policy=REMAT_POLICIES[self.config.remat])

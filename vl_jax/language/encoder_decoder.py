@@ -31,7 +31,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vl_jax.batch import TEXT
 from vl_jax.kernels.activation import Activation
-from vl_jax.language.decoder import REMAT_POLICIES, Run
+from vl_jax.language.decoder import REMAT_POLICIES, LayerRun
 from vl_jax.moe import routing
 from vl_jax.moe.layer import DynamicMoE, MoEOutput
 from vl_jax.moe.routing import MoEConfig, RoutingContext
@@ -58,11 +58,11 @@ class StackConfig:
             )
 
     @property
-    def runs(self) -> tuple[Run, ...]:
+    def runs(self) -> tuple[LayerRun, ...]:
         """The layers in order, those of one kind together, named for the first and the last of them."""
         groups = itertools.groupby(range(self.num_layers), key=set(self.sparse_layers).__contains__)
         runs = ((is_sparse, tuple(group)) for is_sparse, group in groups)
-        return tuple(Run(f"layers_{run[0]}_{run[-1]}", is_sparse, run) for is_sparse, run in runs)
+        return tuple(LayerRun(f"layers_{run[0]}_{run[-1]}", is_sparse, run) for is_sparse, run in runs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +160,7 @@ class BlockContext:
     routing: RoutingContext
 
 
-class Attention(nn.Module):
+class BiasedAttention(nn.Module):
     """Attention from ``x`` to ``source``, or to ``x`` itself; scores are not scaled."""
 
     num_heads: int
@@ -193,7 +193,7 @@ class Attention(nn.Module):
         return jnp.einsum("BTNH,NHD->BTD", mixed, output)
 
 
-class Block(nn.Module):
+class CrossBlock(nn.Module):
     """One layer; ``moe`` None makes it dense, a context without source makes it an encoder's."""
 
     config: EncoderDecoderConfig
@@ -205,11 +205,11 @@ class Block(nn.Module):
     ) -> tuple[Float[Array, "B T D"], MoEOutput | None]:
         c, routed = self.config, None
         normed = RMSNorm(c.norm_epsilon, name="attention_norm")(x)
-        attend = Attention(c.num_heads, c.head_dim, name="attention")
+        attend = BiasedAttention(c.num_heads, c.head_dim, name="attention")
         x = x + attend(normed, normed, mask=context.mask, bias=context.bias)
         if context.source is not None:
             normed = RMSNorm(c.norm_epsilon, name="cross_norm")(x)
-            attend = Attention(c.num_heads, c.head_dim, name="cross_attention")
+            attend = BiasedAttention(c.num_heads, c.head_dim, name="cross_attention")
             x = x + attend(normed, context.source, mask=context.source_mask)
         x = constrain(x, "batch", None, None)
         normed = RMSNorm(c.norm_epsilon, name="mlp_norm")(x)
@@ -259,8 +259,8 @@ class Stack(nn.Module):
         stacked = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *routed) if routed else None
         return RMSNorm(c.norm_epsilon, name="norm")(x), stacked
 
-    def _run(self, run: Run) -> nn.Module:
-        block = Block
+    def _run(self, run: LayerRun) -> nn.Module:
+        block = CrossBlock
         if self.config.remat != "none":
             block = nn.remat(block, prevent_cse=False, policy=REMAT_POLICIES[self.config.remat])
         scanned = nn.scan(

@@ -29,7 +29,7 @@ Leaf = Any
 
 
 @struct.dataclass
-class Plan:
+class DispatchPlan:
     """Rows in expert order. Rows past ``sum(group_sizes)`` belong to no expert."""
 
     moves: Moves  # between tokens and rows
@@ -91,7 +91,7 @@ def own_experts(assignment: Assignment, num_local: int, shard: jax.Array) -> Ass
     return TokenChoice(jnp.where(mine, local, num_local), jnp.where(mine, assignment.gates, 0.0))
 
 
-def make_plan(assignment: TokenChoice, *, num_experts: int, kernel: str = "blocked") -> Plan:
+def make_plan(assignment: TokenChoice, *, num_experts: int, kernel: str = "blocked") -> DispatchPlan:
     """Sorts the choices of all groups by expert.
 
     Args:
@@ -103,13 +103,13 @@ def make_plan(assignment: TokenChoice, *, num_experts: int, kernel: str = "block
         of_tokens = assignment.experts.reshape(-1, top_k)
         rank, counts = rank_in_expert(of_tokens, num_experts=num_experts, kernel=kernel)
         choice, moves = sort_by_expert(of_tokens, rank, counts)
-        return Plan(moves, choice, counts)
+        return DispatchPlan(moves, choice, counts)
     experts = assignment.experts.reshape(-1)
     order = jnp.argsort(experts, stable=True).astype(jnp.int32)
     rows = jnp.arange(experts.shape[0], dtype=jnp.int32)
     inverse = jnp.zeros_like(experts).at[order].set(rows)
     inverse = jnp.where(experts < num_experts, inverse, experts.shape[0]).reshape(-1, top_k)
-    return Plan(
+    return DispatchPlan(
         moves=Moves(order // top_k, inverse),
         choice=order,
         group_sizes=jnp.bincount(experts, length=num_experts + 1)[:-1].astype(jnp.int32),

@@ -15,22 +15,17 @@ accumulation and sharding cannot count a token twice.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import importlib
-import importlib.util
 import math
-import sys
-import traceback
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from vl_jax import parts
 from vl_jax.kernels.activation import SWIGLU, Activation
 from vl_jax.moe import assignment as assignment_lib
 from vl_jax.moe.assignment import (
@@ -173,7 +168,7 @@ class MoEConfig:
         for name in given:
             if name not in scheme.defaults:
                 known = scheme.defaults or ("none",)
-                raise ValueError(f"scheme={self.scheme!r} has no option {name!r}; {_near(name, known)}")
+                raise ValueError(f"scheme={self.scheme!r} has no option {name!r}; {parts.near(name, known)}")
             if given.count(name) > 1:
                 raise ValueError(f"options name {name!r} more than once")
         if self.balanced and not scheme.replays:
@@ -242,46 +237,16 @@ def scheme_of(config: MoEConfig) -> Scheme:
 
 @functools.cache
 def _load(spec: str) -> Scheme:
-    path, colon, name = spec.rpartition(":")
     if spec in SCHEMES:
         module, _, name = SCHEMES[spec].partition(":")
         return getattr(importlib.import_module(module), name)
-    if not colon or not path.endswith(".py"):
-        hint = f"write {spec}:name" if spec.endswith(".py") else _near(spec, SCHEMES)
-        raise ValueError(f"scheme={spec!r}: no built-in scheme, and not path/to/file.py:name; {hint}")
-    if not Path(path).is_file():
-        raise ValueError(f"scheme={spec!r}: no file {path}")
-    found = getattr(_module(Path(path).resolve(), spec), name, None)
+    expected = "a Scheme or a route function"
+    found = parts.find(spec, SCHEMES, kind="scheme", expected=expected)
     if isinstance(found, Scheme):
         return found
     if not callable(found) or isinstance(found, type):
-        what = "nothing of that name" if found is None else type(found).__name__
-        raise ValueError(f"scheme={spec!r}: expected a Scheme or a route function, found {what}")
+        raise ValueError(f"scheme={spec!r}: expected {expected}, found {type(found).__name__}")
     return Scheme(found)  # pyright: ignore[reportArgumentType]
-
-
-def _module(path: Path, spec: str) -> ModuleType:
-    """A file run as a module, once; it may itself build configs that name its schemes."""
-    name = f"vl_jax_scheme:{path}"
-    if name in sys.modules:
-        return sys.modules[name]
-    found = importlib.util.spec_from_file_location(name, path)
-    assert found is not None and found.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(found)
-    try:
-        found.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[name]
-        places = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
-        line = error.lineno if isinstance(error, SyntaxError) else (places or [0])[-1]
-        raise ValueError(f"scheme={spec!r}: line {line}: {type(error).__name__}: {error}") from error
-    return module
-
-
-def _near(name: str, known: Any) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"{hint}there are: {', '.join(known)}"
 
 
 def is_causal(config: MoEConfig) -> bool:

@@ -79,7 +79,7 @@ class Stopped(Exception):
 
 
 @dataclasses.dataclass
-class Run:
+class Session:
     """The moving parts of a run, handed from stage to stage."""
 
     layout: Layout
@@ -139,7 +139,7 @@ def train(
             _signals() as stop,
         ):
             probe = Probe(layout, _first_batch(open_stream(stages[0]))) if config.churn else None
-            run = Run(layout, config, checkpointer, writer, progress, stop, seed, probe)
+            run = Session(layout, config, checkpointer, writer, progress, stop, seed, probe)
             while position.stage < len(stages):
                 state, position = _run_stage(run, stages, open_stream, state, position)
         return merge_adapters(layout, stages[-1], state)
@@ -261,7 +261,7 @@ def stage_at(stages: tuple[Stage, ...], position: Position) -> Stage:
 
 
 def _run_stage(
-    run: Run,
+    run: Session,
     stages: tuple[Stage, ...],
     open_stream: Callable[[Stage], Stream],
     state: TrainState,
@@ -321,7 +321,7 @@ def _run_stage(
     return state, position
 
 
-def _asked_to_stop(run: Run, step: int) -> int | None:
+def _asked_to_stop(run: Session, step: int) -> int | None:
     """Number of the signal that asks to stop here, if any.
 
     Several processes have to stop after the same step; they agree about it at the steps that are logged.
@@ -334,7 +334,7 @@ def _asked_to_stop(run: Run, step: int) -> int | None:
     return number or None
 
 
-def _save(run: Run, state: TrainState, position: Position) -> None:
+def _save(run: Session, state: TrainState, position: Position) -> None:
     # A few numbers, which a checkpoint that was written without them may lack.
     load = {} if state.load is None else {"load": np.asarray(state.load).tolist()}
     record = {"position": dataclasses.asdict(position), **load}
@@ -377,7 +377,7 @@ class _Clock:
 
 
 def _report(
-    run: Run,
+    run: Session,
     stage: Stage,
     position: Position,
     batch: Batch,
@@ -402,7 +402,7 @@ def _report(
     run.progress.update(step, scalars)
 
 
-def _routing_due(run: Run, stage: Stage, position: Position) -> bool:
+def _routing_due(run: Session, stage: Stage, position: Position) -> bool:
     return position.global_step % run.config.routing_every == 0 or position.step == stage.steps
 
 

@@ -1,0 +1,1 @@
+"""Benchmarks: our figure and the rival's, in one run."""

@@ -1,0 +1,204 @@
+"""What routed experts cost on a TPU that is not here: compiled for a named topology, by the compiler's count.
+
+    python -m vl_jax benchmark routing --topology=v5e:2x4
+
+One device: the layer from assignment to combined output, ours beside the other ways of ``routing_benchmark``
+and beside megablox. All devices: experts cut over the topology, one row of the table for every exchange. A
+way that does not compile stays in the table with what the compiler said. Nothing runs, so this is no speed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from vl_jax import sharding
+from vl_jax.benchmarks.routing import ACCELERATOR_SHAPES, CAPACITY_FACTOR, MODES, Shape, Way, ways
+from vl_jax.kernels import aot
+from vl_jax.kernels.combine import combine
+from vl_jax.kernels.expert_weights import ExpertWeights
+from vl_jax.kernels.permute import permute
+from vl_jax.moe import dispatch, exchange
+from vl_jax.moe.routing import MoEConfig, TokenChoice
+from vl_jax.sharding import MeshConfig, make_mesh
+
+EXCHANGES = ("all_gather", "ring", "all_to_all", "ragged")
+GROUP = 2048  # tokens of one row of a batch that is spread over devices
+_COLLECTIVE = re.compile(
+    r"= (\(.*?\)|\S+) (ragged-all-to-all|all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute)"
+    r"(-start)?\("
+)
+_BITS = {"pred": 8, "bf16": 16, "f16": 16}
+
+
+def megablox(shape: Shape) -> Way:
+    """Sorted rows and the grouped products that come with jax, tiles as large as every generation takes."""
+    from jax.experimental.pallas.ops.tpu.megablox import gmm
+
+    def run(x: jax.Array, experts: jax.Array, gates: jax.Array, weights: ExpertWeights) -> jax.Array:
+        assignment = TokenChoice(experts[None], gates[None])
+        plan = dispatch.make_plan(assignment, num_experts=shape.num_experts)
+        w_in = weights.w_in.reshape(*weights.w_in.shape[:2], -1)
+
+        def product(rows: jax.Array, w: jax.Array) -> jax.Array:
+            most = zip((rows.shape[0], *w.shape[1:]), (512, 1024, 512), strict=True)
+            tiles = tuple(min(size, limit) for size, limit in most)
+            return gmm(rows, w, plan.group_sizes, rows.dtype, tiles)
+
+        rows = product(shape.activation(product(permute(x, plan.moves), w_in)), weights.w_out)
+        return combine(rows, gates, plan.choice, plan.moves)
+
+    return run
+
+
+def run(topology: str, *, json_file: Path | None = None, shapes: tuple[Shape, ...] = ()) -> dict[str, Any]:
+    """Compiles everything for a topology such as ``v5e:2x4``, prints tables, and returns the figures.
+
+    Raises:
+      ValueError: there is no such topology, or no libtpu.
+    """
+    try:
+        devices = aot.devices(topology)
+    except Exception as error:  # libtpu raises what it likes
+        raise ValueError(f"--topology={topology}: {str(error).splitlines()[0]}") from error
+    result: dict[str, Any] = {"benchmark": "routing", "topology": topology, "device": devices[0].device_kind}
+    result["layers"] = []
+    for shape in shapes or ACCELERATOR_SHAPES:
+        print(f"\n{shape}, compiled for {topology} ({devices[0].device_kind})", flush=True)
+        entry: dict[str, Any] = {"shape": dataclasses.asdict(shape), "useful_flops": shape.flops, "modes": {}}
+        for mode, of in MODES.items():
+            print(_HEAD.format(mode), flush=True)
+            entry["modes"][mode] = {**_alone(shape, devices, of), **_spread(shape, devices, of)}
+        result["layers"].append(entry)
+    if json_file is not None:
+        json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return result
+
+
+def _alone(shape: Shape, devices: list[Any], of: Callable[[Way], Callable[..., Any]]) -> dict[str, Any]:
+    """Every way on one device."""
+    mesh = make_mesh(MeshConfig(), devices=devices[:1])
+    place = NamedSharding(mesh, P())
+    arguments = _arguments(shape, place, place, place)
+    with sharding.use_mesh(mesh):
+        found = {**ways(shape, platform="tpu"), "megablox": megablox(shape)}
+        return {name: _compile(f"{name}", of(way), arguments) for name, way in found.items()}
+
+
+def _spread(shape: Shape, devices: list[Any], of: Callable[[Way], Callable[..., Any]]) -> dict[str, Any]:
+    """Every exchange over all devices, if tokens and experts divide; a device's share of the work."""
+    number, group = len(devices), min(GROUP, shape.tokens)
+    if number == 1 or shape.tokens % (group * number) or shape.num_experts % number:
+        return {}
+    mesh = make_mesh(MeshConfig(expert=number), devices=devices)
+    rows = NamedSharding(mesh, sharding.AxisRules().spec(("batch",)))
+    ends = (None, None, "tensor"), ("tensor", None)
+    by_expert = [NamedSharding(mesh, P("expert", *names)) for names in ends]
+    arguments = _arguments(shape, rows, *by_expert)
+
+    def layer(kind: str) -> Way:
+        config = MoEConfig(
+            num_experts=shape.num_experts,
+            top_k=shape.top_k,
+            expert_dim=shape.hidden,
+            activation=shape.activation,
+            capacity_factor=CAPACITY_FACTOR if kind == "all_to_all" else None,
+            exchange=kind,  # pyright: ignore[reportArgumentType]
+        )
+
+        def run(x: jax.Array, experts: jax.Array, gates: jax.Array, weights: ExpertWeights) -> jax.Array:
+            x, experts, gates = (a.reshape(-1, group, a.shape[-1]) for a in (x, experts, gates))
+            kept = TokenChoice(experts, gates)
+            if not config.is_dropless:
+                kept = dispatch.apply_capacity(kept, jnp.ones(experts.shape[:2], bool), config)[0]
+            return exchange.apply_experts(x, kept, weights, config).reshape(-1, shape.width)
+
+        return run
+
+    with sharding.use_mesh(mesh):
+        kinds = [kind for kind in EXCHANGES if kind != "ring" or number <= exchange.MOST_IN_RING]
+        return {
+            f"{kind}, {number} devices": _compile(f"{kind}, {number} devices", of(layer(kind)), arguments)
+            for kind in kinds
+        }
+
+
+def _arguments(shape: Shape, rows: Any, w_in: Any, w_out: Any) -> tuple[Any, ...]:
+    def leaf(sharding: Any, *sizes: int, dtype: Any = shape.dtype) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(sizes, jnp.dtype(dtype), sharding=sharding)
+
+    choices, inputs = (shape.tokens, shape.top_k), shape.activation.inputs
+    return (
+        leaf(rows, shape.tokens, shape.width),
+        leaf(rows, *choices, dtype="int32"),
+        leaf(rows, *choices, dtype="float32"),
+        ExpertWeights(
+            leaf(w_in, shape.num_experts, shape.width, inputs, shape.hidden),
+            leaf(w_out, shape.num_experts, shape.hidden, shape.width),
+        ),
+    )
+
+
+_HEAD = f"{{:28}}{'Gflop':>10}{'MB':>10}{'temp. MB':>10}{'coll. MB':>10}{'compile s':>10}"
+
+
+def _compile(name: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> dict[str, Any]:
+    """One line of the table, printed as soon as it is known."""
+    start = time.perf_counter()
+    try:
+        compiled = aot.compile_absent(jax.jit(function).lower(*arguments))
+    except Exception as error:  # what a compiler says no to is a finding
+        found: dict[str, Any] = {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
+        print(f"  {name:26}{found['error']}", flush=True)
+        return found
+    cost, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
+    text = _text(compiled)
+    moved = None if text is None else collectives(text)
+    found = {
+        "flops": cost.get("flops"),
+        "bytes": cost.get("bytes accessed"),
+        "temporaries": None if memory is None else memory.temp_size_in_bytes,
+        "collectives": moved,
+        "compile_seconds": round(time.perf_counter() - start, 1),
+    }
+    total = None if moved is None else sum(moved.values())
+    cells = (found["flops"], 1e9), (found["bytes"], 1e6), (found["temporaries"], 1e6), (total, 1e6)
+    line = "".join(f"{'-' if value is None else f'{value / unit:.1f}':>10}" for value, unit in cells)
+    print(f"  {name:26}{line}{found['compile_seconds']:>10}", flush=True)
+    return found
+
+
+def _text(compiled: jax.stages.Compiled) -> str | None:
+    """The program; None where jax cannot show it: jax 0.10, with asynchronous parts."""
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError:
+        return None
+
+
+def collectives(text: str) -> dict[str, int]:
+    """Bytes of the results of each kind of collective in a compiled program.
+
+    They are what a device receives, its own part included, but for a ragged exchange: there they are the room
+    that is kept, whatever comes.
+    """
+    total: dict[str, int] = {}
+    for shape, name, start in _COLLECTIVE.findall(text):
+        arrays = re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shape)
+        # A started transfer has its operand before its result, and a tuple of results counts whole.
+        arrays = arrays[1:2] if start and name in ("collective-permute", "all-gather") else arrays
+        for kind, sizes in arrays:
+            bits = _BITS.get(kind) or int(re.sub(r"\D", "", kind))
+            total[name] = total.get(name, 0) + bits // 8 * math.prod(int(n) for n in sizes.split(",") if n)
+    return total

@@ -1,0 +1,31 @@
+"""What commands that take an experiment file have in common."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from vl_jax.config import ConfigError, load
+
+if TYPE_CHECKING:
+    from vl_jax.experiment import Experiment
+
+
+def add_config(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """Adds ``--config`` to a command, and shows overrides in its usage."""
+    parser.add_argument("--config", required=required, metavar="FILE[:ARG]", help="experiment file")
+    parser.usage = f"{parser.prog} --config=FILE [--config.a.b=value ...] [options]"
+
+
+def load_experiment(arguments: argparse.Namespace) -> Experiment:
+    """The experiment of ``--config`` with the overrides applied, resolved.
+
+    Raises:
+      ConfigError: the file is wrong, or gives something else than an experiment.
+    """
+    from vl_jax.experiment import Experiment, resolve
+
+    experiment = load(arguments.config, arguments.overrides)
+    if not isinstance(experiment, Experiment):
+        raise ConfigError(f"--config={arguments.config}: get_config() gave no Experiment")
+    return resolve(experiment)

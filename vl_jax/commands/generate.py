@@ -1,0 +1,78 @@
+"""``generate``: an answer to a prompt about an image, by a run or a published checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from vl_jax.config import ConfigError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--workdir", type=Path, help="folder of a run")
+    where.add_argument("--model", type=Path, help="folder of a published checkpoint")
+    parser.add_argument("--image", type=Path, help="without one, the prompt stands alone")
+    parser.add_argument("--audio", type=Path, help="a sound, with a run that was trained on some")
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--draw", type=Path, metavar="PNG", help="where the image goes, with the boxes named")
+    parser.add_argument("--max-new-tokens", type=int, default=32)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Prints the answer, and draws its boxes where that is asked for.
+
+    Raises:
+      ConfigError: options that do not go together.
+    """
+    if arguments.draw is not None and arguments.image is None:
+        raise ConfigError("--draw needs --image, on which it draws")
+    if arguments.model is not None and arguments.audio is not None:
+        raise ConfigError("--audio is for --workdir: a run says how its model hears")
+    if arguments.model is not None:
+        text = _stream(arguments)
+    else:
+        from vl_jax import runs
+
+        text = runs.answer(
+            arguments.workdir,
+            prompt=arguments.prompt,
+            image=arguments.image,
+            audio=arguments.audio,
+            max_new_tokens=arguments.max_new_tokens,
+        )
+        print(text)
+    if arguments.draw is not None:
+        _draw(text, arguments.image, arguments.draw)
+
+
+def _draw(text: str, image: Path, target: Path) -> None:
+    """Writes the image with the boxes of an answer, and says how many there are."""
+    from vl_jax.data.sample import FileImage
+    from vl_jax.data.text import grounding
+
+    found, picture = grounding.parse(text), FileImage(image, where="--image")()
+    boxes = found.boxes(*picture.size)
+    drawing = grounding.draw(picture, boxes)
+    drawing.picture.save(target)
+    print(f"{target}: boxes drawn: {len(boxes)}, not readable: {found.malformed}", file=sys.stderr)
+    for number, label in drawing.legend.items():
+        print(f"{target}: {number} stands for {label!r}, which no font here can write", file=sys.stderr)
+
+
+def _stream(arguments: argparse.Namespace) -> str:
+    """Prints the answer of a published checkpoint as it grows, and returns it."""
+    from vl_jax import from_pretrained
+
+    mark = "<image>\n" if arguments.image else ""
+    message = {"role": "user", "content": mark + arguments.prompt}
+    images = [arguments.image] if arguments.image else []
+    model = from_pretrained(arguments.model)
+    pieces = []
+    for piece in model.stream([message], images, max_new_tokens=arguments.max_new_tokens):
+        print(piece, end="", flush=True)
+        pieces.append(piece)
+    print()
+    return "".join(pieces)

@@ -1,0 +1,27 @@
+"""``train``: the stages of an experiment, its evaluation and its report."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from vl_jax.commands.experiment_file import add_config, load_experiment
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    add_config(parser)
+    parser.add_argument("--workdir", required=True, type=Path, help="folder of the run")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Trains or resumes, and prints the scores of every task."""
+    from vl_jax import runs
+
+    results = runs.run(load_experiment(arguments), arguments.workdir)
+    for task, result in results.items():
+        print(
+            f"{task}: exact match {result['exact_match']:.1%} on {result['num_questions']} questions "
+            f"(blind {result['blind_exact_match']:.1%}, prior {result['prior_exact_match']:.1%})"
+        )
+    print(f"report: {arguments.workdir / 'report.html'}")

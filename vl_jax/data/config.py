@@ -1,0 +1,203 @@
+"""What the data side of an experiment varies: sources, text, pictures, packed rows, shared work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from vl_jax.data.images.augment import AugmentationConfig
+from vl_jax.data.images.tiling import TilingConfig
+from vl_jax.data.sample import Source
+from vl_jax.data.sources.build import SourceConfig, open_source
+from vl_jax.data.text.chat import Turns
+from vl_jax.data.text.turns import TurnSampling
+
+# How pictures become tiles: whole, as the published processors do; or quicker, JPEG files decoded at 1/2, 1/4
+# or 1/8 of their size where the tiles need no more, and the overview made from the tiles of a square grid. It
+# differs by about one grey level on average, the overview by two.
+Decoding = Literal["whole", "reduced"]
+
+
+@dataclass(frozen=True)
+class SourceWeight:
+    """The weight of one source."""
+
+    name: str
+    weight: float
+
+    def __post_init__(self):
+        if not self.weight >= 0:
+            raise ValueError(f"weight={self.weight} of source {self.name!r}: must not be negative")
+
+
+@dataclass(frozen=True)
+class MixtureWarmup:
+    """Weights that a stage begins with; over so many samples they move on a line to its own.
+
+    DeepSeek-VL (section 3.2) begins with text almost alone.
+    """
+
+    samples: int
+    weights: tuple[SourceWeight, ...]
+
+    def __post_init__(self):
+        if self.samples < 1:
+            raise ValueError(f"samples={self.samples} of the mixture's warm-up: must be at least 1")
+        if not any(w.weight for w in self.weights):
+            raise ValueError("weights of the mixture's warm-up: one must be above 0")
+
+
+@dataclass(frozen=True)
+class PackingConfig:
+    """Rows that hold several samples, one segment each; a sample's limits are in the data config."""
+
+    max_tokens: int = 2048  # T, length of a row
+    max_tiles: int = 16  # M, tiles of a row
+    max_answer_tokens: int | None = None  # Q, tokens predicted in a row of answers; None: as many as T
+    window: int = 4096  # draws that are packed together; rows are filled better by more
+    index: str = ""  # folder for the lengths of the sources; empty: they are measured window by window
+    warmup: MixtureWarmup | None = None
+    tile_cost: float = 200.0  # operations of the encoder on a tile, over those of the decoder on a token
+    attention_length: int = 4096  # tokens of a segment at which attention costs as much as all the rest
+
+    def __post_init__(self):
+        for name in ("max_tokens", "max_tiles", "window", "attention_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.max_answer_tokens is not None and self.max_answer_tokens < 1:
+            raise ValueError(
+                f"max_answer_tokens={self.max_answer_tokens}: must be at least 1, or None for all"
+            )
+        if self.tile_cost < 0:
+            raise ValueError(f"tile_cost={self.tile_cost}: must not be negative")
+
+    def cost(self, sizes: np.ndarray) -> float:
+        """Estimated operations of a row, in those of one token through the decoder.
+
+        Args:
+          sizes: i64[n 3] tokens, tiles and predicted tokens of its items.
+        """
+        tokens, tiles = sizes[:, 0].astype(np.float64), sizes[:, 1]
+        return float((tokens * (1 + tokens / self.attention_length)).sum() + self.tile_cost * tiles.sum())
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where samples come from and how they become batches."""
+
+    root: str = "."  # folder that file names of the sources are relative to
+    sources: tuple[SourceConfig, ...] = ()
+    evaluation: tuple[SourceConfig, ...] = ()
+    tokenizer: str = ""  # a tokenizer.json; empty means the shipped vocabulary
+    max_tokens: int = 512  # T, length of a row
+    max_tiles: int = 1  # M, tiles of a row
+    max_answer_tokens: int | None = None  # Q, tokens predicted in a row of answers; None: as many as T
+    long_text: Literal["skip", "split"] = "skip"  # what ``convert-data`` does with texts that do not fit
+    merge_turns: int = 1  # ``convert-data`` makes one sample of so many questions about the same pictures
+    turns: Turns = "independent"
+    max_turns: int | None = None  # questions taken from a sample at each draw
+    turn_sampling: TurnSampling = "first"
+    image_dropout_rate: float = 0.0  # share of the draws whose images are withheld
+    tiling: TilingConfig = field(default_factory=TilingConfig)
+    decoding: Decoding = "whole"
+    cache_mb: int = 128  # MiB of records and tiles of files kept in memory, of all workers; 0: none
+    augmentation: AugmentationConfig | None = None  # of pictures, in training; None: they stay as they are
+    packing: PackingConfig | None = None  # rows of several samples in training; None: one sample a row
+    seed: int = 0
+    num_threads: int = 1  # more pay where decoding large photographs takes longer than the rest
+    num_workers: int = 0  # processes that read and encode instead of threads
+    prefetch: int = 2  # batches made ahead of the training step
+
+    def __post_init__(self):
+        for name in ("max_tokens", "max_tiles", "merge_turns", "num_threads", "prefetch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        for name, none in {"num_workers": "means threads", "cache_mb": "keeps nothing"}.items():
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must not be negative; 0 {none}")
+        for name in ("max_turns", "max_answer_tokens"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1, or None for all")
+        if not 0 <= self.image_dropout_rate <= 1:
+            raise ValueError(f"image_dropout_rate={self.image_dropout_rate}: must lie in 0..1")
+        self._check_packing()
+        for group in (self.sources, self.evaluation):
+            names = [s.name for s in group]
+            if len(set(names)) < len(names):
+                raise ValueError(f"source names {names}: must be different")
+
+    @property
+    def parallel(self) -> int:
+        """How many samples are worked on at a time."""
+        return self.num_workers or self.num_threads
+
+    def _check_packing(self) -> None:
+        row = self.packing
+        if row is None:
+            return
+        if self.turns == "dialogue" and (self.max_turns is not None or self.turn_sampling != "first"):
+            raise ValueError(
+                f"packing with turns='dialogue', max_turns={self.max_turns}, turn_sampling="
+                f"{self.turn_sampling!r}: packed dialogues are whole; set max_turns=None and "
+                "turn_sampling='first', or turns='independent'"
+            )
+        answers = row.max_answer_tokens or row.max_tokens
+        limits = {
+            "max_tokens": (self.max_tokens, row.max_tokens),
+            "max_tiles": (self.max_tiles, row.max_tiles),
+            "max_answer_tokens": (min(self.max_answer_tokens or self.max_tokens, self.max_tokens), answers),
+        }
+        for name, (sample, most) in limits.items():
+            if sample > most:
+                raise ValueError(f"packing.{name}={most}: must be at least {name}={sample} of one sample")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What the data side must know of a model.
+
+    With ``prefix`` fusion an image's visual tokens stand in the sequence, each at a position of its own;
+    with ``gated`` fusion the sequence holds one placeholder an image, and text looks at the visual tokens
+    on the side.
+    """
+
+    tile_tokens_side: int  # h: a tile becomes h * h tokens
+    fusion: Literal["prefix", "gated"]
+    vocab_size: int
+
+
+def open_sources(
+    config: DataConfig, weights: Mapping[str, float] | None
+) -> tuple[dict[str, Source], dict[str, float]]:
+    """The sources of a training stream by name, opened, and their relative weights.
+
+    Args:
+      weights: by name; None or none takes all sources of the config alike.
+
+    Raises:
+      ValueError: a source is unknown or unreadable, or a weight is not above 0.
+    """
+    known = {s.name: s for s in config.sources}
+    weights = dict(weights) if weights else dict.fromkeys(known, 1.0)
+    if not weights or any(not w > 0 for w in weights.values()):
+        raise ValueError(f"sources={weights}: needs at least one source, and weights above 0")
+    for name in weights:
+        if name not in known:
+            raise ValueError(f"source {name!r}: not in the config; known: {', '.join(known)}")
+    return {name: open_source(known[name], root=config.root) for name in weights}, weights
+
+
+def find_source(config: DataConfig, name: str) -> SourceConfig:
+    """The source config of that name, first among ``evaluation``, then among ``sources``.
+
+    Raises:
+      ValueError: there is none.
+    """
+    every = [*config.evaluation, *config.sources]
+    for source in every:
+        if source.name == name:
+            return source
+    raise ValueError(f"source {name!r}: not in the config; known: {', '.join(s.name for s in every)}")

@@ -1,0 +1,1 @@
+"""Files: reading parts of large ones, and remembering where the parts are."""

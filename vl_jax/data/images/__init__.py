@@ -1,0 +1,1 @@
+"""Pictures, and what is shown as one, to tiles."""

@@ -1,0 +1,234 @@
+"""Augmentation that respects what is said of a picture: pixels change, and what the text says stays true.
+
+    sample --draw, from a key--> geometry (crop, mirror) --> pictures, and every box in the text and beside it
+                                 look (brightness, ...)  --> pictures
+
+A picture keeps its size, and a conversation its length in tokens, so that lengths once measured stay valid.
+What is drawn follows from the key alone. Evaluation is never augmented.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image as PilImage
+from PIL import ImageEnhance
+
+from vl_jax.data.files.memory_cache import MemoryCache, decode
+from vl_jax.data.images.audio import SoundImage
+from vl_jax.data.sample import Box, Image, ReducibleImage, Sample, Turn, image_size
+from vl_jax.data.text import grounding
+
+_NO_CACHE = MemoryCache(0)
+_ATTEMPTS = 8  # crops tried before a picture stays whole
+
+# Texts that a mirror image makes false, those about writing, which it makes illegible, and those about
+# sounds, whose pictures it would play backwards.
+_SIDED = re.compile(
+    r"\b(left|right|east|west|clockwise|mirror\w*|text|word|words|letter|letters|writ\w*|read|reads|reading|says?"
+    r"|spell\w*|hear\w*|sound\w*|audio|spoken|speak\w*|voice|sign|signs|logo|title|caption|label|number|numbers|digit|digits|clock|time|plate)\b"
+    r"|[左右东西听声音说]|顺时针|逆时针|镜|文字|文本|写|读|字母|单词|数字|标志|标题|标签|招牌|车牌|时间|几点",
+    re.IGNORECASE,
+)
+# Texts that may become false when a margin is cut off: counts, and places in the picture.
+_WHOLE = re.compile(
+    r"\b(how many|count|number of|corner|edge|border|top|bottom|middle|cent(er|re)|background)\b"
+    r"|几|多少|数量|总共|角落|边缘|顶部|底部|中间|中央|上方|下方|背景",
+    re.IGNORECASE,
+)
+_FIXED = frozenset({"ocr", "word", "count", "position"})  # kinds of turns that say as much without any word
+
+
+@dataclass(frozen=True)
+class AugmentationConfig:
+    """How much training pictures may change; what is 0 is off."""
+
+    brightness: float = 0.0  # factors are drawn from 1 - this to 1 + this; so for the next two
+    contrast: float = 0.0
+    saturation: float = 0.0
+    crop: float = 0.0  # the most that is cut off of width and height, in all; the rest is scaled up again
+    flip_rate: float = 0.0  # share of the draws that are mirrored, where no text speaks against it
+    min_visible: float = 0.7  # share of the area of every box that a crop has to keep
+
+    def __post_init__(self):
+        for name in ("brightness", "contrast", "saturation", "crop"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"augmentation.{name}={getattr(self, name)}: must lie in 0..1, below 1")
+        if not 0 <= self.flip_rate <= 1:
+            raise ValueError(f"augmentation.flip_rate={self.flip_rate}: must lie in 0..1")
+        if not 0 < self.min_visible <= 1:
+            raise ValueError(f"augmentation.min_visible={self.min_visible}: must lie above 0, up to 1")
+
+
+Corners = tuple[float, float, float, float]  # x0, y0, x1, y1
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The part of a picture that is shown, in shares of its width and height, and whether it is mirrored."""
+
+    shown: Corners = (0.0, 0.0, 1.0, 1.0)
+    mirrored: bool = False
+
+    def move(self, corners: Corners, width: float, height: float) -> Corners:
+        """Where a rectangle goes in a picture of that size; beyond its edges where it is cut off."""
+        left, top, right, bottom = self.shown
+        x0, x1 = ((x / width - left) / (right - left) for x in corners[::2])
+        y0, y1 = ((y / height - top) / (bottom - top) for y in corners[1::2])
+        x0, x1 = (1 - x1, 1 - x0) if self.mirrored else (x0, x1)
+        return x0 * width, y0 * height, x1 * width, y1 * height
+
+
+@dataclass(frozen=True)
+class Look:
+    """Factors of a picture's brightness, contrast and saturation."""
+
+    brightness: float = 1.0
+    contrast: float = 1.0
+    saturation: float = 1.0
+
+
+@dataclass(frozen=True)
+class AugmentedImage:
+    """A picture that is changed when it is asked for; it has the size of the original."""
+
+    image: Image
+    geometry: Geometry
+    look: Look
+    cache: MemoryCache = _NO_CACHE  # of originals
+
+    def __call__(self) -> PilImage.Image:
+        """Raises as the original does."""
+        return self._change(decode(self.image, self.cache))
+
+    def size(self) -> tuple[int, int]:
+        """Width and height of the original."""
+        return image_size(self.image)
+
+    def at_least(self, width: int, height: int) -> PilImage.Image:
+        """No smaller than that, if the original is not; see ``ReducibleImage``. Reads it anew every time."""
+        if not isinstance(self.image, ReducibleImage):
+            return self()
+        left, top, right, bottom = self.geometry.shown
+        enlarged = int(width / (right - left)) + 1, int(height / (bottom - top)) + 1
+        return self._change(self.image.at_least(*enlarged))
+
+    def _change(self, picture: PilImage.Image) -> PilImage.Image:
+        width, height = picture.size
+        if self.geometry.shown != Geometry.shown:
+            left, top, right, bottom = self.geometry.shown
+            shown = (left * width, top * height, right * width, bottom * height)
+            picture = picture.resize(picture.size, PilImage.Resampling.BICUBIC, box=shown)
+        if self.geometry.mirrored:
+            picture = picture.transpose(PilImage.Transpose.FLIP_LEFT_RIGHT)
+        for enhance, factor in (
+            (ImageEnhance.Brightness, self.look.brightness),
+            (ImageEnhance.Contrast, self.look.contrast),
+            (ImageEnhance.Color, self.look.saturation),
+        ):
+            if factor != 1:
+                picture = enhance(picture).enhance(factor)
+        return picture
+
+
+def augment(
+    sample: Sample,
+    config: AugmentationConfig,
+    rng: np.random.Generator,
+    *,
+    length: Callable[[str], int],
+    cache: MemoryCache = _NO_CACHE,
+) -> Sample:
+    """A draw of the sample with changed pictures and, where they move, changed boxes.
+
+    A geometry is taken only if every box keeps ``min_visible`` of its area, and its text as many tokens. The
+    pictures of a sample with several of them stay where they are, for the text may compare them.
+
+    Args:
+      length: the number of tokens of a text.
+      cache: of the pictures before they are changed.
+
+    Raises:
+      BadSample: an image cannot be used.
+    """
+    if not sample.images:
+        return sample
+    brightness, contrast, saturation = rng.uniform(-1, 1, 3).tolist()
+    look = Look(
+        1 + config.brightness * brightness,
+        1 + config.contrast * contrast,
+        1 + config.saturation * saturation,
+    )
+    for geometry in _geometries(sample, config, rng):
+        turns = _moved(sample, geometry, config.min_visible, length)
+        if turns is not None:
+            images = tuple(AugmentedImage(image, geometry, look, cache) for image in sample.images)
+            return dataclasses.replace(sample, turns=turns, images=images)
+    raise AssertionError("the picture as it is can always be taken")
+
+
+def _geometries(sample: Sample, config: AugmentationConfig, rng: np.random.Generator) -> Iterator[Geometry]:
+    """What may be done to the pictures of a sample, in the order of preference; at last, nothing."""
+    texts = [sample.system, *(text for turn in sample.turns for text in (turn.question, turn.answer))]
+    kinds = {turn.kind for turn in sample.turns}
+    single = len(sample.images) == 1 and not kinds & _FIXED
+    sided = isinstance(sample.images[0], SoundImage) or any(map(_SIDED.search, texts))
+    mirrored = bool(rng.random() < config.flip_rate) and single and not sided
+    if config.crop and single and not any(map(_WHOLE.search, texts)):
+        for _ in range(_ATTEMPTS):
+            share = 1 - config.crop * rng.random()
+            left, top = ((1 - share) * rng.random() for _ in range(2))
+            yield Geometry((left, top, left + share, top + share), mirrored)
+    if mirrored:
+        yield Geometry(mirrored=True)
+    yield Geometry()
+
+
+def _moved(
+    sample: Sample, geometry: Geometry, min_visible: float, length: Callable[[str], int]
+) -> tuple[Turn, ...] | None:
+    """The turns with their boxes where the geometry takes them; None if it must not be taken."""
+    if geometry == Geometry():
+        return sample.turns
+    turns = []
+    for turn in sample.turns:
+        boxes = turn.boxes
+        if boxes:
+            size = image_size(sample.images[0])
+            moved = [_clipped(geometry, box.corners, *size, min_visible) for box in boxes]
+            boxes = tuple(Box(b.label, c) for b, c in zip(boxes, moved, strict=True) if c)
+        texts = [_rewritten(text, geometry, min_visible, length) for text in (turn.question, turn.answer)]
+        if len(boxes) < len(turn.boxes) or None in texts:
+            return None
+        turns.append(dataclasses.replace(turn, question=texts[0], answer=texts[1], boxes=boxes))
+    return tuple(turns)
+
+
+def _rewritten(text: str, geometry: Geometry, min_visible: float, length: Callable[[str], int]) -> str | None:
+    """The text with its boxes moved; None if one gets lost, or the text another length."""
+    lost = False
+
+    def move(corners: grounding.Corners) -> grounding.Corners:
+        nonlocal lost
+        size = (grounding.GRID, grounding.GRID)
+        found = _clipped(geometry, corners, *size, min_visible)
+        lost |= found is None
+        return grounding.to_grid(found or corners, *size)
+
+    result = grounding.rewrite(text, move)
+    return None if lost or (result != text and length(result) != length(text)) else result
+
+
+def _clipped(
+    geometry: Geometry, corners: Corners, width: float, height: float, min_visible: float
+) -> Corners | None:
+    """Where a rectangle goes, clipped to the picture; None if too little of it is left to see."""
+    x0, y0, x1, y1 = geometry.move(corners, width, height)
+    left, right = (min(max(x, 0.0), float(width)) for x in (x0, x1))
+    top, bottom = (min(max(y, 0.0), float(height)) for y in (y0, y1))
+    area, visible = (x1 - x0) * (y1 - y0), (right - left) * (bottom - top)
+    return None if visible <= 0 or visible < min_visible * area else (left, top, right, bottom)

@@ -1,0 +1,1 @@
+"""Sources: every format becomes a random-access sequence of samples."""

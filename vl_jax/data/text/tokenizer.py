@@ -1,0 +1,169 @@
+"""Byte-level BPE text encoding with the special tokens of DeepSeek-VL2.
+
+Any ``tokenizer.json`` that holds the special strings below works; the shipped one has 2048 entries and
+was trained by ``tools/vocabulary.py`` on openly licensed English and Chinese text plus procedural scenes.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from vl_jax.data.sample import IMAGE_PLACEHOLDER
+
+BOS = "<｜begin▁of▁sentence｜>"
+EOS = "<｜end▁of▁sentence｜>"
+PAD = "<｜▁pad▁｜>"
+IMAGE = IMAGE_PLACEHOLDER
+USER = "<|User|>"
+ASSISTANT = "<|Assistant|>"
+GROUNDING = ("<|ref|>", "<|/ref|>", "<|det|>", "<|/det|>", "<|grounding|>")
+SPECIAL = (BOS, EOS, PAD, IMAGE, *GROUNDING, USER, ASSISTANT)
+
+_CACHED_TEXTS, _CACHED_CHARACTERS = 1 << 14, 64
+_SHIPPED = Path(__file__).with_name("tokenizer.json")
+
+
+class Tokenizer:
+    """Text to ids and back; special ids never arise from text unless the caller allows them by name.
+
+    ``pad`` names the padding token where it is not the usual one.
+    """
+
+    def __init__(self, text: str, *, source: str = "tokenizer.json", pad: str = PAD):
+        special = tuple(pad if s == PAD else s for s in SPECIAL)
+        try:
+            description = json.loads(text)
+            for token in description.get("added_tokens", []):
+                # Whatever the file says, the special strings are special: see ``encode``.
+                token["special"] = token["special"] or token["content"] in special
+            self.plain = tokenizers.Tokenizer.from_str(json.dumps(description, ensure_ascii=False))
+        except Exception as error:  # The library raises bare ``Exception`` for a malformed file.
+            raise ValueError(f"{source}: not a tokenizer file: {error}") from None
+        missing = [s for s in special if self.plain.token_to_id(s) is None]
+        if missing:
+            raise ValueError(f"{source}: the vocabulary lacks the special tokens {', '.join(missing)}")
+        self.plain.encode_special_tokens = True
+        self._cached = functools.lru_cache(maxsize=_CACHED_TEXTS)(self._encode)
+        self._ids = {s: self.token_id(s) for s in special}
+        self.bos, self.eos, self.pad = self._ids[BOS], self._ids[EOS], self._ids[pad]
+        self.image, self.user, self.assistant = self._ids[IMAGE], self._ids[USER], self._ids[ASSISTANT]
+
+    @property
+    def fingerprint(self) -> str:
+        """A name for the whole vocabulary and its rules."""
+        return hashlib.sha256(self.plain.to_str().encode()).hexdigest()
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of entries, special tokens included."""
+        return self.plain.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str, *, allowed: Sequence[str] = ()) -> list[int]:
+        """The ids of a text, with nothing added.
+
+        Args:
+          text: any Unicode text.
+          allowed: special strings that become their special id; all others are spelt out as plain text.
+
+        Raises:
+          ValueError: ``allowed`` names a string that is not special.
+        """
+        encode = self._cached if len(text) <= _CACHED_CHARACTERS else self._encode
+        return list(encode(text, tuple(allowed)))
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
+        """The text of ids; incomplete UTF-8 shows as U+FFFD."""
+        return self.plain.decode(list(ids), skip_special_tokens=skip_special)
+
+    def token_id(self, text: str) -> int:
+        """The id of one vocabulary entry.
+
+        Raises:
+          ValueError: there is no such entry.
+        """
+        result = self.plain.token_to_id(text)
+        if result is None:
+            raise ValueError(f"token {text!r}: not in the vocabulary")
+        return result
+
+    def _encode(self, text: str, allowed: tuple[str, ...]) -> tuple[int, ...]:
+        unknown = [s for s in allowed if s not in self._ids]
+        if unknown:
+            raise ValueError(f"allowed={unknown}: not special tokens; known: {', '.join(self._ids)}")
+        ids: list[int] = []
+        for piece in filter(None, _splitter(allowed).split(text) if allowed else [text]):
+            special = piece in allowed
+            ids += [self._ids[piece]] if special else self.plain.encode(piece, add_special_tokens=False).ids
+        return tuple(ids)
+
+
+def recalled(function: Callable[[Tokenizer, str], list[Any]]) -> Callable[[Tokenizer, str], list[Any]]:
+    """Remembers what a function makes of short texts: questions and answers recur all the time.
+
+    The lists it gives are shared: they are not to be changed.
+    """
+    remembered = functools.lru_cache(maxsize=_CACHED_TEXTS)(function)
+
+    @functools.wraps(function)
+    def call(tokenizer: Tokenizer, text: str) -> list[Any]:
+        return (remembered if len(text) <= _CACHED_CHARACTERS else function)(tokenizer, text)
+
+    return call
+
+
+@functools.lru_cache(maxsize=64)
+def _splitter(allowed: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("(" + "|".join(re.escape(s) for s in allowed) + ")")
+
+
+def load_tokenizer(path: str = "") -> Tokenizer:
+    """Loads a ``tokenizer.json`` or the folder of a published checkpoint; empty means the shipped vocabulary.
+
+    Raises:
+      ValueError: the file is missing, malformed, or lacks a special token.
+    """
+    file = Path(path) if path else _SHIPPED
+    if file.is_dir():
+        return load_published_tokenizer(file)
+    if not file.is_file():
+        raise ValueError(f"tokenizer={path!r}: no such file {file}")
+    return Tokenizer(file.read_text(encoding="utf-8"), source=str(file))
+
+
+def load_published_tokenizer(folder: str | Path) -> Tokenizer:
+    """Loads the tokenizer of a published checkpoint (``tokenizer.json``, ``tokenizer_config.json``).
+
+    Marks that the file lacks get the next free ids, in the order in which the published processor adds
+    them: padding (unless the config names another padding token), image, grounding, roles.
+
+    Raises:
+      ValueError: a file is missing or malformed, or sequences begin or end with another token than ours.
+    """
+    file, config_file = Path(folder) / "tokenizer.json", Path(folder) / "tokenizer_config.json"
+    if not file.is_file():
+        raise ValueError(f"tokenizer={str(folder)!r}: no such file {file}")
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+        named = {name: config.get(f"{name}_token") for name in ("bos", "eos", "pad")}
+        named = {k: v["content"] if isinstance(v, dict) else v for k, v in named.items()}
+    except (ValueError, KeyError, AttributeError):
+        raise ValueError(f"{config_file}: not a tokenizer config") from None
+    for name, ours in (("bos", BOS), ("eos", EOS)):
+        if named[name] not in (None, ours):
+            raise ValueError(f"{config_file}: {name}_token={named[name]!r}: must be {ours!r}")
+    text, pad = file.read_text(encoding="utf-8"), named["pad"] or PAD
+    try:
+        published = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # The library raises bare ``Exception`` for a malformed file.
+        raise ValueError(f"{file}: not a tokenizer file: {error}") from None
+    marks = [pad] * (named["pad"] is None) + [IMAGE, *GROUNDING, USER, ASSISTANT]
+    published.add_special_tokens([tokenizers.AddedToken(m, normalized=False) for m in marks])
+    return Tokenizer(published.to_str(), source=str(file), pad=pad)

@@ -1,0 +1,102 @@
+"""Parts of an experiment in files of one's own, named ``path/to/file.py:Name``.
+
+A routing scheme, an encoder, a head, an objective, a metric: wherever a built-in part can be named, a part in
+a user's file can be named too. The file is run once as a module; no file of the package is touched.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import os
+import sys
+import traceback
+from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+_PREFIX = "vl_jax_file:"  # of the names under which files are in ``sys.modules``
+
+
+def find(spec: str, known: Iterable[str], *, kind: str, expected: str = "a class") -> Any:
+    """What ``path/to/file.py:Name`` names.
+
+    Args:
+      known: the built-in names, for the message.
+      kind: of the part, ``scheme`` for example, for the message.
+      expected: what the name should stand for, for the message.
+
+    Raises:
+      ValueError: the spec has another form, there is no such file or name, or the file fails; one line.
+    """
+    path, colon, name = spec.rpartition(":")
+    if not colon or not path.endswith(".py"):
+        hint = f"write {spec}:name" if spec.endswith(".py") else near(spec, known)
+        raise ValueError(f"{kind}={spec!r}: no built-in {kind}, and not path/to/file.py:name; {hint}")
+    if not Path(path).is_file():
+        raise ValueError(f"{kind}={spec!r}: no file {path}")
+    found = getattr(load_file(Path(path), where=f"{kind}={spec!r}"), name, None)
+    if found is None:
+        raise ValueError(f"{kind}={spec!r}: expected {expected}, found nothing of that name")
+    return found
+
+
+def load_file(path: Path, *, where: str) -> ModuleType:
+    """A file run as a module, once; it may itself build configs that name its parts.
+
+    Args:
+      where: what names the file, for messages.
+
+    Raises:
+      ValueError: the file raises an error; one line with its place.
+    """
+    path = path.resolve()
+    before = sys.modules.get(f"{_PREFIX}{path}")
+    if before is not None:
+        return before
+    try:
+        return run_file(path)
+    except Exception as error:
+        places = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+        line = error.lineno if isinstance(error, SyntaxError) else (places or [0])[-1]
+        raise ValueError(f"{where}: line {line}: {type(error).__name__}: {error}") from error
+
+
+def run_file(path: Path) -> ModuleType:
+    """Runs a file as a module that ``spec_of`` and ``find`` know; raises whatever the file raises."""
+    name = f"{_PREFIX}{path.resolve()}"
+    found = importlib.util.spec_from_file_location(name, path)
+    assert found is not None and found.loader is not None
+    before = sys.modules.get(name)
+    module = sys.modules[name] = importlib.util.module_from_spec(found)
+    try:
+        found.loader.exec_module(module)
+    except BaseException:
+        if before is None:
+            del sys.modules[name]
+        else:
+            sys.modules[name] = before
+        raise
+    return module
+
+
+def spec_of(part: Any) -> str:
+    """The name of a built-in class or function; ``path/to/file.py:Name`` of one in a user's file.
+
+    The path is relative to the current folder where the file lies in it.
+    """
+    module = part.__module__
+    if not module.startswith(_PREFIX):
+        return part.__qualname__
+    path = module.removeprefix(_PREFIX)
+    here = os.path.relpath(path)
+    return f"{path if here.startswith('..') else here}:{part.__qualname__}"
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """The known name that is nearest, and all of them."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}there are: {', '.join(known)}"

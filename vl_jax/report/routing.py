@@ -1,0 +1,231 @@
+"""``inspect routing``: a trained model's routing, and what other routes would cost, on one page.
+
+Writes ``routing.html`` and ``routing.json`` into the folder of the run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+from vl_jax.batch import MODALITIES, Batch
+from vl_jax.data.encode import make_encoder
+from vl_jax.data.text.tokenizer import Tokenizer
+from vl_jax.evaluate.interventions import Study, study
+from vl_jax.evaluate.routes import all_routes, churn
+from vl_jax.experiment import Experiment, model_spec, open_stream
+from vl_jax.layout import Layout
+from vl_jax.moe import balance
+from vl_jax.report.charts import heatmap, number, percent
+from vl_jax.report.run import page
+from vl_jax.runs import restore
+from vl_jax.train.step import TrainState
+
+PAGE_FILE, FIGURES_FILE = "routing.html", "routing.json"
+
+
+def write_routing(workdir: Path, *, num_batches: int, overrides: Sequence[tuple[str, str]] = ()) -> Path:
+    """Studies the newest checkpoint of a run on its held-out sources; returns the path of the page.
+
+    Args:
+      num_batches: how many batches of the last stage's size.
+      overrides: changes to the run's config, of which ``data`` is the useful part: another dataset.
+
+    Raises:
+      ValueError: the folder holds no run, or the model's routing cannot be intervened in.
+    """
+    experiment, layout, state, step = restore(workdir, overrides)
+    experiment = _held_out(experiment)
+    stream = open_stream(experiment, experiment.stages[-1])
+    try:
+        batches = [next(stream) for _ in range(num_batches)]
+    finally:
+        stream.close()
+    screen = Console(stderr=True)
+    found = study(
+        layout,
+        state.params,
+        state.routing,
+        batches,
+        track=lambda plan: track(list(plan), "interventions", console=screen),
+    )
+    tokenizer = make_encoder(experiment.data, model_spec(experiment)).tokenizer
+    changed = _churn(workdir, overrides, layout, state, batches, step)
+    figures = {"step": step, **_figures(found), "churn": changed}
+    (workdir / FIGURES_FILE).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    lead = f"step {step:,}: {found.targets:,} targets of held-out data, loss {found.loss:.4f} nats"
+    texts = [_texts(change, batches[change.batch], tokenizer) for change in found.changes]
+    target = workdir / PAGE_FILE
+    name = f"{workdir.resolve().name}: routing"
+    target.write_text(page(name, lead, _sections(found, texts, changed)), encoding="utf-8")
+    return target
+
+
+def _churn(
+    workdir: Path,
+    overrides: Sequence[tuple[str, str]],
+    layout: Layout,
+    state: TrainState,
+    batches: Sequence[Batch],
+    step: int,
+) -> dict[str, Any] | None:
+    """The choices that changed since the checkpoint before, by layer; None if the run kept no other."""
+    try:
+        _, _, earlier, since = restore(workdir, overrides, before=step)
+    except ValueError:
+        return None
+    before, after = (all_routes(layout, s.params, s.routing, batches) for s in (earlier, state))
+    share = churn(jnp.asarray(before), jnp.asarray(after), num_experts=layout.model.config.moe.num_experts)
+    return {"since_step": since, "share": share.tolist()}
+
+
+def _held_out(experiment: Experiment) -> Experiment:
+    """The experiment, to be read from its held-out sources in the manner of its last stage."""
+    data = dataclasses.replace(
+        experiment.data, sources=experiment.data.evaluation or experiment.data.sources, image_dropout_rate=0.0
+    )
+    stage = dataclasses.replace(experiment.stages[-1], sources=(), weights=())
+    return dataclasses.replace(experiment, data=data, stages=(stage,))
+
+
+def _figures(found: Study) -> dict[str, Any]:
+    values = {f.name: getattr(found, f.name) for f in dataclasses.fields(found) if f.name != "changes"}
+    values["fan_out_shards"] = list(balance.fan_out_shards(found.load.shape[-1]))
+    values |= {n: getattr(found, n) for n in ("marginal_entropy", "modality_information")}
+    lists = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in values.items()}
+    return {**lists, "changes": [dataclasses.asdict(change) for change in found.changes]}
+
+
+def _sections(
+    found: Study, texts: Sequence[tuple[str, str]], changed: dict[str, Any] | None
+) -> list[tuple[str, str]]:
+    names = [f"layer {layer}" for layer in found.layers]
+    load = "".join(
+        _card(f"Load of {name} tokens", _relative(found.load[:, m]), "Multiples of an even share.")
+        for m, name in enumerate(MODALITIES)
+        if found.load[:, m].any()
+    )
+    harm = found.knockout - found.loss
+    knockout = _card(
+        "Loss without one expert",
+        _relative(np.maximum(harm, 0.0)),
+        "How much the loss rises when the expert is taken away and its tokens go to their next best one, "
+        "as a multiple of the mean over experts of the layer.",
+    )
+    pairs = "".join(
+        _card(
+            f"Chosen together, {name}", _lift(found.choices[i]), "Multiples of independent choice.", "expert"
+        )
+        for i, name in enumerate(names)
+        if found.choices.shape[-1] > 1
+    )
+    return [
+        ("Load", f'<div class="grid">{load}</div>'),
+        ("By layer", _by_layer(found, names, changed)),
+        ("Knock-out", f'<div class="grid">{knockout}</div>'),
+        ("Forced routes", _changes(found, names, texts)),
+        ("Co-activation", f'<div class="grid">{pairs}</div>'),
+    ]
+
+
+def _card(
+    title: str, rows: Sequence[Sequence[float | None]], note: str, row_name: str = "sparse layer"
+) -> str:
+    return (
+        f'<div class="card"><h3>{escape(title)}</h3><p class="note">{escape(note)}</p>'
+        f"{heatmap(rows, title=title, row_name=row_name)}</div>"
+    )
+
+
+def _relative(values: np.ndarray) -> list[list[float | None]]:
+    """Every row as multiples of its mean."""
+    means = values.mean(axis=-1, keepdims=True)
+    return [[float(v / m) if m > 0 else None for v in row] for row, (m,) in zip(values, means, strict=True)]
+
+
+def _lift(together: np.ndarray) -> list[list[float | None]]:
+    """How much more often two experts are chosen together than independent choices would be; [E E]."""
+    alone = np.diagonal(together)
+    pairs = together.sum() - alone.sum()
+    expected = np.outer(alone, alone)
+    np.fill_diagonal(expected, 0.0)
+    expected = expected * (pairs / max(expected.sum(), 1e-30))
+    size = len(alone)
+    return [
+        [
+            float(together[i, j] / expected[i, j]) if i != j and expected[i, j] > 0 else None
+            for j in range(size)
+        ]
+        for i in range(size)
+    ]
+
+
+def _by_layer(found: Study, names: Sequence[str], changed: dict[str, Any] | None) -> str:
+    rows = {
+        "loss, first choice of every token taken away": [number(v) for v in found.rerouted],
+        "loss, worst single expert taken away": [number(v) for v in found.knockout.max(axis=-1)],
+        "the worst expert": [str(e) for e in found.knockout.argmax(axis=-1)],
+        "experts without a token": [str(int(n)) for n in (found.load.sum(axis=1) == 0).sum(axis=-1)],
+        "expert and modality: mutual information, nats": [number(v) for v in found.modality_information],
+    }
+    for m, modality in enumerate(MODALITIES):
+        rows[f"router entropy, {modality} tokens, nats"] = [number(v) for v in found.router_entropy[:, m]]
+        rows[f"entropy of the load, {modality}, nats"] = [number(v) for v in found.marginal_entropy[:, m]]
+    for i, shards in enumerate(balance.fan_out_shards(found.load.shape[-1])):
+        if shards > 1:
+            rows[f"of {shards} shards, those a token is sent to"] = [number(v) for v in found.fan_out[:, i]]
+    if changed is not None:
+        rows[f"choices that changed since step {changed['since_step']}"] = [
+            percent(v) for v in changed["share"]
+        ]
+    head = "<th></th>" + "".join(f'<th class="num">{n}</th>' for n in names)
+    body = "".join(
+        f"<tr><th>{label}</th>{''.join(f'<td class=num>{v}</td>' for v in values)}</tr>"
+        for label, values in rows.items()
+    )
+    return _table(head, body)
+
+
+def _changes(found: Study, names: Sequence[str], texts: Sequence[tuple[str, str]]) -> str:
+    note = (
+        "Every token's first choice in one layer taken away, so that its next best expert comes in: the "
+        "targets that were then predicted worst."
+    )
+    columns = ("after", "target", "layer", "first choice", "loss", "rerouted")
+    head = "".join(f"<th>{c}</th>" for c in columns)
+    body = ""
+    for change, (before, target) in zip(found.changes, texts, strict=True):
+        cells = (
+            before,
+            target,
+            names[change.layer],
+            f"expert {change.expert}",
+            number(change.loss),
+            number(change.rerouted_loss),
+        )
+        body += "<tr>" + "".join(f"<td>{escape(c)}</td>" for c in cells) + "</tr>"
+    return f'<p class="note">{note}</p>{_table(head, body)}'
+
+
+def _table(head: str, body: str) -> str:
+    table = f'<table class="comparison"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+    return f'<div class="card wide"><div class="scroll">{table}</div></div>'
+
+
+def _texts(change: Any, batch: Any, tokenizer: Tokenizer) -> tuple[str, str]:
+    """The last words that the predicting token sees, and the target."""
+    tokens = np.asarray(batch.tokens[change.row, : change.position + 1])
+    visible = batch.branch_ids[change.row, : change.position + 1]
+    same = (visible == 0) | (visible == visible[-1])
+    text = same & (batch.visual_slot[change.row, : change.position + 1] < 0)
+    words = tokenizer.decode(tokens[text][-12:].tolist(), skip_special=True)
+    return words.strip(), tokenizer.decode([change.target])
