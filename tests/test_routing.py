@@ -331,7 +331,7 @@ def test_a_scheme_of_ones_own_file_survives_json_and_view(tmp_path):
     file.unlink()
     text = to_json(config).replace(":sharp", ":other")
     with pytest.raises(ConfigError, match="config: scheme='.*own.py:other': no file .*own.py"):
-        from_json(text)
+        from_json(text, MoEConfig)
 
 
 @pytest.mark.parametrize(

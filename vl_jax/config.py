@@ -373,7 +373,7 @@ def _build_union(value: Any, hint: Any, path: str) -> Any:
     if value is None and types.NoneType in options:
         return None
     if hasattr(value, "keys") and _classes(options):
-        name = value.get(TYPE_KEY)
+        name = value[TYPE_KEY] if TYPE_KEY in value else None  # pyright: ignore[reportOptionalSubscript, reportOperatorIssue]
         if name is None:
             raise ConfigError(f"{path}: expected a mapping with its class under {TYPE_KEY!r}")
         return _build_dataclass(value, _class_of(name, hint, path), path)
