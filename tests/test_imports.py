@@ -16,7 +16,7 @@ PACKAGE = "vl_jax"
 # A module may import from its own level and from those before it.
 LEVELS = (
     "config batch params parts kernels runtime",
-    "sharding losses metrics data",
+    "sharding losses contrastive_losses metrics data",
     "nn",
     "moe",
     "encoders fusion language heads",

@@ -26,7 +26,8 @@ from vl_jax.data.stream import padding as padding_lib
 from vl_jax.data.stream.packed import PackedIterator, open_planner
 from vl_jax.data.stream.plan import Cursor
 from vl_jax.model import VisionLanguage
-from vl_jax.train.step import loss_sums
+from vl_jax.train.objectives.next_token import NextToken
+from vl_jax.train.step import TrainState
 
 SPEC = ModelSpec(tile_tokens_side=2, fusion="prefix", vocab_size=2048)
 CONFIG = DataConfig(
@@ -273,7 +274,8 @@ def test_gradients_of_a_packed_row_are_those_of_its_samples_alone(fusion):
 
     def gradient(rows):
         def loss(p, batch):
-            return loss_sums(p, state, batch, model=VisionLanguage(model))[0]
+            given = TrainState(0, p, None, state)
+            return NextToken()(p, given, batch, model=VisionLanguage(model), rngs=None).losses["loss"]
 
         return jax.jit(jax.grad(loss))(params, jax.tree.map(jnp.asarray, tiny.batch(rows, fusion=fusion)))
 

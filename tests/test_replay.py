@@ -134,11 +134,11 @@ def test_every_micro_batch_gets_the_routes_of_its_rows():
         options = {"model": model, "trainable": set(params_lib.flatten(params)), "accumulation": accumulation}
         return jax.jit(lambda batch: step.gradients(given, batch, **options))(batch)
 
-    (whole, metrics, stats), (parts, metrics_of_parts, stats_of_parts) = (
+    (whole, metrics, sums), (parts, metrics_of_parts, sums_of_parts) = (
         gradients_of(routes, accumulation) for accumulation in (1, 2)
     )
     np.testing.assert_allclose(metrics_of_parts["loss"], metrics["loss"], rtol=1e-5)
-    np.testing.assert_array_equal(stats_of_parts.load, stats.load)
+    np.testing.assert_array_equal(sums_of_parts.stats.load, sums.stats.load)
     for a, b in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(jnp.abs(b).max() + 1e-6))
     assert abs(float(gradients_of(routes[:, ::-1], 2)[1]["loss"] - metrics["loss"])) > 1e-4

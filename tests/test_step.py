@@ -50,7 +50,9 @@ def results(
     @jax.jit
     def compute(params: Any, routing: Any, batch: Any) -> Any:
         state = TrainState(step=0, params=params, optimizer=None, routing=routing)
-        return gradients(state, batch, model=layout.model, trainable=paths, accumulation=accumulation)
+        options = {"model": layout.model, "trainable": paths, "accumulation": accumulation}
+        grads, metrics, sums = gradients(state, batch, **options)
+        return grads, metrics, sums.stats
 
     with sharding.use_mesh(layout.mesh, layout.rules):
         grads, metrics, stats = jax.device_get(compute(params, routing, batch))

@@ -22,14 +22,10 @@ device does two gathers with static shapes whatever the images look like.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from flax import struct
 
-# A leaf of a pytree record: an array, or whatever a tree transformation puts in its place (a shape, a
-# sharding). The comment beside each field gives dtype and shape; functions check them.
-Leaf = Any
+from vl_jax.params import Leaf
 
 # Modality ids of tokens in the language model; routing statistics are split by them.
 TEXT, VISION = 0, 1

@@ -351,6 +351,8 @@ def _build(value: Any, hint: Any, path: str) -> Any:
             raise ConfigError(f"{path}={value!r}: expected one of {allowed}")
         return value
     if dataclasses.is_dataclass(hint):
+        if hasattr(value, "keys") and TYPE_KEY in value:
+            _class_of(value[TYPE_KEY], hint, path)
         return _build_dataclass(value, hint, path)
     if origin is tuple:
         if hasattr(value, "items"):
@@ -390,8 +392,6 @@ def _build_union(value: Any, hint: Any, path: str) -> Any:
 def _build_dataclass(value: Any, cls: Any, path: str) -> Any:
     if not hasattr(value, "keys"):
         raise ConfigError(f"{path}={value!r}: expected the fields of {cls.__name__}")
-    if TYPE_KEY in value and value[TYPE_KEY] is not cls:
-        _class_of(value[TYPE_KEY], cls, path)
     hints = typing.get_type_hints(cls, include_extras=True)
     names = [f.name for f in dataclasses.fields(cls)]
     for key in value.keys():

@@ -25,10 +25,9 @@ from vl_jax.model import VisionLanguage, init_cache
 from vl_jax.moe import routing
 from vl_jax.moe.routing import State
 from vl_jax.nn.cache import Cache
+from vl_jax.params import Leaf
 
 logger = logging.getLogger(__name__)
-
-Leaf = Any
 
 # Caches of ``stream`` have a multiple of so many slots, so that lengths that differ a little share a program.
 SLOT_BUCKET = 256

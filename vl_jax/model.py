@@ -30,8 +30,7 @@ from vl_jax.moe.routing import MoEConfig, RoutingContext, State
 from vl_jax.nn import attention
 from vl_jax.nn import cache as cache_lib
 from vl_jax.nn.cache import Cache
-
-Leaf = Any
+from vl_jax.params import Leaf
 
 
 @dataclasses.dataclass(frozen=True)

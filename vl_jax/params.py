@@ -15,6 +15,10 @@ import jax
 
 Tree = Any
 
+# A leaf of a pytree record: an array, or whatever a tree transformation puts in its place (a shape, a
+# sharding). The comment beside each field gives dtype and shape; functions check them.
+Leaf = Any
+
 
 def flatten(tree: Tree) -> dict[str, Any]:
     """Flattens nested mappings into ``{path: leaf}``, paths joined by ``/``."""

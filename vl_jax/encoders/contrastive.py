@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -24,8 +24,7 @@ from vl_jax.encoders.text import TextEncoder, TextEncoderConfig
 from vl_jax.encoders.transformer import Encoded
 from vl_jax.encoders.vit import ViT, ViTConfig
 from vl_jax.nn.layers import named
-
-Leaf = Any
+from vl_jax.params import Leaf
 
 
 @dataclasses.dataclass(frozen=True)

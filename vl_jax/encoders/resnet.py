@@ -9,7 +9,7 @@ Running statistics of batch normalisation are no parameters but a collection of 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -20,9 +20,9 @@ from jaxtyping import Array, Float
 from vl_jax.kernels.activation import FUNCTIONS
 from vl_jax.nn.conv import Conv
 from vl_jax.nn.layers import fan_in, named
+from vl_jax.params import Leaf
 from vl_jax.sharding import constrain
 
-Leaf = Any
 ACTIVATIONS = {**FUNCTIONS, "selu": jax.nn.selu}
 HE = fan_in(in_axis=(0, 1, 2), scale=2.0)  # half of the variance is lost in the activation
 EPSILON = 1e-5

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -23,9 +22,8 @@ from vl_jax.kernels.activation import Activation, Kind
 from vl_jax.nn import attention
 from vl_jax.nn.conv import Conv
 from vl_jax.nn.layers import GatedMLP, LayerNorm, Linear, fan_in, named
+from vl_jax.params import Leaf
 from vl_jax.sharding import constrain
-
-Leaf = Any
 
 
 @dataclasses.dataclass(frozen=True)

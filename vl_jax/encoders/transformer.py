@@ -6,7 +6,6 @@ Every block is ``x + attention(norm1(x))``, then ``x + fc2(activation(fc1(norm2(
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -16,9 +15,8 @@ from jaxtyping import Array, Bool, Float
 from vl_jax.kernels.activation import FUNCTIONS, Kind
 from vl_jax.nn import attention
 from vl_jax.nn.layers import LayerNorm, Linear, fan_in, named
+from vl_jax.params import Leaf
 from vl_jax.sharding import constrain
-
-Leaf = Any
 
 
 @dataclasses.dataclass(frozen=True)

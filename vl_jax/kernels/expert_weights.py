@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 from flax import struct
 
-Leaf = Any
+from vl_jax.params import Leaf
 
 
 @struct.dataclass

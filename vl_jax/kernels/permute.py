@@ -25,8 +25,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int, Shaped
 
 from vl_jax.kernels.target import LANES, Target, current_target
+from vl_jax.params import Leaf
 
-Leaf = Any
 SUBLANES = 8
 # Rows fetched in one step, at most: enough to hide the latency of a transfer.
 STEP_ROWS = 512

@@ -24,10 +24,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vl_jax.kernels.permute import Moves
 from vl_jax.kernels.target import Target, current_target
+from vl_jax.params import Leaf
 
 Score = Literal["softmax", "sigmoid"]
 TOKEN_TILE = 128
-Leaf = Any
 
 
 @struct.dataclass

@@ -29,9 +29,9 @@ from vl_jax.moe.routing import MoEConfig, RoutingContext, State
 from vl_jax.nn.attention import within_window
 from vl_jax.nn.cache import Cache
 from vl_jax.nn.layers import GatedMLP, Linear, RMSNorm, named
+from vl_jax.params import Leaf
 from vl_jax.sharding import constrain
 
-Leaf = Any
 REMAT_POLICIES = {
     "full": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,

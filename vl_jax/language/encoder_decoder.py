@@ -37,9 +37,8 @@ from vl_jax.moe.layer import DynamicMoE, MoEOutput
 from vl_jax.moe.routing import MoEConfig, RoutingContext
 from vl_jax.nn import attention
 from vl_jax.nn.layers import GatedMLP, Linear, RMSNorm, fan_in, named
+from vl_jax.params import Leaf
 from vl_jax.sharding import constrain
-
-Leaf = Any
 
 
 @dataclasses.dataclass(frozen=True)

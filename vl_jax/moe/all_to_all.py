@@ -10,8 +10,6 @@ device sends 2 (N - 1) / N times its slots; ``exchange`` says when an all-gather
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -21,8 +19,7 @@ from vl_jax.kernels.activation import Activation
 from vl_jax.kernels.expert_weights import ExpertWeights
 from vl_jax.moe.dispatch import rank_by_sorting
 from vl_jax.moe.routing import TokenChoice
-
-Leaf = Any
+from vl_jax.params import Leaf
 
 
 @struct.dataclass

@@ -14,7 +14,8 @@ import jax
 import numpy as np
 from flax import struct
 
-Leaf = Any
+from vl_jax.params import Leaf
+
 # The name of the axis over routing groups, for schemes and losses that sum over all of them.
 GROUPS = "groups"
 

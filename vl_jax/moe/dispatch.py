@@ -24,8 +24,7 @@ from vl_jax.kernels.permute import Moves
 from vl_jax.kernels.router import rank_in_expert, sort_by_expert
 from vl_jax.moe.assignment import Assignment, Choice, ExpertChoice, Soft, TokenChoice
 from vl_jax.moe.routing import MoEConfig
-
-Leaf = Any
+from vl_jax.params import Leaf
 
 
 @struct.dataclass

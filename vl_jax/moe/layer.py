@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -15,8 +13,7 @@ from vl_jax.moe import balance, dispatch, exchange, routing
 from vl_jax.moe.assignment import Merge
 from vl_jax.moe.routing import MoEConfig, RoutingContext, RoutingStats, State
 from vl_jax.nn.layers import GatedMLP, Linear, fan_in, named
-
-Leaf = Any
+from vl_jax.params import Leaf
 
 
 @struct.dataclass

@@ -24,8 +24,7 @@ from vl_jax.kernels.expert_weights import ExpertWeights
 from vl_jax.kernels.permute import Moves, permute, unpermute
 from vl_jax.moe import dispatch
 from vl_jax.moe.assignment import TokenChoice
-
-Leaf = Any
+from vl_jax.params import Leaf
 
 
 @struct.dataclass

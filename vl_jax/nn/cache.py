@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Int
 
-Leaf = Any
+from vl_jax.params import Leaf
 
 
 @struct.dataclass

@@ -210,7 +210,7 @@ def _begin_stage(
     state = jax.jit(optimizer.init, out_shardings=targets)(trained)
     step = jax.device_put(jnp.zeros((), jnp.int32), layout.replicated)
     load = _running_load(layout, None)
-    return TrainState(step, params, state, jax.device_put(routing, layout.replicated), adapters, load)
+    return TrainState(step, params, state, jax.device_put(routing, layout.replicated), adapters, load=load)
 
 
 def _running_load(layout: Layout, recorded: list[list[float]] | None) -> jax.Array | None:
@@ -281,6 +281,7 @@ def _run_stage(
         trainable=paths,
         accumulation=stage.accumulation,
         lora_scale=lora_scale,
+        objective=stage.objective,
     )
     rate = schedule(stage.optimizer, stage.steps)
     clock = _Clock()

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from vl_jax import params as params_lib
+from vl_jax.config import Open
 from vl_jax.train import lora
 from vl_jax.train.lora import LoraConfig
+from vl_jax.train.objectives.next_token import NextToken
+from vl_jax.train.objectives.objective import Objective
+from vl_jax.train.objectives.together import NEEDS, Together
 from vl_jax.train.optimizer import OptimizerConfig
 
 
@@ -24,6 +28,9 @@ class Stage:
     targets: Literal["all", "answers"] = "answers"  # which text tokens are predicted
     trainable: tuple[str, ...] = (".*",)  # patterns of parameter paths; the rest is frozen
     lora: LoraConfig | None = None  # adapters on frozen weights, merged into them when the stage ends
+    objective: Annotated[NextToken | Together | Objective, Open("objective", NEEDS)] = (
+        NextToken()
+    )  # what it minimises
     optimizer: OptimizerConfig = OptimizerConfig()
 
     def __post_init__(self):
@@ -35,6 +42,11 @@ class Stage:
         if self.batch_size % self.accumulation:
             raise ValueError(
                 f"batch_size={self.batch_size} is not a multiple of accumulation={self.accumulation}"
+            )
+        if self.objective.couples_rows and self.accumulation > 1:
+            raise ValueError(
+                f"accumulation={self.accumulation}: rows act on one another under "
+                f"{type(self.objective).__name__}, so the batch cannot be cut; it must be 1"
             )
         if self.weights and len(self.weights) != len(self.sources):
             raise ValueError(f"{len(self.weights)} weights for {len(self.sources)} sources")

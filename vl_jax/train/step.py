@@ -6,6 +6,8 @@ with or without accumulation, rematerialisation and sharding.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,10 +22,13 @@ from vl_jax.batch import Batch
 from vl_jax.model import VisionLanguage, update_routing_state
 from vl_jax.moe import balance
 from vl_jax.moe.routing import EXCLUDED, ROUTES, State, scheme_of
+from vl_jax.params import Leaf
 from vl_jax.train import lora
+from vl_jax.train.objectives.next_token import NextToken
+from vl_jax.train.objectives.objective import Objective, Sums
 
-Leaf = Any
 Metrics = dict[str, jax.Array]
+NEXT_TOKEN = NextToken()
 
 
 @struct.dataclass
@@ -35,6 +40,7 @@ class TrainState:
     optimizer: Leaf  # optimiser state of the trained leaves
     routing: State  # state of the routing scheme, stacked over sparse layers
     adapters: Leaf = struct.field(default_factory=dict)  # see ``lora``; empty without any
+    collections: dict[str, Any] = struct.field(default_factory=dict)  # batch statistics and the like, by name
     load: Leaf | None = None  # f32[L E] ``balance.running_load`` of the stage; None: not kept
 
 
@@ -48,28 +54,6 @@ def join_trained(trained: Any, frozen: Any, trainable: set[str]) -> tuple[Any, A
     """The inverse of ``split_trained``: parameters and adapters."""
     parameters, adapters = params_lib.split(trained, trainable)
     return params_lib.merge(parameters, frozen), adapters
-
-
-def loss_sums(
-    params: Any,
-    routing: State,
-    batch: Batch,
-    *,
-    model: VisionLanguage,
-    rngs: dict[str, jax.Array] | None = None,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Any]]:
-    """(sum of cross-entropy, (sum of hits, sum of auxiliary losses over layers, routing statistics))."""
-    output: Any = model.apply({"params": params}, batch, routing, rngs=rngs)
-    predicting = jnp.take_along_axis(output.hidden, batch.target_index[..., None], axis=1)
-    sums: Any = model.apply(
-        {"params": params}, predicting, batch.targets, batch.loss_weights, method="cross_entropy"
-    )
-    routed = output.routed
-    auxiliary = jnp.zeros(())
-    if routed is not None:
-        auxiliary = sum((jnp.sum(v) for v in routed.losses.values()), auxiliary)
-    stats = None if routed is None else routed.stats
-    return sums[0], (sums[1], auxiliary, stats)
 
 
 def split_rows(batch: Any, parts: int) -> Any:
@@ -95,44 +79,52 @@ def gradients(
     trainable: set[str],
     accumulation: int,
     lora_scale: float = 1.0,
-) -> tuple[Any, Metrics, Any]:
-    """Gradients of parameters that train and of adapters for the whole batch, metrics, routing statistics."""
+    objective: Objective = NEXT_TOKEN,
+) -> tuple[Any, Metrics, Sums]:
+    """Gradients of parameters that train and of adapters for the whole batch; metrics; the sums."""
     trained, frozen = split_trained(state.params, state.adapters, trainable)
-    total = jnp.maximum(jnp.sum(batch.loss_weights), 1.0)
+    totals = objective.total(batch)
     rngs = None
     if scheme_of(model.config.moe).rng:
         rngs = {"routing": jax.random.fold_in(jax.random.key(0), state.step)}
 
-    def objective(trained: Any, part: tuple[Batch, State]) -> tuple[jax.Array, tuple]:
+    def minimised(trained: Any, part: tuple[Batch, State]) -> tuple[jax.Array, Sums]:
         rows, given = part
         params = lora.merge(*join_trained(trained, frozen, trainable), lora_scale)
         routing = state.routing | {name: jnp.moveaxis(x, 0, 1) for name, x in given.items()}
-        nll, (hits, auxiliary, stats) = loss_sums(params, routing, rows, model=model, rngs=rngs)
-        return nll / total + auxiliary / accumulation, (
-            nll / total,
-            hits / total,
-            auxiliary / accumulation,
-            stats,
-        )
+        found = objective(params, dataclasses.replace(state, routing=routing), rows, model=model, rngs=rngs)
+        losses = {name: value / totals[name] for name, value in found.losses.items()}
+        metrics = {name: value / totals[name] for name, value in found.metrics.items()}
+        # What is a mean over the rows of a part has to become one over all.
+        auxiliary = found.auxiliary / accumulation
+        collections = jax.tree.map(lambda x: x / accumulation, found.collections)
+        loss = weighted(losses, objective) + auxiliary
+        return loss, Sums(losses, metrics, auxiliary, found.stats, collections)
 
     def one_part(carry: Any, part: tuple[Batch, State]) -> tuple[Any, None]:
-        (_, parts), grads = jax.value_and_grad(objective, has_aux=True)(trained, part)
+        (_, parts), grads = jax.value_and_grad(minimised, has_aux=True)(trained, part)
         return jax.tree.map(jnp.add, carry, (grads, parts)), None
 
     if accumulation == 1:
-        (_, parts), grads = jax.value_and_grad(objective, has_aux=True)(trained, (batch, {}))
+        (_, parts), grads = jax.value_and_grad(minimised, has_aux=True)(trained, (batch, {}))
     else:
         given = given_rows(state.routing, batch.tokens.shape[0])
         micro = split_rows((batch, given), accumulation)
         shapes = jax.eval_shape(
-            lambda part: jax.value_and_grad(objective, has_aux=True)(trained, part),
+            lambda part: jax.value_and_grad(minimised, has_aux=True)(trained, part),
             jax.tree.map(lambda x: x[0], micro),
         )
         (_, parts), grads = shapes
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (grads, parts))
         (grads, parts), _ = jax.lax.scan(one_part, zeros, micro)
-    loss, accuracy, auxiliary, stats = parts
-    return grads, {"loss": loss, "accuracy": accuracy, "auxiliary_loss": auxiliary}, stats
+    metrics = {**parts.losses, **parts.metrics, "loss": weighted(parts.losses, objective)}
+    return grads, {**metrics, "auxiliary_loss": parts.auxiliary}, parts
+
+
+def weighted(losses: dict[str, jax.Array], objective: Objective) -> jax.Array:
+    """The sum of the losses, each times its weight."""
+    terms = (value * objective.weights[name] for name, value in losses.items())
+    return functools.reduce(jnp.add, terms)
 
 
 def make_train_step(
@@ -142,18 +134,35 @@ def make_train_step(
     trainable: set[str],
     accumulation: int = 1,
     lora_scale: float = 1.0,
+    objective: Objective = NEXT_TOKEN,
 ) -> Callable[[TrainState, Batch, ArrayLike], tuple[TrainState, Metrics]]:
     """The step of one stage, ``(state, batch, learning_rate)``, to be compiled by the caller.
 
     Args:
       trainable: the parameters that train; adapters of the state train besides.
       lora_scale: what adapters are multiplied by when they are merged.
+      objective: what the stage minimises.
+
+    Raises:
+      ValueError: rows of the objective act on one another, and micro-batches would part them.
     """
+    if objective.couples_rows and accumulation > 1:
+        raise ValueError(
+            f"accumulation={accumulation}: rows act on one another under {type(objective).__name__}, so the "
+            "batch cannot be cut; set accumulation=1"
+        )
 
     def step(state: TrainState, batch: Batch, learning_rate: ArrayLike) -> tuple[TrainState, Metrics]:
-        grads, metrics, stats = gradients(
-            state, batch, model=model, trainable=trainable, accumulation=accumulation, lora_scale=lora_scale
+        grads, metrics, sums = gradients(
+            state,
+            batch,
+            model=model,
+            trainable=trainable,
+            accumulation=accumulation,
+            lora_scale=lora_scale,
+            objective=objective,
         )
+        stats = sums.stats
         trained, frozen = split_trained(state.params, state.adapters, trainable)
         with jax.numpy_dtype_promotion("standard"):  # optax multiplies counts with decay rates
             updates, optimizer_state = optimizer.update(grads, state.optimizer, trained)
@@ -168,6 +177,8 @@ def make_train_step(
                 metrics["routing/maxvio_running"] = balance.max_violation(load)
             routing = update_routing_state(routing, stats, model.config)
         params, adapters = join_trained(trained, frozen, trainable)
-        return TrainState(state.step + 1, params, optimizer_state, routing, adapters, load), metrics
+        collections = state.collections | sums.collections
+        new = TrainState(state.step + 1, params, optimizer_state, routing, adapters, collections, load)
+        return new, metrics
 
     return step

@@ -1,0 +1,1 @@
+"""What a stage minimises: one frozen dataclass a file (see ``objective``)."""
