@@ -14,7 +14,7 @@ import pytest
 import tiny
 
 from vl_jax import params as params_lib
-from vl_jax.config import ConfigError, from_json, rebuild, to_json, view
+from vl_jax.config import ConfigError, from_json, load, rebuild, to_json, view
 from vl_jax.model import VisionLanguage
 from vl_jax.train.objectives.next_token import NextToken
 from vl_jax.train.objectives.objective import Objective
@@ -125,3 +125,15 @@ def test_parts_have_different_names_and_count():
         Together((Part("a"), Part("a")))
     with pytest.raises(ValueError, match="weight=0 of objective 'a' must be > 0"):
         Part("a", weight=0)
+
+
+def test_the_command_line_exchanges_the_objective_of_a_stage_by_name(own):
+    pytest.importorskip("ml_collections")
+    experiment = str(tiny.__file__).replace("tiny.py", "tiny_experiment.py")
+    by_file = [("stages.second.objective", f"{own}:Shrink"), ("stages.second.objective.power", "3")]
+    stages = load(experiment, by_file).stages
+    assert stages[0].objective == NextToken() and stages[1].objective.power == 3
+    named = load(experiment, [("stages.first.objective", "Together")]).stages[0].objective
+    assert named == Together()
+    with pytest.raises(ConfigError, match="stages.first.objective is a group"):
+        load(experiment, [("stages.first.objective", "NextTokens")])
