@@ -89,7 +89,7 @@ def test_the_model_is_the_published_one_but_for_how_it_runs_and_trains(published
     assert found.stages == given.stages
     assert found.data.tokenizer == str(published)
     assert found.data.tiling.tile_size == expected.encoder.image_size == 76
-    assert resolve(found) == found and from_json(to_json(found)) == found
+    assert resolve(found) == found and from_json(to_json(found), Experiment) == found
 
 
 def test_without_a_folder_nothing_is_filled_in(published, data):

@@ -73,7 +73,7 @@ def texts(folder, count=80, bad=()):
 
 
 def test_a_config_with_packing_survives_json():
-    assert config_lib.from_json(config_lib.to_json(CONFIG)) == CONFIG
+    assert config_lib.from_json(config_lib.to_json(CONFIG), DataConfig) == CONFIG
 
 
 @pytest.mark.parametrize("taken", [0, pytest.param(1, marks=pytest.mark.slow), 7])

@@ -64,7 +64,7 @@ def two_pictures(size=(40, 20)) -> Sample:
 
 
 def test_a_config_survives_json():
-    assert config_module.from_json(config_module.to_json(CONFIG)) == CONFIG
+    assert config_module.from_json(config_module.to_json(CONFIG), DataConfig) == CONFIG
 
 
 @pytest.mark.parametrize("fusion", ["prefix", "gated"])

@@ -142,7 +142,7 @@ def test_nothing_is_left_when_the_process_ends_badly(end, tmp_path):
 
 def test_workers_do_not_load_jax():
     heavy = "jax", "flax", "grain", "ml_collections"
-    code = f"import sys, vl_jax.data.reading; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, vl_jax.data.stream.readers; print([m for m in {heavy} if m in sys.modules])"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     assert subprocess.check_output([sys.executable, "-c", code], env=environment, text=True) == "[]\n"
 

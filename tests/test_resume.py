@@ -207,4 +207,4 @@ def test_a_process_asked_to_stop_exits_with_the_number_of_the_signal(uninterrupt
 
 def test_the_tiny_experiment_survives_its_own_json():
     built = load(TINY)
-    assert from_json(to_json(built)) == built
+    assert from_json(to_json(built), experiment.Experiment) == built
