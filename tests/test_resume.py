@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from vl_jax import cli, experiment
+from vl_jax import cli, experiment, runs
 from vl_jax.config import from_json, load, to_json
 from vl_jax.metrics import METRICS_FILE, read_metrics, without_timings
 
@@ -65,7 +65,7 @@ class Interruption:
 
             return Wrapped()
 
-        monkeypatch.setattr(experiment, "open_stream", open_stream)
+        monkeypatch.setattr(runs, "open_stream", open_stream)
 
 
 def test_the_log_has_every_step_of_both_stages_once(uninterrupted):
