@@ -141,7 +141,7 @@ def test_a_published_checkpoint_is_tuned_and_published_again(
     before, after = params_lib.flatten(before), params_lib.flatten(state.params)
     moved = {path for path in before if not np.array_equal(before[path], after[path])}
     config = given.stages[0].lora
-    assert moved == (set(before) if config is None else set(lora.select(config, layout.params)))
+    assert moved == (set(before) if config is None else set(lora.select(config, layout.params, layout.roles)))
     steps = np.asarray(state.routing["bias"] - routing["bias"]) / 0.01
     assert np.any(np.round(steps)) and np.all(np.abs(steps - np.round(steps)) < 1e-3)
     assert main(["convert", f"--from={tmp_path / 'run'}", f"--to={tmp_path / 'out'}"]) == 0

@@ -22,6 +22,7 @@ from vl_jax.batch import Batch
 from vl_jax.checkpoint import Checkpointer
 from vl_jax.layout import put_batch
 from vl_jax.model import VisionLanguage
+from vl_jax.roles import Role
 from vl_jax.sharding import MeshConfig
 from vl_jax.train import loop, lora
 from vl_jax.train.loop import LoopConfig, Position
@@ -36,23 +37,102 @@ MODEL = tiny.config()
 STEP = 2e-4  # of finite differences: at 5e-4 a token of this model chooses other experts
 EVERY = LoraConfig(rank=3, alpha=6.0, targets=tuple(GROUPS))
 
-# Path and shape of a weight of every kind; x W; x a; (x a) b.
+# Path, shape and role of a weight of every kind; x W; x a; (x a) b.
 KINDS = {
-    "layers/attention/query": ((2, 5, 2, 4), "ltd,ldnh->ltnh", "ltd,ldr->ltr", "ltr,lrnh->ltnh"),
-    "layers/attention/key": ((2, 5, 2, 4), "ltd,ldnh->ltnh", "ltd,ldr->ltr", "ltr,lrnh->ltnh"),
-    "layers/attention/kv_up": ((2, 2, 4, 5), "ltd,lnhd->ltnh", "ltd,ldr->ltr", "ltr,lrnh->ltnh"),
-    "layers/attention/output": ((2, 3, 4, 5), "ltnh,lnhd->ltd", "ltnh,lnhr->ltr", "ltr,lrd->ltd"),
-    "layers/gate/output": ((2, 3, 4, 5), "ltnh,lnhd->ltd", "ltnh,lnhr->ltr", "ltr,lrd->ltd"),
-    "layers/attention/kv_down/kernel": ((2, 5, 7), "ltd,ldf->ltf", "ltd,ldr->ltr", "ltr,lrf->ltf"),
-    "blocks/attention/qkv": ((2, 5, 3, 2, 4), "ltd,ldxnh->ltxnh", "ltd,ldr->ltr", "ltr,lrxnh->ltxnh"),
-    "blocks/attention/project": ((2, 3, 4, 5), "ltnh,lnhd->ltd", "ltnh,lnhr->ltr", "ltr,lrd->ltd"),
-    "layers/mlp/w_in": ((2, 5, 2, 6), "ltd,ldxf->ltxf", "ltd,lxdr->ltxr", "ltxr,lxrf->ltxf"),
-    "layers/mlp/w_out": ((2, 6, 5), "ltf,lfd->ltd", "ltf,lfr->ltr", "ltr,lrd->ltd"),
-    "layers/moe/w_in": ((2, 3, 5, 2, 6), "letd,ledxf->letxf", "letd,lexdr->letxr", "letxr,lexrf->letxf"),
-    "layers/moe/w_out": ((2, 3, 6, 5), "letf,lefd->letd", "letf,lefr->letr", "letr,lerd->letd"),
-    "adapter/layer_0/kernel": ((5, 7), "td,df->tf", "td,dr->tr", "tr,rf->tf"),
-    "encoder/stem/kernel": ((2, 2, 3, 5), "thwc,hwcd->td", "thwc,hwcr->tr", "tr,rd->td"),
+    "layers/attention/query": (
+        (2, 5, 2, 4),
+        Role((-3,), (-2, -1)),
+        "ltd,ldnh->ltnh",
+        "ltd,ldr->ltr",
+        "ltr,lrnh->ltnh",
+    ),
+    "layers/attention/key": (
+        (2, 5, 2, 4),
+        Role((-3,), (-2, -1)),
+        "ltd,ldnh->ltnh",
+        "ltd,ldr->ltr",
+        "ltr,lrnh->ltnh",
+    ),
+    "layers/attention/kv_up": (
+        (2, 2, 4, 5),
+        Role((-1,), (-3, -2)),
+        "ltd,lnhd->ltnh",
+        "ltd,ldr->ltr",
+        "ltr,lrnh->ltnh",
+    ),
+    "layers/attention/output": (
+        (2, 3, 4, 5),
+        Role((-3, -2), (-1,)),
+        "ltnh,lnhd->ltd",
+        "ltnh,lnhr->ltr",
+        "ltr,lrd->ltd",
+    ),
+    "layers/gate/output": (
+        (2, 3, 4, 5),
+        Role((-3, -2), (-1,)),
+        "ltnh,lnhd->ltd",
+        "ltnh,lnhr->ltr",
+        "ltr,lrd->ltd",
+    ),
+    "layers/attention/kv_down/kernel": (
+        (2, 5, 7),
+        Role((-2,), (-1,)),
+        "ltd,ldf->ltf",
+        "ltd,ldr->ltr",
+        "ltr,lrf->ltf",
+    ),
+    "blocks/attention/qkv": (
+        (2, 5, 3, 2, 4),
+        Role((-4,), (-3, -2, -1)),
+        "ltd,ldxnh->ltxnh",
+        "ltd,ldr->ltr",
+        "ltr,lrxnh->ltxnh",
+    ),
+    "blocks/attention/project": (
+        (2, 3, 4, 5),
+        Role((-3, -2), (-1,)),
+        "ltnh,lnhd->ltd",
+        "ltnh,lnhr->ltr",
+        "ltr,lrd->ltd",
+    ),
+    "layers/mlp/w_in": (
+        (2, 5, 2, 6),
+        Role((-3,), (-1,)),
+        "ltd,ldxf->ltxf",
+        "ltd,lxdr->ltxr",
+        "ltxr,lxrf->ltxf",
+    ),
+    "layers/mlp/w_out": ((2, 6, 5), Role((-2,), (-1,)), "ltf,lfd->ltd", "ltf,lfr->ltr", "ltr,lrd->ltd"),
+    "layers/moe/w_in": (
+        (2, 3, 5, 2, 6),
+        Role((-3,), (-1,)),
+        "letd,ledxf->letxf",
+        "letd,lexdr->letxr",
+        "letxr,lexrf->letxf",
+    ),
+    "layers/moe/w_out": (
+        (2, 3, 6, 5),
+        Role((-2,), (-1,)),
+        "letf,lefd->letd",
+        "letf,lefr->letr",
+        "letr,lerd->letd",
+    ),
+    "adapter/layer_0/kernel": ((5, 7), Role((-2,), (-1,)), "td,df->tf", "td,dr->tr", "tr,rf->tf"),
+    "encoder/stem/kernel": (
+        (2, 2, 3, 5),
+        Role((-4, -3, -2), (-1,)),
+        "thwc,hwcd->td",
+        "thwc,hwcr->tr",
+        "tr,rd->td",
+    ),
 }
+
+
+LAYOUT = tiny.layout_of(MODEL)
+
+
+def merged(params: Any, adapters: Any, scale: float = EVERY.scale) -> Any:
+    return lora.merge(params, adapters, scale, LAYOUT.roles)
 
 
 def normal(seed: int, shape: tuple[int, ...]) -> jax.Array:
@@ -87,43 +167,42 @@ def assert_moved_by_the_rate(before: Any, after: Any, *, steps: int) -> None:
 
 @pytest.mark.parametrize("path", KINDS)
 def test_a_merged_weight_does_what_the_weight_and_its_adapter_do(path):
-    shape, whole, down, up = KINDS[path]
+    shape, role, whole, down, up = KINDS[path]
     config = LoraConfig(rank=3, alpha=6.0, targets=(path,))
     params = params_lib.unflatten({path: normal(1, shape)})
-    adapters = filled(lora.shapes(config, params), scale=1.0)
+    adapters = filled(lora.shapes(config, params, {path: role}), scale=1.0)
     (a, b) = (params_lib.flatten(adapters)[f"{path}/{name}"] for name in "ab")
     sizes = dict(zip(whole.split("->")[0].split(",")[1], shape, strict=True))
     x = normal(2, tuple(sizes.get(axis, 4) for axis in whole.split(",")[0]))
     weight = params_lib.flatten(params)[path]
-    merged = params_lib.flatten(lora.merge(params, adapters, config.scale))[path]
+    found = params_lib.flatten(lora.merge(params, adapters, config.scale, {path: role}))[path]
     expected = jnp.einsum(whole, x, weight) + 2.0 * jnp.einsum(up, jnp.einsum(down, x, a), b)
-    np.testing.assert_allclose(jnp.einsum(whole, x, merged), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(jnp.einsum(whole, x, found), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_every_matrix_of_the_model_is_in_one_of_the_groups_and_nothing_else():
-    params, _ = tiny.build(MODEL)
-    matrices = {p for p in params_lib.flatten(params) if p.rpartition("/")[2] in ("kernel", "w_in", "w_out")}
-    matrices |= {
-        p for p in params_lib.flatten(params) if p.rpartition("/")[2] in ("query", "kv_up", "output")
-    }
-    matrices |= {p for p in params_lib.flatten(params) if p.rpartition("/")[2] in ("qkv", "project")}
-    assert set(lora.select(EVERY, params)) == matrices - {"language/head/kernel"}
+def test_every_matrix_of_the_model_is_in_one_of_the_groups():
+    matrices = {path for path, role in LAYOUT.roles.items() if role.is_matrix}
+    assert set(lora.select(EVERY, LAYOUT.params, LAYOUT.roles)) == matrices
+    assert "language/head/kernel" not in matrices
 
 
 def test_fresh_adapters_leave_the_model_as_it_is():
     params, _ = tiny.build(MODEL)
-    adapters = jax.jit(functools.partial(lora.init, EVERY, params))(jax.random.key(0))
+    adapters = jax.jit(functools.partial(lora.init, EVERY, params, LAYOUT.roles))(jax.random.key(0))
     assert all(np.any(leaf) == path.endswith("/a") for path, leaf in params_lib.flatten(adapters).items())
-    assert_equal(jax.jit(lora.merge, static_argnums=2)(params, adapters, EVERY.scale), params)
+    assert_equal(jax.jit(merged)(params, adapters), params)
 
 
 def test_weights_in_half_precision_keep_their_dtype():
-    params = {"fc": {"kernel": normal(0, (4, 4)).astype(jnp.bfloat16)}}
+    params, roles = (
+        {"fc": {"kernel": normal(0, (4, 4)).astype(jnp.bfloat16)}},
+        {"fc/kernel": Role((0,), (1,))},
+    )
     config = LoraConfig(rank=2, alpha=2.0, targets=("fc/kernel",))
-    factors = filled(lora.shapes(config, params), scale=1.0)["fc"]["kernel"]
-    merged = lora.merge(params, {"fc": {"kernel": factors}}, 1.0)["fc"]["kernel"]
+    factors = filled(lora.shapes(config, params, roles), scale=1.0)["fc"]["kernel"]
+    found = lora.merge(params, {"fc": {"kernel": factors}}, 1.0, roles)["fc"]["kernel"]
     expected = params["fc"]["kernel"].astype(jnp.float32) + factors["a"] @ factors["b"]
-    np.testing.assert_array_equal(merged, expected.astype(jnp.bfloat16))
+    np.testing.assert_array_equal(found, expected.astype(jnp.bfloat16))
 
 
 @functools.cache
@@ -133,7 +212,7 @@ def adapted_gradients(mesh: MeshConfig = ONE, accumulation: int = 1) -> dict[str
     params, routing = jax.tree.map(np.asarray, tiny.build(MODEL))
     params = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, layout.params)
     routing = jax.device_put(routing, layout.replicated)
-    shapes = lora.shapes(EVERY, layout.params)
+    shapes = lora.shapes(EVERY, layout.params, layout.roles)
     adapters = jax.tree.map(
         lambda x, like: jax.device_put(np.asarray(x), like.sharding), filled(shapes), shapes
     )
@@ -149,6 +228,7 @@ def adapted_gradients(mesh: MeshConfig = ONE, accumulation: int = 1) -> dict[str
             trainable={"adapter/newline"},
             accumulation=accumulation,
             lora_scale=EVERY.scale,
+            roles=layout.roles,
         )[0]
 
     with sharding.use_mesh(layout.mesh, layout.rules):
@@ -158,9 +238,8 @@ def adapted_gradients(mesh: MeshConfig = ONE, accumulation: int = 1) -> dict[str
 @pytest.mark.slow
 def test_gradients_of_adapters_follow_from_those_of_the_merged_weights():
     params, routing = tiny.build(MODEL)
-    adapters = filled(lora.shapes(EVERY, params))
-    merged = lora.merge(params, adapters, EVERY.scale)
-    state = TrainState(0, merged, None, routing)
+    adapters = filled(lora.shapes(EVERY, params, LAYOUT.roles))
+    state = TrainState(0, merged(params, adapters), None, routing)
     batch = jax.tree.map(jnp.asarray, tiny.varied_batch(ROWS))
     options = {
         "model": VisionLanguage(MODEL),
@@ -192,12 +271,12 @@ def test_gradients_of_adapters_follow_from_those_of_the_merged_weights():
 @pytest.mark.slow
 def test_gradients_of_adapters_are_finite_differences_of_the_loss():
     params, routing = tiny.build(MODEL)
-    adapters = filled(lora.shapes(EVERY, params))
+    adapters = filled(lora.shapes(EVERY, params, LAYOUT.roles))
     batch = jax.tree.map(jnp.asarray, tiny.varied_batch(ROWS))
 
     @jax.jit
     def loss(adapters: Any) -> jax.Array:
-        state = TrainState(0, lora.merge(params, adapters, EVERY.scale), None, routing)
+        state = TrainState(0, merged(params, adapters), None, routing)
         metrics = gradients(state, batch, model=VisionLanguage(MODEL), trainable=set(), accumulation=1)[1]
         return metrics["loss"] + metrics["auxiliary_loss"]
 
@@ -226,7 +305,7 @@ def test_gradients_are_the_same_on_a_mesh_and_with_accumulation(way):
 
 def test_adapters_lie_on_the_mesh_as_their_weights_do():
     layout = tiny.layout_of(MODEL, MESHES["fsdp2-expert2-tensor2"], devices=8)
-    found = params_lib.flatten(lora.shapes(EVERY, layout.params))
+    found = params_lib.flatten(lora.shapes(EVERY, layout.params, layout.roles))
     # w_in is [layers, experts, embed, gate or up, mlp].
     path = "language/moe_layers/moe/w_in"
     assert tuple(found[f"{path}/a"].sharding.spec) == (None, "expert", None, "fsdp", None)
@@ -297,9 +376,6 @@ def train(workdir: Path, stages=STAGES, *, fail_at: tuple[str, int] = ("", 0)) -
     )
 
 
-LAYOUT = tiny.layout_of(MODEL)
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> tuple[Path, TrainState]:
     workdir = tmp_path_factory.mktemp("lora")
@@ -332,7 +408,7 @@ def test_a_stage_begins_with_the_merged_weights_of_the_one_before(run, tmp_path)
     state, position = restored(run[0], tmp_path, 4)
     assert (position.stage, position.step) == (1, 0)
     before, _ = tiny.build(MODEL)
-    assert changed(before, state.params) == set(lora.select(STAGES[0].lora, before))
+    assert changed(before, state.params) == set(lora.select(STAGES[0].lora, before, LAYOUT.roles))
     assert_equal(state.params, train(tmp_path / "alone", STAGES[:1]).params)
     later, _ = restored(run[0], tmp_path, 6)
     assert changed(state.params, later.params) == {"adapter/newline"}
@@ -343,10 +419,10 @@ def test_a_finished_run_keeps_its_adapters_and_gives_merged_weights(run, tmp_pat
     last, position = restored(run[0], tmp_path, 7)
     assert position.stage == 2 and result.adapters == {}
     config = STAGES[1].lora
-    merged = jax.jit(lora.merge, static_argnums=2)(last.params, last.adapters, config.scale)
-    for path, leaf in params_lib.flatten(merged).items():
+    expected = jax.jit(functools.partial(merged, scale=config.scale))(last.params, last.adapters)
+    for path, leaf in params_lib.flatten(expected).items():
         np.testing.assert_allclose(params_lib.flatten(result.params)[path], leaf, rtol=1e-6, atol=1e-7)
-    assert changed(last.params, result.params) == set(lora.select(config, last.params))
+    assert changed(last.params, result.params) == set(lora.select(config, last.params, LAYOUT.roles))
     assert_equal(train(run[0]).params, result.params)
 
 
@@ -385,8 +461,9 @@ def stage(*targets: str, trainable: tuple[str, ...] = ()) -> Stage:
 
 
 def test_the_table_of_what_trains_counts_adapters():
-    table = {row[0]: row[1:] for row in trainable_table(stage("routed"), LAYOUT.params)}
-    plain = {row[0]: row[1:] for row in trainable_table(Stage("sft", steps=1, trainable=()), LAYOUT.params)}
+    table = {row[0]: row[1:] for row in trainable_table(stage("routed"), LAYOUT.params, LAYOUT.roles)}
+    frozen = Stage("sft", steps=1, trainable=())
+    plain = {row[0]: row[1:] for row in trainable_table(frozen, LAYOUT.params, LAYOUT.roles)}
     # Two layers, four experts: w_in [D=16, 2, F=8] gives 2 * (16 r + r 8), w_out [F, D] gives 8 r + r 16.
     adapters = 2 * 4 * (2 * (16 + 8) * 2 + (8 + 16) * 2)
     assert table.pop("language/moe_layers") == (plain.pop("language/moe_layers")[0] + adapters, adapters)
@@ -416,7 +493,7 @@ def test_the_table_of_what_trains_counts_adapters():
 )
 def test_targets_that_make_no_sense_are_refused_in_one_line(stage, message):
     with pytest.raises(ValueError) as error:
-        adapter_shapes(stage, LAYOUT.params)
+        adapter_shapes(stage, LAYOUT.params, LAYOUT.roles)
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
 
 

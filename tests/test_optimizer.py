@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from vl_jax import params as params_lib
+from vl_jax.roles import ORDINARY, Role
 from vl_jax.train.optimizer import OptimizerConfig, make_optimizer, schedule
 
 PARAMS = {
@@ -18,13 +19,14 @@ PARAMS = {
 }
 PATHS = set(params_lib.flatten(PARAMS))
 DECAYED = {"a/kernel", "b/kernel"}
+ROLES = {path: Role(decay=path in DECAYED) for path in PATHS}
 
 
 def updates_of(config: OptimizerConfig, gradients, *, paths=frozenset(PATHS), steps: int = 10):
     """The first update of the leaves in ``paths``, times the learning rate of the first step, by path."""
     trained, _ = params_lib.split(PARAMS, set(paths))
     grads, _ = params_lib.split(gradients, set(paths))
-    optimizer = make_optimizer(config, set(paths), PATHS)
+    optimizer = make_optimizer(config, set(paths), ROLES)
     with jax.numpy_dtype_promotion("standard"):
         updates, _ = optimizer.update(grads, optimizer.init(trained), trained)
     rate = float(schedule(config, steps)(0))
@@ -32,8 +34,7 @@ def updates_of(config: OptimizerConfig, gradients, *, paths=frozenset(PATHS), st
 
 
 def config(**options) -> OptimizerConfig:
-    no_decay = (r".*/(scale|bias|embedding)",)
-    return OptimizerConfig(**{"learning_rate": 0.1, "schedule": "constant", "no_decay": no_decay, **options})
+    return OptimizerConfig(**{"learning_rate": 0.1, "schedule": "constant", **options})
 
 
 ZEROS = jax.tree.map(jnp.zeros_like, PARAMS)
@@ -72,29 +73,20 @@ def test_without_gradient_exactly_the_masked_leaves_decay():
         np.testing.assert_allclose(update, expected, rtol=1e-6, err_msg=path)
 
 
-def test_default_mask_spares_vectors_gates_and_embeddings():
-    model_like = {
-        "x": {
-            k: 0
-            for k in (
-                "kernel",
-                "w_in",
-                "router",
-                "scale",
-                "bias",
-                "bias_0",
-                "qkv_bias",
-                "opening",
-                "newline",
-                "class_token",
-                "probe",
-                "embedding",
-            )
-        }
-    }
-    spared = params_lib.select(model_like, OptimizerConfig().no_decay)
-    decayed = {"kernel", "w_in", "router"}
-    assert {p.split("/")[1] for p in spared} == model_like["x"].keys() - decayed
+def test_patterns_spare_leaves_beside_those_that_do_not_decay_by_their_role():
+    updates = updates_of(config(weight_decay=0.5, no_decay=("a/.*",)), ZEROS)
+    assert {path for path, update in updates.items() if np.any(update)} == {"b/kernel"}
+
+
+def test_the_pattern_that_old_runs_recorded_means_that_roles_decide():
+    names = r".*/(scale|(\w+_)?bias\w*|opening|newline|separator|positions|class_token|probe|embedding)"
+    old = OptimizerConfig(no_decay=(names,))
+    assert old == OptimizerConfig()
+    only = {"kernel": ORDINARY}
+    assert make_optimizer(old, set(only), only)
+    # Beside another pattern it is what somebody wrote, and has to match.
+    with pytest.raises(ValueError, match="matches no parameter"):
+        make_optimizer(OptimizerConfig(no_decay=(names, "kernel")), set(only), only)
 
 
 def test_the_first_adam_step_is_the_rate_in_the_direction_of_the_sign():
@@ -127,7 +119,7 @@ def test_long_gradients_are_clipped_together_and_short_ones_are_not():
 @pytest.mark.parametrize("options", [{"no_decay": ("nothing",)}, {"rates": (("nothing", 2.0),)}])
 def test_a_pattern_that_matches_nothing_is_one_line(options):
     with pytest.raises(ValueError, match="pattern 'nothing' matches no parameter; top-level names: a, b"):
-        make_optimizer(config(**options), PATHS, PATHS)
+        make_optimizer(config(**options), PATHS, ROLES)
 
 
 @pytest.mark.parametrize(
@@ -144,11 +136,10 @@ def test_options_that_make_no_sense_are_refused(options, message):
         OptimizerConfig(**options)
 
 
-def muon_update(tree, gradients):
+def muon_update(tree, gradients, roles):
     """The update of Muon at learning rate 1 and no decay, by path, sign turned."""
-    paths = set(params_lib.flatten(tree))
-    settings = config(method="muon", learning_rate=1.0, weight_decay=0.0, clip_norm=1e9, no_decay=())
-    optimizer = make_optimizer(settings, paths, paths)
+    settings = config(method="muon", learning_rate=1.0, weight_decay=0.0, clip_norm=1e9)
+    optimizer = make_optimizer(settings, set(roles), roles)
     with jax.numpy_dtype_promotion("standard"):  # inside optax
         updates, _ = jax.jit(optimizer.update)(gradients, optimizer.init(tree), tree)
     return {path: -np.asarray(u) for path, u in params_lib.flatten(updates).items()}
@@ -162,7 +153,7 @@ def random_tree(shapes: dict[str, tuple[int, ...]]):
 
 def test_muon_makes_the_update_of_a_matrix_orthogonal_and_as_large_as_adams():
     tree = random_tree({"block/fc/kernel": (24, 48)})
-    update = muon_update(tree, tree)["block/fc/kernel"]
+    update = muon_update(tree, tree, {"block/fc/kernel": Role((-2,), (-1,))})["block/fc/kernel"]
     gradient = np.asarray(tree["block"]["fc"]["kernel"])
     left, _, right = np.linalg.svd(gradient, full_matrices=False)
     nearest = left @ right * 0.2 * math.sqrt(48)
@@ -174,44 +165,27 @@ def test_muon_makes_the_update_of_a_matrix_orthogonal_and_as_large_as_adams():
 
 
 def test_muon_treats_stacked_layers_experts_and_heads_as_matrices_of_their_own():
-    stacked = random_tree(
-        {
-            "layers/moe/w_in": (2, 3, 8, 2, 6),
-            "layers/attention/query": (2, 8, 2, 4),
-            "layers/attention/output": (2, 2, 4, 8),
-            "encoder/blocks/attention/qkv": (2, 8, 3, 2, 4),
-            "encoder/blocks/attention/project": (2, 2, 4, 8),
-            "encoder/stem/kernel": (2, 2, 3, 8),
-            "stem/kernel_0": (3, 3, 4, 8),
-        }
-    )
-    found = muon_update(stacked, stacked)
-    single = {
-        "layers/moe/w_in": lambda a: a[1, 2, :, 1],
-        "layers/attention/query": lambda a: a[1].reshape(8, 8),
-        "layers/attention/output": lambda a: a[1].reshape(8, 8),
-        "encoder/blocks/attention/qkv": lambda a: a[1].reshape(8, 24),
-        "encoder/blocks/attention/project": lambda a: a[1].reshape(8, 8),
-        "encoder/stem/kernel": lambda a: a.reshape(12, 8),
-        "stem/kernel_0": lambda a: a.reshape(36, 8),
+    # Shape, the role of the layer that is stacked, and one matrix of the stack.
+    kinds = {
+        "moe/w_in": ((2, 3, 8, 2, 6), Role((-3,), (-1,)), lambda a: a[1, 2, :, 1]),
+        "attention/query": ((2, 8, 2, 4), Role((-3,), (-2, -1)), lambda a: a[1].reshape(8, 8)),
+        "attention/output": ((2, 2, 4, 8), Role((-3, -2), (-1,)), lambda a: a[1].reshape(8, 8)),
+        "attention/kv_up": ((2, 2, 4, 6), Role((-1,), (-3, -2)), lambda a: a[1].reshape(8, 6).T),
+        "attention/qkv": ((2, 8, 3, 2, 4), Role((-4,), (-3, -2, -1)), lambda a: a[1].reshape(8, 24)),
+        "stem/kernel": ((2, 2, 3, 8), Role((-4, -3, -2), (-1,)), lambda a: a.reshape(12, 8)),
+        "convs/kernel": ((2, 3, 3, 4, 8), Role((-4, -3, -2), (-1,)), lambda a: a[1].reshape(36, 8)),
     }
-    for path, cut in single.items():
-        tree = {"one": {"fc": {"kernel": cut(params_lib.flatten(stacked)[path])}}}
-        alone = muon_update(tree, tree)["one/fc/kernel"]
+    stacked = random_tree({path: shape for path, (shape, _, _) in kinds.items()})
+    found = muon_update(stacked, stacked, {path: role for path, (_, role, _) in kinds.items()})
+    for path, (_, _, cut) in kinds.items():
+        tree = {"one": {"kernel": cut(params_lib.flatten(stacked)[path])}}
+        alone = muon_update(tree, tree, {"one/kernel": Role((-2,), (-1,))})["one/kernel"]
         np.testing.assert_allclose(cut(found[path]), alone, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
-def test_muon_leaves_embedding_head_router_positions_norms_and_biases_to_adam():
-    shapes = {
-        "language/embedding": (16, 8),
-        "language/head/kernel": (8, 16),
-        "layers/moe/router": (2, 8, 4),
-        "encoder/positions": (4, 8),
-        "layers/norm/scale": (2, 8),
-        "layers/fc/bias": (2, 8),
-    }
-    tree = random_tree(shapes)
-    for path, update in muon_update(tree, tree).items():
+def test_muon_leaves_what_is_no_matrix_to_adam():
+    tree = random_tree({"router": (2, 8, 4), "norm": (2, 8)})
+    for path, update in muon_update(tree, tree, {"router": ORDINARY, "norm": Role()}).items():
         # Adam's first step is the sign of the gradient.
-        np.testing.assert_allclose(update, np.sign(params_lib.flatten(tree)[path]), rtol=1e-4)
+        np.testing.assert_allclose(update, np.sign(tree[path]), rtol=1e-4)

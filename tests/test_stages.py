@@ -28,7 +28,7 @@ def test_by_default_everything_trains():
 
 
 def test_the_table_counts_parameters_and_those_that_train_by_module():
-    assert trainable_table(stage("encoder/stem/.*", ".*/gate/.*"), PARAMS) == [
+    assert trainable_table(stage("encoder/stem/.*", ".*/gate/.*"), PARAMS, {}) == [
         ("encoder/stem", 6, 6),
         ("encoder/blocks", 4, 0),
         ("adapter/newline", 5, 0),

@@ -162,7 +162,7 @@ def plan(experiment: Experiment) -> Layout:
     layout = plan_layout(VisionLanguage(experiment.model), example_batch(experiment, rows), mesh)
     for stage in experiment.stages:
         trainable_paths(stage, layout.params)
-        adapter_shapes(stage, layout.params)
+        adapter_shapes(stage, layout.params, layout.roles)
     for path, placement in layout.placements.items():
         if placement.whole:
             logger.warning("%s: %s does not divide, kept whole on the mesh", path, ", ".join(placement.whole))

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from vl_jax import sharding
 from vl_jax.batch import Batch
 from vl_jax.model import VisionLanguage, VisionLanguageConfig, init_routing_state
+from vl_jax.roles import Role
 from vl_jax.sharding import AxisRules, Placement
 
 
@@ -26,6 +27,11 @@ class Layout:
     rules: AxisRules
     placements: dict[str, Placement]
     params: Any  # tree of ShapeDtypeStruct with shardings
+
+    @property
+    def roles(self) -> dict[str, Role]:
+        """The role of every parameter, by path."""
+        return {path: placement.role for path, placement in self.placements.items()}
 
     @property
     def replicated(self) -> NamedSharding:

@@ -23,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from vl_jax import params as params_lib
+from vl_jax.roles import ORDINARY, Named, Role
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
 Names = Sequence[str | None]
@@ -140,17 +141,20 @@ class Placement:
     names: tuple[str | None, ...]
     spec: P
     whole: tuple[str, ...]
+    role: Role
 
 
 def place(boxed: Any, mesh: Mesh, rules: AxisRules) -> dict[str, Placement]:
     """Decides the layout of every parameter in a tree of ``nn.LogicallyPartitioned`` leaves, abstract or not.
 
+    A leaf whose box is no ``Named`` one counts as an ordinary weight, which decays.
     A dimension whose size is not a multiple of its mesh axes is kept whole and *named* in the result, so
     that the caller can report it.
     """
     placements = {}
     for path, box in params_lib.flatten(boxed).items():
         names = tuple(box.names) if isinstance(box, nn.LogicallyPartitioned) else (None,) * box.ndim
+        role = box.role if isinstance(box, Named) else ORDINARY
         shape = nn.meta.unbox(box).shape
         if len(names) != len(shape):
             raise ValueError(f"parameter {path}: {len(names)} logical names for shape {shape}")
@@ -161,7 +165,7 @@ def place(boxed: Any, mesh: Mesh, rules: AxisRules) -> dict[str, Placement]:
                 whole.append(f"{name}={size}")
                 part = None
             parts.append(part)
-        placements[path] = Placement(names, P(*parts), tuple(whole))
+        placements[path] = Placement(names, P(*parts), tuple(whole), role)
     return placements
 
 

@@ -22,7 +22,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vl_jax import params as params_lib
 from vl_jax import sharding
 from vl_jax.batch import Batch
 from vl_jax.benchmarks.step import machine, spread
@@ -51,7 +50,7 @@ class Training:
         finally:
             stream.close()
         paths = trainable_paths(stage, layout.params)
-        optimizer = make_optimizer(stage.optimizer, paths, set(params_lib.flatten(layout.params)))
+        optimizer = make_optimizer(stage.optimizer, paths, layout.roles)
         with sharding.use_mesh(layout.mesh, layout.rules):
             params, routing = first_weights(experiment, layout)
             moments = optimizer.init(split_trained(params, {}, paths)[0])

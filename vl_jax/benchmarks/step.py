@@ -345,6 +345,7 @@ def _our_step(case: Case, folder: Path) -> dict[str, Action]:
     from vl_jax import params as params_lib
     from vl_jax import sharding
     from vl_jax.layout import put_batch
+    from vl_jax.roles import ORDINARY
     from vl_jax.train.optimizer import OptimizerConfig, make_optimizer
     from vl_jax.train.step import TrainState, make_train_step
 
@@ -354,10 +355,9 @@ def _our_step(case: Case, folder: Path) -> dict[str, Action]:
         schedule="constant",
         betas=case.betas,
         weight_decay=case.weight_decay,
-        no_decay=(),
         clip_norm=case.clip_norm,
     )
-    optimizer = make_optimizer(config, paths, paths)
+    optimizer = make_optimizer(config, paths, dict.fromkeys(paths, ORDINARY))  # theirs decays everything
     tokens = case.tokens[:, : case.length + 1]
     batch = put_batch(_text(layout.model.config, tokens[:, :-1], tokens[:, 1:]), layout)
     step = jax.jit(make_train_step(layout.model, optimizer, trainable=paths), donate_argnums=0)

@@ -157,7 +157,7 @@ class WindowAttention(nn.Module):
     def __call__(self, x: Float[Array, "M u v D"]) -> Float[Array, "M u v D"]:
         c = self.config
         heads, width = c.num_heads, c.embed_dim // c.num_heads
-        init = named(fan_in(), "embed", None, "heads", None)
+        init = named(fan_in(), "embed", None, "heads", None, inputs=(0,))
         kernel = self.param("qkv", init, (c.embed_dim, 3, heads, width))
         qkv = jnp.einsum("MuvD,DsNH->sMuvNH", x, kernel.astype(x.dtype))
         if c.qkv_bias:

@@ -60,7 +60,8 @@ class Attention(nn.Module):
     ) -> Float[Array, "B T D"]:
         width, heads = x.shape[-1], self.num_heads
         shape = (width, 3, heads, width // heads)
-        qkv = self.param("qkv", named(fan_in(), "embed", None, "heads", None), shape).astype(x.dtype)
+        init = named(fan_in(), "embed", None, "heads", None, inputs=(0,))
+        qkv = self.param("qkv", init, shape).astype(x.dtype)
         bias = jnp.zeros(shape[1:], x.dtype)
         if self.qkv_bias:
             init = named(nn.initializers.zeros, None, "heads", None)
@@ -75,7 +76,7 @@ class Attention(nn.Module):
             weights = attention.attention_weights(query, key, mask=mask, scale=scale)
             self.sow("intermediates", "weights", weights)
         mixed = attention.attend(query, key, value, mask=mask, scale=scale)
-        init = named(fan_in(in_axis=(0, 1)), "heads", None, "embed")
+        init = named(fan_in(in_axis=(0, 1)), "heads", None, "embed", inputs=(0, 1))
         project = self.param("project", init, (heads, width // heads, width)).astype(x.dtype)
         bias = self.param("project_bias", named(nn.initializers.zeros, "embed"), (width,)).astype(x.dtype)
         return jnp.einsum("BTNH,NHD->BTD", mixed, project) + bias

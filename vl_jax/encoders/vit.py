@@ -148,7 +148,7 @@ class PatchStem(nn.Module):
         c = self.config
         (rows, columns), (height, width) = c.grid_shape, _pair(c.patch_size)
         shape = (height, width, c.num_channels, c.embed_dim)
-        init = named(fan_in(in_axis=(0, 1, 2)), None, None, None, "embed")
+        init = named(fan_in(in_axis=(0, 1, 2)), None, None, None, "embed", inputs=(0, 1, 2))
         kernel = self.param("kernel", init, shape).astype(x.dtype)
         patches = x[:, : rows * height, : columns * width].reshape(-1, rows, height, columns, width, shape[2])
         patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(x.shape[0], rows * columns, -1)
@@ -180,7 +180,8 @@ class ConvStem(nn.Module):
             features = max(c.embed_dim >> max(0, 2 - i), 8)
             y = x if i == 0 else jax.nn.gelu(x, approximate=True)
             # Variance 2 / fan-in: an activation passes about half of it on.
-            init = named(fan_in(in_axis=(0, 1, 2), scale=2.0), None, None, None, None)
+            init = fan_in(in_axis=(0, 1, 2), scale=2.0)
+            init = named(init, None, None, None, None, inputs=(0, 1, 2))
             kernel = self.param(f"kernel_{i}", init, (3, 3, x.shape[-1], features)).astype(x.dtype)
             bias = self.param(f"bias_{i}", named(nn.initializers.zeros, None), (features,)).astype(x.dtype)
             y = convolve(y, kernel, stride=2 if i < HALVINGS[height] else 1, padding=1) + bias

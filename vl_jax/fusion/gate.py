@@ -59,16 +59,16 @@ class CrossModalGate(nn.Module):
         normed, seen = RMSNorm(name="norm")(x), RMSNorm(name="norm_vision")(vision)
 
         def project(name: str, source: jax.Array) -> jax.Array:
-            init = named(fan_in(), "embed", "heads", None)
+            init = named(fan_in(), "embed", "heads", None, inputs=(0,))
             kernel = self.param(name, init, (width, c.num_heads, c.head_dim))
             return jnp.einsum("BSD,DNH->BSNH", source, kernel.astype(source.dtype))
 
         query, key, value = project("query", normed), project("key", seen), project("value", seen)
         opening = self.param("opening", named(nn.initializers.zeros, None), (c.num_heads,))
-        selector = self.param("selector", named(fan_in(), "embed", None), (width, c.num_heads))
+        selector = self.param("selector", named(fan_in(), "embed", None, decay=True), (width, c.num_heads))
         mixed = gated_cross_attention(
             query, key, value, opening=opening, choice=normed @ selector.astype(x.dtype), mask=mask
         )
-        init = named(fan_in(in_axis=(0, 1)), "heads", None, "embed")
+        init = named(fan_in(in_axis=(0, 1)), "heads", None, "embed", inputs=(0, 1))
         out = self.param("output", init, (c.num_heads, c.head_dim, width))
         return jnp.einsum("BTNH,NHD->BTD", mixed, out.astype(x.dtype))

@@ -173,7 +173,7 @@ class Decoder(nn.Module):
         self.stacks = [self._stack(run) for run in c.runs]
         self.norm = RMSNorm(c.norm_epsilon)
         if not c.tie_embeddings:
-            self.head = Linear(c.vocab_size, ("embed", "vocab"))
+            self.head = Linear(c.vocab_size, ("embed", "vocab"), hidden=False)
 
     def _stack(self, run: LayerRun) -> nn.Module:
         layer = DecoderLayer

@@ -177,7 +177,7 @@ class BiasedAttention(nn.Module):
         width, heads, dim = x.shape[-1], self.num_heads, self.head_dim
 
         def project(name: str, tokens: jax.Array, scale: float = 1.0) -> jax.Array:
-            init = named(fan_in(scale=scale), "embed", "heads", None)
+            init = named(fan_in(scale=scale), "embed", "heads", None, inputs=(0,))
             kernel = self.param(name, init, (width, heads, dim))
             return jnp.einsum("BTD,DNH->BTNH", tokens, kernel.astype(x.dtype))
 
@@ -187,7 +187,7 @@ class BiasedAttention(nn.Module):
         weights = attention_weights(query, key, mask=mask, bias=bias)
         self.sow("intermediates", "weights", weights)
         mixed = jnp.einsum("BNTS,BSNH->BTNH", weights.astype(value.dtype), value)
-        init = named(fan_in(in_axis=(0, 1)), "heads", None, "embed")
+        init = named(fan_in(in_axis=(0, 1)), "heads", None, "embed", inputs=(0, 1))
         output = self.param("output", init, (heads, dim, width)).astype(x.dtype)
         return jnp.einsum("BTNH,NHD->BTD", mixed, output)
 
@@ -308,7 +308,7 @@ class EncoderDecoder(nn.Module):
         else:
             self.source_embedding = self._table("source_embedding")
             self.target_embedding = self._table("target_embedding")
-            self.head = Linear(c.vocab_size, ("embed", "vocab"))
+            self.head = Linear(c.vocab_size, ("embed", "vocab"), hidden=False)
         self.encoder = Stack(c, c.encoder, self.moe, causal=False)
         self.decoder = Stack(c, c.decoder, self.moe, causal=True)
 

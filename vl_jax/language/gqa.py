@@ -79,7 +79,7 @@ class GQA(nn.Module):
             mixed = attention.attend(query, key, value, **options, causal=True)
         else:
             mixed = attention.attend_cached(query, key, value, cached, **options)
-        init = named(fan_in(in_axis=(0, 1)), "heads", None, "embed")
+        init = named(fan_in(in_axis=(0, 1)), "heads", None, "embed", inputs=(0, 1))
         output = self.param("output", init, (c.num_heads, c.head_dim, x.shape[-1]))
         y = join_heads(mixed, output.astype(x.dtype))
         if c.output_bias:
@@ -89,7 +89,7 @@ class GQA(nn.Module):
 
     def _project(self, x: jax.Array, name: str, heads: int) -> jax.Array:
         c = self.config
-        init = named(fan_in(), "embed", "heads", None)
+        init = named(fan_in(), "embed", "heads", None, inputs=(0,))
         kernel = self.param(name, init, (x.shape[-1], heads, c.head_dim))
         y = split_heads(x, kernel.astype(x.dtype))
         if c.qkv_bias:

@@ -122,7 +122,7 @@ class MLA(nn.Module):
         latent = RMSNorm(INNER_EPSILON, name="kv_norm")(down[..., : c.kv_lora_rank])
         key_rope = rope.rotate(down[..., None, c.kv_lora_rank :], angle, c.rope)[:, :, 0]
         # Heads first and the rank last: absorbed, it is multiplied from both sides as it lies in memory.
-        init = named(fan_in(in_axis=2), "heads", None, None)
+        init = named(fan_in(in_axis=2), "heads", None, None, inputs=(2,))
         kv_up = self.param("kv_up", init, (c.num_heads, c.qk_nope_dim + c.v_head_dim, c.kv_lora_rank))
         kv_up = kv_up.astype(x.dtype)
         if cached is None:
@@ -135,7 +135,7 @@ class MLA(nn.Module):
         else:
             options = {"mask": mask, "scale": c.scale}
             mixed = absorbed_attention(q_nope, q_rope, latent, key_rope, kv_up, cached, **options)
-        init = named(fan_in(in_axis=(0, 1)), "heads", None, "embed")
+        init = named(fan_in(in_axis=(0, 1)), "heads", None, "embed", inputs=(0, 1))
         output = self.param("output", init, (c.num_heads, c.v_head_dim, x.shape[-1]))
         y = join_heads(mixed, output.astype(x.dtype))
         if c.use_bias:
@@ -150,7 +150,7 @@ class MLA(nn.Module):
             source = Linear(c.q_lora_rank, ("embed", None), use_bias=c.use_bias, name="query_down")(x)
             source, name = RMSNorm(INNER_EPSILON, name="query_norm")(source), None
         shape = (source.shape[-1], c.num_heads, c.qk_nope_dim + c.qk_rope_dim)
-        kernel = self.param("query", named(fan_in(), name, "heads", None), shape)
+        kernel = self.param("query", named(fan_in(), name, "heads", None, inputs=(0,)), shape)
         query = split_heads(source, kernel.astype(x.dtype))
         self.sow("intermediates", "projected_query", query)
         return query[..., : c.qk_nope_dim], rope.rotate(query[..., c.qk_nope_dim :], angle, c.rope)

@@ -55,7 +55,7 @@ class DynamicMoE(nn.Module):
 
     def _router(self, width: int) -> tuple[jax.Array, jax.Array | None]:
         columns = routing.scheme_of(self.config).columns(self.config)
-        kernel = self.param("router", named(fan_in(), "embed", None), (width, columns))
+        kernel = self.param("router", named(fan_in(), "embed", None, decay=True), (width, columns))
         if not self.config.router_bias:
             return kernel, None
         return kernel, self.param("router_bias", named(nn.initializers.zeros, None), (kernel.shape[1],))
@@ -63,10 +63,11 @@ class DynamicMoE(nn.Module):
     def _experts(self, width: int) -> ExpertWeights:
         c, zeros = self.config, nn.initializers.zeros
         experts, inputs, hidden = c.num_experts, c.activation.inputs, c.expert_dim
-        init = named(fan_in(in_axis=1, batch_axis=(0,)), "experts", "embed", None, "mlp")
-        w_in = self.param("w_in", init, (experts, width, inputs, hidden))
-        init = named(fan_in(in_axis=1, batch_axis=(0,)), "experts", "mlp", "embed")
-        w_out = self.param("w_out", init, (experts, hidden, width))
+        init = fan_in(in_axis=1, batch_axis=(0,))
+        init_in = named(init, "experts", "embed", None, "mlp", inputs=(1,), outputs=(3,))
+        w_in = self.param("w_in", init_in, (experts, width, inputs, hidden))
+        init_out = named(init, "experts", "mlp", "embed", inputs=(1,), outputs=(2,))
+        w_out = self.param("w_out", init_out, (experts, hidden, width))
         if not c.expert_bias:
             return ExpertWeights(w_in, w_out)
         b_in = self.param("b_in", named(zeros, "experts", None, "mlp"), (experts, inputs, hidden))

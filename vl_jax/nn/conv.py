@@ -34,9 +34,9 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "M h w c"]) -> Float[Array, "M u v D"]:
-        names = (None, None, None, "embed")
+        init = named(self.kernel_init, None, None, None, "embed", inputs=(0, 1, 2))
         shape = (self.size, self.size, x.shape[-1], self.features)
-        kernel = self.param("kernel", named(self.kernel_init, *names), shape)
+        kernel = self.param("kernel", init, shape)
         y = convolve(x, kernel.astype(x.dtype), stride=self.stride, padding=self.padding)
         if self.use_bias:
             bias = self.param("bias", named(nn.initializers.zeros, "embed"), (self.features,))

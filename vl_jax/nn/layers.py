@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vl_jax.kernels.activation import SWIGLU, Activation
+from vl_jax.roles import Named, role_of
 
 Init = jax.nn.initializers.Initializer
 
@@ -33,9 +35,28 @@ def fan_in(
     return init
 
 
-def named(init: Init, *names: str | None) -> Any:
-    """An initialiser whose parameter carries logical dimension names."""
-    return nn.with_logical_partitioning(init, names)
+def named(
+    init: Init,
+    *names: str | None,
+    inputs: tuple[int, ...] = (),
+    outputs: tuple[int, ...] = (),
+    decay: bool | None = None,
+) -> Any:
+    """An initialiser whose parameter carries logical dimension names, and its role.
+
+    Args:
+      inputs: axes of a hidden matrix that its input is summed over. Empty for whatever is none: embedding,
+        head, router, norms, biases, positions.
+      outputs: axes that its output has; empty: all that are no inputs.
+      decay: whether weight decay draws it to zero; None: exactly if it is a hidden matrix.
+    """
+    role = role_of(len(names), inputs=inputs, outputs=outputs, decay=decay)
+
+    @functools.wraps(init)
+    def boxed(*args: Any, **kwargs: Any) -> Named:
+        return Named(init(*args, **kwargs), names, role=role)
+
+    return boxed
 
 
 def rms_norm(
@@ -126,10 +147,12 @@ class Linear(nn.Module):
     names: tuple[str | None, str | None]
     use_bias: bool = False
     kernel_init: Init = fan_in()
+    hidden: bool = True  # False for a head, whose features are read as logits
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch F"]:
-        kernel = self.param("kernel", named(self.kernel_init, *self.names), (x.shape[-1], self.features))
+        init = named(self.kernel_init, *self.names, inputs=(0,) if self.hidden else (), decay=True)
+        kernel = self.param("kernel", init, (x.shape[-1], self.features))
         y = project(x, kernel.astype(x.dtype))
         if self.use_bias:
             bias = self.param("bias", named(nn.initializers.zeros, self.names[1]), (self.features,))
@@ -147,8 +170,9 @@ class GatedMLP(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         width, inputs = x.shape[-1], self.activation.inputs
-        w_in = self.param("w_in", named(fan_in(), "embed", None, "mlp"), (width, inputs, self.mlp_dim))
-        w_out = self.param("w_out", named(fan_in(), "mlp", "embed"), (self.mlp_dim, width))
+        init = named(fan_in(), "embed", None, "mlp", inputs=(0,), outputs=(2,))
+        w_in = self.param("w_in", init, (width, inputs, self.mlp_dim))
+        w_out = self.param("w_out", named(fan_in(), "mlp", "embed", inputs=(0,)), (self.mlp_dim, width))
         hidden = project(x, w_in.reshape(width, -1).astype(x.dtype))
         if self.use_bias:
             b_in = self.param("b_in", named(nn.initializers.zeros, None, "mlp"), w_in.shape[1:])

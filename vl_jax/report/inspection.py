@@ -39,7 +39,7 @@ def parameter_table(experiment: Experiment) -> Table:
     layout = plan(experiment)
     trains = {stage.name: trainable_paths(stage, layout.params) for stage in experiment.stages}
     for stage in experiment.stages:
-        adapters = params_lib.flatten(adapter_shapes(stage, layout.params))
+        adapters = params_lib.flatten(adapter_shapes(stage, layout.params, layout.roles))
         trains[f"{stage.name} (adapter)"] = {path.rpartition("/")[0] for path in adapters}
     table = Table("parameter", "shape", "logical axes", "mesh axes", "bytes/device", "trained in")
     total = on_device = 0

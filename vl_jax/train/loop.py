@@ -157,11 +157,12 @@ def merge_adapters(layout: Layout, stage: Stage, state: TrainState) -> TrainStat
     """The state with the stage's adapters added to their weights, and none left; it consumes ``state``."""
     if stage.lora is None:
         return state
-    paths = set(lora.select(stage.lora, layout.params))
+    paths = set(lora.select(stage.lora, layout.params, layout.roles))
     weights, rest = params_lib.split(state.params, paths)
     targets = jax.tree.map(lambda leaf: leaf.sharding, params_lib.split(layout.params, paths)[0])
-    merge = jax.jit(lora.merge, static_argnums=2, donate_argnums=0, out_shardings=targets)
-    weights = merge(weights, state.adapters, stage.lora.scale)
+    add = functools.partial(lora.merge, scale=stage.lora.scale, roles=layout.roles)
+    merge = jax.jit(add, donate_argnums=0, out_shardings=targets)
+    weights = merge(weights, state.adapters)
     return dataclasses.replace(state, params=params_lib.merge(weights, rest), adapters={})
 
 
@@ -170,16 +171,17 @@ def _training_tree(state: TrainState) -> dict[str, Any]:
     return {**tree, "adapters": state.adapters} if state.adapters else tree
 
 
-def _optimizer_of(stage: Stage, params: Any):
-    paths, adapters = trainable_paths(stage, params), set(params_lib.flatten(adapter_shapes(stage, params)))
-    every = adapters.union(params_lib.flatten(params))
-    return make_optimizer(stage.optimizer, paths | adapters, every), paths
+def _optimizer_of(stage: Stage, layout: Layout):
+    paths = trainable_paths(stage, layout.params)
+    adapters = params_lib.flatten(adapter_shapes(stage, layout.params, layout.roles))
+    roles = layout.roles | dict.fromkeys(adapters, lora.FACTOR)
+    return make_optimizer(stage.optimizer, paths | adapters.keys(), roles), paths
 
 
 def _abstract_optimizer(layout: Layout, stage: Stage) -> Any:
     """Shapes and shardings of the optimiser state: moments live where their parameters live."""
-    optimizer, paths = _optimizer_of(stage, layout.params)
-    trained, _ = split_trained(layout.params, adapter_shapes(stage, layout.params), paths)
+    optimizer, paths = _optimizer_of(stage, layout)
+    trained, _ = split_trained(layout.params, adapter_shapes(stage, layout.params, layout.roles), paths)
 
     shardings = {path: leaf.sharding for path, leaf in params_lib.flatten(trained).items()}
 
@@ -198,12 +200,12 @@ def _begin_stage(
 ) -> TrainState:
     """Fresh adapters, and fresh optimiser state for all that the stage trains."""
     stage = stages[number]
-    optimizer, paths = _optimizer_of(stage, layout.params)
+    optimizer, paths = _optimizer_of(stage, layout)
     adapters = {}
     if stage.lora is not None:
-        targets = jax.tree.map(lambda leaf: leaf.sharding, adapter_shapes(stage, layout.params))
+        targets = jax.tree.map(lambda leaf: leaf.sharding, adapter_shapes(stage, layout.params, layout.roles))
         key = jax.random.fold_in(jax.random.key(seed), number)
-        init = functools.partial(lora.init, stage.lora, layout.params)
+        init = functools.partial(lora.init, stage.lora, layout.params, layout.roles)
         adapters = jax.jit(init, out_shardings=targets)(key)
     trained, _ = split_trained(params, adapters, paths)
     targets = jax.tree.map(lambda leaf: leaf.sharding, _abstract_optimizer(layout, stage))
@@ -236,7 +238,7 @@ def restore(
 
     def abstract(record: dict[str, Any]) -> Any:
         stage = stage_at(stages, Position(**record["position"]))
-        adapters = adapter_shapes(stage, layout.params)
+        adapters = adapter_shapes(stage, layout.params, layout.roles)
         return {
             "step": jax.ShapeDtypeStruct((), jnp.int32, sharding=layout.replicated),
             "optimizer": _abstract_optimizer(layout, stage),
@@ -269,8 +271,8 @@ def _run_stage(
 ) -> tuple[TrainState, Position]:
     """Runs one stage from ``position`` to its end, and moves on to the beginning of the next."""
     layout, stage = run.layout, stages[position.stage]
-    optimizer, paths = _optimizer_of(stage, layout.params)
-    run.progress.announce(stage.name, stage.steps, trainable_table(stage, layout.params))
+    optimizer, paths = _optimizer_of(stage, layout)
+    run.progress.announce(stage.name, stage.steps, trainable_table(stage, layout.params, layout.roles))
     stream = open_stream(stage)
     if position.data is not None:
         stream.set_state(position.data)
@@ -282,6 +284,7 @@ def _run_stage(
         accumulation=stage.accumulation,
         lora_scale=lora_scale,
         objective=stage.objective,
+        roles=layout.roles,
     )
     rate = schedule(stage.optimizer, stage.steps)
     clock = _Clock()

@@ -6,7 +6,7 @@
     merged     W + alpha / rank * a b          what the forward pass uses
 
 The adapters of a model are a tree of their own: where the model has W, it has ``{"a", "b"}``. Which leaves
-are matrices, and which of their axes are inputs and outputs, is as for Muon: ``optimizer.matrix_axes``.
+are matrices, and which of their axes are inputs and outputs, is their role, as for Muon: ``roles``.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import string
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -23,7 +24,11 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from vl_jax import params as params_lib
-from vl_jax.train.optimizer import matrix_axes
+from vl_jax.roles import Role
+
+Roles = Mapping[str, Role]
+# A factor is no matrix to Muon, and decays.
+FACTOR = Role(decay=True)
 
 # Short names of the weights one usually adapts, for use as targets.
 GROUPS = {
@@ -71,22 +76,25 @@ class Factors:
         return f"{a},{b}->{''.join(sorted({*a, *b} - {'Z'}))}"
 
 
-def _factor(path: str, ndim: int) -> Factors | None:
-    found = matrix_axes(path, ndim)
-    if found is None:
+def _factor(role: Role, ndim: int) -> Factors | None:
+    if not role.is_matrix:
         return None
-    inputs, outputs = found
+    inputs, outputs = (tuple(a % ndim for a in side) for side in (role.inputs, role.outputs))
     stack = tuple(i for i in range(ndim) if i not in inputs + outputs)
     return Factors(a=(*stack, *inputs, None), b=(*stack, None, *outputs), inputs=inputs)
 
 
-def select(config: LoraConfig, params: params_lib.Tree) -> dict[str, Factors]:
+def select(config: LoraConfig, params: params_lib.Tree, roles: Roles) -> dict[str, Factors]:
     """The weights that get adapters, by path; what a target matches besides matrices is passed over.
+
+    Args:
+      params: the parameters of the model, or their shapes.
+      roles: of every parameter, by path.
 
     Raises:
       ValueError: a target matches no parameter, or none that is a matrix.
     """
-    every = {path: _factor(path, leaf.ndim) for path, leaf in params_lib.flatten(params).items()}
+    every = {path: _factor(roles[path], leaf.ndim) for path, leaf in params_lib.flatten(params).items()}
     chosen: dict[str, Factors] = {}
     for target in config.targets:
         matched = sorted(params_lib.select(params, (GROUPS.get(target, target),)))
@@ -100,17 +108,18 @@ def select(config: LoraConfig, params: params_lib.Tree) -> dict[str, Factors]:
     return chosen
 
 
-def shapes(config: LoraConfig, params: params_lib.Tree) -> dict[str, Any]:
+def shapes(config: LoraConfig, params: params_lib.Tree, roles: Roles) -> dict[str, Any]:
     """Shapes of the adapters; on a mesh, each axis lies as that axis of its weight does.
 
     Args:
       params: the parameters of the model, or their shapes.
+      roles: of every parameter, by path.
 
     Raises:
       ValueError: a target matches no weight matrix.
     """
     flat, result = params_lib.flatten(params), {}
-    for path, factors in select(config, params).items():
+    for path, factors in select(config, params, roles).items():
         result[f"{path}/a"] = _shape(flat[path], factors.a, config.rank)
         result[f"{path}/b"] = _shape(flat[path], factors.b, config.rank)
     return params_lib.unflatten(result)
@@ -126,14 +135,15 @@ def _shape(weight: Any, axes: tuple[int | None, ...], rank: int) -> jax.ShapeDty
     return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
 
 
-def init(config: LoraConfig, params: params_lib.Tree, key: jax.Array) -> dict[str, Any]:
+def init(config: LoraConfig, params: params_lib.Tree, roles: Roles, key: jax.Array) -> dict[str, Any]:
     """Fresh adapters: ``a`` normal with variance 1 / fan-in, ``b`` zero.
 
     Args:
       params: the parameters of the model, or their shapes; their values are not used.
+      roles: of every parameter, by path.
     """
-    wanted, weights = params_lib.flatten(shapes(config, params)), params_lib.flatten(params)
-    chosen, result = select(config, params), {}
+    wanted, weights = params_lib.flatten(shapes(config, params, roles)), params_lib.flatten(params)
+    chosen, result = select(config, params, roles), {}
     for (path, factors), one in zip(chosen.items(), jax.random.split(key, len(chosen)), strict=True):
         fan_in = math.prod(weights[path].shape[i] for i in factors.inputs)
         a, b = wanted[f"{path}/a"], wanted[f"{path}/b"]
@@ -142,23 +152,29 @@ def init(config: LoraConfig, params: params_lib.Tree, key: jax.Array) -> dict[st
     return params_lib.unflatten(result)
 
 
-def merge(params: params_lib.Tree, adapters: params_lib.Tree, scale: float) -> dict[str, Any]:
-    """The parameters, with ``W + scale * a b`` where there are adapters; all other leaves as they are."""
+def merge(params: params_lib.Tree, adapters: params_lib.Tree, scale: float, roles: Roles) -> dict[str, Any]:
+    """The parameters, with ``W + scale * a b`` where there are adapters; all other leaves as they are.
+
+    Args:
+      roles: of every parameter that has an adapter, by path.
+    """
     merged, factors = params_lib.flatten(params), params_lib.flatten(adapters)
     for path in sorted({p.rpartition("/")[0] for p in factors}):
-        merged[path] = add_product(path, merged[path], factors[f"{path}/a"], factors[f"{path}/b"], scale)
+        merged[path] = add_product(
+            merged[path], factors[f"{path}/a"], factors[f"{path}/b"], scale, roles[path]
+        )
     return params_lib.unflatten(merged)
 
 
 def add_product(
-    path: str,
     weight: Float[Array, "*weight"],
     a: Float[Array, "*a rank"],
     b: Float[Array, "*b"],
     scale: float,
+    role: Role,
 ) -> Float[Array, "*weight"]:
-    """``W + scale * a b`` in float32, cast back to W's dtype; the path says which axes are multiplied."""
-    factors = _factor(path, weight.ndim)
-    assert factors is not None, path
+    """``W + scale * a b`` in float32, cast back to W's dtype; the role says which axes are multiplied."""
+    factors = _factor(role, weight.ndim)
+    assert factors is not None, role
     product = jnp.einsum(factors.product, a, b, precision=jax.lax.Precision.HIGHEST)
     return (weight.astype(jnp.float32) + scale * product.astype(jnp.float32)).astype(weight.dtype)

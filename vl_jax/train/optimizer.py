@@ -2,14 +2,15 @@
 
 Muon (Jordan et al. 2024) replaces the momentum of a weight matrix by the nearest orthogonal matrix, scaled
 as AdamW's updates are (Liu et al. 2025, arXiv 2502.16982, equation 4): both take the same learning rates.
-What is not a hidden matrix (embedding, head, router, positions, norms, biases) stays with AdamW.
+What is not a hidden matrix (embedding, head, router, positions, norms, biases) stays with AdamW. Which leaves
+are matrices, and which decay, is their role: ``roles``.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import re
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -17,20 +18,12 @@ import optax
 from optax import contrib
 
 from vl_jax import params as params_lib
+from vl_jax.roles import Role
 
-# The input and output axes of every kind of hidden weight matrix, counted from the end: layers and experts
-# may be stacked in front. Leaves that no pattern matches are no matrices, to Muon or to adapters.
-_MATRICES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
-    r".*stem/kernel(_\d+)?": ((-4, -3, -2), (-1,)),
-    r"(?!.*head/).*/kernel": ((-2,), (-1,)),
-    r".*/qkv": ((-4,), (-3, -2, -1)),
-    r".*/project": ((-3, -2), (-1,)),
-    r".*/(query|key|value)": ((-3,), (-2, -1)),
-    r".*/kv_up": ((-1,), (-3, -2)),
-    r".*/(attention|gate)/output": ((-3, -2), (-1,)),
-    r".*/w_in": ((-3,), (-1,)),
-    r".*/w_out": ((-2,), (-1,)),
-}
+# The default of ``no_decay`` before modules said the role of their parameters; old runs have recorded it.
+_NAMES_BEFORE_ROLES = (
+    r".*/(scale|(\w+_)?bias\w*|opening|newline|separator|positions|class_token|probe|embedding)",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,13 +38,13 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     epsilon: float = 1e-8
     weight_decay: float = 0.1
-    no_decay: tuple[str, ...] = (
-        r".*/(scale|(\w+_)?bias\w*|opening|newline|separator|positions|class_token|probe|embedding)",
-    )
+    no_decay: tuple[str, ...] = ()  # patterns of paths, beside what does not decay by its role
     clip_norm: float = 1.0
     rates: tuple[tuple[str, float], ...] = ()  # (pattern of paths, multiple of the learning rate)
 
     def __post_init__(self):
+        if self.no_decay == _NAMES_BEFORE_ROLES:
+            object.__setattr__(self, "no_decay", ())
         if self.learning_rate <= 0 or self.clip_norm <= 0:
             raise ValueError(f"learning_rate={self.learning_rate} and clip_norm={self.clip_norm} must be > 0")
         if self.warmup_steps < 0 or not 0 <= self.final_fraction <= 1:
@@ -77,7 +70,7 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(
-    config: OptimizerConfig, paths: set[str], all_paths: set[str]
+    config: OptimizerConfig, paths: set[str], roles: Mapping[str, Role]
 ) -> optax.GradientTransformation:
     """The optimiser over the trainable leaves of a stage, for a learning rate of 1.
 
@@ -86,18 +79,18 @@ def make_optimizer(
 
     Args:
       paths: the trainable leaves.
-      all_paths: every leaf of the model, and adapters; patterns must match among these.
+      roles: of every leaf of the model, and of adapters, by path; patterns must match among these.
 
     Raises:
       ValueError: a pattern matches no parameter.
     """
     # No tree: with adapters, what is below the path of a parameter are the paths of its factors.
-    everything = dict.fromkeys(sorted(all_paths))
+    everything = dict.fromkeys(sorted(roles))
     kept = params_lib.select(everything, config.no_decay)
     multiples = dict.fromkeys(paths, 1.0)
     for pattern, multiple in config.rates:
         multiples |= dict.fromkeys(params_lib.select(everything, (pattern,)) & paths, multiple)
-    decay_mask = params_lib.unflatten({p: p not in kept for p in paths})
+    decay_mask = params_lib.unflatten({p: roles[p].decay and p not in kept for p in paths})
     scales = params_lib.unflatten(multiples)
 
     def scale_groups(updates: optax.Updates, _: optax.Params | None) -> optax.Updates:
@@ -105,48 +98,41 @@ def make_optimizer(
 
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        _direction(config),
+        _direction(config, roles),
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
         optax.stateless(scale_groups),
         optax.scale(-1.0),
     )
 
 
-def _direction(config: OptimizerConfig) -> optax.GradientTransformation:
+def _direction(config: OptimizerConfig, roles: Mapping[str, Role]) -> optax.GradientTransformation:
     """Gradients to updates, before decay and learning rate."""
     adam = optax.scale_by_adam(*config.betas, eps=config.epsilon)
     if config.method == "adamw":
         return adam
 
+    def matrix_of(path: tuple[Any, ...], leaf: jax.Array) -> contrib.MuonDimensionNumbers | None:
+        """Which axes of a parameter form the matrix Muon works on; None leaves it to AdamW."""
+        role = roles["/".join(str(key.key) for key in path)]
+        if not role.is_matrix:
+            return None
+        inputs, outputs = (tuple(a % leaf.ndim for a in side) for side in (role.inputs, role.outputs))
+        return contrib.MuonDimensionNumbers(inputs, outputs)
+
     def dimensions(tree: optax.Params) -> optax.Params:
-        return jax.tree_util.tree_map_with_path(_matrix_of, tree)
+        return jax.tree_util.tree_map_with_path(matrix_of, tree)
 
     def rescale(updates: optax.Updates, _: optax.Params | None) -> optax.Updates:
         return jax.tree.map(_as_large_as_adam, updates, dimensions(updates))
 
     def method_of(tree: optax.Params) -> optax.Params:
-        return jax.tree_util.tree_map_with_path(lambda p, x: "muon" if _matrix_of(p, x) else "adam", tree)
+        return jax.tree_util.tree_map_with_path(lambda p, x: "muon" if matrix_of(p, x) else "adam", tree)
 
     muon = optax.chain(
         contrib.scale_by_muon(weight_dimension_numbers=dimensions),
         optax.stateless(rescale),
     )
     return optax.partition({"muon": muon, "adam": adam}, method_of)
-
-
-def matrix_axes(path: str, ndim: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """Input and output axes of a hidden weight matrix, its other axes being stacks; None for other leaves."""
-    for pattern, axes in _MATRICES.items():
-        if re.fullmatch(pattern, path):
-            inputs, outputs = (tuple(a % ndim for a in side) for side in axes)
-            return inputs, outputs
-    return None
-
-
-def _matrix_of(path: tuple[Any, ...], leaf: jax.Array) -> contrib.MuonDimensionNumbers | None:
-    """Which axes of a parameter form the matrix Muon works on; None leaves it to AdamW."""
-    axes = matrix_axes("/".join(str(key.key) for key in path), leaf.ndim)
-    return None if axes is None else contrib.MuonDimensionNumbers(*axes)
 
 
 def _as_large_as_adam(update: jax.Array, axes: Any) -> jax.Array:

@@ -27,7 +27,7 @@ class Probe:
         self._batch = put_batch(batch, layout)
 
         def choose(state: TrainState, batch: Batch, scale: float) -> jax.Array:
-            params = lora.merge(state.params, state.adapters, scale)
+            params = lora.merge(state.params, state.adapters, scale, layout.roles)
             return routes(params, state.routing, batch, model=layout.model)
 
         self._choose = jax.jit(choose, static_argnums=2)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from vl_jax import params as params_lib
 from vl_jax.config import Open
+from vl_jax.roles import Role
 from vl_jax.train import lora
 from vl_jax.train.lora import LoraConfig
 from vl_jax.train.objectives.next_token import NextToken
@@ -64,7 +66,7 @@ def trainable_paths(stage: Stage, params: params_lib.Tree) -> set[str]:
         raise ValueError(f"config.stages.{stage.name}.trainable: {error}") from None
 
 
-def adapter_shapes(stage: Stage, params: params_lib.Tree) -> dict[str, Any]:
+def adapter_shapes(stage: Stage, params: params_lib.Tree, roles: Mapping[str, Role]) -> dict[str, Any]:
     """Shapes of the adapters that the stage trains, laid out as their weights are; empty without any.
 
     Raises:
@@ -74,7 +76,7 @@ def adapter_shapes(stage: Stage, params: params_lib.Tree) -> dict[str, Any]:
         return {}
     where = f"config.stages.{stage.name}"
     try:
-        targets, shapes = lora.select(stage.lora, params), lora.shapes(stage.lora, params)
+        targets, shapes = lora.select(stage.lora, params, roles), lora.shapes(stage.lora, params, roles)
     except ValueError as error:
         names = ", ".join(lora.GROUPS)
         raise ValueError(f"{where}.lora.targets: {error} (names for patterns: {names})") from None
@@ -87,9 +89,11 @@ def adapter_shapes(stage: Stage, params: params_lib.Tree) -> dict[str, Any]:
     return shapes
 
 
-def trainable_table(stage: Stage, params: params_lib.Tree) -> list[tuple[str, int, int]]:
+def trainable_table(
+    stage: Stage, params: params_lib.Tree, roles: Mapping[str, Role]
+) -> list[tuple[str, int, int]]:
     """(module, its parameters, how many of them train), adapters included, for modules two levels deep."""
-    adapters = params_lib.flatten(adapter_shapes(stage, params))
+    adapters = params_lib.flatten(adapter_shapes(stage, params, roles))
     paths = trainable_paths(stage, params) | adapters.keys()
     rows: dict[str, tuple[int, int]] = {}
     for path, leaf in (params_lib.flatten(params) | adapters).items():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -23,12 +23,14 @@ from vl_jax.model import VisionLanguage, update_routing_state
 from vl_jax.moe import balance
 from vl_jax.moe.routing import EXCLUDED, ROUTES, State, scheme_of
 from vl_jax.params import Leaf
+from vl_jax.roles import Role
 from vl_jax.train import lora
 from vl_jax.train.objectives.next_token import NextToken
 from vl_jax.train.objectives.objective import Objective, Sums
 
 Metrics = dict[str, jax.Array]
 NEXT_TOKEN = NextToken()
+NO_ROLES: Mapping[str, Role] = {}
 
 
 @struct.dataclass
@@ -80,6 +82,7 @@ def gradients(
     accumulation: int,
     lora_scale: float = 1.0,
     objective: Objective = NEXT_TOKEN,
+    roles: Mapping[str, Role] = NO_ROLES,
 ) -> tuple[Any, Metrics, Sums]:
     """Gradients of parameters that train and of adapters for the whole batch; metrics; the sums."""
     trained, frozen = split_trained(state.params, state.adapters, trainable)
@@ -90,7 +93,7 @@ def gradients(
 
     def minimised(trained: Any, part: tuple[Batch, State]) -> tuple[jax.Array, Sums]:
         rows, given = part
-        params = lora.merge(*join_trained(trained, frozen, trainable), lora_scale)
+        params = lora.merge(*join_trained(trained, frozen, trainable), lora_scale, roles)
         routing = state.routing | {name: jnp.moveaxis(x, 0, 1) for name, x in given.items()}
         found = objective(params, dataclasses.replace(state, routing=routing), rows, model=model, rngs=rngs)
         losses = {name: value / totals[name] for name, value in found.losses.items()}
@@ -135,12 +138,14 @@ def make_train_step(
     accumulation: int = 1,
     lora_scale: float = 1.0,
     objective: Objective = NEXT_TOKEN,
+    roles: Mapping[str, Role] = NO_ROLES,
 ) -> Callable[[TrainState, Batch, ArrayLike], tuple[TrainState, Metrics]]:
     """The step of one stage, ``(state, batch, learning_rate)``, to be compiled by the caller.
 
     Args:
       trainable: the parameters that train; adapters of the state train besides.
       lora_scale: what adapters are multiplied by when they are merged.
+      roles: of the parameters that have adapters, by path.
       objective: what the stage minimises.
 
     Raises:
@@ -161,6 +166,7 @@ def make_train_step(
             accumulation=accumulation,
             lora_scale=lora_scale,
             objective=objective,
+            roles=roles,
         )
         stats = sums.stats
         trained, frozen = split_trained(state.params, state.adapters, trainable)
