@@ -26,7 +26,7 @@ def test_churn_is_the_share_of_new_choices():
 
 
 def state_of(params, routing) -> TrainState:
-    return TrainState(jnp.zeros((), jnp.int32), params, None, routing, {}, None)
+    return TrainState(jnp.zeros((), jnp.int32), params, None, routing, {})
 
 
 def test_looks_are_compared():
