@@ -28,6 +28,8 @@ TENSORBOARD_FOLDER = "tensorboard"
 TIMING_KEYS = ("tokens_per_second", "step_ms", "samples_per_second", "data_wait_ms", "wall_time_s", "eta_s")
 
 _RESERVED = ("step", "stage")
+# What a log holds beside what a stage's objective measures: the parts of names before a "/".
+_BESIDE = ("loss", "auxiliary_loss", "grad_norm", "learning_rate", "skipped", "routing")
 
 
 class MetricsWriter:
@@ -120,6 +122,13 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
         except ValueError:
             raise ValueError(f"{path}:{number}: not a JSON object: {line[:80]!r}") from None
     return result
+
+
+def objective_metrics(line: Mapping[str, Any]) -> list[str]:
+    """Names of the numbers of a log line that a stage's objective measured, beside the loss."""
+    known = {*_RESERVED, *TIMING_KEYS, *_BESIDE}
+    numbers = (name for name, value in line.items() if isinstance(value, (int, float)))
+    return [name for name in numbers if name.partition("/")[0] not in known]
 
 
 def without_timings(line: Mapping[str, Any]) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from vl_jax.experiment import (
 from vl_jax.generation import GenerationConfig
 from vl_jax.interop import pretrained
 from vl_jax.layout import Layout, put_batch, rows_here
+from vl_jax.report.results import read_result
 from vl_jax.report.run import write_report
 from vl_jax.runtime import allocator
 from vl_jax.train import loop
@@ -83,7 +84,7 @@ def evaluate_all(experiment: Experiment, layout: Layout, state: TrainState, work
     for source in experiment.data.evaluation:
         done = workdir / "eval" / source.name / f"{step}.json"
         if done.exists():
-            results[source.name] = json.loads(done.read_text(encoding="utf-8"))
+            results[source.name] = read_result(done)
         else:
             results[source.name] = evaluate_task(experiment, layout, state, workdir, source.name, step)
     return results

@@ -15,13 +15,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Trains or resumes, and prints the scores of every task."""
+    """Trains or resumes, and prints the scores of every task, its headline first."""
     from vl_jax import runs
+    from vl_jax.report.results import summary
 
     results = runs.run(load_experiment(arguments), arguments.workdir)
     for task, result in results.items():
-        print(
-            f"{task}: exact match {result['exact_match']:.1%} on {result['num_questions']} questions "
-            f"(blind {result['blind_exact_match']:.1%}, prior {result['prior_exact_match']:.1%})"
-        )
+        print(f"{task}: {summary(result)}")
     print(f"report: {arguments.workdir / 'report.html'}")

@@ -13,16 +13,14 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from vl_jax.metrics import objective_metrics
 from vl_jax.report.charts import Series, line_chart, number, percent
+from vl_jax.report.results import is_share, label, others
 from vl_jax.report.run import RunFiles, page, read_run
 
 COMPARISON_FILE, TABLE_FILE = "comparison.html", "comparison.csv"
-# What is plotted: field of the log, title.
-_CURVES = (
-    ("loss", "Loss"),
-    ("accuracy", "Accuracy of the next token"),
-    ("routing/maxvio_mean", "Busiest expert above the even share (MaxVio), mean of layers"),
-)
+# Plotted after loss and what the objectives measure: field of the log, title.
+_MAXVIO = ("routing/maxvio_mean", "Busiest expert above the even share (MaxVio), mean of layers")
 _LAST_LINES = 10  # the log's end, over which noisy values are averaged
 
 
@@ -48,7 +46,7 @@ def write_comparison(folder: Path) -> Path:
         writer.writeheader()
         writer.writerows(rows)
     target = folder / COMPARISON_FILE
-    sections = [("Results", _table(rows, names)), ("Training", _charts(runs))]
+    sections = [("Results", _table(rows, names, _shares(runs))), ("Training", _charts(runs))]
     target.write_text(page(folder.resolve().name, f"{len(runs)} runs", sections), encoding="utf-8")
     return target
 
@@ -61,18 +59,31 @@ def row(run: RunFiles) -> dict[str, Any]:
     """What the table says of one run; an unfinished run has fewer entries."""
     result: dict[str, Any] = {"run": run.folder.name}
     for task, history in run.history.items():
-        scores = history[-1]
-        result |= {f"{task}: {k}": scores[k] for k in ("exact_match", "blind_exact_match") if k in scores}
-        for kind, part in scores.get("by_kind", {}).items():
-            result[f"{task}: {kind}"] = part["exact_match"]
+        last = history[-1]
+        first, scores = last["headline"], last["scores"]
+        result |= {
+            f"{task}: {name}": scores[name] for name in (first, *others(last, scores)) if name in scores
+        }
+        for kind, groups in last["groups"].items():
+            result |= {f"{task}: {kind}={group}": found.get(first) for group, found in groups.items()}
     result["steps"] = run.lines[-1]["step"] if run.lines else 0
-    for name in ("loss", "routing/maxvio_mean", "tokens_per_second"):
+    for name in ("loss", _MAXVIO[0], "tokens_per_second"):
         values = [value for _, value in _points(run, name)][-_LAST_LINES:]
         if values:
             result[name] = statistics.fmean(values)
     if run.facts and "wall_time_s" in run.facts:
         result["wall_time_s"] = run.facts["wall_time_s"]
     return result
+
+
+def _shares(runs: Sequence[RunFiles]) -> set[str]:
+    """The entries of ``row`` that are shares of one."""
+    names: set[str] = set()
+    for task, last in ((task, history[-1]) for run in runs for task, history in run.history.items()):
+        names |= {f"{task}: {name}" for name in last["shares"]}
+        if is_share(last, last["headline"]):
+            names |= {f"{task}: {kind}={group}" for kind, found in last["groups"].items() for group in found}
+    return names
 
 
 def _points(run: RunFiles, name: str) -> list[tuple[float, float]]:
@@ -89,25 +100,25 @@ def _points(run: RunFiles, name: str) -> list[tuple[float, float]]:
     return points
 
 
-def _table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
+def _table(rows: Sequence[Mapping[str, Any]], names: Sequence[str], shares: set[str]) -> str:
     """A column for each run, which leads to its own page."""
     links = (f'<a href="{escape(r["run"])}/report.html">{escape(r["run"])}</a>' for r in rows)
     head = "<th></th>" + "".join(f'<th class="num">{link}</th>' for link in links)
     body = ""
     for name in names[1:]:
-        cells = "".join(f'<td class="num">{_show(name, r.get(name))}</td>' for r in rows)
+        cells = "".join(
+            f'<td class="num">{(percent if name in shares else number)(r.get(name))}</td>' for r in rows
+        )
         body += f"<tr><th>{escape(name)}</th>{cells}</tr>"
     table = f'<table class="comparison"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
     return f'<div class="card wide"><div class="scroll">{table}</div></div>'
 
 
-def _show(name: str, value: Any) -> str:
-    return percent(value) if ": " in name else number(value)
-
-
 def _charts(runs: Sequence[RunFiles]) -> str:
     cards = ""
-    for name, title in _CURVES:
+    measured = dict.fromkeys(name for run in runs for line in run.lines for name in objective_metrics(line))
+    curves = [(name, label(name).capitalize()) for name in ("loss", *measured)]
+    for name, title in [*curves, _MAXVIO]:
         series = [Series(run.folder.name, _points(run, name)) for run in runs]
         series = [s for s in series if s.points]
         if series:

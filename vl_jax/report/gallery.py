@@ -1,4 +1,4 @@
-"""Cards of evaluated samples for the report: the picture with its boxes, the question and the answers.
+"""Cards of evaluated samples for the report: the picture with its boxes, and what the record holds.
 
 Pictures are embedded as data URIs. Small ones are enlarged without smoothing, so that single pixels can be
 inspected; large ones are reduced to keep the page light.
@@ -15,67 +15,66 @@ from typing import Any
 
 from PIL import Image
 
-from vl_jax.data.text.normalize import normalize
-
 # Cards of one task; more would make the page heavy without telling more.
 MAX_SAMPLES = 30
 _MAX_SIDE = 640
 _CRISP_BELOW = 256
+# Fields with a place of their own on a card; others are listed by name.
+_PLACED = ("id", "question", "answer", "prediction", "correct", "image", "boxes")
 
 
-def gallery(samples: Sequence[Mapping[str, Any]], *, folder: Path) -> str:
+def gallery(samples: Sequence[Mapping[str, Any]], *, folder: Path, kinds: Sequence[str]) -> str:
     """A grid of cards, as varied as possible, under a line saying how they were chosen.
 
     Args:
-      samples: rows of a samples file, as described in ``report.py``.
-      folder: what the image paths of the rows are relative to.
+      samples: records, as described in ``evaluate/task.py``.
+      folder: what the image paths of the records are relative to.
+      kinds: the fields that samples are grouped by.
     """
     if not samples:
         return '<p class="absent">No samples were saved.</p>'
     # An evaluation keeps the pictures of some samples only; those come first.
-    shown = choose([s for s in samples if s.get("image")], limit=MAX_SAMPLES)
-    shown += choose([s for s in samples if not s.get("image")], limit=MAX_SAMPLES - len(shown))
-    right = sum(map(is_correct, samples))
-    note = f"{right} of {len(samples)} saved answers are right."
+    shown = choose([s for s in samples if s.get("image")], kinds, limit=MAX_SAMPLES)
+    shown += choose([s for s in samples if not s.get("image")], kinds, limit=MAX_SAMPLES - len(shown))
+    note, judged = f"{len(samples)} samples were saved.", [s for s in samples if "correct" in s]
+    if judged:
+        note = f"{sum(bool(s['correct']) for s in judged)} of {len(judged)} saved answers are right."
     if len(shown) < len(samples):
-        note += f" {len(shown)} shown: taken in turn from every kind, language, and right or wrong."
-    cards = "".join(_card(sample, folder) for sample in shown)
-    return f'<p class="note">{note}</p><div class="gallery">{cards}</div>'
+        varied = ", ".join(f"every {kind.replace('_', ' ')}" for kind in (*kinds, "verdict"))
+        note += f" {len(shown)} shown: taken in turn from {varied}."
+    cards = "".join(_card(sample, folder, kinds) for sample in shown)
+    return f'<p class="note">{escape(note)}</p><div class="gallery">{cards}</div>'
 
 
-def is_correct(sample: Mapping[str, Any]) -> bool:
-    """The evaluator's verdict if the row holds one, else its rule for an exact match."""
-    if "correct" in sample:
-        return bool(sample["correct"])
-    return normalize(sample.get("prediction") or "") == normalize(sample.get("answer") or "")
-
-
-def choose(samples: Sequence[Mapping[str, Any]], *, limit: int) -> list[Mapping[str, Any]]:
-    """At most ``limit`` samples, taken in turn from the groups of kind, language and correctness."""
+def choose(
+    samples: Sequence[Mapping[str, Any]], kinds: Sequence[str], *, limit: int
+) -> list[Mapping[str, Any]]:
+    """At most ``limit`` samples, taken in turn from the groups of all kinds and right or wrong."""
     groups: dict[tuple, list[Mapping[str, Any]]] = {}
     for sample in samples:
-        key = (sample.get("kind"), sample.get("language"), is_correct(sample))
+        key = tuple(str(sample.get(name)) for name in (*kinds, "correct"))
         groups.setdefault(key, []).append(sample)
     turns = max(map(len, groups.values()), default=0)
     mixed = [group[turn] for turn in range(turns) for group in groups.values() if turn < len(group)]
     return mixed[:limit]
 
 
-def _card(sample: Mapping[str, Any], folder: Path) -> str:
-    verdict = "right" if is_correct(sample) else "wrong"
-    rows = [
-        ("answer", sample.get("prediction"), verdict),
-        ("truth", sample.get("answer"), ""),
-        ("blind", sample.get("blind_prediction"), ""),
+def _card(sample: Mapping[str, Any], folder: Path, kinds: Sequence[str]) -> str:
+    verdict = ("right" if sample["correct"] else "wrong") if "correct" in sample else ""
+    rows = [("answer", sample.get("prediction"), verdict), ("truth", sample.get("answer"), "")]
+    rows += [
+        (name.removesuffix("_prediction").replace("_", " "), value, "")
+        for name, value in sample.items()
+        if name not in (*_PLACED, *kinds) and isinstance(value, str | int | float)
     ]
     answers = "".join(
-        f'<dt>{name}</dt><dd class="{style}">{escape(str(text)) or "(empty)"}</dd>'
+        f'<dt>{escape(name)}</dt><dd class="{style}">{escape(str(text)) or "(empty)"}</dd>'
         for name, text, style in rows
         if text is not None
     )
     tags = "".join(
         f'<span class="tag">{escape(str(sample[name]))}</span>'
-        for name in ("kind", "language", "id")
+        for name in (*kinds, "id")
         if sample.get(name) not in (None, "")
     )
     language = escape(str(sample.get("language") or "und"), quote=True)

@@ -5,17 +5,10 @@ Reads what a run leaves in its folder and imports no model, so a run can be look
     config.json                          the resolved configuration
     run.json                             facts of the run (machine, versions, ...), any JSON object
     metrics.jsonl                        see metrics.py
-    eval/<task>/<step>.json              {"task", "step", "num_questions", "exact_match",
-                                          "blind_exact_match", "prior_exact_match",
-                                          "by_kind": {kind: {"count", "exact_match", ...}},
-                                          "by_language": the same by language}
-    eval/<task>/<step>.samples.jsonl     {"id", "question", "answer", "prediction", "blind_prediction",
-                                          "kind", "language", "image", "correct",
-                                          "boxes": [{"label", "corners"}]}
+    eval/<task>/                         see results.py
 
-``image`` is a path relative to ``eval/<task>``; ``corners`` are x0, y0, x1, y1 in pixels of that image.
-A *blind* answer is given without the image; the *prior* is the most frequent answer to that kind of question.
-Whatever is absent is said to be absent, in its place on the page.
+A task's scores are shown by their names: the headline, what it is compared with, all others, and the same by
+group. Whatever is absent is said to be absent, in its place on the page.
 """
 
 from __future__ import annotations
@@ -28,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from vl_jax.batch import MODALITIES
-from vl_jax.metrics import METRICS_FILE, read_metrics
-from vl_jax.report.charts import Band, Series, heatmap, line_chart, number, percent, ramp
+from vl_jax.metrics import METRICS_FILE, objective_metrics, read_metrics
+from vl_jax.report import results
+from vl_jax.report.charts import NUM_COLOURS, Band, Series, heatmap, line_chart, number, percent, ramp
 from vl_jax.report.gallery import gallery
 
 REPORT_FILE = "report.html"
@@ -37,16 +31,11 @@ _LOAD, _MAXVIO, _DEAD, _DROPS = "routing/load", "routing/maxvio", "routing/dead"
 _RUNNING, _CHURN = "routing/maxvio_running", "routing/churn"
 # Lines of the log over which the final expert load is averaged: one step says little about rare experts.
 _LOAD_LINES = 10
-_SCORES = (
-    ("exact_match", "with image", ""),
-    ("blind_exact_match", "blind", "blind"),
-    ("prior_exact_match", "prior", "prior"),
-)
 
 
 @dataclasses.dataclass(frozen=True)
 class RunFiles:
-    """The files of a run, parsed; ``evaluations`` and ``samples`` hold the last step of every task."""
+    """The files of a run, parsed: the results of every task by step, and the samples of its last step."""
 
     folder: Path
     config: Mapping[str, Any] | None
@@ -78,12 +67,12 @@ def read_run(workdir: str | Path) -> RunFiles:
     for task in sorted(p for p in folder.glob("eval/*") if p.is_dir()):
         steps = sorted((p for p in task.glob("*.json") if p.stem.isdigit()), key=lambda p: int(p.stem))
         if steps:
-            history[task.name] = [_read_json(p) for p in steps]
-            samples[task.name] = read_metrics(steps[-1].with_suffix(".samples.jsonl"))
+            history[task.name] = [results.read_result(p) for p in steps]
+            samples[task.name] = results.read_records(steps[-1])
     return RunFiles(
         folder=folder,
-        config=_read_json(folder / "config.json"),
-        facts=_read_json(folder / "run.json"),
+        config=results.read_json(folder / "config.json"),
+        facts=results.read_json(folder / "run.json"),
         lines=read_metrics(folder / METRICS_FILE),
         history=history,
         samples=samples,
@@ -95,7 +84,7 @@ def render(run: RunFiles) -> str:
     sections = [
         ("Result", _headline(run)),
         ("Training", _training(run)),
-        ("By kind of question", "".join(_breakdowns(task, evals[-1]) for task, evals in run.history.items())),
+        ("By group", "".join(_breakdowns(task, evals[-1]) for task, evals in run.history.items())),
         ("Samples", "".join(_gallery(run, task) for task in run.history)),
         ("Routing", _routing(run)),
         ("Configuration", _config(run)),
@@ -131,49 +120,63 @@ def _lead(run: RunFiles) -> str:
 
 def _headline(run: RunFiles) -> str:
     cards = "".join(_task_card(task, evals[-1]) for task, evals in run.history.items())
-    history = [
-        Series(task, [(e["step"], e.get("exact_match")) for e in evals])
-        for task, evals in run.history.items()
-        if len(evals) > 1
-    ]
-    if history:
-        cards += _chart_card("Exact match over training", history, run, show=percent)
+    for name in dict.fromkeys(evals[-1]["headline"] for evals in run.history.values()):
+        found = {t: [e for e in evals if e["headline"] == name] for t, evals in run.history.items()}
+        found = {task: evals for task, evals in found.items() if len(evals) > 1}
+        if found:
+            series = [
+                Series(t, [(e["step"], results.headline(e)) for e in evals]) for t, evals in found.items()
+            ]
+            is_share = all(results.is_share(evals[-1], name) for evals in found.values())
+            title = f"{results.label(name).capitalize()} over training"
+            cards += _chart_card(title, series, run, show=percent if is_share else number)
     return f'<div class="grid headline">{cards}</div>' if cards else ""
 
 
 def _task_card(task: str, result: Mapping[str, Any]) -> str:
-    score, blind = result.get("exact_match"), result.get("blind_exact_match")
-    bars = "".join(
-        f"<span>{label}</span>{_bar(result[key], kind)}<span class='num'>{percent(result[key])}</span>"
-        for key, label, kind in _SCORES
-        if result.get(key) is not None
+    name, scores, compared = result["headline"], result["scores"], results.baselines(result)
+    value = results.headline(result)
+    bars = gains = ""
+    if results.is_share(result, name) and value is not None:
+        rows = [(name, results.label(name)), *compared.items()]
+        bars = "".join(
+            f"<span>{escape(text)}</span>{_bar(scores[key], n)}"
+            f"<span class='num'>{percent(scores[key])}</span>"
+            for n, (key, text) in enumerate(rows, start=1)
+        )
+        known = [(text, scores[key]) for key, text in compared.items() if scores[key] is not None]
+        gains = ", ".join(f"{100 * (value - score):+.1f} points beside {text}" for text, score in known)
+    shown = compared if bars else ()
+    tags = "".join(
+        f'<span class="tag num">{escape(results.label(key))} {results.show(result, key, scores[key])}</span>'
+        for key in results.others(result, scores)
+        if key not in shown
     )
-    gain = ""
-    if score is not None and blind is not None:
-        gain = f"<div class='soft'>Seeing the image is worth {100 * (score - blind):+.1f} points.</div>"
-    known = {key for key, _, _ in _SCORES} | {"step", "num_questions"}
-    others = "".join(
-        f'<span class="tag num">{escape(key)} {number(value)}</span>'
-        for key, value in result.items()
-        if key not in known and isinstance(value, (int, float)) and not isinstance(value, bool)
-    )
-    count = f"step {result.get('step', 0):,} · {result.get('num_questions', 0):,} questions"
+    count = f"step {result.get('step', 0):,}"
+    if results.COUNT in scores:
+        count += f" · {scores[results.COUNT]:,} samples"
     return (
         f'<div class="card task"><header><b>{escape(task)}</b><span class="num">{count}</span></header>'
-        f'<div class="big num">{percent(score)}<small>exact match</small></div>'
-        f'<div class="compare">{bars}</div>{gain}{f"<div>{others}</div>" if others else ""}</div>'
+        f'<div class="big num">{results.show(result, name, value)}'
+        f"<small>{escape(results.label(name))}</small></div>"
+        f'<div class="compare">{bars}</div>{f"<div class=soft>{escape(gains)}.</div>" if gains else ""}'
+        f"{f'<div>{tags}</div>' if tags else ''}</div>"
     )
 
 
-def _bar(share: float | None, kind: str = "", marks: Sequence[tuple[str, float | None]] = ()) -> str:
+def _bar(share: float | None, colour: int = 1, marks: Sequence[float | None] = ()) -> str:
+    """A share as a bar in a colour of the palette, with marks in the colours after the first."""
     width = 100 * min(max(share or 0.0, 0.0), 1.0)
     ticks = "".join(
-        f'<b class="{name}" style="left:{100 * value:.1f}%"></b>'
-        for name, value in marks
+        f'<b style="left:{100 * value:.1f}%;background:{_colour(n)}"></b>'
+        for n, value in enumerate(marks, start=2)
         if value is not None
     )
-    fill = f'<i{f" class={kind}" if kind else ""} style="width:{width:.1f}%"></i>'
-    return f'<div class="bar">{fill}{ticks}</div>'
+    return f'<div class="bar"><i style="width:{width:.1f}%;background:{_colour(colour)}"></i>{ticks}</div>'
+
+
+def _colour(number: int) -> str:
+    return f"var(--c{(number - 1) % NUM_COLOURS + 1})"
 
 
 def _training(run: RunFiles) -> str:
@@ -182,10 +185,11 @@ def _training(run: RunFiles) -> str:
     names = list(
         dict.fromkeys(n for line in run.lines for n, v in line.items() if _is_number(v) and n != "step")
     )
+    measured = objective_metrics(dict.fromkeys(names, 0))
     rates = [n for n in names if n.startswith("learning_rate")]
     main = [
         ("Loss", [n for n in names if n == "loss" or n.startswith("loss/")], number),
-        ("Accuracy of the next token", [n for n in names if n == "accuracy"], percent),
+        *((results.label(n).capitalize(), [n], number) for n in measured),
         ("Learning rate", rates, number),
         ("Tokens per second", [n for n in names if n == "tokens_per_second"], number),
     ]
@@ -246,36 +250,49 @@ def _stages(lines: Sequence[Mapping[str, Any]]) -> list[Band]:
 
 
 def _breakdowns(task: str, result: Mapping[str, Any]) -> str:
-    tables = [("kind", result.get("by_kind")), ("language", result.get("by_language"))]
-    legend = (
-        '<div class="legend"><span><i class="block" style="background:var(--c1)"></i>exact match</span>'
-        '<span><i class="tick" style="background:var(--c2)"></i>blind (no image)</span>'
-        '<span><i class="tick" style="background:var(--c8)"></i>prior (most frequent answer)</span></div>'
-    )
-    content = "".join(_table(name, rows) for name, rows in tables if rows)
+    content = "".join(_table(kind, rows, result) for kind, rows in result["groups"].items() if rows)
     if not content:
         content = _absent("This evaluation has no breakdown.")
-    return f'<div class="card wide"><div class="top"><h3>{escape(task)}</h3></div>{legend}{content}</div>'
+    elif results.is_share(result, result["headline"]):
+        content = _legend(result) + content
+    return f'<div class="card wide"><div class="top"><h3>{escape(task)}</h3></div>{content}</div>'
 
 
-def _table(name: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
-    head = "".join(f'<th class="num">{h}</th>' for h in ("exact match", "blind", "prior"))
+def _legend(result: Mapping[str, Any]) -> str:
+    names = [("block", results.label(result["headline"]))]
+    names += [("tick", text) for text in results.baselines(result).values()]
+    entries = "".join(
+        f'<span><i class="{kind}" style="background:{_colour(n)}"></i>{escape(text)}</span>'
+        for n, (kind, text) in enumerate(names, start=1)
+    )
+    return f'<div class="legend">{entries}</div>'
+
+
+def _table(kind: str, rows: Mapping[str, Mapping[str, Any]], result: Mapping[str, Any]) -> str:
+    """A row for each group of a kind, with a bar where the headline is a share."""
+    first, compared = result["headline"], results.baselines(result)
+    names = [first, *results.others(result, dict.fromkeys(name for row in rows.values() for name in row))]
+    head = "".join(f'<th class="num">{escape(compared.get(n, results.label(n)))}</th>' for n in names)
     body = ""
-    for key, row in rows.items():
-        score, blind, prior = (row.get(field) for field, _, _ in _SCORES)
-        body += (
-            f'<tr><th>{escape(key)}</th><td class="num">{row.get("count", 0):,}</td>'
-            f'<td class="wide">{_bar(score, marks=(("blind", blind), ("prior", prior)))}</td>'
-            + "".join(f'<td class="num">{percent(v)}</td>' for v in (score, blind, prior))
-            + "</tr>"
+    for group, row in rows.items():
+        bar = (
+            _bar(row.get(first), marks=[row.get(n) for n in compared])
+            if results.is_share(result, first)
+            else ""
         )
-    head = f'<tr><th>{name}</th><th class="num">count</th><th></th>{head}</tr>'
+        cells = "".join(f'<td class="num">{results.show(result, n, row.get(n))}</td>' for n in names)
+        count = f"{row[results.COUNT]:,}" if results.COUNT in row else ""
+        body += (
+            f'<tr><th>{escape(group)}</th><td class="num">{count}</td><td class="wide">{bar}</td>{cells}</tr>'
+        )
+    head = f'<tr><th>{escape(results.label(kind))}</th><th class="num">count</th><th></th>{head}</tr>'
     table = f'<table class="scores"><thead>{head}</thead><tbody>{body}</tbody></table>'
     return f'<div class="scroll">{table}</div>'
 
 
 def _gallery(run: RunFiles, task: str) -> str:
-    cards = gallery(run.samples[task], folder=run.folder / "eval" / task)
+    kinds = tuple(run.history[task][-1]["groups"])
+    cards = gallery(run.samples[task], folder=run.folder / "eval" / task, kinds=kinds)
     return f'<h3 style="margin:18px 0 10px">{escape(task)}</h3>{cards}'
 
 
@@ -392,12 +409,3 @@ def _absent(reason: str) -> str:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _read_json(path: Path) -> Any:
-    if not path.exists():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None

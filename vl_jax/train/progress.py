@@ -9,11 +9,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
+from vl_jax.metrics import objective_metrics
+
 PLAIN_INTERVAL_S = 10.0
 
 
 class Progress:
-    """Shows stage, step, loss, speed and time remaining."""
+    """Shows stage, step, loss, what else the objective measures, speed and time remaining."""
 
     def __init__(self, total: int, done: int, *, quiet: bool = False):
         self._console = Console(quiet=quiet)
@@ -55,10 +57,9 @@ class Progress:
     def update(self, step: int, figures: dict[str, float]) -> None:
         """Moves to a step; ``figures`` may be empty when nothing new was measured."""
         if figures:
-            self._figures = (
-                f"loss {figures['loss']:.3f}  acc {figures['accuracy']:.3f}  "
-                f"{figures['tokens_per_second']:,.0f} tok/s"
-            )
+            names = [name for name in ("loss", *objective_metrics(figures)) if name in figures]
+            shown = [f"{name} {figures[name]:.3f}" for name in names]
+            self._figures = "  ".join([*shown, f"{figures['tokens_per_second']:,.0f} tok/s"])
         self._bar.update(self._task, completed=step, description=self._stage, figures=self._figures)
         now = time.monotonic()
         passed = now - self._printed_at

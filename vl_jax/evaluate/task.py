@@ -1,0 +1,136 @@
+"""A task: what a model is asked, how it is judged, and which score a person looks at first.
+
+    Examinee --Task.run--> a record of every sample ... --and at the end--> Findings
+
+A task is a frozen config dataclass, in ``evaluate/tasks/`` or in a file of one's own. Nothing else knows its
+scores: the runner writes them, and reports print them, by these conventions::
+
+    <headline>                the score that is shown first, by itself
+    <baseline>_<headline>     the same score of something simpler, such as ``blind_exact_match``
+    count                     how many samples stand behind the scores
+
+A record is one JSON object. Reports know ``id``, ``question``, ``answer`` (the truth), ``prediction``,
+``<baseline>_prediction``, ``correct``, ``image`` (a PIL picture or None; its file is named in its place),
+``boxes`` and the fields that groups are made by; whatever else it holds they show by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from vl_jax.batch import Batch
+from vl_jax.data.config import DataConfig, ModelSpec
+from vl_jax.data.stream.evaluation_prompts import evaluation_prompts
+from vl_jax.layout import Layout
+
+Record = Mapping[str, Any]
+Scores = Mapping[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Extent:
+    """How much is asked, whatever the task."""
+
+    batch_size: int = 64
+    limit: int = 0  # questions per source; 0: all
+    per_sample: int = 0  # questions per image; 0: all
+    max_new_tokens: int = 16
+    prior_samples: int = 2000  # training samples that the prior baseline counts
+
+    def __post_init__(self):
+        if self.batch_size < 1 or self.max_new_tokens < 1:
+            raise ValueError(
+                f"batch_size={self.batch_size} and max_new_tokens={self.max_new_tokens} must be >= 1"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Examinee:
+    """The model that is examined, and the held-out source that it is examined on."""
+
+    layout: Layout
+    params: Any
+    routing_state: Any
+    data: DataConfig
+    spec: ModelSpec
+    source: str  # name in ``data.evaluation``
+    extent: Extent
+
+    def prompts(self, *, with_image: bool = True) -> Iterator[tuple[list[dict[str, Any]], Batch]]:
+        """The source's questions as records and batches; see ``evaluation_prompts``."""
+        return evaluation_prompts(
+            self.data,
+            self.spec,
+            self.source,
+            batch_size=self.extent.batch_size,
+            limit=self.extent.limit,
+            per_sample=self.extent.per_sample,
+            with_image=with_image,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Findings:
+    """The scores of a task over all samples and by group.
+
+    Attributes:
+      groups: scores by kind of group and name of group, ``{"language": {"en": {...}}}``.
+      shares: names of the scores that are shares of one, which are shown as percentages.
+    """
+
+    scores: Scores
+    groups: Mapping[str, Mapping[str, Scores]] = dataclasses.field(default_factory=dict)
+    shares: tuple[str, ...] = ()
+
+
+class Metric(Protocol):
+    """Takes samples one after another, or many at once, and computes scores from all of them."""
+
+    def update(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def compute(self) -> dict[str, float]: ...
+
+
+@runtime_checkable
+class Task(Protocol):
+    """What a task has to have; every process of a run calls ``run`` alike."""
+
+    @property
+    def headline(self) -> str:
+        """Name of the score that a person looks at first."""
+        ...
+
+    def run(self, examinee: Examinee) -> Generator[Record, None, Findings]:
+        """Yields a record of every sample and returns the findings."""
+        ...
+
+
+class Grouped:
+    """One metric over all samples, and one over each group of them.
+
+    Args:
+      metric: makes an empty metric.
+      kinds: fields of a record; samples of one value are a group, and an empty value is none.
+    """
+
+    def __init__(self, metric: Callable[[], Metric], kinds: Sequence[str]):
+        self._make, self._overall = metric, metric()
+        self._groups: dict[str, dict[str, Metric]] = {kind: {} for kind in kinds}
+
+    def update(self, record: Record, *args: Any, **kwargs: Any) -> None:
+        """Updates the metric of all samples and those of the record's groups."""
+        self._overall.update(*args, **kwargs)
+        for kind, groups in self._groups.items():
+            name = str(record.get(kind) or "")
+            if name:
+                groups.setdefault(name, self._make()).update(*args, **kwargs)
+
+    def findings(self, *, shares: tuple[str, ...] = ()) -> Findings:
+        """All scores; the groups of a kind are in alphabetical order."""
+        groups = {
+            kind: {name: found[name].compute() for name in sorted(found)}
+            for kind, found in self._groups.items()
+        }
+        return Findings(self._overall.compute(), groups, shares)
