@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from vl_jax.data.text.normalize import normalize
-from vl_jax.evaluate.answers import Answer, Prior, scores, summarize
+from vl_jax.evaluate.metrics.exact_match import ExactMatch
+from vl_jax.evaluate.task import Grouped
+from vl_jax.evaluate.tasks.answers import Answers, Prior
 
 
 @pytest.mark.parametrize(
@@ -53,36 +55,49 @@ def test_a_tie_of_the_prior_goes_to_the_answer_seen_first():
     assert Prior([("q", "k", "b"), ("q", "k", "a")]).predict("q", "k") == "b"
 
 
-def answer(kind: str, language: str, truth: str, prediction: str, blind: str = "", prior: str = "") -> Answer:
-    return Answer("id", "q", truth, kind, language, prediction, blind, prior)
-
-
+BASELINES = ("blind", "prior")
+# kind, language, truth, prediction, blind, prior
 ANSWERS = [
-    answer("colour", "en", "red", "Red.", blind="red", prior="blue"),
-    answer("colour", "zh", "红色", "红色。", blind="蓝色", prior="红色"),
-    answer("count", "en", "2", "3", blind="2", prior="3"),
-    answer("", "en", "yes", "yes", blind="no", prior="no"),
+    ("colour", "en", "red", "Red.", "red", "blue"),
+    ("colour", "zh", "红色", "红色。", "蓝色", "红色"),
+    ("count", "en", "2", "3", "2", "3"),
+    ("", "en", "yes", "yes", "no", "no"),
 ]
+
+
+def scores(answers) -> dict[str, float]:
+    metric = ExactMatch(BASELINES)
+    for _, _, truth, prediction, blind, prior in answers:
+        metric.update(truth, prediction, blind=blind, prior=prior)
+    return metric.compute()
 
 
 def test_scores_are_shares_of_exact_matches():
     assert scores(ANSWERS) == {
-        "count": 4,
         "exact_match": 0.75,
         "blind_exact_match": 0.5,
         "prior_exact_match": 0.25,
+        "count": 4,
     }
 
 
-def test_summary_splits_by_kind_and_language_and_leaves_out_the_unnamed():
-    result = summarize(ANSWERS)
-    assert result["num_questions"] == 4 and result["exact_match"] == 0.75
-    assert result["by_kind"].keys() == {"colour", "count"}
-    assert result["by_kind"]["colour"] == scores(ANSWERS[:2])
-    assert result["by_kind"]["count"]["exact_match"] == 0.0
-    assert result["by_language"]["en"]["count"] == 3
-    assert result["by_language"]["zh"]["prior_exact_match"] == 1.0
+def test_groups_are_by_kind_and_language_and_leave_out_the_unnamed():
+    grouped = Grouped(lambda: ExactMatch(BASELINES), ("kind", "language"))
+    for kind, language, truth, prediction, blind, prior in ANSWERS:
+        record = {"kind": kind, "language": language}
+        grouped.update(record, truth, prediction, blind=blind, prior=prior)
+    found = grouped.findings()
+    assert found.scores == scores(ANSWERS)
+    assert found.groups["kind"] == {"colour": scores(ANSWERS[:2]), "count": scores(ANSWERS[2:3])}
+    assert found.groups["language"]["en"]["count"] == 3
+    assert found.groups["language"]["zh"]["prior_exact_match"] == 1.0
 
 
 def test_no_answers_score_zero():
-    assert scores([])["exact_match"] == 0.0 and scores([])["count"] == 0
+    assert scores([]) == {"exact_match": 0, "blind_exact_match": 0, "prior_exact_match": 0, "count": 0}
+
+
+def test_a_baseline_may_be_the_headline_and_an_unknown_score_may_not():
+    assert Answers(headline="blind_exact_match").headline == "blind_exact_match"
+    with pytest.raises(ValueError, match="headline='f1': expected one of exact_match, blind_exact_match"):
+        Answers(headline="f1")

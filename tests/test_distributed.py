@@ -91,7 +91,7 @@ def test_two_processes_train_evaluate_and_log_as_one_does(single, tmp_path):
     assert statuses == [0, 0], said
     np.testing.assert_allclose(losses(workdir), losses(single), rtol=1e-5)
     found, expected = (json.loads((w / f"eval/heldout/{STEPS}.json").read_text()) for w in (workdir, single))
-    assert found["num_questions"] == expected["num_questions"]
+    assert found["scores"]["count"] == expected["scores"]["count"]
     assert "ETA" in said[0] and "ETA" not in said[1]
     assert (workdir / "report.html").is_file()
 

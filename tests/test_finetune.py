@@ -134,7 +134,7 @@ def test_a_published_checkpoint_is_tuned_and_published_again(
     monkeypatch.setattr(jax, "devices", lambda: one)
     given = experiment(published, data, what=what)
     results = runs.run(given, tmp_path / "run")
-    assert results["val"]["num_questions"] == 4
+    assert results["val"]["scores"]["count"] == 4
     resolved, layout, state, _ = runs.restore(tmp_path / "run")
     assert resolved == resolve(given)
     before, routing = pretrained.load_params(published, layout)
@@ -152,7 +152,7 @@ def test_a_published_checkpoint_is_tuned_and_published_again(
 
     # The run, evaluated anew on fewer questions; and what was published, on all of them.
     run, again = f"--workdir={tmp_path / 'run'}", f"--workdir={tmp_path / 'again'}"
-    assert scores(capsys, run, "--config.evaluation.limit=2")["val"]["num_questions"] == 2
+    assert scores(capsys, run, "--config.evaluation.limit=2")["val"]["scores"]["count"] == 2
     assert main(["evaluate", run, "--config.seed=1"]) == 2
     assert "--config.seed: of a finished run only" in capsys.readouterr().err
     assert main(["evaluate", run, "--task=test"]) == 2
@@ -161,7 +161,7 @@ def test_a_published_checkpoint_is_tuned_and_published_again(
     settings = [f"--config.{path}={value}" for path, value in settings.items()]
     model = f"--model={tmp_path / 'out'}"
     found = scores(capsys, again, model, f"--config={FILE}", "--task=val", *settings)["val"]
-    assert found["exact_match"] == results["val"]["exact_match"] and found["num_questions"] == 4
+    assert found["scores"] == results["val"]["scores"] and found["scores"]["count"] == 4
     said = [next((tmp_path / name / "eval/val").glob("*.samples.jsonl")) for name in ("run", "again")]
     first, second = (
         [json.loads(line)["prediction"] for line in path.read_text().splitlines()] for path in said

@@ -12,7 +12,8 @@ from PIL import Image
 
 from vl_jax.metrics import MetricsWriter
 from vl_jax.report.charts import Series, line_chart, number, thin, ticks
-from vl_jax.report.gallery import MAX_SAMPLES, choose, is_correct
+from vl_jax.report.gallery import MAX_SAMPLES, choose
+from vl_jax.report.results import read_records
 from vl_jax.report.run import write_report
 
 VOID = {"meta", "br", "img", "hr", "input", "link"}
@@ -84,7 +85,8 @@ def _log(folder: Path) -> None:
             writer.write(step, scalars, arrays, stage="align" if step < 20 else "sft")
 
 
-def _evaluate(folder: Path, samples: list[dict], *, step: int = 38) -> None:
+def _evaluate(folder: Path, samples: list[dict], *, step: int = 38, flat: bool = False) -> None:
+    """What an evaluation leaves; with ``flat`` as versions wrote it that knew one metric only."""
     task = folder / "eval" / "scenes"
     (task / "images").mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (8, 10), (255, 0, 0)).save(task / "images" / "0.png")
@@ -92,8 +94,14 @@ def _evaluate(folder: Path, samples: list[dict], *, step: int = 38) -> None:
         kind: {"count": 7, "exact_match": score, "blind_exact_match": 0.3, "prior_exact_match": 0.2}
         for kind, score in KINDS.items()
     }
-    result = {"task": "scenes", "step": step, "num_questions": 14, "by_kind": scores, "by_language": scores}
-    result |= {"exact_match": 0.912, "blind_exact_match": 0.301, "prior_exact_match": 0.35}
+    result: dict = {"task": "scenes", "step": step}
+    shares = {"exact_match": 0.912, "blind_exact_match": 0.301, "prior_exact_match": 0.35}
+    if flat:
+        result |= {**shares, "num_questions": 14, "by_kind": scores, "by_language": scores}
+    else:
+        result |= {"headline": "exact_match", "scores": {**shares, "count": 14}, "shares": list(shares)}
+        result |= {"groups": {"kind": scores, "language": scores}}
+        samples = [{"correct": s["prediction"] == s["answer"], **s} for s in samples]
     (task / f"{step}.json").write_text(json.dumps(result))
     lines = "".join(json.dumps(row) + "\n" for row in samples)
     (task / f"{step}.samples.jsonl").write_text(lines, encoding="utf-8")
@@ -235,8 +243,8 @@ def test_page_depends_on_the_files_only(full: Path):
 
 
 def test_gallery_takes_groups_in_turn():
-    rows = [_sample(n) for n in range(50)] + [_sample(50, prediction="blue"), _sample(51, language="zh")]
-    chosen = choose(rows, limit=MAX_SAMPLES)
+    rows = [_sample(n) for n in range(50)] + [_sample(50, correct=False), _sample(51, language="zh")]
+    chosen = choose(rows, ("kind", "language"), limit=MAX_SAMPLES)
     assert [row["id"] for row in chosen[:4]] == ["id-0", "id-50", "id-51", "id-1"]
     assert len(chosen) == MAX_SAMPLES
 
@@ -253,10 +261,44 @@ def test_what_is_not_known_of_a_sample_has_no_tag(tmp_path: Path):
     assert '<span class="tag">colour</span>' in page and '<span class="tag"></span>' not in page
 
 
-def test_verdict_of_the_evaluator_wins_over_the_words():
-    assert is_correct(_sample(0, answer="Red ", prediction="red."))
-    assert not is_correct(_sample(0, prediction=None))
-    assert is_correct(_sample(0, prediction="crimson", correct=True))
+def test_an_older_result_makes_the_same_page(tmp_path: Path):
+    pages = []
+    for name, flat in (("new", False), ("old", True)):
+        folder = tmp_path / name / "run"
+        folder.mkdir(parents=True)
+        _evaluate(folder, [_sample(0), _sample(1, prediction="green")], flat=flat)
+        pages.append(write_report(folder).read_bytes())
+    assert pages[0] == pages[1]
+
+
+def test_an_older_record_is_right_if_its_words_are_and_the_verdict_of_the_evaluator_wins(tmp_path: Path):
+    changes = [{"answer": "Red ", "prediction": "red."}, {"prediction": None}]
+    changes += [{"prediction": "crimson", "correct": True}]
+    _evaluate(tmp_path, [_sample(n, **c) for n, c in enumerate(changes)], flat=True)
+    records = read_records(tmp_path / "eval" / "scenes" / "38.json")
+    assert [record["correct"] for record in records] == [True, False, True]
+
+
+def test_a_score_that_is_no_share_has_no_percentage_and_no_bar(tmp_path: Path):
+    folder = tmp_path / "eval" / "depth"
+    folder.mkdir(parents=True)
+    result = {
+        "task": "depth",
+        "step": 3,
+        "headline": "rmse",
+        "scores": {"rmse": 0.25, "mean_rmse": 0.5, "count": 1200},
+        "groups": {"scene_type": {"kitchen": {"rmse": 0.125}}},
+        "shares": [],
+    }
+    (folder / "3.json").write_text(json.dumps(result))
+    records = [{"id": "a", "scene_type": "kitchen", "error_m": 0.75}, {"id": "b", "scene_type": "attic"}]
+    (folder / "3.samples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    page = _page(tmp_path)
+    assert all(word in page.text for word in ("rmse", "0.25", "mean rmse 0.5", "1,200 samples", "0.125"))
+    assert all(word in page.text for word in ("scene type", "kitchen", "error m", "0.75", "attic"))
+    assert "2 samples were saved." in page.text
+    assert "%" not in page.text and "points" not in page.text
+    assert "bar" not in [value for name, value in page.attributes if name == "class"]
 
 
 def test_ticks_are_round_and_inside():

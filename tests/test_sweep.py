@@ -42,7 +42,9 @@ def leave_a_run(chosen, folder) -> None:
     (folder / "eval" / "held").mkdir(parents=True)
     (folder / "config.json").write_text(config.to_json(chosen))
     score = 0.5 if chosen.model.moe.scheme == "top_k" else 0.75
-    result = {"exact_match": score, "blind_exact_match": 0.25, "by_kind": {"colour": {"exact_match": 1.0}}}
+    scores = {"exact_match": score, "blind_exact_match": 0.25, "count": 4}
+    groups = {"kind": {"colour": {"exact_match": 1.0}}}
+    result = {"headline": "exact_match", "scores": scores, "groups": groups, "shares": list(scores)[:2]}
     (folder / "eval" / "held" / "2.json").write_text(json.dumps(result))
     lines = [{"step": n, "loss": 3.0 - n, "routing/maxvio": [1.0, 3.0]} for n in (1, 2)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -80,9 +82,11 @@ def test_a_finished_run_is_not_repeated_and_all_are_compared(spec, tmp_path, mon
         rows = {row["run"]: row for row in csv.DictReader(file)}
     assert rows["scheme=top_k"]["held: exact_match"] == "0.5"
     assert rows["scheme=loss_free,bias_rate=0.5"]["held: exact_match"] == "0.75"
+    assert rows["scheme=top_k"]["held: blind_exact_match"] == "0.25"
+    assert rows["scheme=top_k"]["held: kind=colour"] == "1.0"
     assert rows["scheme=top_k"]["routing/maxvio_mean"] == "2.0" and rows["scheme=top_k"]["loss"] == "1.5"
     page = (tmp_path / "runs" / "comparison.html").read_text(encoding="utf-8")
-    assert "75.0 %" in page and "2 runs" in page and "<script" not in page
+    assert "75.0 %" in page and "100.0 %" in page and "2 runs" in page and "<script" not in page
 
 
 def test_configurations_are_checked_before_anything_runs(spec, tmp_path, monkeypatch):

@@ -61,9 +61,8 @@ def row(run: RunFiles) -> dict[str, Any]:
     for task, history in run.history.items():
         last = history[-1]
         first, scores = last["headline"], last["scores"]
-        result |= {
-            f"{task}: {name}": scores[name] for name in (first, *others(last, scores)) if name in scores
-        }
+        names = [name for name in (first, *others(last, scores)) if name in scores]
+        result |= {f"{task}: {name}": scores[name] for name in names}
         for kind, groups in last["groups"].items():
             result |= {f"{task}: {kind}={group}": found.get(first) for group, found in groups.items()}
     result["steps"] = run.lines[-1]["step"] if run.lines else 0
