@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+from numbers import Integral
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -86,7 +87,7 @@ def _summary(task: Task, findings: Findings) -> dict[str, Any]:
         )
 
     def plain(scores: Scores) -> dict[str, float | None]:
-        values = {k: v if isinstance(v, int) else float(v) for k, v in scores.items()}
+        values = {k: int(v) if isinstance(v, Integral) else float(v) for k, v in scores.items()}
         return {k: v if math.isfinite(v) else None for k, v in values.items()}
 
     return {

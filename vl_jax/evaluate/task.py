@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, SupportsFloat, runtime_checkable
 
 from vl_jax.batch import Batch
 from vl_jax.data.config import DataConfig, ModelSpec
@@ -26,7 +26,7 @@ from vl_jax.data.stream.evaluation_prompts import evaluation_prompts
 from vl_jax.layout import Layout
 
 Record = Mapping[str, Any]
-Scores = Mapping[str, float]
+Scores = Mapping[str, SupportsFloat]  # a scalar of numpy or jax is one too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Metric(Protocol):
 
     def update(self, *args: Any, **kwargs: Any) -> None: ...
 
-    def compute(self) -> dict[str, float]: ...
+    def compute(self) -> Scores: ...
 
 
 @runtime_checkable
