@@ -22,6 +22,8 @@ device does two gathers with static shapes whatever the images look like.
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 from flax import struct
 
@@ -30,6 +32,43 @@ from vl_jax.params import Leaf
 # Modality ids of tokens in the language model; routing statistics are split by them.
 TEXT, VISION = 0, 1
 MODALITIES = ("text", "vision")
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """One array of a ``Batch``: what stands behind B, of which type, and what fills a place that is not used.
+
+    An axis that is a letter varies from batch to batch; a number is as it is.
+    """
+
+    axes: tuple[str | int, ...]
+    dtype: str = "int32"
+    padding: int = 0
+
+
+# The arrays that every batch has.
+FIELDS = {
+    "tokens": Field(("T",)),
+    "positions": Field(("T",)),
+    "segment_ids": Field(("T",)),
+    "branch_ids": Field(("T",)),
+    "visual_slot": Field(("T",), padding=-1),
+    "target_index": Field(("Q",)),
+    "targets": Field(("Q",)),
+    "loss_weights": Field(("Q",), "float32"),
+    "tiles": Field(("M", "h", "w", "c"), "uint8"),
+    "visual_index": Field(("S",), padding=-1),
+    "visual_start": Field(("S",)),
+    "visual_segment_ids": Field(("S",)),
+}
+
+
+@struct.dataclass
+class Given:
+    """What some rows of a batch bring and others lack."""
+
+    values: Leaf  # [B ...], zeros where a row has none
+    present: Leaf  # bool[B]
 
 
 @struct.dataclass
@@ -59,7 +98,23 @@ class Batch:
         None  # f32[B M h w c] normalised pixels of the tiles for a second, high-resolution tower
     )
 
+    media: dict[str, Given] = struct.field(default_factory=dict)  # further inputs, by name
+    labels: dict[str, Given] = struct.field(default_factory=dict)  # what heads are to say, by their names
+
     @property
     def modality(self) -> Leaf:
         """``TEXT`` or ``VISION`` for every sequence position, i32[B T]."""
         return (self.visual_slot >= 0).astype(np.int32)
+
+
+def blank(sizes: dict[str, int], rows: int) -> Batch:
+    """A host batch of which no place is used.
+
+    Args:
+      sizes: the length of each axis that is a letter in ``FIELDS``.
+    """
+    arrays = {}
+    for name, field in FIELDS.items():
+        shape = (rows, *(axis if isinstance(axis, int) else sizes[axis] for axis in field.axes))
+        arrays[name] = np.full(shape, field.padding, field.dtype)
+    return Batch(**arrays)

@@ -8,12 +8,14 @@ Read row by row, the places in use hold the examples one behind the other; so a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from vl_jax.batch import Batch
+from vl_jax.batch import FIELDS, Batch, Given
+from vl_jax.data.config import RowField
 from vl_jax.data.example import Example
 
 _NOTHING = np.zeros(0, np.bool_)  # takes the type of whatever it is joined with
@@ -29,6 +31,8 @@ class RowSizes:
     tile_tokens: int  # tokens that a tile becomes
     visual: int  # S
     targets: int  # Q
+    labels: tuple[RowField, ...] = ()
+    media: tuple[RowField, ...] = ()
 
 
 def collate(
@@ -66,21 +70,44 @@ def collate(
     of_tile = index < sizes.tiles * sizes.tile_tokens
     index = index + of_tile * np.repeat(before[:, 1] * sizes.tile_tokens, lengths[:, 2])
     visible_from = _joined(examples, "visual_start") + np.repeat(starts, lengths[:, 2])
-    tiles = np.zeros((len(rows), sizes.tiles, sizes.tile_size, sizes.tile_size, 3), np.uint8)
+    shape = (len(rows), sizes.tiles, sizes.tile_size, sizes.tile_size, 3)
+    tiles = np.full(shape, FIELDS["tiles"].padding, FIELDS["tiles"].dtype)
     for row, tile, example in zip(row_of, before[:, 1], examples, strict=True):
         tiles[row, tile : tile + len(example.tiles)] = example.tiles
+    of_text = {
+        "tokens": _joined(examples, "tokens"),
+        "positions": _joined(examples, "positions"),
+        "segment_ids": np.repeat(segments, lengths[:, 0]),
+        "branch_ids": _joined(examples, "branch_ids"),
+        "visual_slot": slots,
+    }
+    of_pictures = {
+        "visual_index": index,
+        "visual_start": visible_from,
+        "visual_segment_ids": np.repeat(segments, lengths[:, 2]),
+    }
+    # What fills a place follows from the table of fields, but for these. Nothing ever sees visual padding.
+    padding = {"tokens": padding_id, "visual_start": sizes.tokens}
     return Batch(
-        tokens=_spread(_joined(examples, "tokens"), here, padding_id),
-        positions=_spread(_joined(examples, "positions"), here, 0),
-        segment_ids=_spread(np.repeat(segments, lengths[:, 0]), here, 0),
-        branch_ids=_spread(_joined(examples, "branch_ids"), here, 0),
-        visual_slot=_spread(slots, here, -1),
-        **_predictions(here, _joined(examples, "targets"), weights, sizes.targets),
+        **_spread(of_text, here, padding),
+        **_spread(_predictions(here, _joined(examples, "targets"), weights), _first(predicted, sizes), {}),
         tiles=tiles,
-        visual_index=_spread(index, there, -1),
-        visual_start=_spread(visible_from, there, sizes.tokens),  # past the end: nothing ever sees padding
-        visual_segment_ids=_spread(np.repeat(segments, lengths[:, 2]), there, 0),
+        **_spread(of_pictures, there, padding),
+        labels={field.name: _given(rows, "labels", field) for field in sizes.labels},
+        media={field.name: _given(rows, "media", field) for field in sizes.media},
     )
+
+
+def _given(rows: Sequence[Sequence[Example]], kind: str, field: RowField) -> Given:
+    """A label or medium of every row, which has one sample; zeros where a row has none."""
+    values = np.zeros((len(rows), *field.shape), field.dtype)
+    present = np.zeros(len(rows), np.bool_)
+    for row, examples in enumerate(rows):
+        for example in examples:
+            found = getattr(example, kind).get(field.name)
+            if found is not None:
+                values[row], present[row] = found, True
+    return Given(values, present)
 
 
 def _joined(examples: Sequence[Example], name: str) -> np.ndarray:
@@ -94,27 +121,35 @@ def _between(start: np.ndarray | int, stop: np.ndarray, width: int) -> np.ndarra
     return (places >= start) & (places < stop)
 
 
-def _spread(values: np.ndarray, places: np.ndarray, padding: int) -> np.ndarray:
-    """Values at the places that are in use, row by row: ``i32[B width]``."""
-    result = np.full(places.shape, padding, np.int32)
-    result[places] = values
+def _first(counts: np.ndarray, sizes: RowSizes) -> np.ndarray:
+    """The first so many places of each row: ``bool[B Q]``."""
+    return _between(0, counts.astype(int)[:, None], sizes.targets)
+
+
+def _spread(
+    fields: Mapping[str, np.ndarray], places: np.ndarray, padding: Mapping[str, int]
+) -> dict[str, Any]:
+    """The fields at the places that are in use, row by row: ``[B width]`` each.
+
+    Args:
+      fields: the values of each, those of all rows one behind the other.
+      padding: what fills the other places of a field, if it is not what the table of fields says.
+    """
+    result = {}
+    for name, values in fields.items():
+        field = FIELDS[name]
+        result[name] = np.full(places.shape, padding.get(name, field.padding), field.dtype)
+        result[name][places] = values
     return result
 
 
-def _predictions(
-    here: np.ndarray, following: np.ndarray, weights: np.ndarray, most: int
-) -> dict[str, np.ndarray]:
-    """What a batch says of its targets, those of a row one behind the other: ``[B most]`` each."""
+def _predictions(here: np.ndarray, following: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """What a batch says of its targets, those of all rows one behind the other."""
     used = np.flatnonzero(weights)
-    rows, places = (axis[used] for axis in np.nonzero(here))
-    count = np.bincount(rows, minlength=len(here))
-    wanted = _between(0, count[:, None], most)
-    loss_weights = np.zeros(wanted.shape, np.float32)
-    loss_weights[wanted] = weights[used]
     return {
-        "target_index": _spread(places, wanted, 0),
-        "targets": _spread(following[used], wanted, 0),
-        "loss_weights": loss_weights,
+        "target_index": np.nonzero(here)[1][used],
+        "targets": following[used],
+        "loss_weights": weights[used],
     }
 
 
@@ -129,3 +164,8 @@ def _check(
             f"row of {names}: tokens, tiles, visual tokens, targets {tuple(found[row].tolist())} exceed the "
             f"limits {limits}"
         )
+    if sizes.labels or sizes.media:
+        for row in rows:
+            if len(row) > 1:
+                names = ", ".join(e.id for e in row)
+                raise ValueError(f"row of {names}: {len(row)} samples, labels and media are those of one")

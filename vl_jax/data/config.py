@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
 from vl_jax.data.images.augment import AugmentationConfig
 from vl_jax.data.images.tiling import TilingConfig
-from vl_jax.data.sample import Source
+from vl_jax.data.sample import Sample, Source
 from vl_jax.data.sources.build import SourceConfig, open_source
 from vl_jax.data.text.chat import Turns
 from vl_jax.data.text.turns import TurnSampling
@@ -155,6 +155,34 @@ class DataConfig:
                 raise ValueError(f"packing.{name}={most}: must be at least {name}={sample} of one sample")
 
 
+@runtime_checkable
+class RowField(Protocol):
+    """An array that a row may have beside its text and tiles: a label, or an input of another kind."""
+
+    @property
+    def name(self) -> str:
+        """Its name in ``Batch.labels`` or ``Batch.media``."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one row."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """As numpy names it."""
+        ...
+
+    def read(self, sample: Sample) -> np.ndarray | None:
+        """The array of a sample; None if the sample has none.
+
+        Raises:
+          BadSample: the sample has one that cannot be used.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     """What the data side must know of a model.
@@ -167,6 +195,37 @@ class ModelSpec:
     tile_tokens_side: int  # h: a tile becomes h * h tokens
     fusion: Literal["prefix", "gated"]
     vocab_size: int
+    reads: Literal["dialogue", "text"] = "dialogue"  # text: what was written alone, without answers and marks
+    labels: tuple[RowField, ...] = ()  # what rows are to be told apart by
+    media: tuple[RowField, ...] = ()  # inputs beside text and tiles
+
+    def __post_init__(self):
+        if self.reads == "text" and self.fusion == "prefix":
+            raise ValueError("reads='text' with fusion='prefix': images stand beside a text, set 'gated'")
+        for kind in ("labels", "media"):
+            names = [field.name for field in getattr(self, kind)]
+            if len(set(names)) < len(names):
+                raise ValueError(f"{kind} of the model: names {names} must be different")
+
+    @property
+    def packs(self) -> bool:
+        """Whether a row may hold several samples: not where a row is one text, or has labels or media."""
+        return self.reads == "dialogue" and not self.labels and not self.media
+
+
+def check_packing(config: DataConfig, spec: ModelSpec) -> None:
+    """Makes sure that a model can read the rows of a data config where these hold several samples.
+
+    Raises:
+      ValueError: the model wants something of which a row has one.
+    """
+    if config.packing is None or spec.packs:
+        return
+    wanted = [field.name for field in (*spec.labels, *spec.media)]
+    if wanted:
+        rule = "a row has one of each, set packing=None"
+        raise ValueError(f"packing with labels and media {wanted} of the model: {rule}")
+    raise ValueError(f"packing with a model that reads {spec.reads!r}: a row is one text, set packing=None")
 
 
 def open_sources(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vl_jax.data.config import DataConfig, Decoding, ModelSpec
+from vl_jax.data.config import DataConfig, Decoding, ModelSpec, RowField, check_packing
 from vl_jax.data.example import Example
 from vl_jax.data.files.memory_cache import MemoryCache
 from vl_jax.data.images.tiles import Pictures, read_pictures
@@ -27,6 +27,7 @@ from vl_jax.data.images.tiling import (
 from vl_jax.data.sample import BadSample, Sample, each
 from vl_jax.data.text import chat
 from vl_jax.data.text.tokenizer import GROUNDING, Tokenizer, load_tokenizer
+from vl_jax.data.text.written import encode_written
 
 if TYPE_CHECKING:
     from vl_jax.batch import Batch
@@ -72,6 +73,8 @@ class Encoder:
     ) -> Example:
         """Encodes a sample for training; turns that do not fit ``max_tokens`` are left out.
 
+        For a model that reads ``text`` it is the text alone, see ``written``, whatever is asked for.
+
         Raises:
           BadSample: an image cannot be used, or the sample does not fit.
         """
@@ -87,6 +90,8 @@ class Encoder:
 
         def dialogue(sample: Sample, pictures: Pictures) -> chat.Dialogue:
             lengths, most = self._image_lengths(pictures), self.max_tokens
+            if self.spec.reads == "text":
+                return encode_written(sample, self.tokenizer, max_tokens=most)
             return chat.encode_dialogue(
                 sample, self.tokenizer, image_lengths=lengths, turns=turns, targets=targets, max_tokens=most
             )
@@ -136,11 +141,13 @@ class Encoder:
         return len(self.tokenizer.encode(text, allowed=GROUNDING))
 
     def prompt(self, sample: Sample) -> Example:
-        """Encodes a conversation up to where the answer of its last turn begins.
+        """Encodes a conversation up to where the answer of its last turn begins; a text as ``example`` does.
 
         Raises:
           BadSample: an image cannot be used, or the prompt does not fit.
         """
+        if self.spec.reads == "text":
+            return self.example(sample)
         pictures = self._pictures(sample)
         lengths = self._image_lengths(pictures)
         dialogue = chat.encode_prompt(sample, self.tokenizer, image_lengths=lengths)
@@ -182,6 +189,8 @@ class Encoder:
             tile_tokens=self.spec.tile_tokens_side**2,
             visual=self.max_visual_tokens,
             targets=self.max_targets,
+            labels=self.spec.labels,
+            media=self.spec.media,
         )
         return collate(rows, sizes, padding_id=self.tokenizer.pad, pad_left=pad_left)
 
@@ -235,7 +244,26 @@ class Encoder:
             num_turns=dialogue.num_turns,
             grids=pictures.grids,
             answer_runs=dialogue.answer_runs,
+            media=_read(sample, self.spec.media, "bad_media"),
+            labels=_read(sample, self.spec.labels, "bad_label"),
         )
+
+
+def _read(sample: Sample, fields: Sequence[RowField], reason: str) -> dict[str, np.ndarray]:
+    """What a sample has of some fields, by their names."""
+    found = {}
+    for field_ in fields:
+        value = field_.read(sample)
+        if value is None:
+            continue
+        if value.shape != tuple(field_.shape) or value.dtype != np.dtype(field_.dtype):
+            message = (
+                f"sample {sample.id}: {field_.name} of {value.dtype}{list(value.shape)}, must be "
+                f"{field_.dtype}{list(field_.shape)}"
+            )
+            raise BadSample(reason, message)
+        found[field_.name] = np.asarray(value)
+    return found
 
 
 def make_encoder(config: DataConfig, spec: ModelSpec, *, targets: chat.Targets = "all") -> Encoder:
@@ -264,8 +292,9 @@ def make_row_encoder(config: DataConfig, spec: ModelSpec, *, targets: chat.Targe
     """The encoder of training rows: with packing, rows are longer than a sample may be.
 
     Raises:
-      ValueError: as ``make_encoder``.
+      ValueError: as ``make_encoder``, or the model cannot read such rows.
     """
+    check_packing(config, spec)
     if config.packing is not None:
         row = config.packing
         config = dataclasses.replace(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -26,3 +27,5 @@ class Example:
     num_turns: int = 1  # turns that fitted
     grids: tuple[Grid, ...] = ()  # of the local view of each image
     answer_runs: tuple[range, ...] = ()  # positions of the answers, their EOS included
+    media: Mapping[str, np.ndarray] = field(default_factory=dict)  # inputs that the sample has, by name
+    labels: Mapping[str, np.ndarray] = field(default_factory=dict)  # labels that the sample has, by name

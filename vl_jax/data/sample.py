@@ -7,11 +7,12 @@ import functools
 import hashlib
 import io
 import os
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
+import numpy as np
 from PIL import Image as PilImage
 
 IMAGE_PLACEHOLDER = "<image>"
@@ -22,6 +23,8 @@ T = TypeVar("T")
 
 # An image is a function without arguments that gives an RGB picture; files open only when it is called.
 Image = Callable[[], PilImage.Image]
+# Another input is a function that gives an array, such as the samples of a sound.
+Media = Callable[[], np.ndarray]
 
 
 @runtime_checkable
@@ -116,6 +119,8 @@ class Sample:
     turns: tuple[Turn, ...]
     images: tuple[Image, ...] = ()
     system: str = ""
+    labels: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # as the source has them, by name
+    media: Mapping[str, Media] = dataclasses.field(default_factory=dict)  # inputs of other kinds, by name
 
     def select(self, indices: list[int]) -> Sample:
         """The conversation made of some of the turns, in the given order, still opened by the images."""
@@ -132,7 +137,7 @@ class Sample:
             t if q is t.question else Turn(q, t.answer, t.kind, t.language, t.boxes)
             for q, t in zip(asked, (self.turns[i] for i in indices), strict=True)
         )
-        return Sample(self.id, turns, self.images, self.system)
+        return dataclasses.replace(self, turns=turns)
 
     def without_images(self) -> Sample:
         """The same conversation with images and placeholders withheld."""

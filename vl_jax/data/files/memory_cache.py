@@ -16,7 +16,10 @@ from PIL import Image as PilImage
 from vl_jax.data.sample import Image, Sample, Source, image_key
 
 _OVERHEAD = 600  # bytes of a key and of the objects around a value, about
-_TURN, _CHARACTER = 400, 3  # bytes of a turn and of a character of its texts, the most there usually are
+_TURN, _CHARACTER = (
+    400,
+    3,
+)  # bytes of a turn or label and of a character of its texts, the most there usually are
 
 
 class MemoryCache:
@@ -77,5 +80,7 @@ def read(source: Source, record: int, cache: MemoryCache, *, name: str) -> Sampl
         sample = source[record]
         if all(image_key(image) is not None for image in sample.images):
             characters = len(sample.system) + sum(len(t.question) + len(t.answer) for t in sample.turns)
-            cache.put(key, sample, size=_TURN * len(sample.turns) + _CHARACTER * characters)
+            cache.put(
+                key, sample, size=_TURN * (len(sample.turns) + len(sample.labels)) + _CHARACTER * characters
+            )
     return sample

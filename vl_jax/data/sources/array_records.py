@@ -2,7 +2,7 @@
 
 record    length of the head (u32, little-endian) | head (JSON) | image 0 | image 1 | ...
 head      {"id", "system", "turns": [[question, answer, kind, language, boxes], ...],
-           "images": [bytes of each]}                          boxes: [[label, x0, y0, x1, y1], ...]
+           "images": [bytes of each], "labels": {...}}         boxes: [[label, x0, y0, x1, y1], ...]
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def encode(sample: Sample) -> bytes:
     """A sample as one record; images that are files keep their bytes, others become PNG.
 
     Raises:
-      BadSample: an image cannot be used.
+      BadSample: an image cannot be used, or a label is not of JSON.
     """
     images = [_encoded(image) for image in sample.images]
     turns = [
@@ -133,7 +133,12 @@ def encode(sample: Sample) -> bytes:
     ]
     head: dict[str, Any] = {"id": sample.id, "system": sample.system, "turns": turns}
     head["images"] = [len(data) for data in images]
-    text = json.dumps(head, ensure_ascii=False, separators=(",", ":")).encode()
+    if sample.labels:
+        head["labels"] = dict(sample.labels)
+    try:
+        text = json.dumps(head, ensure_ascii=False, separators=(",", ":")).encode()
+    except TypeError as error:
+        raise BadSample("bad_label", f"sample {sample.id}: labels are no JSON: {error}") from None
     return b"".join([_LENGTH.pack(len(text)), text, *images])
 
 
@@ -161,7 +166,7 @@ def decode(record: bytes, where: str, *, max_pixels: int = DEFAULT_MAX_PIXELS) -
     if placeholders != len(images):
         message = f"{where}: {placeholders} {IMAGE_PLACEHOLDER} placeholders for {len(images)} images"
         raise BadSample("placeholder_mismatch", message)
-    return Sample(head["id"], turns, tuple(images), head["system"])
+    return Sample(head["id"], turns, tuple(images), head["system"], dict(head.get("labels", {})))
 
 
 def _turn(question: str, answer: str, kind: str, language: str, boxes: list[list[Any]]) -> Turn:

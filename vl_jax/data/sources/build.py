@@ -12,6 +12,7 @@ from vl_jax.data.sources.label_studio import LabelStudioConfig, LabelStudioSourc
 from vl_jax.data.sources.llava import LlavaConfig, LlavaSource
 from vl_jax.data.sources.meta import MetaConfig, MetaSource
 from vl_jax.data.sources.parquet import ParquetConfig, ParquetSource
+from vl_jax.data.sources.records import RecordsConfig, RecordsSource
 from vl_jax.data.sources.scenes import ScenesConfig, ScenesSource
 from vl_jax.data.sources.tfds import TfdsConfig, TfdsSource
 from vl_jax.data.sources.webdataset import WebDatasetConfig, WebDatasetSource
@@ -26,6 +27,7 @@ __all__ = [
     "LlavaConfig",
     "MetaConfig",
     "ParquetConfig",
+    "RecordsConfig",
     "Sample",
     "ScenesConfig",
     "Source",
@@ -47,6 +49,7 @@ SourceConfig = (
     | ParquetConfig
     | TfdsConfig
     | ArrayRecordConfig
+    | RecordsConfig
 )
 
 
@@ -59,6 +62,7 @@ _FILES: dict[type, Any] = {
     ParquetConfig: ParquetSource,
     TfdsConfig: TfdsSource,
     ArrayRecordConfig: ArrayRecordSource,
+    RecordsConfig: RecordsSource,
 }
 
 

@@ -9,13 +9,14 @@
 Beside these may stand ``id``, ``image`` or ``images`` (paths) or ``frames`` (see ``clips``), ``audio`` or
 ``audios`` (paths of sounds, marked by ``<audio>``: see ``audio``), ``lang``, and ``boxes``, which ``<box:0>``
 in an answer refers to: ``[{"label": "cat", "bbox": [x0, y0, x1, y1]}]`` in pixels of ``width`` x ``height``.
+Fields that a source's config names become labels.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 from vl_jax.data.images.clips import mark_frames
@@ -44,6 +45,7 @@ _PARTS: dict[str, Kind] = {
     "input_audio": "audio",
 }
 _BOX_MARK = re.compile(r"<box:(\d{1,6})>")
+ANSWER = "answer"  # the label that is what the first turn answers, whether or not a field is called so
 _DIALECTS = ("conversations", "messages", "question", "text")
 
 
@@ -65,15 +67,26 @@ class Conversation:
     turns: tuple[Turn, ...]
     media: tuple[Medium, ...]
     system: str = ""
+    labels: Mapping[str, Any] = field(default_factory=dict)
 
 
-def parse(record: Any, where: str, *, default_id: str, num_images: int | None = None) -> Conversation:
+def parse(
+    record: Any,
+    where: str,
+    *,
+    default_id: str,
+    num_images: int | None = None,
+    labels: Sequence[str] = (),
+    caption: bool = False,
+) -> Conversation:
     """Reads a record.
 
     Args:
       where: "file, record N", for messages.
       default_id: of a record without one.
       num_images: how many images come with the record where it does not name them.
+      labels: fields that are kept as labels; ``answer`` is the answer of the first turn.
+      caption: the only answer is kept as a text about the pictures, and its question is not.
 
     Raises:
       BadSample: the record breaks a rule; one line that says where, and which.
@@ -107,7 +120,29 @@ def parse(record: Any, where: str, *, default_id: str, num_images: int | None = 
         _turn(question, answer, language, boxes, record, where)
         for (_, question), (_, answer) in zip(pairs[::2], pairs[1::2], strict=True)
     ]
-    return Conversation(identity, tuple(turns), tuple(media), system)
+    known = labels_of({**record, ANSWER: turns[0].answer}, labels, where) if labels else {}
+    turns = [_captioned(turns, where)] if caption else turns
+    return Conversation(identity, tuple(turns), tuple(media), system, known)
+
+
+def labels_of(record: Mapping[str, Any], names: Sequence[str], where: str) -> dict[str, Any]:
+    """Some fields of a record, without those that are null.
+
+    Raises:
+      BadSample: the record has no such field.
+    """
+    missing = [name for name in names if name not in record]
+    if missing:
+        raise BadSample("missing_field", f"{where}: no field {missing[0]!r}")
+    return {name: record[name] for name in names if record[name] is not None}
+
+
+def _captioned(turns: Sequence[Turn], where: str) -> Turn:
+    """The only turn without its question; its pictures stay."""
+    if len(turns) != 1:
+        raise BadSample("bad_conversation", f"{where}: {len(turns)} answers, a caption is the only one")
+    marks = f"{IMAGE_PLACEHOLDER}\n" * turns[0].question.count(IMAGE_PLACEHOLDER)
+    return replace(turns[0], question=marks, kind=TEXT)
 
 
 def _named(record: dict[str, Any], kind: Kind, where: str) -> list[Medium]:
@@ -211,20 +246,20 @@ def _content(content: Any, where: str, media: list[Medium]) -> str:
 REMOTE = ("http", "https", "data", "file", "s3", "gs")
 
 
-def checked_text(value: Any, where: str) -> str:
+def checked_text(value: Any, where: str, *, reason: str = "bad_conversation") -> str:
     """The value if it is a text that can be written down.
 
     Raises:
-      BadSample: it is not.
+      BadSample: it is not; with the reason.
     """
     if not isinstance(value, str):
         message = f"{where}: expected a text, found {type(value).__name__}"
-        raise BadSample("bad_conversation", message)
+        raise BadSample(reason, message)
     try:
         if not value.isascii():
             value.encode()
     except UnicodeEncodeError:
-        raise BadSample("bad_conversation", f"{where}: half a surrogate pair in the text") from None
+        raise BadSample(reason, f"{where}: half a surrogate pair in the text") from None
     return value
 
 

@@ -32,6 +32,8 @@ class LlavaConfig:
     max_pixels: int = DEFAULT_MAX_PIXELS
     max_frames: int = 8  # of a clip
     audio: AudioConfig = AudioConfig()  # how its sounds become pictures
+    labels: tuple[str, ...] = ()  # fields of a record that are labels; "answer": what the first turn answers
+    caption: bool = False  # the only answer of a record is read as a text, and its question is not
 
     def __post_init__(self):
         if self.max_frames < 1:
@@ -71,10 +73,13 @@ class LlavaSource:
             most = self._config.max_frames
             names = frame_names(record["frames"], self._folder, f"sample ? ({where})", most=most)
             record = {**record, "image": names}
-        found = parse(record, where, default_id=f"{self._config.name}-{index}")
+        identity = f"{self._config.name}-{index}"
+        found = parse(
+            record, where, default_id=identity, labels=self._config.labels, caption=self._config.caption
+        )
         where = f"sample {found.id} ({where})"
         images = tuple(self._open(medium, where) for medium in found.media)
-        return Sample(id=found.id, turns=found.turns, images=images, system=found.system)
+        return Sample(found.id, found.turns, images, found.system, found.labels)
 
     def _open(self, medium: Medium, where: str) -> Image:
         if medium.kind == "audio":

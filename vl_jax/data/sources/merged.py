@@ -36,7 +36,7 @@ class MergedSource:
     """A source's samples, with every one about pictures seen before added to the first about them.
 
     Two samples become one if their pictures have the same pixels and all that stands before the questions is
-    the same. What cannot be read, has no picture, or asks before it shows stays as it is.
+    the same, labels too. What cannot be read, has no picture, or asks before it shows stays as it is.
     """
 
     def __init__(
@@ -110,7 +110,8 @@ def _signature(source: Source, record: int, digests: dict[Hashable, bytes]) -> t
             return b"", len(sample.turns)
         texts = {turn.kind == TEXT for turn in sample.turns}  # these have no mark before their pictures
         pictures = [_digest(image, digests) for image in sample.images]
-        common = repr((pictures, opening(sample), sample.system, texts)).encode()
+        labels = sorted(sample.labels.items())
+        common = repr((pictures, opening(sample), sample.system, texts, labels)).encode()
     except BadSample:
         return b"", 0  # It is counted and listed when it is read again.
     return hashlib.blake2b(common, digest_size=16).digest(), len(sample.turns)

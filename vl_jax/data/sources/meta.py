@@ -27,6 +27,8 @@ class MetaConfig:
     file: str
     max_pixels: int = DEFAULT_MAX_PIXELS
     audio: AudioConfig = AudioConfig()  # how its sounds become pictures
+    labels: tuple[str, ...] = ()  # fields of a record that are labels; "answer": what the first turn answers
+    caption: bool = False  # the only answer of a record is read as a text, and its question is not
 
     def __post_init__(self):
         check_fields(self.name, self.file, (".json",), self.max_pixels)
@@ -76,7 +78,15 @@ class MetaSource:
                 raise ValueError(f"{where}: {key}={found!r} must be a path inside the data root {root}")
         try:
             file, folder = entry.get("annotation", ""), entry.get("root", "") or "."
-            inner = LlavaConfig(name or "?", file, folder, config.max_pixels, audio=config.audio)
+            inner = LlavaConfig(
+                name or "?",
+                file,
+                folder,
+                config.max_pixels,
+                audio=config.audio,
+                labels=config.labels,
+                caption=config.caption,
+            )
             return LlavaSource(inner, root=root), factor
         except (ValueError, OSError) as error:
             raise ValueError(f"{where}: {error}") from None

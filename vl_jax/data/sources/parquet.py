@@ -34,6 +34,8 @@ class ParquetConfig:
     file: str  # relative to the data root, such as "data/train-*.parquet"
     unpacked: str = ""  # folder relative to the data root for decoded row groups; empty: they are not kept
     max_pixels: int = DEFAULT_MAX_PIXELS
+    labels: tuple[str, ...] = ()  # fields of a record that are labels; "answer": what the first turn answers
+    caption: bool = False  # the only answer of a record is read as a text, and its question is not
 
     def __post_init__(self):
         check_fields(self.name, self.file, (".parquet",), self.max_pixels)
@@ -80,14 +82,23 @@ class ParquetSource:
             message = f"sample ? ({where}): {str(error).partition(chr(10))[0] or type(error).__name__}"
             raise BadSample("bad_record", message) from None
         data = _images(record, where)
-        record = {k: v for k, v in record.items() if k not in _IMAGES and v is not None}
-        found = parse(record, where, default_id=f"{self._config.name}-{index}", num_images=len(data))
+        named = self._config.labels  # Of these, null is a label that the row lacks.
+        record = {k: v for k, v in record.items() if k not in _IMAGES and (v is not None or k in named)}
+        identity = f"{self._config.name}-{index}"
+        found = parse(
+            record,
+            where,
+            default_id=identity,
+            num_images=len(data),
+            labels=self._config.labels,
+            caption=self._config.caption,
+        )
         where = f"sample {found.id} ({where})"
         images = tuple(
             EncodedImage(functools.partial(bytes, d), f"image {n}", where, self._config.max_pixels)
             for n, d in enumerate(data)
         )
-        return Sample(found.id, found.turns, images, found.system)
+        return Sample(found.id, found.turns, images, found.system, found.labels)
 
     def _read_group(self, group: int) -> Any:
         file, number = self._groups[group]

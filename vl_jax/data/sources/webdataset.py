@@ -39,6 +39,8 @@ class WebDatasetConfig:
     name: str
     file: str  # relative to the data root, such as "shards/*.tar"
     max_pixels: int = DEFAULT_MAX_PIXELS
+    labels: tuple[str, ...] = ()  # fields of a record that are labels; "answer": what the first turn answers
+    caption: bool = False  # the only answer of a record is read as a text, and its question is not
 
     def __post_init__(self):
         check_fields(self.name, self.file, (".tar",), self.max_pixels)
@@ -103,13 +105,21 @@ class WebDatasetSource:
         record = self._record(file, group, where)
         if isinstance(record, dict):  # The names in it are those the images had before they came here.
             record = {k: v for k, v in record.items() if k not in ("image", "images")}
-        found = parse(record, where, default_id=group.key, num_images=len(images))
+        found = parse(
+            record,
+            where,
+            default_id=group.key,
+            num_images=len(images),
+            labels=self._config.labels,
+            caption=self._config.caption,
+        )
         where = f"sample {found.id} ({where})"
         return Sample(
             id=found.id,
             turns=found.turns,
             images=tuple(self._image(file, member, where) for member in images),
             system=found.system,
+            labels=found.labels,
         )
 
     def _record(self, file: Path, group: _Group, where: str) -> Any:

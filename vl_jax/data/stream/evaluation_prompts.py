@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from PIL import Image as PilImage
-
 from vl_jax.batch import Batch
-from vl_jax.data.config import DataConfig, ModelSpec, find_source
+from vl_jax.data.config import DataConfig, ModelSpec
 from vl_jax.data.encode import make_encoder
 from vl_jax.data.example import Example
 from vl_jax.data.sample import BadSample, Sample, standalone_questions
-from vl_jax.data.sources.build import open_source
+from vl_jax.data.stream.held_out import full_batch, good_samples
 
 _log = logging.getLogger(__name__)
 
@@ -52,14 +50,16 @@ def evaluation_prompts(
     examples: list[Example] = []
 
     def batch() -> Batch:
-        longest = max(len(e.tokens) for e in examples)
-        length = min(-(-longest // length_multiple) * length_multiple, config.max_tokens)
-        rows = [[e] for e in examples + examples[-1:] * (batch_size - len(examples))]
-        return encoder.collate(rows, length=length, pad_left=True)
+        return full_batch(examples, encoder, rows=batch_size, length_multiple=length_multiple, pad_left=True)
 
     taken = 0
-    for sample in _good_samples(config, source_name):
-        for record, question in _questions(sample, per_sample, with_image):
+    for sample in good_samples(config, source_name):
+        try:
+            questions = standalone_questions(sample)
+        except BadSample as error:
+            _log.warning("skipped a sample of %s: %s", source_name, error)
+            continue
+        for record, question in _questions(sample, questions, per_sample, with_image):
             if limit and taken == limit:
                 break
             try:
@@ -78,35 +78,13 @@ def evaluation_prompts(
         yield records, batch()
 
 
-def _good_samples(config: DataConfig, source_name: str) -> Iterator[Sample]:
-    """The samples of a source with their images loaded; a bad one is logged and passed over."""
-    source = open_source(find_source(config, source_name), root=config.root)
-    for index in range(len(source)):
-        try:
-            sample = source[index]
-            pictures = [image() for image in sample.images]
-            standalone_questions(sample)
-        except BadSample as error:
-            _log.warning("skipped %s/%d: %s", source_name, index, error)
-            continue
-        yield dataclasses.replace(sample, images=tuple(_Loaded(p) for p in pictures))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Loaded:
-    """An image that is in memory already."""
-
-    picture: PilImage.Image
-
-    def __call__(self) -> PilImage.Image:
-        return self.picture
-
-
-def _questions(sample: Sample, per_sample: int, with_image: bool) -> Iterator[tuple[Record, Sample]]:
-    """Each question of a sample as a record and as a conversation of its own."""
+def _questions(
+    sample: Sample, questions: Sequence[str], per_sample: int, with_image: bool
+) -> Iterator[tuple[Record, Sample]]:
+    """Each question of a sample, as it reads when asked alone, as a record and a conversation of its own."""
     count = min(per_sample, len(sample.turns)) if per_sample else len(sample.turns)
     blind = sample.without_images()
-    for index, question in enumerate(standalone_questions(sample)[:count]):
+    for index, question in enumerate(questions[:count]):
         turn = sample.turns[index]
         record = {
             "id": f"{sample.id}/{index}",

@@ -30,6 +30,7 @@ from vl_jax.data.files.shards import temporary_name
 from vl_jax.data.sample import BadSample, Sample, Source, image_size
 from vl_jax.data.sources.build import SourceConfig
 from vl_jax.data.text import chat
+from vl_jax.data.text.written import encode_written
 
 _log = logging.getLogger(__name__)
 _PART = 20_000  # records measured between two files of progress
@@ -132,6 +133,9 @@ class Measure:
         if self.blind:
             sample, sizes = sample.without_images(), []
         tiles, visual = self.encoder.room_of(sizes)
+        if self.encoder.spec.reads == "text":
+            text = encode_written(sample, self.encoder.tokenizer, max_tokens=self.encoder.max_tokens)
+            return len(text.tokens), 0, tiles, [0], [0], [0]
         # Every image takes one place here; what it takes beyond that is added where it stands.
         dialogue = chat.encode_dialogue(
             sample,

@@ -18,7 +18,7 @@ import multiprocessing
 import os
 import queue
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnContext
@@ -37,6 +37,7 @@ _SHARED = "/dev/shm"  # where Linux keeps shared memory; often small in a contai
 _ARRAYS = {name: np.dtype(np.int32) for name in ("tokens", "targets", "positions", "branch_ids")}
 _ARRAYS |= {name: np.dtype(np.int32) for name in ("visual_slot", "visual_index", "visual_start")}
 _ARRAYS |= {"loss_weights": np.dtype(np.float32), "tiles": np.dtype(np.uint8)}
+_PIPED = ("id", "num_turns", "grids", "answer_runs", "media", "labels")  # what is left of an example
 _ALIGNED = 8  # bytes
 
 
@@ -49,6 +50,8 @@ class _Packed(NamedTuple):
     answer_runs: tuple[range, ...]
     start: int
     shapes: tuple[tuple[int, ...], ...]  # of the arrays, one behind the other
+    media: Mapping[str, np.ndarray]  # these come through the pipe
+    labels: Mapping[str, np.ndarray]
 
 
 class Processes(Generic[Task]):
@@ -207,9 +210,8 @@ def _pack(
             shapes.append(array.shape)
             used += array.nbytes
         used = -(-used // _ALIGNED) * _ALIGNED
-        packed.append(
-            _Packed(result.id, result.num_turns, result.grids, result.answer_runs, start, tuple(shapes))
-        )
+        kept = {name: getattr(result, name) for name in _PIPED}
+        packed.append(_Packed(**kept, start=start, shapes=tuple(shapes)))
     return packed, used
 
 
@@ -222,10 +224,4 @@ def _unpack(packed: _Packed, data: np.ndarray) -> Example:
     for (name, dtype), shape in zip(_ARRAYS.items(), packed.shapes, strict=True):
         start, stop = stop, stop + math.prod(shape) * dtype.itemsize
         arrays[name] = data[start:stop].view(dtype).reshape(shape)
-    return Example(
-        id=packed.id,
-        **arrays,
-        num_turns=packed.num_turns,
-        grids=packed.grids,
-        answer_runs=packed.answer_runs,
-    )
+    return Example(**{name: getattr(packed, name) for name in _PIPED}, **arrays)
