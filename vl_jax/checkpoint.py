@@ -27,6 +27,7 @@ from orbax.checkpoint import future
 from vl_jax import params as params_lib
 from vl_jax.runtime.lazy_array import Index, LazyArray
 
+CHECKPOINTS = "checkpoints"  # the folder of a run or a conversion that holds them
 logger = logging.getLogger(__name__)
 
 

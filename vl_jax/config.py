@@ -6,11 +6,11 @@ An experiment file builds one frozen dataclass and returns its *view*. Command-l
 applied to the view, which is then rebuilt **once**: every type, choice and ``__post_init__`` rule is
 checked on the final values, before any array exists. Code past the command line sees dataclasses only.
 
-A tuple of named dataclasses (training stages, data sources) appears in the view as a mapping from
-name to element, so ``--config.stages.sft.steps=100`` addresses one of them. A part that may be absent is
-switched on by setting one of its fields, ``--config.data.packing.max_tokens=2048``, and off by ``=None``.
-A part of which there are several kinds is exchanged by the name of another class, or where its field is
-``Open`` by ``path/to/file.py:Name``.
+A tuple of dataclasses (training stages, data sources) appears in the view as a mapping from name, or from
+number where they have none, to element: ``--config.stages.sft.steps=100`` addresses one of them. A part that
+may be absent is switched on by setting one of its fields, ``--config.data.packing.max_tokens=2048``, and off
+by ``=None``. A part of which there are several kinds is exchanged by the name of another class, or where its
+field is ``Open`` by ``path/to/file.py:Name``.
 
 Files name classes without their modules, so that a class can move: the field says which one is meant.
 """
@@ -54,8 +54,8 @@ def to_tree(value: Any) -> Any:
             TYPE_KEY: type(value),
             **{f.name: to_tree(getattr(value, f.name)) for f in dataclasses.fields(value)},
         }
-    if isinstance(value, tuple) and value and all(_is_named(v) for v in value):
-        return {v.name: to_tree(v) for v in value}
+    if isinstance(value, tuple) and value and all(_is_part(v) for v in value):
+        return {getattr(v, "name", str(i)): to_tree(v) for i, v in enumerate(value)}
     return value
 
 
@@ -88,22 +88,28 @@ def override(config_view: Any, path: str, text: str) -> None:
     """
     *parents, last = path.split(".")
     node: Any = config_view
+    hint: Any = None  # of the node, then of what the path names
     for depth, key in enumerate([*parents, last]):
         where = ".".join(["config", *path.split(".")[:depth]])
         if not hasattr(node, "keys"):
             raise ConfigError(f"{where} is a value, it has no field {key!r}")
         if key not in node or key == TYPE_KEY:
             raise ConfigError(_unknown(where, key, [k for k in node.keys() if k != TYPE_KEY]))
+        hint = _hints_of(node).get(key) if TYPE_KEY in node else _element(hint)
         if depth < len(parents):
             if node[key] is None and (part := _optional_part(node, key)) is not None:
                 with node.unlocked(), node.ignore_type():
                     node[key] = view(part())
+            elif node[key] is None and (kinds := _classes(_options(_hints_of(node).get(key))[0])):
+                raise ConfigError(f"{where}.{key} is None; first set it to one of {', '.join(kinds)}")
             node = node[key]
-    if hasattr(node[last], "keys") and text == "None" and _optional_part(node, last) is not None:
+    if hasattr(node[last], "keys") and text == "None" and _may_be_none(node, last):
         with node.ignore_type():
             node[last] = None
         return
-    if (part := _named_part(node, last, text, f"config.{path}")) is not None:
+    if (part := _named_part(hint, text, f"config.{path}")) is not None:
+        if TYPE_KEY not in node and hasattr(part, "name"):  # one of several, which keeps its name
+            part = dataclasses.replace(part, name=last)
         with node.unlocked(), node.ignore_type():
             node[last] = view(part)
         return
@@ -217,8 +223,8 @@ def _errors_of(path: Path) -> Iterator[None]:
         raise ConfigError(f"--config={where}: {type(error).__name__}: {error}") from error
 
 
-def _is_named(value: Any) -> bool:
-    return dataclasses.is_dataclass(value) and hasattr(value, "name")
+def _is_part(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
 def _hints_of(tree: Any) -> dict[str, Any]:
@@ -229,12 +235,15 @@ def _hints_of(tree: Any) -> dict[str, Any]:
 
 def _options(hint: Any) -> tuple[list[Any], Open | None]:
     """The types that a field allows, one by one, and its mark if it is open."""
-    mark = None
-    if typing.get_origin(hint) is Annotated:
-        hint, *marks = typing.get_args(hint)
-        mark = next((m for m in marks if isinstance(m, Open)), None)
-    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    return list(typing.get_args(hint)) if union else [hint], mark
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        options, mark = _options(args[0])
+        return options, next((m for m in args[1:] if isinstance(m, Open)), mark)
+    if origin in (typing.Union, types.UnionType):
+        found = [_options(arg) for arg in args]
+        mark = next((mark for _, mark in found if mark is not None), None)
+        return [option for options, _ in found for option in options], mark
+    return [hint], None
 
 
 def _classes(options: Iterable[Any]) -> dict[str, type]:
@@ -269,29 +278,39 @@ def _own_class(name: Any, mark: Open, known: Iterable[str], path: str) -> type:
         raise ConfigError(f"{path}: {error}") from None
     if not isinstance(cls, type) or not dataclasses.is_dataclass(cls):
         raise ConfigError(f"{path}={name}: expected a frozen dataclass, found {type(cls).__name__}")
-    missing = [need for need in mark.needs if not hasattr(cls, need)]
+    # What the class itself has, not its metaclass, which has a __call__. A field without a default is no
+    # attribute.
+    found = {*dir(cls), *(f.name for f in dataclasses.fields(cls))}
+    missing = [need for need in mark.needs if need not in found]
     if missing:
         raise ConfigError(f"{path}: {cls.__name__} is no {mark.kind}: it has no {missing[0]}")
     return cls
 
 
-def _named_part(node: Any, key: str, text: str, path: str) -> Any:
+def _element(hint: Any) -> Any:
+    """The type of the parts of a tuple; None for anything else."""
+    return typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else None
+
+
+def _named_part(hint: Any, text: str, path: str) -> Any:
     """The part, with its defaults, that a text names for a field of parts; None where it names none.
+
+    For a tuple of parts of one's own it is the only one.
 
     Raises:
       ConfigError: the part cannot be made without arguments.
     """
-    hint = _hints_of(node).get(key)
-    options, mark = _options(hint)
+    several = typing.get_origin(hint) is tuple
+    options, mark = _options(_element(hint) if several else hint)
     known = _classes(options)
-    if text in known:
+    if text in known and not several:
         cls = known[text]
     elif mark is not None and ".py" in text:
         cls = _own_class(text, mark, known, path)
     else:
         return None
     try:
-        return cls()
+        return (cls(),) if several else cls()
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{path}={text}: {error}") from None
 
@@ -302,11 +321,15 @@ def _placeholder_type(hint: Any) -> type | None:
     return scalars[0] if scalars else None
 
 
+def _may_be_none(node: Any, key: str) -> bool:
+    return types.NoneType in _options(_hints_of(node).get(key))[0]
+
+
 def _optional_part(node: Any, key: str) -> type | None:
     """The dataclass of a field that holds one or None, if it can be made without arguments."""
     options, _ = _options(_hints_of(node).get(key))
     classes = [option for option in options if dataclasses.is_dataclass(option)]
-    if types.NoneType not in options or len(classes) != 1:
+    if not _may_be_none(node, key) or len(classes) != 1:
         return None
     given = (dataclasses.MISSING, dataclasses.MISSING)
     if any((f.default, f.default_factory) == given for f in dataclasses.fields(classes[0])):
@@ -371,10 +394,10 @@ def _build(value: Any, hint: Any, path: str) -> Any:
 
 
 def _build_union(value: Any, hint: Any, path: str) -> Any:
-    options, _ = _options(hint)
+    options, mark = _options(hint)
     if value is None and types.NoneType in options:
         return None
-    if hasattr(value, "keys") and _classes(options):
+    if hasattr(value, "keys") and (_classes(options) or mark is not None):
         name = value[TYPE_KEY] if TYPE_KEY in value else None  # pyright: ignore[reportOptionalSubscript, reportOperatorIssue]
         if name is None:
             raise ConfigError(f"{path}: expected a mapping with its class under {TYPE_KEY!r}")

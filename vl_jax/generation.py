@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +20,10 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from vl_jax.batch import Batch
+from vl_jax.batch import FIELDS, Batch
 from vl_jax.model import VisionLanguage, init_cache
 from vl_jax.moe import routing
-from vl_jax.moe.routing import State
+from vl_jax.moe.stacks import RoutingState
 from vl_jax.nn.cache import Cache
 from vl_jax.params import Leaf
 
@@ -76,7 +76,7 @@ class Course:
 
 def generate(
     params: Any,
-    routing_state: State,
+    routing_state: RoutingState,
     batch: Batch,
     key: jax.Array | None = None,
     *,
@@ -97,7 +97,7 @@ def generate(
 
 def _generate(
     params: Any,
-    routing_state: State,
+    routing_state: RoutingState,
     batch: Batch,
     key: jax.Array | None,
     *,
@@ -138,7 +138,7 @@ def _generate(
 
 def stream(
     params: Any,
-    routing_state: State,
+    routing_state: RoutingState,
     batch: Batch,
     key: jax.Array | None = None,
     *,
@@ -172,7 +172,13 @@ def stream(
 
 
 def prefill(
-    params: Any, routing_state: State, batch: Batch, *, model: VisionLanguage, slots: int, chunk: int | None
+    params: Any,
+    routing_state: RoutingState,
+    batch: Batch,
+    *,
+    model: VisionLanguage,
+    slots: int,
+    chunk: int | None,
 ) -> tuple[Float[Array, "B V"], Cache, Float[Array, "B S D"]]:
     """Reads the prompts: logits of what follows them, the filled cache, and the visual tokens.
 
@@ -180,9 +186,9 @@ def prefill(
       slots: tokens a row of the cache has room for.
       chunk: tokens read at a time, which bounds the memory of long prompts; None: all at once.
     """
-    variables = {"params": params}
+    variables = _variables(params)
     rows, length = batch.tokens.shape
-    vision: Any = model.apply(variables, batch, method="see")
+    vision, _ = cast(Any, model.apply(variables, batch, routing_state, method="see"))
     if chunk is None or chunk >= length:
         cache = init_cache(model.config, batch=rows, slots=slots)
         output: Any = model.apply(variables, batch, routing_state, vision=vision, cache=cache)
@@ -191,7 +197,7 @@ def prefill(
     cache = init_cache(model.config, batch=rows, slots=slots + padding)
     cache = dataclasses.replace(cache, empty=False)  # one program reads all chunks
     padded = pad_prompts(batch, length + padding)
-    chunks = {name: jnp.moveaxis(getattr(padded, name).reshape(rows, -1, chunk), 1, 0) for name in _PADDING}
+    chunks = {name: jnp.moveaxis(getattr(padded, name).reshape(rows, -1, chunk), 1, 0) for name in _BY_TOKEN}
 
     def read(cache: Cache, part: dict[str, jax.Array]) -> tuple[Cache, jax.Array]:
         part_batch = dataclasses.replace(padded, **part)
@@ -204,7 +210,7 @@ def prefill(
 
 def decode(
     params: Any,
-    routing_state: State,
+    routing_state: RoutingState,
     batch: Batch,
     vision: Float[Array, "B S D"],
     token: Int[Array, " B"],
@@ -228,14 +234,14 @@ def decode(
         branch_ids=0 * one,
         visual_slot=-one,
     )
-    variables = {"params": params}
+    variables = _variables(params)
     output: Any = model.apply(variables, new, routing_state, vision=vision, cache=cache)
     return _next_logits(model, variables, output.hidden), output.cache
 
 
 def advance(
     params: Any,
-    routing_state: State,
+    routing_state: RoutingState,
     batch: Batch,
     vision: Float[Array, "B S D"],
     course: Course,
@@ -302,7 +308,7 @@ def keep_likely(logits: Float[Array, "B V"], config: GenerationConfig) -> Float[
 
 def _beam_search(
     params: Any,
-    routing_state: State,
+    routing_state: RoutingState,
     batch: Batch,
     *,
     model: VisionLanguage,
@@ -371,10 +377,15 @@ def answer_ids(tokens: Any, *, stop: Sequence[int]) -> list[list[int]]:
     return [row[: next((i for i, t in enumerate(row) if t in stop), len(row))] for row in rows]
 
 
+def _variables(params: Any) -> dict[str, Any]:
+    """What the model is applied with: bare parameters, or these and collections, each by its name."""
+    return params if "params" in params else {"params": params}
+
+
 def warn_if_not_causal(model: VisionLanguage) -> None:
     """Says so when routing looks ahead, since decoding cannot."""
     moe = model.config.moe
-    if not routing.is_causal(moe):
+    if model.config.stacks and not routing.is_causal(moe):
         logger.warning(
             "routing (scheme %r, priority %r) looks at all tokens of a row at once; decoding token by token, "
             "it sees only the newest token, so answers may be worse than the training loss suggests",
@@ -383,16 +394,15 @@ def warn_if_not_causal(model: VisionLanguage) -> None:
         )
 
 
-# What stands where a row has no token, by field.
-_PADDING = {"tokens": 0, "positions": 0, "segment_ids": 0, "branch_ids": 0, "visual_slot": -1}
+_BY_TOKEN = {name: field for name, field in FIELDS.items() if field.axes == ("T",)}
 
 
 def pad_prompts(batch: Batch, length: int) -> Batch:
     """The prompts with more padding before them, ``length`` tokens in all."""
     more = length - batch.tokens.shape[1]
     padded = {
-        name: jnp.pad(getattr(batch, name), ((0, 0), (more, 0)), constant_values=fill)
-        for name, fill in _PADDING.items()
+        name: jnp.pad(getattr(batch, name), ((0, 0), (more, 0)), constant_values=field.padding)
+        for name, field in _BY_TOKEN.items()
     }
     return dataclasses.replace(batch, **padded, visual_start=batch.visual_start + more)
 

@@ -1,9 +1,14 @@
-"""Parameters before they exist: their shapes, where each lives on the mesh, and how to create them there."""
+"""Parameters before they exist: their shapes, where each lives on the mesh, and how to create them there.
+
+A model may hold collections besides, such as the running statistics of batch normalisation: what a step
+changes without a gradient. They are whole on every device.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -13,20 +18,58 @@ from jax.sharding import PartitionSpec as P
 
 from vl_jax import sharding
 from vl_jax.batch import Batch
-from vl_jax.model import VisionLanguage, VisionLanguageConfig, init_routing_state
+from vl_jax.data.config import DataConfig, ModelSpec
+from vl_jax.moe import stacks
+from vl_jax.moe.stacks import RoutingState, Stacks
 from vl_jax.roles import Role
 from vl_jax.sharding import AxisRules, Placement
+
+
+@runtime_checkable
+class ModelConfig(Protocol):
+    """What the config of a model has to have.
+
+    Its module takes ``(batch, routing_state)`` and holds the config as ``config``. Its method ``initialize``,
+    of the same arguments, touches every parameter. What it returns has ``routed``: what the sparse layers
+    returned, by stack.
+    """
+
+    @property
+    def stacks(self) -> Stacks:
+        """The sparse layers, by the part of the model they are in; the main part first."""
+        ...
+
+    def spec(self) -> ModelSpec:
+        """What the data side must know of the model."""
+        ...
+
+    def check_data(self, data: DataConfig) -> None:
+        """Refuses data that is not for this model.
+
+        Raises:
+          ValueError: names both sides.
+        """
+        ...
+
+    def build(self) -> nn.Module:
+        """The module."""
+        ...
+
+    def smallest_batch(self, rows: int) -> Batch:
+        """A host batch that is just large enough to learn the shapes of the parameters."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """The model's parameters before they exist: shapes, and where each leaf lives on the mesh."""
 
-    model: VisionLanguage
+    model: Any  # the module that a ``ModelConfig`` builds
     mesh: Mesh
     rules: AxisRules
     placements: dict[str, Placement]
     params: Any  # tree of ShapeDtypeStruct with shardings
+    collections: dict[str, Any] = dataclasses.field(default_factory=dict)  # the same of collections, by name
 
     @property
     def roles(self) -> dict[str, Role]:
@@ -38,67 +81,69 @@ class Layout:
         return NamedSharding(self.mesh, P())
 
 
-def smallest_batch(config: VisionLanguageConfig, *, rows: int = 1) -> Batch:
-    """A batch of two tokens a row: enough to learn the shapes of the parameters."""
-    zeros, encoder = np.zeros((rows, 2), np.int32), config.encoder
-    pixels = (0, 1, 1, 3) if encoder is None else (1, *encoder.pixels)
-    high = None
-    if config.high_resolution is not None:
-        side = config.high_resolution.encoder.image_size
-        high = np.zeros((rows, 1, side, side, pixels[-1]), np.float32)
-    return Batch(
-        tokens=zeros,
-        positions=zeros,
-        segment_ids=zeros + 1,
-        branch_ids=zeros,
-        visual_slot=zeros - 1,
-        target_index=zeros,
-        targets=zeros,
-        loss_weights=zeros.astype(np.float32),
-        tiles=np.zeros((rows, *pixels), np.uint8),
-        visual_index=zeros - 1,
-        visual_start=zeros,
-        visual_segment_ids=zeros,
-        high_tiles=high,
-    )
+NO_COLLECTIONS: Mapping[str, Any] = {}  # what most models have
 
 
-def abstract(model: VisionLanguage) -> Any:
+class Variables(NamedTuple):
+    """What a model computes with, and a run begins with."""
+
+    params: Any
+    routing: RoutingState
+    collections: Mapping[str, Any] = NO_COLLECTIONS  # by name
+
+
+def abstract(config: ModelConfig) -> Any:
     """Shapes and dtypes of every parameter, without sharding."""
-    routing = init_routing_state(model.config)
+    model, routing = config.build(), stacks.init_state(config.stacks)
 
     def init(key: jax.Array, batch: Batch) -> Any:
         return model.init(key, batch, routing, method="initialize")["params"]
 
-    return nn.meta.unbox(jax.eval_shape(init, jax.random.key(0), smallest_batch(model.config)))
+    return nn.meta.unbox(jax.eval_shape(init, jax.random.key(0), config.smallest_batch(1)))
 
 
-def plan_layout(model: VisionLanguage, example: Batch, mesh: Mesh, rules: AxisRules | None = None) -> Layout:
+def plan_layout(config: ModelConfig, example: Batch, mesh: Mesh, rules: AxisRules | None = None) -> Layout:
     """Shapes and placement of every parameter, without allocating any."""
     rules = rules or AxisRules()
-    routing = init_routing_state(model.config)
+    model, routing = config.build(), stacks.init_state(config.stacks)
     with sharding.use_mesh(mesh, rules):
-        boxed = jax.eval_shape(
-            lambda key, batch: model.init(key, batch, routing, method="initialize")["params"],
+        boxed, rest = jax.eval_shape(
+            lambda key, batch: _created(model.init(key, batch, routing, method="initialize")),
             jax.random.key(0),
             example,
         )
     placements = sharding.place(boxed, mesh, rules)
     shapes, targets = nn.meta.unbox(boxed), sharding.shardings(placements, mesh)
     params = jax.tree.map(lambda s, t: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=t), shapes, targets)
-    return Layout(model, mesh, rules, placements, params)
+    everywhere = NamedSharding(mesh, P())
+    collections = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=everywhere), nn.meta.unbox(rest)
+    )
+    return Layout(model, mesh, rules, placements, params, collections)
+
+
+def _created(variables: Any) -> tuple[Any, dict[str, Any]]:
+    """What ``init`` made: the parameters, and the collections that are kept from step to step."""
+    passing = ("params", "intermediates")
+    return variables["params"], {name: tree for name, tree in variables.items() if name not in passing}
+
+
+def init_variables(layout: Layout, example: Batch, seed: int) -> Variables:
+    """Fresh parameters and collections, each created where it lives, and the initial routing state."""
+    routing = stacks.init_state(layout.model.config.stacks)
+
+    def init(key: jax.Array, batch: Batch) -> Any:
+        return nn.meta.unbox(_created(layout.model.init(key, batch, routing, method="initialize")))
+
+    targets = jax.tree.map(lambda leaf: leaf.sharding, (layout.params, layout.collections))
+    with sharding.use_mesh(layout.mesh, layout.rules):
+        params, collections = jax.jit(init, out_shardings=targets)(jax.random.key(seed), example)
+    return Variables(params, routing, collections)
 
 
 def init_params(layout: Layout, example: Batch, seed: int) -> Any:
-    """Fresh parameters, each created where it lives."""
-    routing = init_routing_state(layout.model.config)
-
-    def init(key: jax.Array, batch: Batch) -> Any:
-        return nn.meta.unbox(layout.model.init(key, batch, routing, method="initialize")["params"])
-
-    targets = jax.tree.map(lambda leaf: leaf.sharding, layout.params)
-    with sharding.use_mesh(layout.mesh, layout.rules):
-        return jax.jit(init, out_shardings=targets)(jax.random.key(seed), example)
+    """Fresh parameters alone, each created where it lives."""
+    return init_variables(layout, example, seed).params
 
 
 def put_batch(batch: Batch, layout: Layout) -> Batch:

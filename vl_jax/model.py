@@ -1,6 +1,6 @@
 """The vision-language model: encoder, adapter, fusion and language model, from a ``Batch`` to hidden states.
 
-    Batch.tiles --ViT--> patches --Adapter--> visual tokens --fusion--> Decoder --> hidden --> logits
+    Batch.tiles --encoder--> patches --Adapter--> visual tokens --fusion--> Decoder --> hidden --> logits
 
 With a second tower for high resolution, an aligner joins what both of them see before it gets to the adapter.
 Fusion is a choice of the config. ``prefix``: visual tokens stand in the sequence (DeepSeek-VL2). ``gated``:
@@ -15,22 +15,29 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from vl_jax.batch import Batch
-from vl_jax.encoders.adapter import Adapter, AdapterConfig
+from vl_jax.batch import Batch, blank
+from vl_jax.data.config import DataConfig, ModelSpec
+from vl_jax.encoders.adapter import Adapter, AdapterConfig, used_tiles
+from vl_jax.encoders.build import AnyEncoder
 from vl_jax.encoders.high_resolution import HighResolution, HighResolutionConfig, HybridAligner
-from vl_jax.encoders.vit import ViT, ViTConfig
+from vl_jax.encoders.transformer import Encoded
+from vl_jax.encoders.vit import ViTConfig
 from vl_jax.fusion.gate import CrossModalGateConfig
 from vl_jax.language.decoder import Decoder, DecoderConfig, LayerContext
-from vl_jax.moe import routing
 from vl_jax.moe.layer import MoEOutput
-from vl_jax.moe.routing import MoEConfig, RoutingContext, State
+from vl_jax.moe.routing import MoEConfig, RoutingContext, State, is_causal
+from vl_jax.moe.stacks import RoutingState, Stack
 from vl_jax.nn import attention
 from vl_jax.nn import cache as cache_lib
 from vl_jax.nn.cache import Cache
 from vl_jax.params import Leaf
+
+# The parts that may have sparse layers: names of their parameters, and of their stacks.
+LANGUAGE, ENCODER = "language", "encoder"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +52,7 @@ class FusionConfig:
 class VisionLanguageConfig:
     """The whole model. Defaults are DeepSeek-VL2 (base)."""
 
-    encoder: ViTConfig | None = ViTConfig()  # None: a language model
+    encoder: AnyEncoder | None = ViTConfig()  # of images; None: a language model
     high_resolution: HighResolutionConfig | None = None  # a second tower, for ``Batch.high_tiles``
     adapter: AdapterConfig = AdapterConfig()
     fusion: FusionConfig = FusionConfig()
@@ -65,6 +72,11 @@ class VisionLanguageConfig:
             if self.high_resolution is not None:
                 raise ValueError("high_resolution needs an encoder, whose tokens its own are joined with")
             return
+        if len(self.encoder.input_shape) != 3:
+            raise ValueError(
+                f"encoder={type(self.encoder).__name__} takes inputs of shape {self.encoder.input_shape}; "
+                "expected images, (height, width, channels)"
+            )
         left, high = self._tokens_left, self.high_resolution
         if left < 1:
             raise ValueError(f"adapter.skip={self.adapter.skip} leaves none of the tokens of the encoder")
@@ -80,8 +92,7 @@ class VisionLanguageConfig:
     def _tokens_left(self) -> int:
         """The tokens of a tile that the adapter does not skip."""
         assert self.encoder is not None
-        without_class = self.encoder.class_token and not self.encoder.class_feature
-        return self.encoder.num_tokens - without_class - self.adapter.skip
+        return self.encoder.num_tokens - self.adapter.skip
 
     @property
     def tile_tokens(self) -> int:
@@ -109,8 +120,68 @@ class VisionLanguageConfig:
         return self.adapter.tokens_side(self.encoder.grid)
 
     @property
-    def num_sparse_layers(self) -> int:
-        return len(self.language.sparse_layers)
+    def stacks(self) -> dict[str, Stack]:
+        """The sparse layers of the decoder and of the encoder, as far as they have any."""
+        result, runs = {}, tuple((LANGUAGE, run.name, "moe") for run in self.language.runs if run.sparse)
+        if runs:
+            result[LANGUAGE] = Stack(self.moe, self.language.sparse_layers, runs)
+        own = None if self.encoder is None else self.encoder.stack
+        if own is not None:
+            result[ENCODER] = dataclasses.replace(own, runs=tuple((ENCODER, *run) for run in own.runs))
+        return result
+
+    def spec(self) -> ModelSpec:
+        """What the data side must know.
+
+        Raises:
+          ValueError: see ``tile_tokens_side``.
+        """
+        return ModelSpec(
+            tile_tokens_side=self.tile_tokens_side,
+            fusion=self.fusion.kind,
+            vocab_size=self.language.vocab_size,
+        )
+
+    def check_data(self, data: DataConfig) -> None:
+        """Refuses tiles of another size than the encoder's images, and packing where samples would mix.
+
+        Raises:
+          ValueError: names both sides.
+        """
+        side = data.tiling.tile_size
+        if self.encoder is not None and self.encoder.input_shape[:2] != (side, side):
+            height, width = self.encoder.input_shape[:2]
+            raise ValueError(
+                f"data.tiling.tile_size={side} differs from the images of model.encoder, {height} x {width}"
+            )
+        if data.packing is not None and LANGUAGE in self.stacks:
+            if not is_causal(self.moe):
+                raise ValueError(
+                    f"data.packing with model.moe.scheme={self.moe.scheme!r}, priority="
+                    f"{self.moe.priority!r}: tokens of a row are routed together, and the samples packed "
+                    "in it would act on one another"
+                )
+            if self.moe.balance_scope == "sequence":
+                raise ValueError(
+                    "data.packing with model.moe.balance_scope='sequence': a packed row is no sequence; "
+                    "it must be 'batch' or 'step'"
+                )
+
+    def build(self) -> VisionLanguage:
+        """The module."""
+        return VisionLanguage(self)
+
+    def smallest_batch(self, rows: int) -> Batch:
+        """A batch of two tokens a row: enough to learn the shapes of the parameters."""
+        pixels = (0, 1, 1, 3) if self.encoder is None else (1, *self.encoder.input_shape)
+        high = None
+        if self.high_resolution is not None:
+            side = self.high_resolution.encoder.image_size
+            high = np.zeros((rows, 1, side, side, pixels[-1]), np.float32)
+        tiles, height, width, channels = pixels
+        sizes = {"T": 2, "Q": 2, "S": 2, "M": tiles, "h": height, "w": width, "c": channels}
+        batch = blank(sizes, rows)
+        return batch.replace(segment_ids=batch.segment_ids + 1, high_tiles=high)  # pyright: ignore
 
 
 @struct.dataclass
@@ -118,7 +189,7 @@ class ModelOutput:
     """Hidden states and what the sparse layers returned."""
 
     hidden: Leaf  # [B T D] after the final norm
-    routed: MoEOutput | None  # stacked over sparse layers
+    routed: dict[str, MoEOutput]  # by stack, over its layers
     cache: Cache | None
 
 
@@ -130,7 +201,8 @@ class VisionLanguage(nn.Module):
     def setup(self):
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         if c.encoder is not None:
-            self.encoder = ViT(c.encoder, dtype, remat=c.language.remat != "none")
+            encoder: Any = c.encoder.build(dtype, remat=c.language.remat != "none")
+            self.encoder = encoder
             self.adapter = Adapter(c.adapter, c.language.embed_dim)
         if c.high_resolution is not None:
             self.high = HighResolution(c.high_resolution, dtype, remat=c.language.remat != "none")
@@ -138,32 +210,51 @@ class VisionLanguage(nn.Module):
         gate = c.fusion.gate if c.fusion.kind == "gated" else None
         self.language = Decoder(c.language, c.moe, gate, dtype)
 
-    def see(self, batch: Batch) -> Float[Array, "B S D"]:
-        """The visual tokens of every row, in reading order; zeros where a row has none."""
+    def see(
+        self, batch: Batch, routing_state: RoutingState | None = None
+    ) -> tuple[Float[Array, "B S D"], MoEOutput | None]:
+        """The visual tokens of every row, in reading order, zeros where a row has none.
+
+        With them comes what the sparse layers of the encoder returned, if it has any.
+        """
         rows, tiles = batch.tiles.shape[:2]
         if self.config.encoder is None:
-            return jnp.zeros((*batch.visual_index.shape, self.config.language.embed_dim), self.config.dtype)
-        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (batch.tiles, batch.high_tiles))
-        patches = self.encode(*flat)
-        return self.adapter(patches.reshape(rows, tiles, *patches.shape[1:]), batch.visual_index)
+            shape = (*batch.visual_index.shape, self.config.language.embed_dim)
+            return jnp.zeros(shape, self.config.dtype), None
+        used = used_tiles(jnp.asarray(batch.visual_index), tiles=tiles, tile_tokens=self.config.tile_tokens)
+        flat, high = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (batch.tiles, batch.high_tiles))
+        encoded = self.encode(flat, high, used.reshape(-1), (routing_state or {}).get(ENCODER))
+        patches = encoded.tokens.reshape(rows, tiles, *encoded.tokens.shape[1:])
+        return self.adapter(patches, batch.visual_index), encoded.routed
 
-    def encode(self, tiles: Leaf, high_tiles: Leaf = None) -> Float[Array, "M P W"]:
-        """The patches of every tile [M h w c], joined with those of the second tower if there is one.
+    def encode(
+        self,
+        tiles: Leaf,
+        high_tiles: Leaf = None,
+        valid: Bool[Array, " M"] | None = None,
+        routing_state: State | None = None,
+    ) -> Encoded:
+        """Every tile [M h w c]; tokens are joined with those of the second tower if there is one.
+
+        Args:
+          valid: tiles that are used; None: all of them.
+          routing_state: of the sparse layers of the encoder.
 
         Raises:
           ValueError: there is a second tower, and no normalised pixels for it.
         """
         if self.config.high_resolution is None:
-            return self.encoder(tiles)
+            return self.encoder(tiles, valid, routing_state)
         if high_tiles is None or not jnp.issubdtype(high_tiles.dtype, jnp.floating):
             found = None if high_tiles is None else high_tiles.dtype
             raise ValueError(f"high_tiles={found}: the high-resolution tower needs normalised floats")
-        return self.aligner(self.encoder(tiles), self.high(high_tiles))
+        low = self.encoder(tiles, valid, routing_state)
+        return dataclasses.replace(low, tokens=self.aligner(low.tokens, self.high(high_tiles).tokens))
 
     def __call__(
         self,
         batch: Batch,
-        routing_state: State,
+        routing_state: RoutingState,
         *,
         vision: Float[Array, "B S D"] | None = None,
         cache: Cache | None = None,
@@ -171,11 +262,13 @@ class VisionLanguage(nn.Module):
         """Hidden states for every position of the batch.
 
         Args:
-          routing_state: as ``init_routing_state`` makes it.
-          vision: the visual tokens, if ``see`` already ran.
+          routing_state: as ``stacks.init_state`` makes it.
+          vision: the visual tokens, if ``see`` already ran; the encoder's statistics are then left out.
           cache: if given, the batch is appended to it (a row's segment must not begin before).
         """
-        vision = self.see(batch) if vision is None else vision
+        seen = None
+        if vision is None:
+            vision, seen = self.see(batch, routing_state)
         x = self.embed(batch, vision)
         gated = self.config.fusion.kind == "gated"
         if cache is None:
@@ -195,10 +288,11 @@ class VisionLanguage(nn.Module):
             vision_mask=_vision_mask(batch, offset) if gated else None,
             length=None if cache is None else cache.length,
         )
-        hidden, routed, kept = self.language(x, context, routing_state, cache)
+        hidden, routed, kept = self.language(x, context, routing_state.get(LANGUAGE, {}), cache)
         if cache is not None:
             cache = cache_lib.append(cache, kept, batch.segment_ids)
-        return ModelOutput(hidden, routed, cache)
+        by_stack = {name: o for name, o in ((LANGUAGE, routed), (ENCODER, seen)) if o is not None}
+        return ModelOutput(hidden, by_stack, cache)
 
     def embed(self, batch: Batch, vision: Float[Array, "B S D"]) -> Float[Array, "B T D"]:
         """What enters the decoder: embeddings of text, with ``prefix`` fusion visual tokens among them."""
@@ -217,7 +311,7 @@ class VisionLanguage(nn.Module):
         """The weighted sums of cross-entropy and of hits (see ``losses.head_cross_entropy``)."""
         return self.language.cross_entropy(hidden, targets, weights)
 
-    def initialize(self, batch: Batch, routing_state: State) -> Float[Array, "B T V"]:
+    def initialize(self, batch: Batch, routing_state: RoutingState) -> Float[Array, "B T V"]:
         """Touches every parameter once; the method to call ``init`` with."""
         return self.logits(self(batch, routing_state).hidden)
 
@@ -235,17 +329,6 @@ def merge_visual(
     index = jnp.maximum(visual_slot, 0)[..., None]
     placed = jnp.take_along_axis(vision, index, axis=1)
     return jnp.where(visual_slot[..., None] >= 0, placed.astype(x.dtype), x)
-
-
-def init_routing_state(config: VisionLanguageConfig) -> State:
-    """The routing scheme's initial state, stacked over the sparse layers."""
-    state = routing.init_state(config.moe)
-    return jax.tree.map(lambda a: jnp.repeat(a[None], config.num_sparse_layers, axis=0), state)
-
-
-def update_routing_state(state: State, stats: Any, config: VisionLanguageConfig) -> State:
-    """One step of the scheme's state per sparse layer, from statistics summed over the optimiser step."""
-    return jax.vmap(lambda s, t: routing.update_state(s, t, config.moe))(state, stats) if state else state
 
 
 def init_cache(config: VisionLanguageConfig, *, batch: int, slots: int) -> Cache:

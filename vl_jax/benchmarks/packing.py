@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from vl_jax import sharding
@@ -28,9 +27,7 @@ from vl_jax.benchmarks.step import machine, spread
 from vl_jax.experiment import Experiment, first_weights, open_stream, plan
 from vl_jax.layout import Layout, put_batch, rows_here
 from vl_jax.runtime import allocator
-from vl_jax.train.optimizer import make_optimizer
-from vl_jax.train.stages import trainable_paths
-from vl_jax.train.step import TrainState, make_train_step, split_trained
+from vl_jax.train.program import Program
 
 BATCHES = 6  # that are made; steps take them in turns
 STEPS = 4  # of a turn
@@ -42,20 +39,15 @@ class Training:
     """The last stage of an experiment, ready to take steps."""
 
     def __init__(self, experiment: Experiment):
-        stage = dataclasses.replace(experiment.stages[-1], lora=None)
+        stage = dataclasses.replace(experiment.stages[-1], lora=None, accumulation=1)
         self.layout = layout = plan(experiment)
         stream = open_stream(experiment, stage, rows_here(layout, stage.batch_size))
         try:
             self.batches = [next(stream) for _ in range(BATCHES)]
         finally:
             stream.close()
-        paths = trainable_paths(stage, layout.params)
-        optimizer = make_optimizer(stage.optimizer, paths, layout.roles)
-        with sharding.use_mesh(layout.mesh, layout.rules):
-            params, routing = first_weights(experiment, layout)
-            moments = optimizer.init(split_trained(params, {}, paths)[0])
-            self._state = TrainState(jnp.zeros((), jnp.int32), params, moments, routing)
-            self._step = jax.jit(make_train_step(layout.model, optimizer, trainable=paths), donate_argnums=0)
+        self._program = Program.of(layout, stage)
+        self._state = self._program.begin(first_weights(experiment, layout), jax.random.key(0))
         self._taken, self._rate = 0, np.float32(stage.optimizer.learning_rate)
 
     @property
@@ -74,7 +66,8 @@ class Training:
         with sharding.use_mesh(self.layout.mesh, self.layout.rules):
             for _ in range(steps):
                 batch = self.batches[self._taken % BATCHES]
-                self._state, _ = self._step(self._state, put_batch(batch, self.layout), self._rate)
+                on_device = put_batch(batch, self.layout)
+                self._state, _ = self._program.step(self._state, on_device, self._rate)
                 self._taken += 1
                 done += np.count_nonzero(batch.segment_ids), np.count_nonzero(batch.loss_weights)
             jax.block_until_ready(self._state)

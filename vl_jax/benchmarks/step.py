@@ -297,8 +297,9 @@ def _our_model(case: Case, folder: Path) -> tuple[Any, Any, Any]:
     from vl_jax.interop import rules
     from vl_jax.interop.folder import write_folder
     from vl_jax.interop.language import language_rules, language_stacks, read_language
-    from vl_jax.layout import init_params, plan_layout, smallest_batch
-    from vl_jax.model import VisionLanguage, VisionLanguageConfig, init_routing_state
+    from vl_jax.layout import init_params, plan_layout
+    from vl_jax.model import LANGUAGE, VisionLanguageConfig
+    from vl_jax.moe import stacks
     from vl_jax.sharding import MeshConfig, make_mesh
 
     allocator.keep_freed_memory()  # as ``train`` does
@@ -307,10 +308,11 @@ def _our_model(case: Case, folder: Path) -> tuple[Any, Any, Any]:
     decoder = dataclasses.replace(language.decoder, scan_layers=False)
     moe = dataclasses.replace(language.moe, bias_rate=0.0)  # transformers does not balance the load either
     config = VisionLanguageConfig(encoder=None, language=decoder, moe=moe)
-    example = smallest_batch(config)
-    layout = plan_layout(VisionLanguage(config), example, make_mesh(MeshConfig(), devices=jax.devices()[:1]))
-    params, state = init_params(layout, example, seed=0), init_routing_state(config)
-    tree = {**params, **({"routing": state} if state else {})}
+    example = config.smallest_batch(1)
+    layout = plan_layout(config, example, make_mesh(MeshConfig(), devices=jax.devices()[:1]))
+    params, state = init_params(layout, example, seed=0), stacks.init_state(config.stacks)
+    of_decoder = state.get(LANGUAGE, {})
+    tree = {**params, **({"routing": of_decoder} if of_decoder else {})}
     shapes = {path: tuple(leaf.shape) for path, leaf in params_lib.flatten(tree).items()}
     plan = rules.plan(language_rules(decoder), shapes, language_stacks(decoder))
     write_folder(folder, case.model, rules.layout(plan, tree), rules.export(plan, tree))
@@ -319,13 +321,11 @@ def _our_model(case: Case, folder: Path) -> tuple[Any, Any, Any]:
 
 def _text(config: Any, tokens: np.ndarray, targets: np.ndarray | None = None) -> Any:
     """A batch of text rows, all of whose tokens are predicted if targets are given."""
-    from vl_jax.layout import smallest_batch
-
     ids = tokens.astype(np.int32)
     order = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
     predicted = order if targets is not None else order[:, :1]
     return dataclasses.replace(
-        smallest_batch(config, rows=len(ids)),
+        config.smallest_batch(len(ids)),
         tokens=ids,
         positions=order,
         segment_ids=np.ones_like(ids),

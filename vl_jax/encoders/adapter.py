@@ -13,7 +13,7 @@ import dataclasses
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from vl_jax.kernels.activation import FUNCTIONS, Kind
 from vl_jax.nn.layers import Linear, named
@@ -122,3 +122,9 @@ class Adapter(nn.Module):
         if self.config.separators:
             extra = jnp.stack([self.newline, self.separator]).astype(x.dtype)
         return constrain(gather_visual(tile_tokens, extra, visual_index), "batch", None, None)
+
+
+def used_tiles(visual_index: Int[Array, "B S"], *, tiles: int, tile_tokens: int) -> Bool[Array, "B M"]:
+    """The tiles that some visual token of their row is taken from."""
+    source = visual_index // tile_tokens  # -1 for padding; the vectors behind the tiles are past the last
+    return jnp.any(source[:, :, None] == jnp.arange(tiles), axis=1)

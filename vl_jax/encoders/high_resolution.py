@@ -14,9 +14,13 @@ import dataclasses
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, UInt8
 
 from vl_jax.encoders.sam import SAM, Neck, SAMConfig
+from vl_jax.encoders.transformer import Encoded, from_grid
+from vl_jax.moe.routing import State
+from vl_jax.moe.stacks import Stack
 from vl_jax.nn.conv import Conv
 from vl_jax.nn.layers import Linear, named
 
@@ -41,6 +45,25 @@ class HighResolutionConfig:
         """Width of a token."""
         return 4 * self.encoder.output_dim
 
+    @property
+    def num_tokens(self) -> int:
+        """Cells of the grid."""
+        return self.grid**2
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """The shape of an image: height, width, channels."""
+        return self.encoder.input_shape
+
+    @property
+    def stack(self) -> Stack | None:
+        """There are no sparse layers."""
+        return None
+
+    def build(self, dtype: DTypeLike, *, remat: bool = False) -> HighResolution:
+        """The module."""
+        return HighResolution(self, jnp.dtype(dtype), remat)
+
 
 class Reduce(nn.Module):
     """Resizes to four times the wanted grid, and reaches it by two strided convolutions."""
@@ -63,15 +86,20 @@ class HighResolution(nn.Module):
     remat: bool = False
 
     @nn.compact
-    def __call__(self, pixels: Float[Array, "M h w c"]) -> Float[Array, "M P W"]:
+    def __call__(
+        self,
+        pixels: UInt8[Array, "M h w c"] | Float[Array, "M h w c"],
+        valid: Bool[Array, " M"] | None = None,
+        routing_state: State | None = None,
+    ) -> Encoded:
+        """Tokens, row by row, and their mean. No layer is sparse."""
         c = self.config
-        seen = SAM(c.encoder, self.dtype, self.remat, name="encoder")(pixels)
+        seen = SAM(c.encoder, self.dtype, self.remat, name="encoder").stages(pixels)
         reduce = Reduce(c, name="reduce")
         assert seen.first_global is not None
         early = Neck(c.encoder.output_dim, name="neck")(seen.first_global)
         share = self.param("share", named(nn.initializers.zeros), ()).astype(self.dtype)
-        tokens = reduce(seen.features) + reduce(early) * share
-        return tokens.reshape(tokens.shape[0], -1, tokens.shape[-1])
+        return from_grid(reduce(seen.features) + reduce(early) * share)
 
 
 class HybridAligner(nn.Module):

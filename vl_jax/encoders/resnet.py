@@ -15,9 +15,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, UInt8
 
+from vl_jax.encoders.transformer import Encoded, from_grid
+from vl_jax.encoders.vit import Levels, as_floats
 from vl_jax.kernels.activation import FUNCTIONS
+from vl_jax.moe.routing import State
+from vl_jax.moe.stacks import Stack
 from vl_jax.nn.conv import Conv
 from vl_jax.nn.layers import fan_in, named
 from vl_jax.params import Leaf
@@ -42,6 +47,12 @@ class ResNetConfig:
     first_stage_stride: int = 1
     # Of the stem and behind each sum; between the convolutions of a block published models have ReLU always.
     activation: Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "selu"] = "relu"
+    # Of batch normalisation in training. frozen: the running ones, which stay, while scale and bias learn.
+    # moving: those of the batch, towards which the running ones move.
+    statistics: Literal["frozen", "moving"] = "frozen"
+    image_size: int = 224  # pixels on the side; the module itself takes images of any size
+    pixel_mean: Levels = (0.485, 0.456, 0.406)  # of pixel values scaled to 0..1
+    pixel_std: Levels = (0.229, 0.224, 0.225)
 
     def __post_init__(self):
         if len(self.stage_dims) != len(self.stage_blocks) or not self.stage_dims:
@@ -52,6 +63,36 @@ class ResNetConfig:
             raise ValueError(f"stage_blocks={self.stage_blocks} must be >= 1")
         if self.block == "bottleneck" and min(self.stage_dims) < self.bottleneck:
             raise ValueError(f"stage_dims={self.stage_dims} must be >= bottleneck={self.bottleneck}")
+        if self.image_size < 1:
+            raise ValueError(f"image_size={self.image_size} must be >= 1")
+
+    @property
+    def grid(self) -> int:
+        """Cells of the last stage on the side of the image."""
+        side = self.image_size
+        for stride in (2, 2, self.first_stage_stride, *[2] * (len(self.stage_dims) - 1)):
+            side = -(-side // stride)
+        return side
+
+    @property
+    def num_tokens(self) -> int:
+        """Cells of the last stage."""
+        return self.grid**2
+
+    @property
+    def output_dim(self) -> int:
+        """Width of the last stage."""
+        return self.stage_dims[-1]
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """The shape of an image: height, width, channels."""
+        return self.image_size, self.image_size, 3
+
+    @property
+    def stack(self) -> Stack | None:
+        """There are no sparse layers."""
+        return None
 
     def convolutions(self, width: int, stride: int) -> tuple[tuple[int, int, int], ...]:
         """(width, size, stride) of each convolution of a block with the given width and stride."""
@@ -60,6 +101,10 @@ class ResNetConfig:
         narrow = width // self.bottleneck
         first, second = (stride, 1) if self.bottleneck_stride == "1x1" else (1, stride)
         return (narrow, 1, first), (narrow, 3, second), (width, 1, 1)
+
+    def build(self, dtype: DTypeLike, *, remat: bool = False) -> ResNet:
+        """The module."""
+        return ResNet(self, jnp.dtype(dtype), remat)
 
 
 @struct.dataclass
@@ -82,31 +127,47 @@ def batch_norm(
     return ((x.astype(jnp.float32) - mean) * gain + bias).astype(x.dtype)
 
 
+def batch_statistics(
+    x: Float[Array, "M h w D"], valid: Bool[Array, " M"] | None
+) -> tuple[Float[Array, " D"], Float[Array, " D"], Float[Array, ""]]:
+    """Mean and variance of the channels over valid images (None: all), and how many cells those have."""
+    wide = x.astype(jnp.float32)
+    valid = jnp.ones(x.shape[:1], bool) if valid is None else valid
+    mask = valid[:, None, None, None]
+    count = jnp.sum(valid, dtype=jnp.float32) * (x.shape[1] * x.shape[2])
+    mean = jnp.sum(wide, axis=(0, 1, 2), where=mask) / jnp.maximum(count, 1.0)
+    square = jnp.sum((wide - mean) ** 2, axis=(0, 1, 2), where=mask)
+    return mean, square / jnp.maximum(count, 1.0), count
+
+
 class BatchNorm(nn.Module):
     """Batch normalisation (Ioffe and Szegedy 2015, arXiv 1502.03167), by running statistics if ``frozen``.
 
-    Otherwise by those of the batch, towards which the running ones move if ``batch_stats`` is mutable.
+    Otherwise by those of the batch if ``batch_stats`` is mutable, towards which the running ones then move.
+    Where it is not, as in evaluation, the running ones are all there is.
     """
 
     frozen: bool
 
     @nn.compact
-    def __call__(self, x: Float[Array, "M h w D"]) -> Float[Array, "M h w D"]:
+    def __call__(
+        self, x: Float[Array, "M h w D"], valid: Bool[Array, " M"] | None = None
+    ) -> Float[Array, "M h w D"]:
+        """Normalises channels; only ``valid`` images (None: all) count in the statistics of the batch."""
         shape = x.shape[-1:]
         scale = self.param("scale", named(nn.initializers.ones, None), shape)
         bias = self.param("bias", named(nn.initializers.zeros, None), shape)
         mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
         variance = self.variable("batch_stats", "variance", jnp.ones, shape)
-        if self.frozen:
+        if self.frozen or not self.is_mutable_collection("batch_stats"):
             return batch_norm(x, mean.value, variance.value, scale, bias)
-        wide = x.astype(jnp.float32)
-        now = jnp.mean(wide, axis=(0, 1, 2)), jnp.var(wide, axis=(0, 1, 2))
-        if self.is_mutable_collection("batch_stats") and not self.is_initializing():
-            count = x.size // x.shape[-1]
-            unbiased = now[1] * (count / max(count - 1, 1))
-            mean.value = MOMENTUM * mean.value + (1 - MOMENTUM) * now[0]
-            variance.value = MOMENTUM * variance.value + (1 - MOMENTUM) * unbiased
-        return batch_norm(x, *now, scale, bias)
+        now_mean, now_variance, count = batch_statistics(x, valid)
+        if not self.is_initializing():
+            unbiased = now_variance * (count / jnp.maximum(count - 1.0, 1.0))
+            for running, now in ((mean, now_mean), (variance, unbiased)):
+                moved = MOMENTUM * running.value + (1 - MOMENTUM) * now
+                running.value = jnp.where(count > 0, moved, running.value)
+        return batch_norm(x, now_mean, now_variance, scale, bias)
 
 
 class NormedConv(nn.Module):
@@ -118,7 +179,9 @@ class NormedConv(nn.Module):
     frozen: bool
 
     @nn.compact
-    def __call__(self, x: Float[Array, "M h w c"]) -> Float[Array, "M u v D"]:
+    def __call__(
+        self, x: Float[Array, "M h w c"], valid: Bool[Array, " M"] | None = None
+    ) -> Float[Array, "M u v D"]:
         conv = Conv(
             self.features,
             size=self.size,
@@ -127,7 +190,7 @@ class NormedConv(nn.Module):
             kernel_init=HE,
             name="conv",
         )
-        return BatchNorm(self.frozen, name="norm")(conv(x))
+        return BatchNorm(self.frozen, name="norm")(conv(x), valid)
 
 
 class ResidualBlock(nn.Module):
@@ -136,52 +199,68 @@ class ResidualBlock(nn.Module):
     config: ResNetConfig
     width: int
     stride: int
-    frozen: bool
 
     @nn.compact
-    def __call__(self, x: Float[Array, "M h w c"], _: None) -> tuple[Float[Array, "M u v D"], None]:
-        activation = ACTIVATIONS[self.config.activation]
+    def __call__(
+        self, x: Float[Array, "M h w c"], valid: Bool[Array, " M"] | None
+    ) -> tuple[Float[Array, "M u v D"], None]:
+        activation, frozen = ACTIVATIONS[self.config.activation], self.config.statistics == "frozen"
         y = x
         for i, (width, size, stride) in enumerate(self.config.convolutions(self.width, self.stride)):
             y = nn.relu(y) if i else y
-            y = NormedConv(width, size, stride, self.frozen, name=f"conv{i}")(y)
+            y = NormedConv(width, size, stride, frozen, name=f"conv{i}")(y, valid)
         if x.shape[-1] != self.width or self.stride != 1:
-            x = NormedConv(self.width, 1, self.stride, self.frozen, name="shortcut")(x)
+            x = NormedConv(self.width, 1, self.stride, frozen, name="shortcut")(x, valid)
         return constrain(activation(x + y), "batch", None, None, None), None
 
 
 class ResNet(nn.Module):
-    """The network; pixels are already normalised, and of any size.
-
-    Args:
-      frozen: normalise by the running statistics, in training too: scale and bias learn, the statistics stay.
-    """
+    """The network, for images of any size; its statistics are in the collection ``batch_stats``."""
 
     config: ResNetConfig
     dtype: jnp.dtype = jnp.dtype(jnp.float32)
     remat: bool = False
-    frozen: bool = True
+
+    def __call__(
+        self,
+        pixels: UInt8[Array, "M h w c"] | Float[Array, "M h w c"],
+        valid: Bool[Array, " M"] | None = None,
+        routing_state: State | None = None,
+    ) -> Encoded:
+        """The last stage as tokens, row by row, and their mean. No layer is sparse."""
+        return from_grid(self.stages(pixels, valid).stages[-1])
 
     @nn.compact
-    def __call__(self, pixels: Float[Array, "M h w c"]) -> ResNetOutput:
-        c = self.config
-        x = NormedConv(c.stem_dim, 7, 2, self.frozen, name="stem")(pixels.astype(self.dtype))
+    def stages(
+        self,
+        pixels: UInt8[Array, "M h w c"] | Float[Array, "M h w c"],
+        valid: Bool[Array, " M"] | None = None,
+    ) -> ResNetOutput:
+        """The features of every stage as grids.
+
+        Args:
+          pixels: grey levels, or floats that are normalised already.
+          valid: images that count in the statistics of the batch. None: all of them.
+        """
+        c, frozen = self.config, self.config.statistics == "frozen"
+        pixels = as_floats(pixels, mean=c.pixel_mean, std=c.pixel_std)
+        x = NormedConv(c.stem_dim, 7, 2, frozen, name="stem")(pixels.astype(self.dtype), valid)
         x = ACTIVATIONS[c.activation](x)
         x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))  # pyright: ignore[reportArgumentType]
         stages = [x]
         block = nn.remat(ResidualBlock, prevent_cse=False) if self.remat else ResidualBlock
         for i, (width, blocks) in enumerate(zip(c.stage_dims, c.stage_blocks, strict=True)):
             stride = 2 if i else c.first_stage_stride
-            x, _ = block(c, width, stride, self.frozen, name=f"stage{i}_first")(x, None)
+            x, _ = block(c, width, stride, name=f"stage{i}_first")(x, valid)
             if blocks > 1:
                 others = nn.scan(
                     block,
                     variable_axes={"params": 0, "batch_stats": 0, "intermediates": 0},
                     split_rngs={"params": True},
+                    in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
                     length=blocks - 1,
                     metadata_params={nn.PARTITION_NAME: "layers"},
                 )
-                x, _ = others(c, width, 1, self.frozen, name=f"stage{i}_others")(x, None)
+                x, _ = others(c, width, 1, name=f"stage{i}_others")(x, valid)
             stages.append(x)
-        pooled = jnp.mean(x.astype(jnp.float32), axis=(1, 2)).astype(x.dtype)
-        return ResNetOutput(tuple(stages), pooled)
+        return ResNetOutput(tuple(stages), from_grid(x).pooled)

@@ -16,9 +16,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, UInt8
 
+from vl_jax.encoders.transformer import Encoded, from_grid
+from vl_jax.encoders.vit import Levels, as_floats
 from vl_jax.kernels.activation import Activation, Kind
+from vl_jax.moe.routing import State
+from vl_jax.moe.stacks import Stack
 from vl_jax.nn import attention
 from vl_jax.nn.conv import Conv
 from vl_jax.nn.layers import GatedMLP, LayerNorm, Linear, fan_in, named
@@ -53,6 +58,8 @@ class SAMConfig:
     qkv_bias: bool = True
     activation: Kind = "gelu"
     norm_epsilon: float = 1e-6  # of the layers; the neck has its own
+    pixel_mean: Levels = (0.485, 0.456, 0.406)  # of pixel values scaled to 0..1
+    pixel_std: Levels = (0.229, 0.224, 0.225)
 
     def __post_init__(self):
         if not 0 < self.patch_size <= self.image_size:
@@ -70,6 +77,21 @@ class SAMConfig:
         return self.image_size // self.patch_size
 
     @property
+    def num_tokens(self) -> int:
+        """Cells of the image."""
+        return self.grid**2
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """The shape of an image: height, width, channels."""
+        return self.image_size, self.image_size, 3
+
+    @property
+    def stack(self) -> Stack | None:
+        """There are no sparse layers."""
+        return None
+
+    @property
     def runs(self) -> tuple[WindowRun, ...]:
         """The layers in order; from the second run of a kind on, a number follows its name.
 
@@ -85,6 +107,10 @@ class SAMConfig:
             earlier = sum(run.window == window for run in runs)
             runs.append(WindowRun(f"{kind}_{earlier}" if earlier else kind, window, tuple(group)))
         return tuple(runs)
+
+    def build(self, dtype: DTypeLike, *, remat: bool = False) -> SAM:
+        """The module."""
+        return SAM(self, jnp.dtype(dtype), remat)
 
 
 @struct.dataclass
@@ -215,16 +241,33 @@ class Neck(nn.Module):
 
 
 class SAM(nn.Module):
-    """The encoder. Pixels are already normalised; without absolute positions they may be of any size."""
+    """The encoder. Without absolute positions pixels may be of any size."""
 
     config: SAMConfig
     dtype: jnp.dtype = jnp.dtype(jnp.float32)
     remat: bool = False
 
+    def __call__(
+        self,
+        pixels: UInt8[Array, "M h w c"] | Float[Array, "M h w c"],
+        valid: Bool[Array, " M"] | None = None,
+        routing_state: State | None = None,
+    ) -> Encoded:
+        """The features after the neck as tokens, row by row, and their mean. No layer is sparse."""
+        return from_grid(self.stages(pixels).features)
+
     @nn.compact
-    def __call__(self, pixels: Float[Array, "M h w c"]) -> SAMOutput:
-        """Raises ValueError if the pixels do not fit the learned positions."""
+    def stages(self, pixels: UInt8[Array, "M h w c"] | Float[Array, "M h w c"]) -> SAMOutput:
+        """The features as grids.
+
+        Args:
+          pixels: grey levels, or floats that are normalised already.
+
+        Raises:
+          ValueError: the pixels do not fit the learned positions.
+        """
         c = self.config
+        pixels = as_floats(pixels, mean=c.pixel_mean, std=c.pixel_std)
         stem = Conv(c.embed_dim, size=c.patch_size, stride=c.patch_size, use_bias=True, name="stem")
         x = stem(pixels.astype(self.dtype))
         if c.absolute_positions:

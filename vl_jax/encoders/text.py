@@ -13,10 +13,14 @@ from typing import Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from vl_jax.encoders.transformer import BlockConfig, Encoded, run_blocks
+from vl_jax.batch import TEXT
+from vl_jax.encoders.transformer import BlockConfig, Encoded, routing_context, run_blocks
 from vl_jax.kernels.activation import Kind
+from vl_jax.moe.routing import MoEConfig, State
+from vl_jax.moe.stacks import Stack
 from vl_jax.nn.layers import LayerNorm, Linear, named
 from vl_jax.sharding import constrain
 
@@ -40,6 +44,8 @@ class TextEncoderConfig:
     end_id: int = 49_407  # end of text, for ``first_end``
     projection_dim: int = 512  # 0: the pooled vector stays as it is
     projection_bias: bool = False
+    moe: MoEConfig | None = None  # experts of the sparse blocks; every row is a routing group
+    sparse_layers: tuple[int, ...] = ()  # numbers of the blocks with experts, ascending
 
     def __post_init__(self):
         if min(self.vocab_size, self.max_length, self.num_layers) < 1:
@@ -51,12 +57,50 @@ class TextEncoderConfig:
 
     @property
     def block(self) -> BlockConfig:
-        return BlockConfig(self.embed_dim, self.mlp_dim, self.num_heads, self.activation, self.norm_epsilon)
+        return BlockConfig(
+            embed_dim=self.embed_dim,
+            mlp_dim=self.mlp_dim,
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+            activation=self.activation,
+            norm_epsilon=self.norm_epsilon,
+            moe=self.moe,
+            sparse_layers=self.sparse_layers,
+        )
+
+    @property
+    def stack(self) -> Stack | None:
+        """The sparse blocks, if there are any."""
+        return self.block.stack
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """The shape of the longest text."""
+        return (self.max_length,)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the longest text."""
+        return self.max_length
+
+    @property
+    def output_dim(self) -> int:
+        """Width of a token."""
+        return self.embed_dim
+
+    @property
+    def grid(self) -> int:
+        """Raises ValueError: the tokens of a text form no square."""
+        raise ValueError("encoder=TextEncoderConfig: the tokens of a text form no square")
 
     @property
     def pooled_dim(self) -> int:
         """Width of the pooled vector."""
         return self.projection_dim or self.embed_dim
+
+    def build(self, dtype: DTypeLike, *, remat: bool = False) -> TextEncoder:
+        """The module."""
+        return TextEncoder(self, jnp.dtype(dtype), remat)
 
 
 def pooled_positions(tokens: Int[Array, "B T"], config: TextEncoderConfig) -> Int[Array, " B"]:
@@ -86,11 +130,18 @@ class TextEncoder(nn.Module):
     remat: bool = False
 
     @nn.compact
-    def __call__(self, tokens: Int[Array, "B T"], valid: Bool[Array, "B T"] | None = None) -> Encoded:
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        valid: Bool[Array, "B T"] | None = None,
+        routing_state: State | None = None,
+    ) -> Encoded:
         """Encodes rows of tokens.
 
         Args:
-          valid: tokens that may be attended to; all of them, if not given (SigLIP is trained so).
+          valid: tokens that may be attended to and that take experts; all of them, if not given (SigLIP is
+            trained so).
+          routing_state: state of the scheme, stacked over the sparse blocks.
 
         Raises:
           ValueError: the rows are longer than the position table.
@@ -107,9 +158,18 @@ class TextEncoder(nn.Module):
         self.sow("intermediates", "embedded", x)
         x = constrain(x, "batch", None, None)
         mask = who_sees_whom(tokens, valid, causal=c.causal)
-        x, _ = run_blocks(x, mask, c.block, num_layers=c.num_layers, remat=self.remat)
+        counted = jnp.ones(tokens.shape, bool) if valid is None else valid
+        x, _, routed = run_blocks(
+            x,
+            mask,
+            c.block,
+            context=routing_context(counted, modality=TEXT, tokens=tokens),
+            routing_state=routing_state,
+            remat=self.remat,
+        )
         x = LayerNorm(c.norm_epsilon, name="norm")(x)
-        return Encoded(x, self._project(take_positions(x, pooled_positions(tokens, c))))
+        pooled = self._project(take_positions(x, pooled_positions(tokens, c)))
+        return Encoded(x, pooled, routed=routed)
 
     def _project(self, pooled: Float[Array, "B D"]) -> Float[Array, "B E"]:
         c = self.config

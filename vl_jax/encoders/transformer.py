@@ -1,18 +1,24 @@
 """The pre-norm transformer that image and text encoders share, whatever stands before and after it.
 
-Every block is ``x + attention(norm1(x))``, then ``x + fc2(activation(fc1(norm2(x))))``.
+Every block is ``x + attention(norm1(x))``, then ``x + fc2(activation(fc1(norm2(x))))``; in a sparse block
+experts take the place of the two projections. Consecutive blocks of one kind are stacked and scanned.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from vl_jax.kernels.activation import FUNCTIONS, Kind
+from vl_jax.moe.layer import DynamicMoE, MoEOutput
+from vl_jax.moe.routing import MoEConfig, RoutingContext, State
+from vl_jax.moe.stacks import Stack
 from vl_jax.nn import attention
 from vl_jax.nn.layers import LayerNorm, Linear, fan_in, named
 from vl_jax.params import Leaf
@@ -20,28 +26,73 @@ from vl_jax.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
+class BlockRun:
+    """Consecutive blocks of one kind, whose parameters are stacked under one name."""
+
+    name: str
+    sparse: bool
+    layers: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class BlockConfig:
-    """One block of an encoder."""
+    """The blocks of an encoder."""
 
     embed_dim: int
     mlp_dim: int
+    num_layers: int
     num_heads: int
     activation: Kind
     norm_epsilon: float
     qkv_bias: bool = True
+    moe: MoEConfig | None = None
+    sparse_layers: tuple[int, ...] = ()  # numbers of the blocks with experts, ascending
 
     def __post_init__(self):
         if self.num_heads < 1 or self.embed_dim % self.num_heads:
             raise ValueError(f"embed_dim={self.embed_dim} is not a multiple of num_heads={self.num_heads}")
+        sparse, last = self.sparse_layers, self.num_layers - 1
+        if any(not 0 <= i <= last for i in sparse) or any(i >= j for i, j in itertools.pairwise(sparse)):
+            raise ValueError(f"sparse_layers={sparse} must be ascending numbers from 0 to {last}")
+        if sparse and self.moe is None:
+            raise ValueError(f"sparse_layers={sparse} needs moe, the config of their experts")
+        if self.moe is not None and not sparse:
+            raise ValueError(f"moe needs sparse_layers, numbers from 0 to {last}; sparse_layers=() has none")
+
+    @property
+    def runs(self) -> tuple[BlockRun, ...]:
+        """The blocks in order; from the second run of a kind on, a number follows its name."""
+        runs: list[BlockRun] = []
+        for sparse, group in itertools.groupby(range(self.num_layers), key=self.sparse_layers.__contains__):
+            kind = "moe_blocks" if sparse else "blocks"
+            earlier = sum(run.sparse == sparse for run in runs)
+            runs.append(BlockRun(f"{kind}_{earlier}" if earlier else kind, sparse, tuple(group)))
+        return tuple(runs)
+
+    @property
+    def stack(self) -> Stack | None:
+        """The sparse blocks, in the module that runs them."""
+        if self.moe is None:
+            return None
+        return Stack(
+            self.moe, self.sparse_layers, tuple((run.name, "moe") for run in self.runs if run.sparse)
+        )
 
 
 @struct.dataclass
 class Encoded:
     """What an encoder makes of its input."""
 
-    tokens: Leaf  # [B T D], after the final norm where the encoder has one for every token
-    pooled: Leaf  # [B E], or None
+    tokens: Leaf  # [B T D], the features; or what else the method says that returns it
+    pooled: Leaf  # [B E], the input as one vector; or None
     states: tuple[Leaf, ...] = ()  # [B T D] each: the hidden states that the config asks for
+    routed: MoEOutput | None = None  # of the sparse layers, stacked; None where there are none
+
+
+def from_grid(features: Float[Array, "M u v D"]) -> Encoded:
+    """The cells of a grid as tokens, row by row, and their mean."""
+    pooled = jnp.mean(features.astype(jnp.float32), axis=(1, 2)).astype(features.dtype)
+    return Encoded(features.reshape(features.shape[0], -1, features.shape[-1]), pooled)
 
 
 class Attention(nn.Module):
@@ -93,18 +144,42 @@ class Block(nn.Module):
     """One block; ``keep`` returns its output once more, for a scan to stack."""
 
     config: BlockConfig
+    sparse: bool = False
     keep: bool = False
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], mask: Bool[Array, "B #T T"] | None
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"] | None]:
-        c = self.config
+        self,
+        x: Float[Array, "B T D"],
+        state: State,
+        mask: Bool[Array, "B #T T"] | None,
+        context: RoutingContext | None,
+    ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B T D"] | None, MoEOutput | None]]:
+        c, routed = self.config, None
         attend = Attention(c.num_heads, c.qkv_bias, name="attention")
         x = x + attend(LayerNorm(c.norm_epsilon, name="norm1")(x), mask=mask)
-        x = x + feed_forward(LayerNorm(c.norm_epsilon, name="norm2")(x), c)
+        normed = LayerNorm(c.norm_epsilon, name="norm2")(x)
+        if self.sparse:
+            assert c.moe is not None and context is not None
+            y, routed = DynamicMoE(c.moe, name="moe")(normed, context, state)
+            x = x + y
+        else:
+            x = x + feed_forward(normed, c)
         x = constrain(x, "batch", None, None)
-        return x, x if self.keep else None
+        return x, (x if self.keep else None, routed)
+
+
+def routing_context(
+    valid: Bool[Array, "B T"], *, modality: int, tokens: Int[Array, "B T"] | None = None
+) -> RoutingContext:
+    """What routing may look at in rows of one modality."""
+    positions = jnp.arange(valid.shape[1], dtype=jnp.int32)
+    return RoutingContext(
+        valid=valid,
+        modality=jnp.full(valid.shape, modality, jnp.int32),
+        tokens=tokens,
+        positions=jnp.broadcast_to(positions, valid.shape),
+    )
 
 
 def run_blocks(
@@ -112,28 +187,42 @@ def run_blocks(
     mask: Bool[Array, "B #T T"] | None,
     config: BlockConfig,
     *,
-    num_layers: int,
+    context: RoutingContext | None = None,
+    routing_state: State | None = None,
     states: tuple[int, ...] = (),
     remat: bool = False,
-) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B T D"], ...]]:
-    """Runs a stack, ``blocks``, that belongs to the module which calls this.
+) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B T D"], ...], MoEOutput | None]:
+    """Runs the blocks, whose parameters belong to the module which calls this.
 
     Args:
+      context: needed where there are sparse blocks; every row is a routing group.
+      routing_state: state of the scheme, stacked over the sparse blocks; None: empty.
       states: hidden states to return too: 0 is the input, i the output of block i, negative ones count
         from the last.
       remat: keep only the inputs of blocks for the backward pass.
+
+    Returns:
+      The output of the last block, the hidden states, and what the sparse blocks returned, stacked.
     """
     block = nn.remat(Block, prevent_cse=False) if remat else Block
-    stack = nn.scan(
-        block,
-        variable_axes={"params": 0, "intermediates": 0},
-        split_rngs={"params": True},
-        in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
-        length=num_layers,
-        metadata_params={nn.PARTITION_NAME: "layers"},
-    )
-    y, outputs = stack(config, bool(states), name="blocks")(x, mask)
-    if outputs is None:
-        return y, ()
-    numbers = (i % (num_layers + 1) for i in states)
-    return y, tuple(outputs[i - 1] if i else x for i in numbers)
+    numbers = [i % (config.num_layers + 1) for i in states]
+    hidden, routed, first_sparse = {0: x}, [], 0
+    for run in config.runs:
+        stack = nn.scan(
+            block,
+            variable_axes={"params": 0, "intermediates": 0},
+            split_rngs={"params": True, "routing": True},  # "routing": noise of schemes, in training
+            in_axes=(0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
+            length=len(run.layers),
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        own = slice(first_sparse, first_sparse + len(run.layers) * run.sparse)
+        state = jax.tree.map(lambda a, s=own: a[s], routing_state or {}) if run.sparse else {}
+        first_sparse = own.stop
+        run_context = context if run.sparse else None
+        x, (kept, here) = stack(config, run.sparse, bool(states), name=run.name)(x, state, mask, run_context)
+        routed += [here] * run.sparse
+        if kept is not None:
+            hidden |= {layer + 1: kept[i] for i, layer in enumerate(run.layers) if layer + 1 in numbers}
+    together = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *routed) if routed else None
+    return x, tuple(hidden[i] for i in numbers), together

@@ -17,10 +17,21 @@ from typing import Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, UInt8
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, UInt8
 
-from vl_jax.encoders.transformer import Attention, BlockConfig, Encoded, feed_forward, run_blocks
+from vl_jax.batch import VISION
+from vl_jax.encoders.transformer import (
+    Attention,
+    BlockConfig,
+    Encoded,
+    feed_forward,
+    routing_context,
+    run_blocks,
+)
 from vl_jax.kernels.activation import FUNCTIONS, Kind
+from vl_jax.moe.routing import MoEConfig, State
+from vl_jax.moe.stacks import Stack
 from vl_jax.nn.conv import convolve
 from vl_jax.nn.layers import LayerNorm, Linear, fan_in, named
 from vl_jax.sharding import constrain
@@ -59,6 +70,8 @@ class ViTConfig:
     class_feature: bool = False  # the class token is among the features
     pixel_mean: Levels = 0.5  # of pixel values scaled to 0..1
     pixel_std: Levels = 0.5
+    moe: MoEConfig | None = None  # experts of the sparse blocks; every image is a routing group
+    sparse_layers: tuple[int, ...] = ()  # numbers of the blocks with experts, ascending
 
     def __post_init__(self):
         (height, width), (rows, columns) = _pair(self.image_size), _pair(self.patch_size)
@@ -89,8 +102,21 @@ class ViTConfig:
     @property
     def block(self) -> BlockConfig:
         return BlockConfig(
-            self.embed_dim, self.mlp_dim, self.num_heads, self.activation, self.norm_epsilon, self.qkv_bias
+            embed_dim=self.embed_dim,
+            mlp_dim=self.mlp_dim,
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+            activation=self.activation,
+            norm_epsilon=self.norm_epsilon,
+            qkv_bias=self.qkv_bias,
+            moe=self.moe,
+            sparse_layers=self.sparse_layers,
         )
+
+    @property
+    def stack(self) -> Stack | None:
+        """The sparse blocks, if there are any."""
+        return self.block.stack
 
     @property
     def grid_shape(self) -> tuple[int, int]:
@@ -111,20 +137,35 @@ class ViTConfig:
         return rows
 
     @property
-    def pixels(self) -> tuple[int, int, int]:
+    def input_shape(self) -> tuple[int, int, int]:
         """The shape of an image: height, width, channels."""
         return (*_pair(self.image_size), self.num_channels)
 
     @property
-    def num_tokens(self) -> int:
-        """Patches, and the class token if there is one."""
+    def length(self) -> int:
+        """Tokens in the blocks: patches, and the class token if there is one."""
         rows, columns = self.grid_shape
         return rows * columns + self.class_token
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens given as features: patches, and the class token if it is among them."""
+        rows, columns = self.grid_shape
+        return rows * columns + self.class_feature
+
+    @property
+    def output_dim(self) -> int:
+        """Width of a token: that of every layer whose hidden state is a feature."""
+        return self.embed_dim * max(len(self.feature_layers), 1)
 
     @property
     def pooled_dim(self) -> int:
         """Width of the pooled vector."""
         return self.projection_dim or self.embed_dim
+
+    def build(self, dtype: DTypeLike, *, remat: bool = False) -> ViT:
+        """The module."""
+        return ViT(self, jnp.dtype(dtype), remat)
 
 
 def _pair(sides: Sides) -> tuple[int, int]:
@@ -136,6 +177,13 @@ def normalize(pixels: UInt8[Array, "*batch c"], *, mean: Levels, std: Levels) ->
     shape = (1,) * (pixels.ndim - 1) + (-1,)
     shift, spread = (jnp.asarray(v, jnp.float32).reshape(shape) for v in (mean, std))
     return (pixels.astype(jnp.float32) / 255.0 - shift) / spread
+
+
+def as_floats(
+    pixels: UInt8[Array, "*batch c"] | Float[Array, "*batch c"], *, mean: Levels, std: Levels
+) -> Float[Array, "*batch c"]:
+    """Grey levels normalised; floats are normalised already, and stay as they are."""
+    return normalize(pixels, mean=mean, std=std) if pixels.dtype == jnp.uint8 else pixels
 
 
 class PatchStem(nn.Module):
@@ -205,38 +253,60 @@ class AttentionPooler(nn.Module):
 
 
 class ViT(nn.Module):
-    """The encoder; calling it gives features, ``encode`` gives everything."""
+    """The encoder; calling it gives features, ``encode`` gives the final tokens."""
 
     config: ViTConfig
     dtype: jnp.dtype = jnp.dtype(jnp.float32)
     remat: bool = False
 
-    def __call__(self, pixels: UInt8[Array, "M h w c"] | Float[Array, "M h w c"]) -> Float[Array, "M T F"]:
-        """The tokens that the config names as features; F is D times the number of layers it joins."""
-        return select_features(self.encode(pixels), self.config)
+    def __call__(
+        self,
+        pixels: UInt8[Array, "M h w c"] | Float[Array, "M h w c"],
+        valid: Bool[Array, " M"] | None = None,
+        routing_state: State | None = None,
+    ) -> Encoded:
+        """As ``encode``, with the tokens that the config names as features, [M T F].
+
+        F is D times the number of layers it joins.
+        """
+        encoded = self.encode(pixels, valid, routing_state)
+        return dataclasses.replace(encoded, tokens=select_features(encoded, self.config))
 
     @nn.compact
-    def encode(self, pixels: UInt8[Array, "M h w c"] | Float[Array, "M h w c"]) -> Encoded:
-        """Tokens, the pooled vector and chosen hidden states.
+    def encode(
+        self,
+        pixels: UInt8[Array, "M h w c"] | Float[Array, "M h w c"],
+        valid: Bool[Array, " M"] | None = None,
+        routing_state: State | None = None,
+    ) -> Encoded:
+        """Final tokens, the pooled vector and chosen hidden states.
 
         Args:
           pixels: grey levels, or floats that are normalised already.
+          valid: images that are used; the tokens of others take no experts. None: all of them.
+          routing_state: state of the scheme, stacked over the sparse blocks.
         """
         c = self.config
-        if pixels.dtype == jnp.uint8:
-            pixels = normalize(pixels, mean=c.pixel_mean, std=c.pixel_std)
-        x = self._embed(pixels.astype(self.dtype))
+        x = self._embed(as_floats(pixels, mean=c.pixel_mean, std=c.pixel_std).astype(self.dtype))
         if c.pre_norm:
             x = LayerNorm(c.norm_epsilon, name="pre_norm")(x)
         x = constrain(x, "batch", None, None)
-        x, states = run_blocks(
-            x, None, c.block, num_layers=c.num_layers, states=c.feature_layers, remat=self.remat
+        valid = jnp.ones(x.shape[:1], bool) if valid is None else valid
+        valid = jnp.broadcast_to(valid[:, None], x.shape[:2])
+        x, states, routed = run_blocks(
+            x,
+            None,
+            c.block,
+            context=routing_context(valid, modality=VISION),
+            routing_state=routing_state,
+            states=c.feature_layers,
+            remat=self.remat,
         )
         norm = LayerNorm(c.norm_epsilon, name="norm")
         if c.final_norm == "tokens":
             x = norm(x)
         if c.pooling == "none":
-            return Encoded(x, None, states)
+            return Encoded(x, None, states, routed)
         if c.pooling == "attention":
             pooled = AttentionPooler(c.block, name="pooler")(x)
         else:
@@ -244,7 +314,7 @@ class ViT(nn.Module):
         if c.projection_dim:
             names = ("embed", None)
             pooled = Linear(c.projection_dim, names, use_bias=c.projection_bias, name="projection")(pooled)
-        return Encoded(x, OUTPUTS[c.projection_activation](pooled), states)
+        return Encoded(x, OUTPUTS[c.projection_activation](pooled), states, routed)
 
     def _embed(self, pixels: jax.Array) -> jax.Array:
         """Patches, with the class token before them, at their positions."""
@@ -254,7 +324,7 @@ class ViT(nn.Module):
         if c.class_token:
             token = self.param("class_token", named(init, "embed"), (c.embed_dim,)).astype(x.dtype)
             x = jnp.concatenate([jnp.broadcast_to(token, (x.shape[0], 1, c.embed_dim)), x], axis=1)
-        positions = self.param("positions", named(init, None, "embed"), (c.num_tokens, c.embed_dim))
+        positions = self.param("positions", named(init, None, "embed"), (c.length, c.embed_dim))
         x = x + positions.astype(x.dtype)
         self.sow("intermediates", "embedded", x)
         return x

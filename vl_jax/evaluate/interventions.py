@@ -10,7 +10,8 @@ An intervention is an entry of the routing state (``routing.EXCLUDED``), so one 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,12 +20,12 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from vl_jax import losses, sharding
-from vl_jax.batch import Batch
-from vl_jax.evaluate.routes import by_layer, token_choice
-from vl_jax.layout import Layout, put_batch
+from vl_jax.batch import MODALITIES, Batch
+from vl_jax.evaluate.routes import token_choice
+from vl_jax.layout import NO_COLLECTIONS, Layout, put_batch
 from vl_jax.model import VisionLanguage
 from vl_jax.moe import routing
-from vl_jax.moe.routing import State
+from vl_jax.moe.stacks import RoutingState, Stack, sown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,39 +77,45 @@ def _entropy(p: np.ndarray) -> np.ndarray:
 def study(
     layout: Layout,
     params: Any,
-    state: State,
+    state: RoutingState,
     batches: Sequence[Batch],
     *,
+    stack: str,
     track: Callable[[Iterable[Any]], Iterable[Any]] = iter,
     num_changes: int = 20,
+    collections: Mapping[str, Any] = NO_COLLECTIONS,
 ) -> Study:
     """Runs every intervention on every batch.
 
     Args:
       batches: host batches, kept in memory.
+      stack: name of the stack whose routing is studied.
       track: wraps the interventions, to show progress; they are L * (E + 1).
 
     Raises:
-      ValueError: the model has no routed experts, its scheme gives tokens no choice of their own, or there
-        is nothing to predict.
+      ValueError: its scheme gives tokens no choice of their own, or there is nothing to predict.
     """
-    model, config = layout.model, layout.model.config
-    num_layers, num_experts = config.num_sparse_layers, config.moe.num_experts
-    if not num_layers:
-        raise ValueError("the model has no routed experts")
+    model, of = layout.model, layout.model.config.stacks[stack]
+    num_layers, num_experts = len(of.layers), of.moe.num_experts
     on_device = [put_batch(batch, layout) for batch in batches]
     with sharding.use_mesh(layout.mesh, layout.rules):
-        plain = jax.jit(lambda p, s, b: _observe(p, s, b, model=model))
-        seen = [jax.device_get(plain(params, state, batch)) for batch in on_device]
+        plain = jax.jit(functools.partial(_observe, model=model, stack=stack))
+        seen = [jax.device_get(plain(params, state, batch, collections=collections)) for batch in on_device]
         weights = [np.asarray(batch.loss_weights) for batch in batches]
         total = sum(float(w.sum()) for w in weights)
         if not total:
             raise ValueError("the batches have nothing to predict")
-        without = jax.jit(lambda p, s, b: target_losses(p, s, b, model=model))
+        without = jax.jit(functools.partial(target_losses, model=model))
 
         def losses_of(excluded_in: Callable[[int], Any]) -> list[np.ndarray]:
-            changed = [{**state, routing.EXCLUDED: excluded_in(i)} for i in range(len(on_device))]
-            found = (without(params, s, b) for s, b in zip(changed, on_device, strict=True))
+            changed = [
+                {**state, stack: {**state[stack], routing.EXCLUDED: excluded_in(i)}}
+                for i in range(len(on_device))
+            ]
+            found = (
+                without(params, s, b, collections=collections)
+                for s, b in zip(changed, on_device, strict=True)
+            )
             return [np.asarray(x) for x in found]
 
         def mean(values: Sequence[np.ndarray]) -> float:
@@ -127,10 +134,12 @@ def study(
             found = losses_of(lambda i, n=layer, f=first: _only(n, num_layers, f[i], num_experts))
             rerouted[layer] = mean(found)
             for number, values in enumerate(found):
+                if first[number].shape != batches[number].tokens.shape:
+                    break  # the stack's tokens are not those that predict
                 changes += _changes(number, layer, batches[number], seen[number], values)
     changes.sort(key=lambda c: c.loss - c.rerouted_loss)
     return Study(
-        layers=config.language.sparse_layers,
+        layers=of.layers,
         loss=mean([s["nll"] for s in seen]),
         targets=sum(int(np.count_nonzero(w)) for w in weights),
         load=np.asarray(sum(s["load"].astype(np.int64) for s in seen)),
@@ -144,42 +153,59 @@ def study(
     )
 
 
-def target_losses(params: Any, state: State, batch: Batch, *, model: VisionLanguage) -> Float[Array, "B Q"]:
+def target_losses(
+    params: Any,
+    state: RoutingState,
+    batch: Batch,
+    *,
+    model: VisionLanguage,
+    collections: Mapping[str, Any] = NO_COLLECTIONS,
+) -> Float[Array, "B Q"]:
     """The loss of every target, in nats."""
-    output: Any = model.apply({"params": params}, batch, state)
-    return _nll(params, batch, output, model)
+    variables = {"params": params, **collections}
+    output: Any = model.apply(variables, batch, state)
+    return _nll(variables, batch, output, model)
 
 
-def _nll(params: Any, batch: Batch, output: Any, model: VisionLanguage) -> jax.Array:
+def _nll(variables: Any, batch: Batch, output: Any, model: VisionLanguage) -> jax.Array:
     predicting = jnp.take_along_axis(output.hidden, batch.target_index[..., None], axis=1)
-    logits: Any = model.apply({"params": params}, predicting, method="logits")
+    logits: Any = model.apply(variables, predicting, method="logits")
     return losses.cross_entropy(logits, batch.targets)[0]
 
 
-def _observe(params: Any, state: State, batch: Batch, *, model: VisionLanguage) -> dict[str, jax.Array]:
+def _observe(
+    params: Any,
+    state: RoutingState,
+    batch: Batch,
+    *,
+    model: VisionLanguage,
+    stack: str,
+    collections: Mapping[str, Any] = NO_COLLECTIONS,
+) -> dict[str, jax.Array]:
     """Losses and statistics without an intervention."""
-    output, kept = model.apply({"params": params}, batch, state, mutable=["intermediates"])
-    layers = by_layer(kept["intermediates"], model)
-    num_experts = model.config.moe.num_experts
-    valid = batch.segment_ids > 0
+    variables = {"params": params, **collections}
+    output, kept = model.apply(variables, batch, state, mutable=["intermediates"])
+    of: Stack = model.config.stacks[stack]
+    num_experts = of.moe.num_experts
     first, together, entropies = [], [], []
-    for logits, assignment in layers:
-        assignment = token_choice(assignment, model)
+    for layer in sown(kept["intermediates"], of):
+        assignment = token_choice(layer, of)
         best = jnp.argmax(assignment.gates, axis=-1)[..., None]
         first.append(jnp.take_along_axis(assignment.experts, best, axis=-1)[..., 0])
         chosen = jax.nn.one_hot(assignment.experts, num_experts).sum(axis=-2)
         together.append(jnp.einsum("BTE,BTF->EF", chosen, chosen))
-        log_p = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+        log_p = jax.nn.log_softmax(layer.logits.astype(jnp.float32), axis=-1)
         entropy = -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
-        of = [jnp.sum(jnp.where(valid & (batch.modality == m), entropy, 0.0)) for m in (0, 1)]
-        entropies.append(jnp.stack(of))
+        modalities = [layer.valid & (layer.modality == m) for m in range(len(MODALITIES))]
+        entropies.append(jnp.stack([jnp.sum(jnp.where(m, entropy, 0.0)) for m in modalities]))
+    stats = output.routed[stack].stats
     return {
-        "nll": _nll(params, batch, output, model),
-        "load": output.routed.stats.load,
-        "tokens": output.routed.stats.tokens,
+        "nll": _nll(variables, batch, output, model),
+        "load": stats.load,
+        "tokens": stats.tokens,
         "first": jnp.stack(first),
         "choices": jnp.stack(together),
-        "destinations": output.routed.stats.destinations,
+        "destinations": stats.destinations,
         "entropy": jnp.stack(entropies),
     }
 

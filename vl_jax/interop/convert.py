@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from vl_jax import params as params_lib
-from vl_jax.checkpoint import Checkpointer
+from vl_jax.checkpoint import CHECKPOINTS, Checkpointer
 from vl_jax.interop import rules
 from vl_jax.interop.folder import write_folder
 from vl_jax.interop.pretrained import (
@@ -34,10 +34,11 @@ from vl_jax.interop.pretrained import (
 )
 from vl_jax.interop.vision_language import IGNORED
 from vl_jax.layout import abstract
-from vl_jax.model import VisionLanguage, init_routing_state
+from vl_jax.model import LANGUAGE
+from vl_jax.moe import stacks
 from vl_jax.runtime.lazy_array import LazyArray
 
-PUBLISHED, CHECKPOINTS = "published", "checkpoints"
+PUBLISHED = "published"
 
 
 def convert(source: Path, target: Path) -> None:
@@ -103,7 +104,7 @@ def _to_published(source: Path, target: Path) -> None:
     if restored is None:
         raise ValueError(f"{source / CHECKPOINTS}: holds no checkpoint")
     _, params, training, record = restored
-    write_published(target, params, training.get(ROUTING, {}), published, dtypes=record["dtypes"])
+    write_published(target, params, {LANGUAGE: training.get(ROUTING, {})}, published, dtypes=record["dtypes"])
 
 
 def _training(state: Any) -> dict[str, Any]:
@@ -113,8 +114,8 @@ def _training(state: Any) -> dict[str, Any]:
 
 def _shapes(published: Published) -> dict[str, Any]:
     """Parameters and routing state as shapes and dtypes of ours."""
-    state = jax.eval_shape(lambda: init_routing_state(published.config))
-    return with_state(abstract(VisionLanguage(published.config)), state)
+    state = jax.eval_shape(lambda: stacks.init_state(published.config.stacks))
+    return with_state(abstract(published.config), state.get(LANGUAGE, {}))
 
 
 def _dtypes(plan: rules.Plan, published: Published, shapes: Any) -> dict[str, str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from vl_jax.generation import GenerationConfig
 from vl_jax.interop import rules
 from vl_jax.interop.deepseek_vl2 import deepseek_vl2_rules, read_deepseek_vl2
 from vl_jax.interop.folder import CONFIG, INDEX, Weights, open_weights, read_config, write_folder
-from vl_jax.interop.language import FAMILIES as LANGUAGE
+from vl_jax.interop.language import FAMILIES as TEXT_FAMILIES
 from vl_jax.interop.language import NAMES, Names, language_rules, read_language
 from vl_jax.interop.rules import Rule
 from vl_jax.interop.safetensors import Entry
@@ -42,9 +42,10 @@ from vl_jax.interop.vision_language import (
     vision_language_rules,
     vision_language_stacks,
 )
-from vl_jax.layout import Layout, plan_layout, put_batch, smallest_batch
-from vl_jax.model import VisionLanguage, VisionLanguageConfig, init_routing_state
-from vl_jax.moe.routing import State
+from vl_jax.layout import Layout, plan_layout, put_batch
+from vl_jax.model import LANGUAGE, VisionLanguage, VisionLanguageConfig
+from vl_jax.moe import stacks
+from vl_jax.moe.stacks import RoutingState
 from vl_jax.sharding import MeshConfig, make_mesh
 
 ROUTING = "routing"  # where the routing state stands in a tree of parameters and state
@@ -90,7 +91,7 @@ FAMILIES: dict[str, Family] = {
     "deepseek_vl_v2": Family(
         read_deepseek_vl2, lambda config, *_: deepseek_vl2_rules(config), _deepseek_vl2_processor
     ),
-    **dict.fromkeys(LANGUAGE, Family(_language_config, _language_rules, _language_processor)),
+    **dict.fromkeys(TEXT_FAMILIES, Family(_language_config, _language_rules, _language_processor)),
     **dict.fromkeys(
         VISION_LANGUAGE,
         Family(
@@ -112,7 +113,7 @@ class Published:
     rules: tuple[Rule, ...]
     weights: Weights
 
-    def as_run_by(self, config: VisionLanguageConfig) -> Published:
+    def as_run_by(self, config: Any) -> Published:
         """The checkpoint, for a model that stacks its layers in another way (``scan_layers``)."""
         return dataclasses.replace(self, config=config)
 
@@ -142,7 +143,39 @@ def read_published(folder: str | Path) -> Published:
     return Published(folder, fields, config, family.rules(config, fields, weights), weights)
 
 
-def load_params(published: Published | str | Path, layout: Layout) -> tuple[Any, State]:
+# What is no property of a published model, but of how it is run and trained here: see ``run_as``.
+MOE_SETTINGS = (
+    "balance_weight",
+    "balance_scope",
+    "z_weight",
+    "bias_rate",
+    "capacity_factor",
+    "capacity",
+    "priority",
+    "exchange",
+    "kernel",
+)
+
+
+def run_as(published: VisionLanguageConfig, ours: Any) -> VisionLanguageConfig:
+    """The published model, run and trained as ours is.
+
+    Of ours stay compute dtype, rematerialisation, ``scan_layers`` and ``MOE_SETTINGS``.
+
+    Raises:
+      ValueError: ours is a model of another class.
+    """
+    if not isinstance(ours, VisionLanguageConfig):
+        raise ValueError(f"config.init: a published checkpoint cannot begin a {type(ours).__name__}")
+    language = dataclasses.replace(
+        published.language, remat=ours.language.remat, scan_layers=ours.language.scan_layers
+    )
+    settings = {name: getattr(ours.moe, name) for name in MOE_SETTINGS}
+    moe = dataclasses.replace(published.moe, **settings)
+    return dataclasses.replace(published, language=language, moe=moe, dtype=ours.dtype)
+
+
+def load_params(published: Published | str | Path, layout: Layout) -> tuple[Any, RoutingState]:
     """Parameters in the dtypes and where the layout wants them, and the routing state.
 
     One leaf at a time goes from the memory-mapped files to its devices, so host memory holds a leaf at most.
@@ -155,12 +188,12 @@ def load_params(published: Published | str | Path, layout: Layout) -> tuple[Any,
     published = published.as_run_by(layout.model.config)
     state = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=layout.replicated),
-        jax.eval_shape(lambda: init_routing_state(published.config)),
+        jax.eval_shape(lambda: stacks.init_state(published.config.stacks)),
     )
-    targets = with_state(layout.params, state)
+    targets = with_state(layout.params, state.get(LANGUAGE, {}))
     tree = rules.read(published.plan(targets), published.weights, targets, ignored=IGNORED)
-    state = tree.pop(ROUTING, {})
-    return tree, state
+    found = tree.pop(ROUTING, {})
+    return tree, {name: found if name == LANGUAGE else {} for name in state}
 
 
 def side_files(folder: Path) -> list[Path]:
@@ -172,7 +205,7 @@ def side_files(folder: Path) -> list[Path]:
 def write_published(
     folder: Path,
     params: Any,
-    state: Mapping[str, Any],
+    state: Mapping[str, Mapping[str, Any]],
     published: Published,
     *,
     dtypes: Mapping[str, Any] | None = None,
@@ -181,13 +214,13 @@ def write_published(
 
     Args:
       folder: must not exist; it appears when it is complete.
-      params, state: arrays, lazy ones too: one tensor of the folder is in memory at a time.
+      params, state: arrays, lazy ones too, the state by stack; one tensor is in memory at a time.
       dtypes: of the tensors of a parameter or state, by its path; None: as in the checkpoint.
 
     Raises:
       WeightsError: the folder exists, or the parameters are not those of the checkpoint's model.
     """
-    tree = with_state(params, state)
+    tree = with_state(params, state.get(LANGUAGE, {}))
     plan = published.plan(tree)
     entries = published.weights.entries
     by_key = {key: entry.dtype for key, entry in entries.items()}
@@ -202,7 +235,7 @@ def write_published(
 
 
 def with_state(params: Any, state: Any) -> dict[str, Any]:
-    """One tree of parameters and routing state, which is empty for most schemes."""
+    """One tree of parameters and the decoder's routing state, which is empty for most schemes."""
     return {**params, ROUTING: state} if state else dict(params)
 
 
@@ -212,7 +245,7 @@ class Pretrained:
 
     layout: Layout
     params: Any
-    routing_state: State
+    routing_state: RoutingState
     processor: AnyProcessor | None  # None: the folder has none
 
     @property
@@ -262,24 +295,17 @@ class Pretrained:
     ) -> Any:
         """``generate``, piece by piece: an iterator over the text as it grows."""
         config, processor = GenerationConfig(**options), self._processor()
-        batch, ids, shown = self._prompt(conversation, images), [], ""
         with sharding.use_mesh(self.layout.mesh, self.layout.rules):
-            for token, *_ in generation.stream(
+            tokens = generation.stream(
                 self.params,
                 self.routing_state,
-                batch,
+                self._prompt(conversation, images),
                 key,
                 model=self.model,
                 config=config,
                 stop=(processor.tokenizer.eos,),
-            ):
-                if token is None:
-                    break
-                ids.append(token)
-                text = processor.tokenizer.decode(ids)
-                if not text.endswith("\ufffd"):  # a character of several tokens is not complete yet
-                    yield text[len(shown) :]
-                    shown = text
+            )
+            yield from pieces(tokens, processor.tokenizer)
 
     def _processor(self) -> AnyProcessor:
         if self.processor is None:
@@ -300,6 +326,19 @@ class Pretrained:
         return put_batch(jax.device_get(generation.pad_prompts(batch, length)), self.layout)
 
 
+def pieces(tokens: Iterable[Sequence[int | None]], tokenizer: Any) -> Iterator[str]:
+    """The text of the first row as it grows, from what ``generation.stream`` gives."""
+    ids, shown = [], ""
+    for token, *_ in tokens:
+        if token is None:
+            break
+        ids.append(token)
+        text = tokenizer.decode(ids)
+        if not text.endswith("\ufffd"):  # a character of several tokens is not complete yet
+            yield text[len(shown) :]
+            shown = text
+
+
 def from_pretrained(
     folder: str | Path, *, mesh: Mesh | None = None, dtype: str = "float32", scan_layers: bool = False
 ) -> Pretrained:
@@ -318,8 +357,8 @@ def from_pretrained(
     language = dataclasses.replace(published.config.language, scan_layers=scan_layers)
     config = dataclasses.replace(published.config, dtype=dtype, language=language)  # pyright: ignore[reportArgumentType]
     mesh = mesh or make_mesh(MeshConfig(data=1, fsdp=-1))
-    example = smallest_batch(config, rows=sharding.batch_axes(mesh))
-    layout = plan_layout(VisionLanguage(config), example, mesh)
+    example = config.smallest_batch(sharding.batch_axes(mesh))
+    layout = plan_layout(config, example, mesh)
     stored = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=leaf.sharding), layout.params
     )

@@ -144,7 +144,7 @@ def load_processor(folder: Path, config: Fields, model: VisionLanguageConfig) ->
         format=family.chat,
         image_token=config[names[0]] if names else family.image_token,
         image_tokens=model.tile_tokens,
-        shapes={LOW: model.encoder.pixels, **({} if side is None else {HIGH: (side, side, 3)})},
+        shapes={LOW: model.encoder.input_shape, **({} if side is None else {HIGH: (side, side, 3)})},
         max_tokens=_text(config).get("max_position_embeddings") or _CONTEXT,
     )
 

@@ -219,7 +219,7 @@ class CrossBlock(nn.Module):
         return constrain(x + y, "batch", None, None), routed
 
 
-class Stack(nn.Module):
+class BlockStack(nn.Module):
     """The encoder, or, ``causal``, the decoder: embeddings in, normalised hidden states out."""
 
     config: EncoderDecoderConfig
@@ -309,8 +309,8 @@ class EncoderDecoder(nn.Module):
             self.source_embedding = self._table("source_embedding")
             self.target_embedding = self._table("target_embedding")
             self.head = Linear(c.vocab_size, ("embed", "vocab"), hidden=False)
-        self.encoder = Stack(c, c.encoder, self.moe, causal=False)
-        self.decoder = Stack(c, c.decoder, self.moe, causal=True)
+        self.encoder = BlockStack(c, c.encoder, self.moe, causal=False)
+        self.decoder = BlockStack(c, c.decoder, self.moe, causal=True)
 
     def encode(
         self, source: Int[Array, "B S"], valid: Bool[Array, "B S"] | None = None

@@ -138,11 +138,11 @@ def summarize(stats: RoutingStats) -> dict[str, jax.Array]:
     fan_out = {}
     if stats.destinations is not None:
         tokens = jnp.maximum(jnp.sum(stats.tokens, axis=-1, keepdims=True), 1)
-        fan_out["routing/fan_out"] = stats.destinations.astype(jnp.float32) / tokens.astype(jnp.float32)
+        fan_out["fan_out"] = stats.destinations.astype(jnp.float32) / tokens.astype(jnp.float32)
     return {
         **fan_out,
-        "routing/load": share,
-        "routing/maxvio": max_violation(total),
-        "routing/dead": dead_experts(total),
-        "routing/drop_rate": jnp.sum(stats.dropped, axis=-1).astype(jnp.float32) / choices,
+        "load": share,
+        "maxvio": max_violation(total),
+        "dead": dead_experts(total),
+        "drop_rate": jnp.sum(stats.dropped, axis=-1).astype(jnp.float32) / choices,
     }

@@ -42,6 +42,8 @@ class DynamicMoE(nn.Module):
         assignment, losses = routing.route(logits, context, state, c)
         self.sow("intermediates", "logits", logits)
         self.sow("intermediates", "assignment", assignment)
+        self.sow("intermediates", "valid", context.valid)
+        self.sow("intermediates", "modality", context.modality)
         weights = jax.tree.map(lambda w: w.astype(x.dtype), self._experts(x.shape[-1]))
         y, stats = sparse_mlp(x, logits, assignment, weights, context=context, config=c)
         self.sow("intermediates", "routed", y)

@@ -1,0 +1,79 @@
+"""Encoders by their configs: what every config says, and what the module that it builds takes and gives.
+
+    module(inputs, valid, routing_state) -> Encoded
+
+``inputs`` are images [B h w c], grey levels or normalised floats, or texts [B T]. ``valid`` is bool[B] for
+images and bool[B T] for texts: what is not valid takes no experts. ``routing_state`` is that of the sparse
+layers. The module returns ``Encoded``: the tokens that a language model would see, and the input as one
+vector where the encoder has one.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Protocol, runtime_checkable
+
+import flax.linen as nn
+from jax.typing import DTypeLike
+
+from vl_jax.config import Open
+from vl_jax.encoders.high_resolution import HighResolutionConfig
+from vl_jax.encoders.resnet import ResNetConfig
+from vl_jax.encoders.sam import SAMConfig
+from vl_jax.encoders.text import TextEncoderConfig
+from vl_jax.encoders.vit import ViTConfig
+from vl_jax.moe.stacks import Stack
+
+
+@runtime_checkable
+class EncoderConfig(Protocol):
+    """The config of an encoder, a frozen dataclass.
+
+    ``isinstance`` reads all properties, so it raises where ``grid`` does.
+    """
+
+    @property
+    def output_dim(self) -> int:
+        """Width of a token."""
+        ...
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of one input; of a text, the most there can be."""
+        ...
+
+    @property
+    def grid(self) -> int:
+        """Tokens on the side of an image.
+
+        Raises:
+          ValueError: they form no square.
+        """
+        ...
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """The shape of one input: height, width and channels of an image, length of a text."""
+        ...
+
+    @property
+    def stack(self) -> Stack | None:
+        """The sparse layers, by paths of modules from that of the encoder on; None without any."""
+        ...
+
+    def build(self, dtype: DTypeLike, *, remat: bool = False) -> nn.Module:
+        """The module.
+
+        Args:
+          dtype: of activations.
+          remat: keep only the inputs of layers for the backward pass.
+        """
+        ...
+
+
+# What a class of an encoder must have.
+NEEDS = ("output_dim", "num_tokens", "grid", "input_shape", "stack", "build")
+
+AnyEncoder = Annotated[
+    ViTConfig | SAMConfig | ResNetConfig | HighResolutionConfig | TextEncoderConfig | EncoderConfig,
+    Open("encoder", NEEDS),
+]

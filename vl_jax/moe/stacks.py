@@ -1,0 +1,123 @@
+"""Stacks: the sparse layers of one part of a model, with one MoE config, their state and statistics.
+
+A model may have several, such as those of its encoder and of its decoder. Everything that belongs to sparse
+layers is a dictionary by the name of the stack: the state of routing, statistics, losses, plots. Layers are
+the leading axis of every array.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from vl_jax.moe import balance, routing
+from vl_jax.moe.layer import MoEOutput
+from vl_jax.moe.routing import MoEConfig, RoutingStats, State
+
+RoutingState = dict[str, State]  # of a model: the state of every stack, by its name
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """The sparse layers of one part of a model."""
+
+    moe: MoEConfig
+    layers: tuple[int, ...]  # their numbers among all layers of the part
+    runs: tuple[tuple[str, ...], ...]  # where the layers stand: paths of the modules that hold them, in order
+
+
+Stacks = Mapping[str, Stack]  # by name; the first is the main one
+
+
+def init_state(stacks: Stacks) -> RoutingState:
+    """The initial state of every stack's scheme."""
+
+    def of(stack: Stack) -> State:
+        return jax.tree.map(
+            lambda a: jnp.repeat(a[None], len(stack.layers), axis=0), routing.init_state(stack.moe)
+        )
+
+    return {name: of(stack) for name, stack in stacks.items()}
+
+
+def update_state(state: RoutingState, stats: Mapping[str, RoutingStats], stacks: Stacks) -> RoutingState:
+    """One step of every stack's scheme per layer, from statistics summed over the optimiser step."""
+
+    def of(name: str, before: State) -> State:
+        if not before or name not in stats:
+            return before
+        moe = stacks[name].moe
+        return jax.vmap(lambda s, t: routing.update_state(s, t, moe))(before, stats[name])
+
+    return {name: of(name, before) for name, before in state.items()}
+
+
+def init_load(stacks: Stacks) -> dict[str, np.ndarray]:
+    """The running load before the first step, f32[L E] by stack."""
+    return {
+        name: np.zeros((len(stack.layers), stack.moe.num_experts), np.float32)
+        for name, stack in stacks.items()
+    }
+
+
+def update_load(
+    load: Mapping[str, Float[Array, "L E"]], stats: Mapping[str, RoutingStats]
+) -> dict[str, Float[Array, "L E"]]:
+    """The running load of every stack that has one and that counted something in this step."""
+    return {
+        name: balance.running_load(before, stats[name]) if name in stats else before
+        for name, before in load.items()
+    }
+
+
+def summarize(
+    stats: Mapping[str, RoutingStats], load: Mapping[str, Float[Array, "L E"]], stacks: Stacks
+) -> dict[str, jax.Array]:
+    """The figures of ``balance.summarize`` and MaxVio of the running load, by their names in the log."""
+    figures = {}
+    for name in (name for name in stacks if name in stats):
+        figures |= {log_name(name, key, stacks): v for key, v in balance.summarize(stats[name]).items()}
+        if name in load:
+            figures[log_name(name, "maxvio_running", stacks)] = balance.max_violation(load[name])
+    return figures
+
+
+def log_name(stack: str, figure: str, stacks: Stacks) -> str:
+    """``routing/<figure>`` for the main stack of a model, ``routing/<stack>/<figure>`` for others."""
+    return f"routing/{figure}" if stack == next(iter(stacks)) else f"routing/{stack}/{figure}"
+
+
+class Routed(NamedTuple):
+    """What one sparse layer decided, over routing groups B of T tokens."""
+
+    logits: jax.Array  # f32[B T N]
+    assignment: Any  # an ``Assignment`` with a leading B
+    valid: jax.Array  # bool[B T]
+    modality: jax.Array  # i32[B T]
+
+
+def sown(intermediates: Mapping[str, Any], stack: Stack) -> list[Routed]:
+    """What every layer of a stack decided, in order, as ``DynamicMoE`` sowed it."""
+    result = []
+    for path in stack.runs:
+        found: Any = intermediates
+        for name in path:
+            found = found[name]
+        layers = Routed(*(found[name][0] for name in Routed._fields))
+        for i in range(layers.logits.shape[0]):
+            result.append(jax.tree.map(lambda a, i=i: a[i], layers))
+    return result
+
+
+def auxiliary_and_stats(routed: Mapping[str, MoEOutput]) -> tuple[jax.Array, dict[str, RoutingStats]]:
+    """The sum of the losses that the sparse layers bring, already weighted, and their statistics."""
+    total = jnp.zeros((), jnp.float32)
+    for output in routed.values():
+        total = sum((jnp.sum(value) for value in output.losses.values()), total)
+    return total, {name: output.stats for name, output in routed.items()}
