@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vl_jax import losses, sharding
-from vl_jax.contrastive_losses import PairSums, sigmoid_sums, softmax_sums
 from vl_jax.encoders.contrastive import similarity
 from vl_jax.sharding import AxisRules, MeshConfig, make_mesh
+from vl_jax.train.contrastive_losses import PairSums, sigmoid_sums, softmax_sums
 
 FORMS = ["softmax", "sigmoid"]
 SCALE, BIAS = jnp.asarray(math.log(10.0)), jnp.asarray(-2.0)

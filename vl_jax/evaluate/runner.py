@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+from collections.abc import Mapping
 from numbers import Integral
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +18,9 @@ from vl_jax.config import Open
 from vl_jax.data.config import DataConfig, ModelSpec
 from vl_jax.evaluate.task import Examinee, Extent, Findings, Record, Scores, Task
 from vl_jax.evaluate.tasks.answers import Answers
-from vl_jax.layout import Layout
+from vl_jax.evaluate.tasks.labels import Labels
+from vl_jax.evaluate.tasks.retrieval import Retrieval
+from vl_jax.layout import NO_COLLECTIONS, Layout
 
 # Samples whose image is kept beside the predictions, for the report and for a person to look at.
 NUM_PICTURES = 120
@@ -27,7 +30,7 @@ NUM_PICTURES = 120
 class EvaluationConfig(Extent):
     """What is asked of a trained model about every held-out source, and how much of it."""
 
-    task: Annotated[Answers | Task, Open("task", needs=("headline", "run"))] = Answers()
+    task: Annotated[Answers | Labels | Retrieval | Task, Open("task", needs=("headline", "run"))] = Answers()
 
 
 def evaluate(
@@ -35,6 +38,7 @@ def evaluate(
     params: Any,
     routing_state: Any,
     *,
+    collections: Mapping[str, Any] = NO_COLLECTIONS,
     data: DataConfig,
     spec: ModelSpec,
     config: EvaluationConfig,
@@ -53,7 +57,9 @@ def evaluate(
     Raises:
       ValueError: the task gave no findings, or its headline is not among the scores.
     """
-    examinee = Examinee(layout, params, routing_state, data, spec, source=task, extent=config)
+    examinee = Examinee(
+        layout, params, routing_state, data, spec, source=task, extent=config, collections=collections
+    )
     records, findings = _collect(config.task, examinee)
     result = {"task": task, "step": step, **_summary(config.task, findings)}
     if jax.process_index() == 0:
@@ -95,6 +101,7 @@ def _summary(task: Task, findings: Findings) -> dict[str, Any]:
         "scores": plain(findings.scores),
         "groups": {kind: {k: plain(v) for k, v in found.items()} for kind, found in findings.groups.items()},
         "shares": list(findings.shares),
+        "matrices": [dataclasses.asdict(matrix) for matrix in findings.matrices],
     }
 
 

@@ -23,6 +23,7 @@ from typing import Any, Protocol, SupportsFloat, runtime_checkable
 from vl_jax.batch import Batch
 from vl_jax.data.config import DataConfig, ModelSpec
 from vl_jax.data.stream.evaluation_prompts import evaluation_prompts
+from vl_jax.data.stream.evaluation_samples import evaluation_samples
 from vl_jax.layout import Layout
 
 Record = Mapping[str, Any]
@@ -57,6 +58,12 @@ class Examinee:
     spec: ModelSpec
     source: str  # name in ``data.evaluation``
     extent: Extent
+    collections: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of the model
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What the model is applied with: parameters and collections."""
+        return {"params": self.params, **self.collections}
 
     def prompts(self, *, with_image: bool = True) -> Iterator[tuple[list[dict[str, Any]], Batch]]:
         """The source's questions as records and batches; see ``evaluation_prompts``."""
@@ -70,6 +77,24 @@ class Examinee:
             with_image=with_image,
         )
 
+    def samples(self) -> Iterator[tuple[list[dict[str, Any]], Batch]]:
+        """The source's samples as records and batches; see ``evaluation_samples``."""
+        return evaluation_samples(
+            self.data, self.spec, self.source, batch_size=self.extent.batch_size, limit=self.extent.limit
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Matrix:
+    """A table of shares that a report shades, such as a confusion matrix."""
+
+    title: str
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    values: Sequence[Sequence[float]]  # [row][column]
+    row_name: str = ""
+    column_name: str = ""
+
 
 @dataclasses.dataclass(frozen=True)
 class Findings:
@@ -78,11 +103,13 @@ class Findings:
     Attributes:
       groups: scores by kind of group and name of group, ``{"language": {"en": {...}}}``.
       shares: names of the scores that are shares of one, which are shown as percentages.
+      matrices: tables that tell more than scores.
     """
 
     scores: Scores
     groups: Mapping[str, Mapping[str, Scores]] = dataclasses.field(default_factory=dict)
     shares: tuple[str, ...] = ()
+    matrices: tuple[Matrix, ...] = ()
 
 
 class Metric(Protocol):
@@ -127,10 +154,10 @@ class Grouped:
             if name:
                 groups.setdefault(name, self._make()).update(*args, **kwargs)
 
-    def findings(self, *, shares: tuple[str, ...] = ()) -> Findings:
+    def findings(self, *, shares: tuple[str, ...] = (), matrices: tuple[Matrix, ...] = ()) -> Findings:
         """All scores; the groups of a kind are in alphabetical order."""
         groups = {
             kind: {name: found[name].compute() for name in sorted(found)}
             for kind, found in self._groups.items()
         }
-        return Findings(self._overall.compute(), groups, shares)
+        return Findings(self._overall.compute(), groups, shares, matrices)

@@ -62,6 +62,11 @@ def percent(value: float | None) -> str:
     return "–" if value is None or not math.isfinite(value) else f"{100 * value:.1f} %"
 
 
+def absent(reason: str) -> str:
+    """A line that says why there is nothing to see."""
+    return f'<p class="absent">{html.escape(reason)}</p>'
+
+
 def ramp(index: int, count: int) -> str:
     """Colour of an ordered series, the ``index``-th of ``count``, between the two ends of the page's ramp."""
     share = 100 * index / max(count - 1, 1)

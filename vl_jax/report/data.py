@@ -125,5 +125,7 @@ def _padding(padding: Padding) -> str:
         )
         for stage, (row, w) in padding.items()
     ]
+    if not rows:
+        return '<p class="absent">Rows hold one sample each.</p>'
     note = '<p class="note">Share of the rows that nothing would fill, predicted from the lengths.</p>'
     return note + _table(head, rows, numbers=range(2, 6))

@@ -90,7 +90,7 @@ def show_data(
         return examination.padding(data, spec, sources=dict(weights), targets=targets, window=examine)
 
     padding = {}
-    for stage in experiment.stages:
+    for stage in experiment.stages if spec.packs else ():
         padding[stage.name] = predict(tuple(mixture(experiment, stage).items()), stage.targets)
         row, report = padding[stage.name]
         console.rule(f"padding of stage {stage.name}")

@@ -1,7 +1,8 @@
 """Results of evaluations as files hold them, and how a score is named and shown, whatever it measures.
 
     eval/<task>/<step>.json           {"task", "step", "headline": name, "scores": {name: number},
-                                       "groups": {kind: {group: {name: number}}}, "shares": [name]}
+                                       "groups": {kind: {group: {name: number}}}, "shares": [name],
+                                       "matrices": [{"title", "rows", "columns", "values", ...}]}
     eval/<task>/<step>.samples.jsonl  a record of every sample
 
 ``evaluate/task.py`` says what the names mean. Files of versions that knew one metric only are converted here,
@@ -118,4 +119,5 @@ def _from_flat(result: Mapping[str, Any]) -> dict[str, Any]:
         "scores": scores,
         "groups": {kind: result[field] for field, kind in _FLAT_GROUPS.items() if field in result},
         "shares": list(_FLAT_SCORES),
+        "matrices": [],
     }

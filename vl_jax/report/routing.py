@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from vl_jax.evaluate.routes import all_routes, churn
 from vl_jax.experiment import Experiment, model_spec, open_stream
 from vl_jax.layout import Layout
 from vl_jax.moe import balance
+from vl_jax.moe.stacks import Stacks
 from vl_jax.report.charts import heatmap, number, percent
 from vl_jax.report.run import page
 from vl_jax.runs import restore
@@ -50,23 +51,39 @@ def write_routing(workdir: Path, *, num_batches: int, overrides: Sequence[tuple[
         batches = [next(stream) for _ in range(num_batches)]
     finally:
         stream.close()
-    screen = Console(stderr=True)
-    found = study(
-        layout,
-        state.params,
-        state.routing,
-        batches,
-        track=lambda plan: track(list(plan), "interventions", console=screen),
-    )
+    parts: Stacks = layout.model.config.stacks
+    if not parts:
+        raise ValueError(f"{workdir}: the model has no routed experts")
     tokenizer = make_encoder(experiment.data, model_spec(experiment)).tokenizer
     changed = _churn(workdir, overrides, layout, state, batches, step)
-    figures = {"step": step, **_figures(found), "churn": changed}
-    (workdir / FIGURES_FILE).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    lead = f"step {step:,}: {found.targets:,} targets of held-out data, loss {found.loss:.4f} nats"
-    texts = [_texts(change, batches[change.batch], tokenizer) for change in found.changes]
+    screen = Console(stderr=True)
+    figures, sections, lead = {}, [], ""
+    for stack in parts:
+        title = stack if len(parts) > 1 else ""
+
+        def shown(plan: Iterable[Any], title: str = title) -> Iterable[Any]:
+            return track(list(plan), f"interventions {title}".rstrip(), console=screen)
+
+        found = study(
+            layout,
+            state.params,
+            state.routing,
+            batches,
+            stack=stack,
+            track=shown,
+            collections=state.collections,
+        )
+        lead = f"step {step:,}: {found.targets:,} targets of held-out data, loss {found.loss:.4f} nats"
+        churned = changed and {"since_step": changed["since_step"], "share": changed["share"][stack]}
+        figures[stack] = {**_figures(found), "churn": churned}
+        texts = [_texts(change, batches[change.batch], tokenizer) for change in found.changes]
+        of_stack = _sections(found, texts, churned)
+        sections += [(f"{title}: {name}" if title else name, body) for name, body in of_stack]
+    main, *others = parts
+    written = {"step": step, **figures[main], "other_stacks": {name: figures[name] for name in others}}
+    (workdir / FIGURES_FILE).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     target = workdir / PAGE_FILE
-    name = f"{workdir.resolve().name}: routing"
-    target.write_text(page(name, lead, _sections(found, texts, changed)), encoding="utf-8")
+    target.write_text(page(f"{workdir.resolve().name}: routing", lead, sections), encoding="utf-8")
     return target
 
 
@@ -78,14 +95,21 @@ def _churn(
     batches: Sequence[Batch],
     step: int,
 ) -> dict[str, Any] | None:
-    """The choices that changed since the checkpoint before, by layer; None if the run kept no other."""
+    """By stack the choices that changed since the checkpoint before; None if the run kept no other."""
     try:
         _, _, earlier, since = restore(workdir, overrides, before=step)
     except ValueError:
         return None
-    before, after = (all_routes(layout, s.params, s.routing, batches) for s in (earlier, state))
-    share = churn(jnp.asarray(before), jnp.asarray(after), num_experts=layout.model.config.moe.num_experts)
-    return {"since_step": since, "share": share.tolist()}
+    before, after = (
+        all_routes(layout, s.params, s.routing, batches, collections=s.collections) for s in (earlier, state)
+    )
+    share = {
+        name: churn(
+            jnp.asarray(before[name]), jnp.asarray(after[name]), num_experts=stack.moe.num_experts
+        ).tolist()
+        for name, stack in layout.model.config.stacks.items()
+    }
+    return {"since_step": since, "share": share}
 
 
 def _held_out(experiment: Experiment) -> Experiment:

@@ -20,17 +20,21 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from vl_jax.batch import MODALITIES
 from vl_jax.metrics import METRICS_FILE, objective_metrics, read_metrics
 from vl_jax.report import results
-from vl_jax.report.charts import NUM_COLOURS, Band, Series, heatmap, line_chart, number, percent, ramp
+from vl_jax.report.charts import NUM_COLOURS, Band, Series, absent, line_chart, number, percent
 from vl_jax.report.gallery import gallery
+from vl_jax.report.load import (
+    CHURN,
+    ROUTING_CHARTS,
+    figures_of,
+    layer_series,
+    load_cards,
+    logged_stacks,
+)
+from vl_jax.report.matrices import matrix_card
 
 REPORT_FILE = "report.html"
-_LOAD, _MAXVIO, _DEAD, _DROPS = "routing/load", "routing/maxvio", "routing/dead", "routing/drop_rate"
-_RUNNING, _CHURN = "routing/maxvio_running", "routing/churn"
-# Lines of the log over which the final expert load is averaged: one step says little about rare experts.
-_LOAD_LINES = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +103,7 @@ def page(name: str, lead: str, sections: Sequence[tuple[str, str]], *, kind: str
     # The policy makes the browser itself refuse anything that is not in this file.
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     body = "".join(
-        f"<section><h2>{title}</h2>{content or _absent('No evaluation yet.')}</section>"
+        f"<section><h2>{title}</h2>{content or absent('No evaluation yet.')}</section>"
         for title, content in sections
     )
     return (
@@ -181,7 +185,7 @@ def _colour(number: int) -> str:
 
 def _training(run: RunFiles) -> str:
     if not run.lines:
-        return _absent("No metrics.jsonl yet.")
+        return absent("No metrics.jsonl yet.")
     names = list(
         dict.fromkeys(n for line in run.lines for n, v in line.items() if _is_number(v) and n != "step")
     )
@@ -196,7 +200,7 @@ def _training(run: RunFiles) -> str:
     cards = [
         _chart_card(title, [_series(run.lines, n) for n in chosen], run, show=show)
         if chosen
-        else f'<div class="card"><h3>{title}</h3>{_absent("Not logged.")}</div>'
+        else f'<div class="card"><h3>{title}</h3>{absent("Not logged.")}</div>'
         for title, chosen, show in main
     ]
     shown = {n for _, chosen, _ in main for n in chosen}
@@ -252,9 +256,10 @@ def _stages(lines: Sequence[Mapping[str, Any]]) -> list[Band]:
 def _breakdowns(task: str, result: Mapping[str, Any]) -> str:
     content = "".join(_table(kind, rows, result) for kind, rows in result["groups"].items() if rows)
     if not content:
-        content = _absent("This evaluation has no breakdown.")
+        content = absent("This evaluation has no breakdown.")
     elif results.is_share(result, result["headline"]):
         content = _legend(result) + content
+    content += "".join(matrix_card(matrix) for matrix in result.get("matrices", ()))
     return f'<div class="card wide"><div class="top"><h3>{escape(task)}</h3></div>{content}</div>'
 
 
@@ -297,78 +302,32 @@ def _gallery(run: RunFiles, task: str) -> str:
 
 
 def _routing(run: RunFiles) -> str:
-    lines = [line for line in run.lines if any(name in line for name in (_LOAD, _MAXVIO, _DEAD, _DROPS))]
-    if not lines:
-        return _absent("No routing statistics: the run logged none, or its model has no experts.")
-    cards = _load_cards([line[_LOAD] for line in lines if line.get(_LOAD)][-_LOAD_LINES:])
-    charts = [
-        (
-            "Busiest expert above the even share (MaxVio)",
-            _MAXVIO,
-            number,
-            "0 is perfect balance; 1 is twice the share.",
-        ),
-        (
-            "The same of the running load",
-            _RUNNING,
-            number,
-            "Averaged over about a hundred steps: what remains is no chance of a batch.",
-        ),
-        ("Experts without a token (dead)", _DEAD, number, ""),
-        ("Tokens dropped", _DROPS, percent, ""),
-    ]
-    if any(_CHURN in line for line in lines):
-        charts.append(("Choices that changed (churn)", _CHURN, percent, "Of a fixed batch, in one step."))
-    for title, name, show, note in charts:
-        series = _layer_series(lines, name)
+    """The cards of every stack of sparse layers that the log tells of."""
+    stacks = logged_stacks(run.lines)
+    if not stacks:
+        return absent("No routing statistics: the run logged none, or its model has no experts.")
+    sections = ""
+    for stack in stacks:
+        heading = f'<h3 style="margin:18px 0 10px">{escape(stack)}</h3>' if stack else ""
+        sections += f'{heading}<div class="grid">{_routing_of(run, stack)}</div>'
+    return sections
+
+
+def _routing_of(run: RunFiles, stack: str) -> str:
+    lines = figures_of(run.lines, stack)
+    cards = load_cards(lines)
+    for title, name, show, note in ROUTING_CHARTS:
+        series = layer_series(lines, name)
         if series:
             cards += _chart_card(title, series, run, show=show, note=note)
-        else:
-            cards += f'<div class="card"><h3>{title}</h3>{_absent("Not logged.")}</div>'
-    return f'<div class="grid">{cards}</div>'
-
-
-def _load_cards(loads: Sequence[Any]) -> str:
-    """One heat map for every modality: rows are layers, a cell is load divided by an even share."""
-    cards = ""
-    for modality, name in enumerate(MODALITIES):
-        rows = [
-            _relative([load[layer][modality] for load in loads])
-            for layer in range(min(map(len, loads), default=0))
-        ]
-        if not any(value is not None for row in rows for value in row):
-            chart = _absent(f"No {name} token was routed.")
-        else:
-            scale = '<span>¼ <i class="load"></i> 4 × even share</span><span>● no token</span>'
-            chart = f'<div class="legend">{scale}</div>'
-            chart += heatmap(rows, title=f"Expert load of {name} tokens by layer")
-        cards += f'<div class="card"><h3>Expert load of {name} tokens</h3>{chart}</div>'
+        elif name != CHURN:
+            cards += f'<div class="card"><h3>{title}</h3>{absent("Not logged.")}</div>'
     return cards
-
-
-def _relative(loads: Sequence[Sequence[float | None]]) -> list[float | None]:
-    """Load of each expert summed over lines, as a multiple of the mean over experts."""
-    sums = [sum(v or 0.0 for v in column) for column in zip(*loads, strict=True)]
-    total = sum(sums)
-    return [value * len(sums) / total if total > 0 else None for value in sums]
-
-
-def _layer_series(lines: Sequence[Mapping[str, Any]], name: str) -> list[Series]:
-    lines = [line for line in lines if line.get(name)]
-    count = max((len(line[name]) for line in lines), default=0)
-    return [
-        Series(
-            f"layer {layer}",
-            [(line["step"], line[name][layer]) for line in lines if layer < len(line[name])],
-            ramp(layer, count),
-        )
-        for layer in range(count)
-    ]
 
 
 def _config(run: RunFiles) -> str:
     if run.config is None:
-        return _absent("No config.json.")
+        return absent("No config.json.")
     return f'<div class="card tree">{_tree(run.folder.resolve().name, run.config, is_open=True)}</div>'
 
 
@@ -385,7 +344,7 @@ def _tree(name: str, value: Any, *, is_open: bool = False) -> str:
 
 def _facts(run: RunFiles) -> str:
     if run.facts is None:
-        return _absent("No run.json.")
+        return absent("No run.json.")
     rows = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in _flat(run.facts))
     return f'<div class="card"><dl class="facts">{rows}</dl></div>'
 
@@ -401,10 +360,6 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
             )
             rows.append((f"{prefix}{name}", text))
     return rows
-
-
-def _absent(reason: str) -> str:
-    return f'<p class="absent">{escape(reason)}</p>'
 
 
 def _is_number(value: Any) -> bool:

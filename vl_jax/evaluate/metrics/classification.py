@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -69,3 +70,27 @@ def _scores(confusion: np.ndarray) -> dict[str, float]:
         "balanced_accuracy": float(np.mean(right[occurs] / truths[occurs])),
         "macro_f1": float(np.mean(2 * right[either] / (truths + predictions)[either])),
     }
+
+
+class LabelScores:
+    """``classification`` over samples that come one after another."""
+
+    def __init__(self, classes: Sequence[str]):
+        self._classes = tuple(classes)
+        self._truths: list[int] = []
+        self._predictions: list[int] = []
+
+    def update(self, truth: int, prediction: int) -> None:
+        """Counts one sample."""
+        self._truths.append(truth)
+        self._predictions.append(prediction)
+
+    @property
+    def confusion(self) -> Int[np.ndarray, "K K"]:
+        """How often each class (row) was called each class (column)."""
+        return confusion_matrix(np.array(self._truths), np.array(self._predictions), len(self._classes))
+
+    def compute(self) -> dict[str, float]:
+        """The scores, those of always saying the most frequent class, and the count."""
+        found = classification(np.array(self._truths), np.array(self._predictions), len(self._classes))
+        return {name: value for name, value in found.items() if name not in ("confusion", "majority_class")}

@@ -111,7 +111,7 @@ def _generate(examinee: Examinee, batch: Batch, tokenizer: Tokenizer) -> list[st
     layout = examinee.layout
     with sharding.use_mesh(layout.mesh, layout.rules):
         tokens = generation.generate(
-            examinee.params,
+            examinee.variables,
             examinee.routing_state,
             put_batch(batch, layout),
             model=layout.model,

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from vl_jax.batch import Batch
-from vl_jax.train.objectives.objective import Sums
+from vl_jax.moe.stacks import auxiliary_and_stats
+from vl_jax.train.objectives.objective import Sums, apply, variables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,14 +41,10 @@ class NextToken:
         self, params: Any, state: Any, batch: Batch, *, model: nn.Module, rngs: dict[str, jax.Array] | None
     ) -> Sums:
         """The sums of some rows: cross-entropy, hits, auxiliary losses over layers, routing statistics."""
-        output: Any = model.apply({"params": params}, batch, state.routing, rngs=rngs)
+        output, collections = apply(params, state, batch, model=model, rngs=rngs)
         predicting = jnp.take_along_axis(output.hidden, batch.target_index[..., None], axis=1)
         sums: Any = model.apply(
-            {"params": params}, predicting, batch.targets, batch.loss_weights, method="cross_entropy"
+            variables(params, state), predicting, batch.targets, batch.loss_weights, method="cross_entropy"
         )
-        routed = output.routed
-        auxiliary = jnp.zeros(())
-        if routed is not None:
-            auxiliary = sum((jnp.sum(v) for v in routed.losses.values()), auxiliary)
-        stats = None if routed is None else routed.stats
-        return Sums({"loss": sums[0]}, {"accuracy": sums[1]}, auxiliary, stats)
+        auxiliary, stats = auxiliary_and_stats(output.routed)
+        return Sums({"loss": sums[0]}, {"accuracy": sums[1]}, auxiliary, stats, collections)

@@ -28,8 +28,34 @@ class Sums:
     losses: dict[str, Leaf]  # f32[] each, summed over rows; gradients are of these
     metrics: dict[str, Leaf]  # f32[] each, summed over rows; logged only
     auxiliary: Leaf  # f32[] losses that are means over the rows, such as the balance of experts
-    stats: Leaf = None  # statistics of routing, summed; None without experts
+    stats: dict[str, Any] = struct.field(default_factory=dict)  # statistics of routing by stack, summed
     collections: dict[str, Any] = struct.field(default_factory=dict)  # new values, by name
+
+
+def variables(params: Any, state: Any) -> dict[str, Any]:
+    """What a model is applied with: the parameters, and the collections of a ``TrainState``."""
+    return {"params": params, **state.collections}
+
+
+def apply(
+    params: Any,
+    state: Any,
+    batch: Batch,
+    *,
+    model: nn.Module,
+    rngs: dict[str, jax.Array] | None,
+    method: str | None = None,
+) -> tuple[Any, dict[str, Any]]:
+    """What the model makes of some rows, and its collections afterwards: ``Sums.collections``.
+
+    Args:
+      method: of the model, of the arguments ``(batch, routing_state)``; None: its ``__call__``.
+    """
+    arguments, options = (variables(params, state), batch, state.routing), {"rngs": rngs, "method": method}
+    if not state.collections:
+        return model.apply(*arguments, **options), {}
+    output, changed = model.apply(*arguments, **options, mutable=list(state.collections))
+    return output, dict(changed)
 
 
 @runtime_checkable
@@ -47,7 +73,10 @@ class Objective(Protocol):
         ...
 
     def total(self, batch: Batch) -> dict[str, jax.Array]:
-        """What each sum of the batch is divided by, f32[] by the names of losses and metrics."""
+        """What each sum of the batch is divided by, f32[] by the names of losses and metrics.
+
+        Names may be those before the last slash: "kind" for "kind/loss" and "kind/accuracy".
+        """
         ...
 
     def __call__(

@@ -8,9 +8,12 @@ from typing import Annotated, Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from vl_jax.batch import Batch
 from vl_jax.config import Open
+from vl_jax.train.objectives.contrastive import ContrastivePairs
+from vl_jax.train.objectives.heads import Heads
 from vl_jax.train.objectives.next_token import NextToken
 from vl_jax.train.objectives.objective import Objective, Sums
 
@@ -22,7 +25,9 @@ class Part:
     """One of the objectives."""
 
     name: str  # goes before the names of its losses and metrics: "captions/loss"
-    objective: Annotated[NextToken | Objective, Open("objective", NEEDS)] = NextToken()
+    objective: Annotated[NextToken | Heads | ContrastivePairs | Objective, Open("objective", NEEDS)] = (
+        NextToken()
+    )
     weight: float = 1.0  # how much it counts
 
     def __post_init__(self):
@@ -70,15 +75,20 @@ class Together:
         self, params: Any, state: Any, batch: Batch, *, model: nn.Module, rngs: dict[str, jax.Array] | None
     ) -> Sums:
         """The sums of all parts; what one part changes in the collections the next one finds changed."""
-        losses, metrics, stats, auxiliary = {}, {}, [], 0.0
+        losses, metrics, stats, auxiliary = {}, {}, {}, 0.0
         collections = state.collections
         for part in self.parts:
             found = part.objective(params, state, batch, model=model, rngs=rngs)
             losses |= {f"{part.name}/{name}": value for name, value in found.losses.items()}
             metrics |= {f"{part.name}/{name}": value for name, value in found.metrics.items()}
             auxiliary = auxiliary + part.weight * found.auxiliary
-            stats += [] if found.stats is None else [found.stats]
+            for stack, counted in found.stats.items():
+                stats[stack] = jax.tree.map(jnp.add, stats[stack], counted) if stack in stats else counted
             collections = collections | found.collections
             state = dataclasses.replace(state, collections=collections)
-        summed = jax.tree.map(lambda *leaves: sum(leaves), *stats) if stats else None
-        return Sums(losses, metrics, auxiliary, summed, collections)
+        return Sums(losses, metrics, auxiliary, stats, collections)
+
+
+AnyObjective = Annotated[
+    NextToken | Heads | ContrastivePairs | Together | Objective, Open("objective", NEEDS)
+]

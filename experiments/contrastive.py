@@ -1,0 +1,89 @@
+"""Contrastive training from scratch: pictures and texts in English and Chinese, found by one another.
+
+    python -m vl_jax train --config=experiments/contrastive.py:twemoji --workdir=runs/twemoji
+
+Choices: ``twemoji`` (drawings and their names) and ``flickr8k`` (photographs and captions).
+``--config.stages.pairs.objective.loss=sigmoid --config.model.heads.pairs.bias=true`` trains as SigLIP does.
+"""
+
+import dataclasses
+
+from vl_jax import config
+from vl_jax.data.config import DataConfig
+from vl_jax.data.images.augment import AugmentationConfig
+from vl_jax.data.images.tiling import TilingConfig
+from vl_jax.data.sources.llava import LlavaConfig
+from vl_jax.encoders.text import TextEncoderConfig
+from vl_jax.encoders.vit import ViTConfig
+from vl_jax.evaluate.runner import EvaluationConfig
+from vl_jax.evaluate.tasks.retrieval import Retrieval
+from vl_jax.experiment import Experiment
+from vl_jax.heads.pairs import Pairs
+from vl_jax.joint import JointConfig, Tower
+from vl_jax.train.loop import LoopConfig
+from vl_jax.train.objectives.contrastive import ContrastivePairs
+from vl_jax.train.optimizer import OptimizerConfig
+from vl_jax.train.stages import Stage
+
+IMAGE = ViTConfig(
+    image_size=48, patch_size=8, stem="conv", embed_dim=128, mlp_dim=384, num_layers=3, num_heads=4
+)
+TEXT = TextEncoderConfig(
+    vocab_size=2048,
+    max_length=96,
+    embed_dim=128,
+    mlp_dim=384,
+    num_layers=2,
+    num_heads=4,
+    activation="gelu_tanh",
+    causal=False,
+    projection_dim=0,
+)
+
+
+def get_config(name: str = "twemoji"):
+    """The experiment of that name."""
+    return {"twemoji": twemoji, "flickr8k": flickr8k}[name]()
+
+
+def twemoji():
+    """1,198 drawings and their short names in two languages; 135 drawings are held out."""
+    return _pairs("twemoji_bilingual", IMAGE, TEXT, max_tokens=48, steps=300)
+
+
+def flickr8k():
+    """623 photographs with ten captions each; 74 photographs are held out."""
+    return _pairs(
+        "flickr8k_bilingual",
+        dataclasses.replace(IMAGE, image_size=64),
+        TEXT,
+        max_tokens=96,
+        steps=300,
+    )
+
+
+def _pairs(folder, image, text, *, max_tokens, steps):
+    source = LlavaConfig("train", "train.json", labels=("image",), caption=True)
+    rate = OptimizerConfig(method="muon", learning_rate=1e-3, warmup_steps=30, final_fraction=0.03)
+    return config.view(
+        Experiment(
+            name=folder,
+            model=JointConfig(
+                towers=(Tower("image", image), Tower("text", text, "tokens")),
+                heads=(Pairs(dim=128, identity="image"),),
+            ),
+            data=DataConfig(
+                root=f"../shared/data/{folder}",
+                sources=(source,),
+                evaluation=(dataclasses.replace(source, name="val", file="val.json"),),
+                max_tokens=max_tokens,
+                augmentation=AugmentationConfig(brightness=0.2, contrast=0.2, crop=0.3),
+                tiling=TilingConfig(tile_size=image.image_size, views="global"),
+            ),
+            stages=(
+                Stage("pairs", steps=steps, batch_size=128, objective=ContrastivePairs(), optimizer=rate),
+            ),
+            loop=LoopConfig(log_every=10, checkpoint_every=500),
+            evaluation=EvaluationConfig(task=Retrieval(), batch_size=64),
+        )
+    )

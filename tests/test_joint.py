@@ -1,0 +1,357 @@
+"""Joint models: towers, fusion and heads by config, their objectives, and parts in one's own file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from vl_jax import params as params_lib
+from vl_jax import sharding
+from vl_jax.batch import Batch, Given
+from vl_jax.encoders.adapter import used_tiles
+from vl_jax.encoders.text import TextEncoderConfig
+from vl_jax.encoders.vit import ViTConfig
+from vl_jax.fusion.gated_streams import GatedStreams
+from vl_jax.fusion.streams import Stream, pool
+from vl_jax.heads.classification import Classification
+from vl_jax.heads.pairs import Pairs
+from vl_jax.joint import JointConfig, Tower
+from vl_jax.layout import plan_layout, put_batch
+from vl_jax.moe.routing import MoEConfig
+from vl_jax.moe.stacks import init_state
+from vl_jax.sharding import MeshConfig, make_mesh
+from vl_jax.train.objectives.contrastive import ContrastivePairs
+from vl_jax.train.objectives.heads import Heads
+from vl_jax.train.objectives.together import Part, Together
+from vl_jax.train.step import TrainState, gradients
+
+EXPERTS = MoEConfig(scheme="loss_free", num_experts=4, top_k=2, expert_dim=8, balance_weight=0.01)
+IMAGE = ViTConfig(
+    image_size=16,
+    patch_size=8,
+    embed_dim=16,
+    mlp_dim=32,
+    num_layers=2,
+    num_heads=2,
+    moe=EXPERTS,
+    sparse_layers=(1,),
+)
+TEXT = TextEncoderConfig(
+    vocab_size=64,
+    max_length=8,
+    embed_dim=16,
+    mlp_dim=32,
+    num_layers=1,
+    num_heads=2,
+    causal=False,
+    projection_dim=0,
+    pooling="last",
+)
+KINDS = Classification(("red", "green", "blue"), name="kind", field="kind")
+ROWS, T = 16, 6
+
+
+def joint(**changes) -> JointConfig:
+    fields = {
+        "towers": (Tower("image", IMAGE), Tower("text", TEXT, "tokens")),
+        "heads": (KINDS, Pairs(dim=8)),
+        **changes,
+    }
+    return JointConfig(**fields)
+
+
+def random_batch(config: JointConfig, rows: int = ROWS) -> Batch:
+    """Rows with a picture and a text each; some lack a label."""
+    random = np.random.default_rng(0)
+    batch = jax.tree.map(lambda x: np.repeat(x, rows, axis=0), config.smallest_batch(1))
+    length = random.integers(2, T + 1, rows)
+    tokens = random.integers(1, 64, (rows, T)).astype(np.int32)
+    here = np.arange(T) < length[:, None]
+    ids = np.arange(rows, dtype=np.int32) // 2  # two texts a picture
+    labels = {
+        "kind": Given(random.integers(0, 3, rows).astype(np.int32), random.random(rows) < 0.7),
+        "pairs": Given(ids, random.random(rows) < 0.9),
+    }
+    changes = {
+        "tokens": tokens * here,
+        "segment_ids": here.astype(np.int32),
+        "positions": np.tile(np.arange(T, dtype=np.int32), (rows, 1)),
+        "tiles": random.integers(0, 256, (rows, 1, 16, 16, 3)).astype(np.uint8),
+        "visual_index": np.tile(np.arange(4, dtype=np.int32), (rows, 1)),
+        "labels": labels,
+    }
+    return dataclasses.replace(batch, **changes)
+
+
+def results(config: JointConfig, objective, mesh: MeshConfig | None = None, *, accumulation: int = 1):
+    """(gradients, metrics, counts of routing) of the batch, on the host."""
+    mesh = mesh or MeshConfig(data=1)
+    devices = mesh.data * mesh.fsdp * mesh.expert * mesh.tensor
+    layout = plan_layout(
+        config, config.smallest_batch(devices), make_mesh(mesh, devices=jax.devices()[:devices])
+    )
+    random = np.random.default_rng(1)
+
+    def draw(path, leaf):
+        value = 0.3 * random.standard_normal(leaf.shape, np.float32) + np.float32(path.endswith("scale"))
+        return jax.device_put(value, leaf.sharding)
+
+    params = params_lib.map_paths(draw, layout.params)
+    routing = jax.device_put(init_state(config.stacks), layout.replicated)
+    options = {
+        "model": layout.model,
+        "trainable": set(params_lib.flatten(params)),
+        "accumulation": accumulation,
+        "objective": objective,
+    }
+
+    def compute(params, routing, batch):
+        state = TrainState(jnp.zeros((), jnp.int32), params, None, routing)
+        grads, metrics, sums = gradients(state, batch, **options)
+        return grads, metrics, sums.stats
+
+    with sharding.use_mesh(layout.mesh, layout.rules):
+        return jax.device_get(jax.jit(compute)(params, routing, put_batch(random_batch(config), layout)))
+
+
+def assert_same(found, expected) -> None:
+    for name, value in expected[1].items():
+        np.testing.assert_allclose(found[1][name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), found[0], expected[0])
+    jax.tree.map(np.testing.assert_array_equal, found[2]["image"].load, expected[2]["image"].load)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [pytest.param(Heads(("kind",)), marks=pytest.mark.slow), ContrastivePairs(chunk=3)],
+    ids=["heads", "contrastive"],
+)
+def test_eight_devices_are_one(objective):
+    config = joint()
+    assert_same(results(config, objective, MeshConfig(data=2, expert=4)), results(config, objective))
+
+
+def test_micro_batches_are_one_batch_for_heads_and_refused_where_rows_act_on_one_another():
+    config, objective = joint(), Heads(("kind",))
+    assert_same(results(config, objective, accumulation=4), results(config, objective))
+    assert ContrastivePairs().couples_rows and Together((Part("a", ContrastivePairs()),)).couples_rows
+
+
+@pytest.mark.slow
+def test_remat_changes_nothing():
+    assert_same(results(joint(remat=True), Heads(("kind",))), results(joint(), Heads(("kind",))))
+
+
+@pytest.mark.slow
+def test_several_objectives_are_logged_by_name_and_weighted():
+    config = joint()
+    both = Together((Part("classes", Heads(("kind",)), weight=0.5), Part("match", ContrastivePairs())))
+    metrics = results(config, both)[1]
+    alone = [results(config, o)[1] for o in (Heads(("kind",)), ContrastivePairs())]
+    np.testing.assert_allclose(metrics["classes/kind/loss"], alone[0]["kind/loss"], rtol=1e-5)
+    np.testing.assert_allclose(metrics["match/pairs/loss"], alone[1]["pairs/loss"], rtol=1e-5)
+    np.testing.assert_allclose(
+        metrics["loss"], 0.5 * alone[0]["kind/loss"] + alone[1]["pairs/loss"], rtol=1e-5
+    )
+
+
+def test_rows_without_a_label_count_for_nothing():
+    prediction = jnp.array([[2.0, 0.0, 0.0], [0.0, 2.0, 0.0], [9.0, 0.0, 0.0]])
+    label = Given(jnp.array([0, 0, 2]), jnp.array([True, True, False]))
+    loss, metrics = KINDS.sums(prediction, label)
+    log_sum = np.log(np.exp(2) + 2)
+    np.testing.assert_allclose(loss, (log_sum - 2) + log_sum, rtol=1e-6)
+    assert metrics["accuracy"] == 1 and KINDS.decode(np.array(prediction[1])) == "green"
+
+
+def test_every_patch_of_every_picture_is_routed_once():
+    counted = results(joint(), Heads(("kind",)))[2]["image"]
+    np.testing.assert_array_equal(counted.tokens, [[0, ROWS * 4]])
+    assert counted.load.sum() == ROWS * 4 * 2
+
+
+def test_a_text_looks_at_the_picture_through_the_gate():
+    fusion = GatedStreams(reader="text", source="image")
+    config = joint(fusion=fusion, heads=(dataclasses.replace(KINDS, stream="fused"),))
+    grads = results(config, Heads(("kind",)))[0]
+    assert np.abs(grads["image"]["stem"]["kernel"]).max() > 0
+    with pytest.raises(ValueError, match=r"fusion.source='sound' is no tower; there are: image, text"):
+        joint(fusion=GatedStreams(source="sound"))
+
+
+def test_a_stream_is_pooled_over_the_tokens_that_are_there():
+    tokens = jnp.arange(12.0).reshape(1, 3, 4)
+    stream = Stream(tokens, jnp.array([[True, True, False]]))
+    np.testing.assert_allclose(pool(stream), [[2.0, 3.0, 4.0, 5.0]])
+    np.testing.assert_array_equal(
+        used_tiles(jnp.array([[0, 5, -1], [-1, -1, -1]]), tiles=3, tile_tokens=4),
+        [[True, True, False], [False, False, False]],
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"heads": ()}, "2 towers, 0 heads: expected at least one each"),
+        ({"heads": (dataclasses.replace(KINDS, stream="sound"),)}, "'sound'"),
+        ({"heads": (dataclasses.replace(KINDS, name="image"),)}, "name 'image' of a tower or head"),
+        (
+            {"towers": (Tower("text", TEXT, "tokens"), Tower("more", TEXT, "tokens"))},
+            "two towers read tokens",
+        ),
+    ],
+)
+def test_models_that_cannot_be_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        joint(**changes)
+
+
+OWN = """
+import dataclasses
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from vl_jax.encoders.transformer import Encoded
+from vl_jax.evaluate.task import Findings
+from vl_jax.fusion.streams import pool
+from vl_jax.train.objectives.objective import Sums
+
+class Mean(nn.Module):
+    width: int
+
+    @nn.compact
+    def __call__(self, pixels, valid=None, routing_state=None):
+        x = pixels.reshape(pixels.shape[0], 2, 8, 2, 8, 3).mean(axis=(2, 4)).reshape(-1, 4, 3) / 255.0
+        x = x.astype(jnp.float32) @ self.param("kernel", nn.initializers.lecun_normal(), (3, self.width))
+        return Encoded(x, None)
+
+@dataclasses.dataclass(frozen=True)
+class Colours:
+    width: int = 8
+    output_dim = property(lambda self: self.width)
+    num_tokens = 4
+    num_features = 4
+    grid = 2
+    input_shape = (16, 16, 3)
+    stack = None
+
+    def build(self, dtype, *, remat):
+        return Mean(self.width)
+
+class Number(nn.Module):
+    @nn.compact
+    def __call__(self, streams):
+        return nn.Dense(1)(pool(streams["image"]))[:, 0]
+
+@dataclasses.dataclass(frozen=True)
+class Brightness:
+    name: str = "level"
+    inputs = ("image",)
+    shape = ()
+    dtype = "float32"
+
+    def read(self, sample):
+        value = sample.labels.get("level")
+        return None if value is None else np.float32(value)
+
+    def build(self):
+        return Number()
+
+@dataclasses.dataclass(frozen=True)
+class SquaredError:
+    head: str = "level"
+    couples_rows = False
+    weights = {"error": 1.0}
+
+    def total(self, batch):
+        return {"error": batch.labels[self.head].present.sum().astype(jnp.float32)}
+
+    def __call__(self, params, state, batch, *, model, rngs):
+        output = model.apply({"params": params}, batch, state.routing, rngs=rngs)
+        label = batch.labels[self.head]
+        error = (output.predictions[self.head] - label.values) ** 2
+        return Sums({"error": jnp.sum(jnp.where(label.present, error, 0.0))}, {}, jnp.zeros(()))
+
+class WorstError:
+    def __init__(self):
+        self.worst = 0.0
+    def update(self, error):
+        self.worst = max(self.worst, error)
+    def compute(self):
+        return {"worst_error": self.worst}
+
+@dataclasses.dataclass(frozen=True)
+class Levels:
+    headline: str = "worst_error"
+
+    def run(self, examinee):
+        worst = WorstError()
+        for records, batch in examinee.samples():
+            output = examinee.layout.model.apply({"params": examinee.params}, batch, examinee.routing_state)
+            for row, record in enumerate(records):
+                truth = float(batch.labels["level"].values[row])
+                error = abs(float(output.predictions["level"][row]) - truth)
+                worst.update(error)
+                yield {"id": record["id"], "error": error}
+        return Findings(worst.compute())
+"""
+EXPERIMENT = """
+from vl_jax import config
+from vl_jax.data.config import DataConfig
+from vl_jax.data.images.tiling import TilingConfig
+from vl_jax.data.sources.records import RecordsConfig
+from vl_jax.encoders.vit import ViTConfig
+from vl_jax.evaluate.runner import EvaluationConfig
+from vl_jax.experiment import Experiment
+from vl_jax.heads.classification import Classification
+from vl_jax.joint import JointConfig, Tower
+from vl_jax.train.loop import LoopConfig
+from vl_jax.train.optimizer import OptimizerConfig
+from vl_jax.train.stages import Stage
+
+def get_config():
+    source = RecordsConfig("all", "all.json", image="image", labels=("level",))
+    vit = ViTConfig(image_size=16, patch_size=8, embed_dim=8, mlp_dim=8, num_layers=1, num_heads=1)
+    return config.view(Experiment(
+        name="levels",
+        model=JointConfig((Tower("image", vit),), (Classification(("0", "1"), name="level"),)),
+        data=DataConfig(root=ROOT, sources=(source,), evaluation=(source,), max_tokens=4,
+                        tiling=TilingConfig(tile_size=16, views="global")),
+        stages=(Stage("fit", steps=60, batch_size=8, optimizer=OptimizerConfig(learning_rate=0.05)),),
+        loop=LoopConfig(checkpoint_every=100),
+        evaluation=EvaluationConfig(batch_size=8),
+    ))
+"""
+
+
+def test_an_encoder_a_head_an_objective_and_a_metric_of_ones_own_train_together(tmp_path: Path):
+    from vl_jax import cli
+
+    (tmp_path / "own.py").write_text(OWN)
+    (tmp_path / "experiment.py").write_text(f"ROOT = {str(tmp_path)!r}\n{EXPERIMENT}")
+    records = []
+    for i, level in enumerate(np.linspace(0, 255, 12).astype(int)):
+        Image.new("RGB", (16, 16), (int(level),) * 3).save(tmp_path / f"{i}.png")
+        records.append({"id": str(i), "image": f"{i}.png", "level": float(level) / 255})
+    (tmp_path / "all.json").write_text(json.dumps(records))
+    own = f"{tmp_path}/own.py"
+    arguments = [
+        "train",
+        f"--config={tmp_path}/experiment.py",
+        f"--workdir={tmp_path}/run",
+        f"--config.model.towers.image.encoder={own}:Colours",
+        f"--config.model.heads.level={own}:Brightness",
+        f"--config.stages.fit.objective={own}:SquaredError",
+        f"--config.evaluation.task={own}:Levels",
+    ]
+    assert cli.main(arguments) == 0
+    (result,) = (tmp_path / "run/eval/all").glob("*[0-9].json")
+    assert json.loads(result.read_text())["scores"]["worst_error"] < 0.1
+    assert "worst error" in (tmp_path / "run/report.html").read_text()

@@ -1,0 +1,49 @@
+"""Fusions of a joint model, by config: from the streams of its towers to those that its heads read."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Protocol, runtime_checkable
+
+import flax.linen as nn
+
+from vl_jax.config import Open
+from vl_jax.fusion.gated_streams import GatedStreams
+
+
+@runtime_checkable
+class Fusion(Protocol):
+    """What the config of a fusion has to have; its module maps ``Streams`` to ``Streams``."""
+
+    def build(self) -> nn.Module:
+        """The module."""
+        ...
+
+    def streams(self, towers: tuple[str, ...]) -> tuple[str, ...]:
+        """The names of the streams it gives, from those of the towers.
+
+        Raises:
+          ValueError: it needs a tower that is not there.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Apart:
+    """No fusion: heads read the towers themselves."""
+
+    def streams(self, towers: tuple[str, ...]) -> tuple[str, ...]:
+        """The towers."""
+        return towers
+
+    def build(self) -> nn.Module:
+        """A module without parameters."""
+        return _Same()
+
+
+class _Same(nn.Module):
+    def __call__(self, streams):
+        return streams
+
+
+AnyFusion = Annotated[Apart | GatedStreams | Fusion, Open("fusion", ("streams", "build"))]

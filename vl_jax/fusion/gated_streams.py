@@ -1,0 +1,55 @@
+"""One tower looks at another through the cross-modal gate; what it then knows is a stream of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.linen as nn
+
+from vl_jax.fusion.gate import CrossModalGate, CrossModalGateConfig
+from vl_jax.fusion.streams import Stream, Streams
+from vl_jax.nn.layers import Linear
+
+
+@dataclasses.dataclass(frozen=True)
+class GatedStreams:
+    """``fused = reader + gate(reader, source)``; it begins as the reader alone, since the gate is closed."""
+
+    reader: str = "text"  # the tower that looks
+    source: str = "image"  # the tower that is looked at
+    gate: CrossModalGateConfig = CrossModalGateConfig()
+    name: str = "fused"  # of the stream that comes of it
+
+    def streams(self, towers: tuple[str, ...]) -> tuple[str, ...]:
+        """The towers, and the fused stream.
+
+        Raises:
+          ValueError: the reader or the source is no tower.
+        """
+        for field in ("reader", "source"):
+            if getattr(self, field) not in towers:
+                known = ", ".join(towers)
+                raise ValueError(f"fusion.{field}={getattr(self, field)!r} is no tower; there are: {known}")
+        return *towers, self.name
+
+    def build(self) -> nn.Module:
+        """The module."""
+        return GateBetween(self)
+
+
+class GateBetween(nn.Module):
+    """Adds the fused stream; the source is brought to the reader's width first."""
+
+    config: GatedStreams
+
+    @nn.compact
+    def __call__(self, streams: Streams) -> Streams:
+        c = self.config
+        reader, source = streams[c.reader], streams[c.source]
+        width = reader.tokens.shape[-1]
+        seen = source.tokens
+        if seen.shape[-1] != width:
+            seen = Linear(width, ("embed", None), name="width")(seen)
+        mask = reader.mask[:, :, None] & source.mask[:, None, :]
+        tokens = reader.tokens + CrossModalGate(c.gate, name="gate")(reader.tokens, seen, mask)
+        return {**streams, c.name: Stream(tokens, reader.mask)}

@@ -1,0 +1,1 @@
+"""What a joint model says of its streams: one file a head (see ``build``)."""

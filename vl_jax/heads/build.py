@@ -1,0 +1,58 @@
+"""Heads by config. A head file holds the config, the module, how labels are read, the loss and the answer."""
+
+from __future__ import annotations
+
+from typing import Annotated, Protocol, runtime_checkable
+
+import flax.linen as nn
+import numpy as np
+
+from vl_jax.config import Open
+from vl_jax.data.sample import Sample
+from vl_jax.heads.classification import Classification
+from vl_jax.heads.pairs import Pairs
+
+
+@runtime_checkable
+class HeadConfig(Protocol):
+    """What the config of a head has to have. It is the ``RowField`` of its labels too.
+
+    Its module maps ``Streams`` to a prediction: a pytree of arrays, one row for each of the batch (but for
+    scalars that all rows share).
+
+    A head whose rows do not act on one another may have a loss of its own, which ``Heads`` trains:
+    ``sums(prediction, label) -> (loss, metrics)``, each summed over the rows that have a label. One whose
+    prediction can be said has ``decode(prediction of a row) -> JSON value``.
+    """
+
+    @property
+    def name(self) -> str:
+        """Of the head, of its labels in ``Batch.labels``, and before what it logs."""
+        ...
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The names of the streams it reads."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the label of one row."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """Of labels, as numpy names it."""
+        ...
+
+    def read(self, sample: Sample) -> np.ndarray | None:
+        """The label of a sample; see ``RowField``."""
+        ...
+
+    def build(self) -> nn.Module:
+        """The module."""
+        ...
+
+
+HEAD_NEEDS = ("name", "inputs", "shape", "dtype", "read", "build")
+AnyHead = Annotated[Classification | Pairs | HeadConfig, Open("head", HEAD_NEEDS)]

@@ -1,0 +1,259 @@
+"""Joint models: towers see a row's inputs, a fusion brings them together, heads say what comes of it.
+
+    Batch.tiles  --tower "image"--> Stream --.
+    Batch.tokens --tower "text"---> Stream --+-- fusion --> Streams --head--> prediction of the head
+    Batch.media  --tower ...------> Stream --'
+
+A row is one sample. Its text is read as it is written, without a dialogue around it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import keyword
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Bool
+
+from vl_jax.batch import Batch, Given, blank
+from vl_jax.data.config import DataConfig, ModelSpec
+from vl_jax.data.sample import BadSample, Sample
+from vl_jax.encoders.adapter import used_tiles
+from vl_jax.encoders.build import AnyEncoder
+from vl_jax.fusion.build import AnyFusion, Apart
+from vl_jax.fusion.streams import Stream
+from vl_jax.heads.build import AnyHead
+from vl_jax.moe.layer import MoEOutput
+from vl_jax.moe.stacks import RoutingState, Stack
+
+TILES, TOKENS = "tiles", "tokens"
+_NO_TEXT = 1 << 30  # entries of a vocabulary that nothing reads
+_RESERVED = ("config", "dtype", "fusion", "parent", "name", "scope")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tower:
+    """One encoder, and what it reads."""
+
+    name: str
+    encoder: AnyEncoder
+    input: str = TILES  # "tiles" (pictures), "tokens" (text), or a name in ``Sample.media``
+
+
+@dataclasses.dataclass(frozen=True)
+class MediaInput:
+    """An input that is neither picture nor text, cut or filled with zeros at its end to one length."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+
+    def read(self, sample: Sample) -> np.ndarray | None:
+        """The array of a sample, if it has one.
+
+        Raises:
+          BadSample: its shape differs in more than the first axis.
+        """
+        if self.name not in sample.media:
+            return None
+        found = np.asarray(sample.media[self.name](), self.dtype)
+        if found.shape[1:] != self.shape[1:] or found.ndim != len(self.shape):
+            message = f"sample {sample.id}: {self.name} has shape {found.shape}, expected {self.shape}"
+            raise BadSample("bad_media", message)
+        result = np.zeros(self.shape, self.dtype)
+        result[: len(found)] = found[: self.shape[0]]
+        return result
+
+
+@dataclasses.dataclass(frozen=True)
+class JointConfig:
+    """Towers, how they meet, and the heads."""
+
+    towers: tuple[Tower, ...]
+    heads: tuple[AnyHead, ...]
+    fusion: AnyFusion = Apart()
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters stay float32
+    remat: bool = False  # keep only the inputs of blocks for the backward pass
+
+    def __post_init__(self):
+        towers = tuple(tower.name for tower in self.towers)
+        names = (*towers, *(head.name for head in self.heads))
+        if not self.towers or not self.heads:
+            raise ValueError(
+                f"{len(self.towers)} towers, {len(self.heads)} heads: expected at least one each"
+            )
+        for name in names:
+            usable = name.isidentifier() and not keyword.iskeyword(name) and name not in _RESERVED
+            if not usable or names.count(name) > 1:
+                raise ValueError(
+                    f"name {name!r} of a tower or head: expected a word that no other has, and none of "
+                    f"{', '.join(_RESERVED)}"
+                )
+        if sum(tower.input == TOKENS for tower in self.towers) > 1:
+            raise ValueError("two towers read tokens; a row has one text, so one tower can read it")
+        streams = self.fusion.streams(towers)
+        for head in self.heads:
+            for name in head.inputs:
+                if name not in streams:
+                    known = ", ".join(streams)
+                    raise ValueError(
+                        f"head {head.name!r} reads {name!r}, which is no stream; there are: {known}"
+                    )
+
+    @property
+    def stacks(self) -> dict[str, Stack]:
+        """The sparse layers of the towers that have any."""
+        found = {tower.name: tower.encoder.stack for tower in self.towers}
+        return {
+            name: dataclasses.replace(stack, runs=tuple((name, *run) for run in stack.runs))
+            for name, stack in found.items()
+            if stack is not None
+        }
+
+    def spec(self) -> ModelSpec:
+        """What the data side must know."""
+        media = tuple(MediaInput(t.input, t.encoder.input_shape) for t in self.towers if self._is_media(t))
+        text = self._reading(TOKENS)
+        return ModelSpec(
+            tile_tokens_side=self._tile_tokens_side,
+            fusion="gated",
+            vocab_size=_NO_TEXT if text is None else text.encoder.vocab_size,  # pyright: ignore
+            reads="text",
+            labels=self.heads,
+            media=media,
+        )
+
+    @property
+    def _tile_tokens_side(self) -> int:
+        image = self._reading(TILES)
+        return 1 if image is None else image.encoder.grid
+
+    def _reading(self, kind: str) -> Tower | None:
+        """The first tower that reads an input."""
+        return next((tower for tower in self.towers if tower.input == kind), None)
+
+    @staticmethod
+    def _is_media(tower: Tower) -> bool:
+        return tower.input not in (TILES, TOKENS)
+
+    def head(self, name: str) -> Any:
+        """The config of a head.
+
+        Raises:
+          ValueError: there is none of that name.
+        """
+        found = {head.name: head for head in self.heads}
+        if name not in found:
+            raise ValueError(f"head {name!r}: the model has {', '.join(found)}")
+        return found[name]
+
+    def check_data(self, data: DataConfig) -> None:
+        """Refuses data of another size than the towers read.
+
+        Raises:
+          ValueError: names both sides.
+        """
+        for tower in self.towers:
+            side, length = data.tiling.tile_size, data.max_tokens
+            where = f"model.towers.{tower.name}.encoder"
+            if tower.input == TILES and tower.encoder.input_shape[:2] != (side, side):
+                shape = "x".join(map(str, tower.encoder.input_shape[:2]))
+                raise ValueError(f"data.tiling.tile_size={side} differs from the {shape} pixels of {where}")
+            if tower.input == TOKENS and length > tower.encoder.input_shape[0]:
+                raise ValueError(
+                    f"data.max_tokens={length} is more than the {tower.encoder.input_shape[0]} of {where}"
+                )
+        if data.packing is not None:
+            raise ValueError("data.packing: a row of a joint model is one sample; it must be None")
+
+    def build(self) -> Joint:
+        """The module."""
+        return Joint(self)
+
+    def smallest_batch(self, rows: int) -> Batch:
+        """A batch of one tile and one token a row: enough to learn the shapes of the parameters."""
+        image = self._reading(TILES)
+        height, width, channels = (1, 1, 3) if image is None else image.encoder.input_shape
+        sizes = {"T": 1, "Q": 1, "S": 1, "M": 1, "h": height, "w": width, "c": channels}
+
+        def absent(shape: tuple[int, ...], dtype: str) -> Given:
+            return Given(np.zeros((rows, *shape), dtype), np.zeros(rows, bool))
+
+        batch = blank(sizes, rows)
+        return dataclasses.replace(
+            batch,
+            media={field.name: absent(field.shape, field.dtype) for field in self.spec().media},
+            labels={head.name: absent(head.shape, head.dtype) for head in self.heads},
+        )
+
+
+@struct.dataclass
+class JointOutput:
+    """What the towers saw, what the heads say, and what the sparse layers returned."""
+
+    streams: dict[str, Stream]
+    predictions: dict[str, Any]  # by head
+    routed: dict[str, MoEOutput]  # by tower, over its sparse layers
+
+
+class Joint(nn.Module):
+    """The model."""
+
+    config: JointConfig
+
+    def setup(self):
+        c = self.config
+        for tower in c.towers:
+            setattr(self, tower.name, tower.encoder.build(jnp.dtype(c.dtype), remat=c.remat))
+        self.fusion = c.fusion.build()
+        for head in c.heads:
+            setattr(self, head.name, head.build())
+
+    def __call__(self, batch: Batch, routing_state: RoutingState) -> JointOutput:
+        """Runs every tower once, and every head."""
+        batch = jax.tree.map(jnp.asarray, batch)  # a host batch will do
+        streams, routed = {}, {}
+        for tower in self.config.towers:
+            inputs, valid = _inputs(batch, tower)
+            rows = batch.tokens.shape[0]
+            encoded = getattr(self, tower.name)(inputs, valid, routing_state.get(tower.name, {}))
+            streams[tower.name] = _stream(encoded, valid, rows)
+            if encoded.routed is not None:
+                routed[tower.name] = encoded.routed
+        streams = self.fusion(streams)
+        predictions = {head.name: getattr(self, head.name)(streams) for head in self.config.heads}
+        return JointOutput(streams, predictions, routed)
+
+    def initialize(self, batch: Batch, routing_state: RoutingState) -> dict[str, Any]:
+        """Touches every parameter once; the method to call ``init`` with."""
+        return self(batch, routing_state).predictions
+
+
+def _inputs(batch: Batch, tower: Tower) -> tuple[jax.Array, Bool[Array, "..."]]:
+    """What a tower reads, and which of it is there; tiles of all rows stand one behind the other."""
+    if tower.input == TOKENS:
+        return batch.tokens, batch.segment_ids > 0
+    if tower.input == TILES:
+        rows, tiles = batch.tiles.shape[:2]
+        used = used_tiles(batch.visual_index, tiles=tiles, tile_tokens=tower.encoder.grid**2)
+        return batch.tiles.reshape(rows * tiles, *batch.tiles.shape[2:]), used.reshape(-1)
+    given = batch.media[tower.input]
+    return given.values, given.present
+
+
+def _stream(encoded: Any, valid: jax.Array, rows: int) -> Stream:
+    """A tower's output by rows: the tokens of several tiles are joined, their vectors averaged."""
+    tokens, pooled = encoded.tokens, encoded.pooled
+    mask = valid if valid.shape == tokens.shape[:2] else jnp.broadcast_to(valid[:, None], tokens.shape[:2])
+    if tokens.shape[0] != rows:
+        tokens, mask = tokens.reshape(rows, -1, tokens.shape[-1]), mask.reshape(rows, -1)
+        if pooled is not None:
+            weights = valid.reshape(rows, -1, 1).astype(pooled.dtype)
+            total = jnp.sum(pooled.reshape(*weights.shape[:2], -1) * weights, axis=1)
+            pooled = total / jnp.maximum(jnp.sum(weights, axis=1), 1)
+    return Stream(tokens, mask, pooled)
