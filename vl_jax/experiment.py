@@ -7,21 +7,22 @@ import functools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import numpy as np
 
 from vl_jax import sharding
 from vl_jax.batch import Batch
+from vl_jax.config import Open
 from vl_jax.data.config import DataConfig, ModelSpec
 from vl_jax.data.encode import make_encoder
 from vl_jax.data.images.tiling import TilingConfig
 from vl_jax.data.published.processor import Processor
 from vl_jax.evaluate.runner import EvaluationConfig
 from vl_jax.interop import pretrained
-from vl_jax.layout import Layout, init_params, plan_layout
-from vl_jax.model import VisionLanguage, VisionLanguageConfig, init_routing_state
-from vl_jax.moe.routing import State, is_causal
+from vl_jax.joint import JointConfig
+from vl_jax.layout import Layout, ModelConfig, Variables, init_variables, plan_layout
+from vl_jax.model import VisionLanguageConfig
 from vl_jax.sharding import MeshConfig
 from vl_jax.train import loop
 from vl_jax.train.loop import LoopConfig
@@ -29,18 +30,7 @@ from vl_jax.train.stages import Stage, adapter_shapes, trainable_paths
 
 logger = logging.getLogger(__name__)
 
-# What is no property of a published model, but of how it is run and trained here: see ``resolve``.
-MOE_SETTINGS = (
-    "balance_weight",
-    "balance_scope",
-    "z_weight",
-    "bias_rate",
-    "capacity_factor",
-    "capacity",
-    "priority",
-    "exchange",
-    "kernel",
-)
+MODEL_NEEDS = ("stacks", "spec", "check_data", "build", "smallest_batch")  # what a model's config must have
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +38,7 @@ class Experiment:
     """What ``get_config`` of an experiment file builds."""
 
     name: str
-    model: VisionLanguageConfig
+    model: Annotated[VisionLanguageConfig | JointConfig | ModelConfig, Open("model", MODEL_NEEDS)]
     data: DataConfig
     stages: tuple[Stage, ...]
     init: str = ""  # folder of a published checkpoint to begin with (see ``resolve``); empty: random weights
@@ -59,7 +49,7 @@ class Experiment:
 
     def __post_init__(self):
         if not self.init:
-            check_data(self.data, self.model)
+            self.model.check_data(self.data)
         if not self.stages:
             raise ValueError("stages is empty; an experiment needs at least one")
         names = [source.name for source in self.data.sources]
@@ -71,67 +61,33 @@ class Experiment:
                 )
 
 
-def check_data(data: DataConfig, model: VisionLanguageConfig) -> None:
-    """Refuses tiles of another size than the encoder's images, and packing where samples would mix."""
-    if model.encoder is not None and data.tiling.tile_size != model.encoder.image_size:
-        raise ValueError(
-            f"data.tiling.tile_size={data.tiling.tile_size} differs from "
-            f"model.encoder.image_size={model.encoder.image_size}"
-        )
-    if data.packing is not None and model.num_sparse_layers:
-        if not is_causal(model.moe):
-            raise ValueError(
-                f"data.packing with model.moe.scheme={model.moe.scheme!r}, priority={model.moe.priority!r}: "
-                "tokens of a row are routed together, and the samples packed in it would act on one another"
-            )
-        if model.moe.balance_scope == "sequence":
-            raise ValueError(
-                "data.packing with model.moe.balance_scope='sequence': a packed row is no sequence; "
-                "it must be 'batch' or 'step'"
-            )
-
-
 def resolve(experiment: Experiment) -> Experiment:
     """Fills in what ``init`` names: the model of the published checkpoint, its tokenizer and its tiling.
 
-    Of the experiment's model, compute dtype, rematerialisation, ``scan_layers`` and ``MOE_SETTINGS`` stay; of
-    its data, a tokenizer or a tiling other than the default. Resolving twice changes nothing.
+    Of the experiment's model, what ``pretrained.run_as`` names stays; of its data, a tokenizer or a tiling
+    other than the default. Resolving twice changes nothing.
 
     Raises:
-      ValueError: the folder is no published checkpoint, or the tiling is not for its model.
+      ValueError: the folder is no published checkpoint, or the model or the tiling is not for it.
     """
     if not experiment.init:
         return experiment
     folder, ours, data = Path(experiment.init), experiment.model, experiment.data
     if not folder.is_dir():
         raise ValueError(f"config.init={experiment.init}: no such folder")
-    model = pretrained.read_published(folder).config
-    settings = {name: getattr(ours.moe, name) for name in MOE_SETTINGS}
-    model = dataclasses.replace(
-        model,
-        language=dataclasses.replace(
-            model.language, remat=ours.language.remat, scan_layers=ours.language.scan_layers
-        ),
-        moe=dataclasses.replace(model.moe, **settings),
-        dtype=ours.dtype,
-    )
+    model = pretrained.run_as(pretrained.read_published(folder).config, ours)
     if not data.tokenizer:
         data = dataclasses.replace(data, tokenizer=str(folder))
     if data.tiling == TilingConfig() and (folder / "processor_config.json").is_file():
         processor = Processor.load(folder)
         data = dataclasses.replace(data, tiling=processor.config.tiling(processor.views))
-    check_data(data, model)
+    model.check_data(data)
     return dataclasses.replace(experiment, model=model, data=data)
 
 
 def model_spec(experiment: Experiment) -> ModelSpec:
     """What the data side must know of the model."""
-    model = experiment.model
-    return ModelSpec(
-        tile_tokens_side=model.tile_tokens_side,
-        fusion=model.fusion.kind,
-        vocab_size=model.language.vocab_size,
-    )
+    return experiment.model.spec()
 
 
 def example_batch(experiment: Experiment, rows: int) -> Batch:
@@ -159,31 +115,34 @@ def plan(experiment: Experiment) -> Layout:
                 f"config.{name}={whole}: {part} rows do not divide by the {rows} batch shards of the mesh "
                 f"({experiment.mesh.describe()})"
             )
-    layout = plan_layout(VisionLanguage(experiment.model), example_batch(experiment, rows), mesh)
+    layout = plan_layout(experiment.model, example_batch(experiment, rows), mesh)
     for stage in experiment.stages:
         trainable_paths(stage, layout.params)
         adapter_shapes(stage, layout.params, layout.roles)
     for path, placement in layout.placements.items():
         if placement.whole:
             logger.warning("%s: %s does not divide, kept whole on the mesh", path, ", ".join(placement.whole))
-    moe = experiment.model.moe
-    if experiment.model.num_sparse_layers and moe.top_k == 1 and moe.normalize_gates:
-        logger.warning(
-            "model.moe.top_k=1 with normalize_gates=True: the only gate of a token is always 1, so the "
-            "router learns nothing from the task; set normalize_gates=False"
-        )
+    for name, stack in experiment.model.stacks.items():
+        if stack.moe.top_k == 1 and stack.moe.normalize_gates:
+            logger.warning(
+                "%s: moe.top_k=1 with normalize_gates=True: the only gate of a token is always 1, so the "
+                "router learns nothing from the task; set normalize_gates=False",
+                name,
+            )
     return layout
 
 
-def first_weights(experiment: Experiment, layout: Layout) -> tuple[Any, State]:
-    """Parameters and routing state that a run begins with: those of ``init``, or fresh ones."""
-    if experiment.init:
-        return pretrained.load_params(Path(experiment.init), layout)
+def first_weights(experiment: Experiment, layout: Layout) -> Variables:
+    """What a run begins with: parameters and routing state of ``init``, or fresh ones."""
+    if experiment.init:  # no model that is published has collections
+        return Variables(*pretrained.load_params(Path(experiment.init), layout))
     example = example_batch(experiment, sharding.batch_axes(layout.mesh))
-    return init_params(layout, example, experiment.seed), init_routing_state(layout.model.config)
+    return init_variables(layout, example, experiment.seed)
 
 
-def open_stream(experiment: Experiment, stage: Stage, rows: Sequence[int] | None = None) -> loop.Stream:
+def open_stream(
+    experiment: Experiment, stage: Stage, rows: Sequence[int] | None = None
+) -> loop.TrainingStream:
     """The training batches of a stage, in an order that follows from the seed and the stage's name.
 
     Args:

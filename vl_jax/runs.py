@@ -1,14 +1,15 @@
-"""Runs of an experiment: begin or resume one, evaluate it, ask it, export it."""
+"""Runs of an experiment: begin or resume one, evaluate it, export it."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,9 @@ import numpy as np
 
 import vl_jax
 from vl_jax import config as config_lib
-from vl_jax import generation, sharding
 from vl_jax import params as params_lib
-from vl_jax.checkpoint import Checkpointer
-from vl_jax.data.encode import make_encoder
-from vl_jax.data.images.audio import AudioConfig, SoundImage
-from vl_jax.data.sample import IMAGE_PLACEHOLDER, FileImage, Sample, Turn
+from vl_jax.checkpoint import CHECKPOINTS, Checkpointer
 from vl_jax.data.sources.build import open_source
-from vl_jax.data.sources.llava import LlavaConfig
-from vl_jax.data.sources.meta import MetaConfig
 from vl_jax.evaluate.runner import evaluate
 from vl_jax.experiment import (
     Experiment,
@@ -35,13 +30,16 @@ from vl_jax.experiment import (
     plan,
     resolve,
 )
-from vl_jax.generation import GenerationConfig
 from vl_jax.interop import pretrained
-from vl_jax.layout import Layout, put_batch, rows_here
+from vl_jax.layout import Layout, rows_here
 from vl_jax.report.results import read_result
 from vl_jax.report.run import write_report
 from vl_jax.runtime import allocator
 from vl_jax.train import loop
+from vl_jax.train.hooks import Hook
+from vl_jax.train.probe import Probe
+from vl_jax.train.program import Program
+from vl_jax.train.stages import Stage
 from vl_jax.train.step import TrainState
 
 logger = logging.getLogger(__name__)
@@ -60,14 +58,19 @@ def run(experiment: Experiment, workdir: Path) -> dict[str, Any]:
         open_source(source, root=experiment.data.root)
     layout = plan(experiment)
     _claim(experiment, workdir)
+
+    def stream_of(stage: Stage) -> loop.TrainingStream:
+        return open_stream(experiment, stage, rows_here(layout, stage.batch_size))
+
     state = loop.train(
         layout,
         experiment.stages,
-        lambda stage: open_stream(experiment, stage, rows_here(layout, stage.batch_size)),
+        stream_of,
         begin=lambda: first_weights(experiment, layout),
         workdir=workdir,
         config=experiment.loop,
         seed=experiment.seed,
+        hooks=_hooks(experiment, layout, stream_of),
     )
     results = evaluate_all(experiment, layout, state, workdir)
     if jax.process_index() == 0:
@@ -75,6 +78,16 @@ def run(experiment: Experiment, workdir: Path) -> dict[str, Any]:
         (workdir / "run.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         write_report(workdir)
     return results
+
+
+def _hooks(
+    experiment: Experiment, layout: Layout, stream_of: Callable[[Stage], loop.TrainingStream]
+) -> tuple[Hook, ...]:
+    """What the experiment wants to be done around the steps."""
+    if not experiment.loop.churn:
+        return ()
+    with contextlib.closing(stream_of(experiment.stages[0])) as stream:
+        return (Probe(layout, next(stream), every=experiment.loop.routing_every),)
 
 
 def evaluate_all(experiment: Experiment, layout: Layout, state: TrainState, workdir: Path) -> dict[str, Any]:
@@ -98,6 +111,7 @@ def evaluate_task(
         layout,
         state.params,
         state.routing,
+        collections=state.collections,
         data=experiment.data,
         spec=model_spec(experiment),
         config=experiment.evaluation,
@@ -133,8 +147,10 @@ def evaluate_published(experiment: Experiment, tasks: Sequence[str], workdir: Pa
     """Evaluates the published checkpoint ``experiment.init`` as it is, on tasks of the experiment."""
     names, experiment = _tasks(experiment, tasks), resolve(experiment)
     layout = plan(experiment)
-    params, routing = first_weights(experiment, layout)
-    state = TrainState(np.zeros((), np.int32), params, None, routing)
+    begun = first_weights(experiment, layout)
+    state = TrainState(
+        np.zeros((), np.int32), begun.params, None, begun.routing, collections=dict(begun.collections)
+    )
     return {name: evaluate_task(experiment, layout, state, workdir, name, 0) for name in names}
 
 
@@ -164,7 +180,7 @@ def restore(
     if overrides:
         experiment = config_lib.replace(experiment, overrides)
     layout = plan(experiment)
-    checkpointer = Checkpointer(workdir / "checkpoints")
+    checkpointer = Checkpointer(workdir / CHECKPOINTS)
     try:
         restored = loop.restore(checkpointer, layout, experiment.stages, before=before)
     finally:
@@ -173,7 +189,7 @@ def restore(
         when = "" if before is None else f" of a step before {before}"
         raise ValueError(f"--workdir={workdir} holds no checkpoint{when} yet")
     state, position = restored
-    state = loop.merge_adapters(layout, loop.stage_at(experiment.stages, position), state)
+    state = Program.of(layout, loop.stage_at(experiment.stages, position)).merge(state)
     return experiment, layout, state, position.global_step
 
 
@@ -190,38 +206,6 @@ def export(workdir: Path, target: Path) -> None:
         )
     published = pretrained.read_published(experiment.init).as_run_by(experiment.model)
     pretrained.write_published(target, state.params, state.routing, published)
-
-
-def answer(
-    workdir: Path, *, prompt: str, image: Path | None, audio: Path | None = None, max_new_tokens: int
-) -> str:
-    """What the model of a run says to one prompt, about an image, a sound, both or neither."""
-    experiment, layout, state, _ = restore(workdir)
-    encoder = make_encoder(experiment.data, model_spec(experiment))
-    pictures = [FileImage(image, where="--image")] if image else []
-    pictures += [SoundImage(audio, "--audio", _hearing(experiment))] if audio else []
-    question = f"{IMAGE_PLACEHOLDER}\n" * len(pictures) + prompt
-    sample = Sample(id=str(image or audio or "prompt"), turns=(Turn(question, ""),), images=tuple(pictures))
-    rows = [[encoder.prompt(sample)]] * sharding.batch_axes(layout.mesh)
-    stop = (encoder.tokenizer.eos,)
-    with sharding.use_mesh(layout.mesh, layout.rules):
-        tokens = generation.generate(
-            state.params,
-            state.routing,
-            put_batch(encoder.collate(rows, pad_left=True), layout),
-            model=layout.model,
-            config=GenerationConfig(max_new_tokens=max_new_tokens),
-            stop=stop,
-        )
-    return encoder.tokenizer.decode(generation.answer_ids(tokens, stop=stop)[0])
-
-
-def _hearing(experiment: Experiment) -> AudioConfig:
-    """How the sounds of the experiment's sources become pictures."""
-    for source in experiment.data.sources:
-        if isinstance(source, LlavaConfig | MetaConfig):
-            return source.audio
-    raise ValueError("--audio: no source of the run says how a sound becomes a picture")
 
 
 def _claim(experiment: Experiment, workdir: Path) -> None:

@@ -1,14 +1,14 @@
 """The training loop: stages one after another, checkpoints, resume, metrics and a progress line.
 
 A run is a position (stage, step, data cursor) and arrays. Both are in every checkpoint, so a killed run that
-is launched again continues with the batch it would have seen next, and ends with the same losses.
+is launched again continues with the batch it would have seen next, and ends with the same losses. What a
+stage computes is its program; what else is done around the steps are hooks.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import logging
 import signal
 import threading
@@ -18,24 +18,21 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from vl_jax import params as params_lib
 from vl_jax import sharding
 from vl_jax.batch import Batch
-from vl_jax.checkpoint import Checkpointer
-from vl_jax.layout import Layout, put_batch
+from vl_jax.checkpoint import CHECKPOINTS, Checkpointer
+from vl_jax.layout import Layout, Variables, put_batch
 from vl_jax.metrics import MetricsWriter
-from vl_jax.model import init_routing_state
-from vl_jax.moe.routing import State
-from vl_jax.train import lora
-from vl_jax.train.optimizer import make_optimizer, schedule
-from vl_jax.train.probe import Probe
+from vl_jax.train import saved
+from vl_jax.train.hooks import Hook, Moment
+from vl_jax.train.optimizer import schedule
+from vl_jax.train.program import Program, programs
 from vl_jax.train.progress import Progress
-from vl_jax.train.stages import Stage, adapter_shapes, trainable_paths, trainable_table
-from vl_jax.train.step import TrainState, make_train_step, split_trained
+from vl_jax.train.stages import Stage, trainable_table
+from vl_jax.train.step import TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +43,7 @@ class LoopConfig:
 
     log_every: int = 10
     routing_every: int = 50  # vector-valued routing statistics
-    churn: bool = False  # among them: how many choices of a fixed batch the step changed
+    churn: bool = False  # among them: how many choices of a fixed batch the step changed (see ``probe``)
     checkpoint_every: int = 500
     keep_checkpoints: int = 3
 
@@ -57,7 +54,7 @@ class LoopConfig:
 
 
 @runtime_checkable
-class Stream(Protocol):
+class TrainingStream(Protocol):
     """An endless iterator of host batches whose position can be saved and set."""
 
     @property
@@ -83,13 +80,15 @@ class Session:
     """The moving parts of a run, handed from stage to stage."""
 
     layout: Layout
+    programs: tuple[Program, ...]  # of every stage
+    open_stream: Callable[[Stage], TrainingStream]
+    hooks: tuple[Hook, ...]
     config: LoopConfig
     checkpointer: Checkpointer
     writer: MetricsWriter | None  # None on all processes but one
     progress: Progress
     stop: Callable[[], int | None]  # number of the signal that asked to stop, if any
     seed: int
-    probe: Probe | None  # where ``config.churn`` asks for one
 
 
 @dataclasses.dataclass
@@ -105,18 +104,20 @@ class Position:
 def train(
     layout: Layout,
     stages: tuple[Stage, ...],
-    open_stream: Callable[[Stage], Stream],
+    open_stream: Callable[[Stage], TrainingStream],
     *,
-    begin: Callable[[], tuple[Any, State]],
+    begin: Callable[[], Variables],
     workdir: Path,
     config: LoopConfig,
     seed: int,
+    hooks: tuple[Hook, ...] = (),
 ) -> TrainState:
     """Runs the stages, from the newest checkpoint in ``workdir`` if there is one.
 
     Args:
-      begin: gives the parameters and the routing state that a run begins with, where they live.
+      begin: gives what a run begins with, where it lives.
       seed: of fresh adapters.
+      hooks: what is done around every step, in this order.
 
     Returns:
       The state at the end, adapters merged into the parameters.
@@ -124,12 +125,12 @@ def train(
     Raises:
       Stopped: after SIGTERM or SIGINT, once the state is on disk.
     """
-    checkpointer = Checkpointer(workdir / "checkpoints", keep=config.keep_checkpoints)
+    checkpointer = Checkpointer(workdir / CHECKPOINTS, keep=config.keep_checkpoints)
     try:
         restored = restore(checkpointer, layout, stages)
+        made = programs(layout, stages)
         if restored is None:
-            params, routing = begin()
-            restored = _begin_stage(layout, stages, 0, params, routing, seed), Position()
+            restored = made[0].begin(begin(), _key(seed, 0)), Position()
         state, position = restored
         total = sum(stage.steps for stage in stages)
         lead = jax.process_index() == 0  # the one process that writes the log and talks
@@ -138,89 +139,19 @@ def train(
             Progress(total, position.global_step, quiet=not lead) as progress,
             _signals() as stop,
         ):
-            probe = Probe(layout, _first_batch(open_stream(stages[0]))) if config.churn else None
-            run = Session(layout, config, checkpointer, writer, progress, stop, seed, probe)
+            run = Session(
+                layout, made, open_stream, hooks, config, checkpointer, writer, progress, stop, seed
+            )
             while position.stage < len(stages):
-                state, position = _run_stage(run, stages, open_stream, state, position)
-        return merge_adapters(layout, stages[-1], state)
+                state, position = _run_stage(run, state, position)
+        return made[-1].merge(state)
     finally:
         checkpointer.close()
 
 
-def _first_batch(stream: Stream) -> Batch:
-    """What a stream begins with; it is closed."""
-    with contextlib.closing(stream):
-        return next(stream)
-
-
-def merge_adapters(layout: Layout, stage: Stage, state: TrainState) -> TrainState:
-    """The state with the stage's adapters added to their weights, and none left; it consumes ``state``."""
-    if stage.lora is None:
-        return state
-    paths = set(lora.select(stage.lora, layout.params, layout.roles))
-    weights, rest = params_lib.split(state.params, paths)
-    targets = jax.tree.map(lambda leaf: leaf.sharding, params_lib.split(layout.params, paths)[0])
-    add = functools.partial(lora.merge, scale=stage.lora.scale, roles=layout.roles)
-    merge = jax.jit(add, donate_argnums=0, out_shardings=targets)
-    weights = merge(weights, state.adapters)
-    return dataclasses.replace(state, params=params_lib.merge(weights, rest), adapters={})
-
-
-def _training_tree(state: TrainState) -> dict[str, Any]:
-    tree = {"step": state.step, "optimizer": state.optimizer, "routing": state.routing}
-    return {**tree, "adapters": state.adapters} if state.adapters else tree
-
-
-def _optimizer_of(stage: Stage, layout: Layout):
-    paths = trainable_paths(stage, layout.params)
-    adapters = params_lib.flatten(adapter_shapes(stage, layout.params, layout.roles))
-    roles = layout.roles | dict.fromkeys(adapters, lora.FACTOR)
-    return make_optimizer(stage.optimizer, paths | adapters.keys(), roles), paths
-
-
-def _abstract_optimizer(layout: Layout, stage: Stage) -> Any:
-    """Shapes and shardings of the optimiser state: moments live where their parameters live."""
-    optimizer, paths = _optimizer_of(stage, layout)
-    trained, _ = split_trained(layout.params, adapter_shapes(stage, layout.params, layout.roles), paths)
-
-    shardings = {path: leaf.sharding for path, leaf in params_lib.flatten(trained).items()}
-
-    def placed(path: tuple[Any, ...], leaf: Any) -> jax.ShapeDtypeStruct:
-        # A moment hangs in the state under the keys of its parameter, whatever stands before them.
-        keys = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
-        ends = ("/".join(keys[start:]) for start in range(len(keys)))
-        sharding = next((shardings[end] for end in ends if end in shardings), layout.replicated)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    return jax.tree_util.tree_map_with_path(placed, jax.eval_shape(optimizer.init, trained))
-
-
-def _begin_stage(
-    layout: Layout, stages: tuple[Stage, ...], number: int, params: Any, routing: State, seed: int
-) -> TrainState:
-    """Fresh adapters, and fresh optimiser state for all that the stage trains."""
-    stage = stages[number]
-    optimizer, paths = _optimizer_of(stage, layout)
-    adapters = {}
-    if stage.lora is not None:
-        targets = jax.tree.map(lambda leaf: leaf.sharding, adapter_shapes(stage, layout.params, layout.roles))
-        key = jax.random.fold_in(jax.random.key(seed), number)
-        init = functools.partial(lora.init, stage.lora, layout.params, layout.roles)
-        adapters = jax.jit(init, out_shardings=targets)(key)
-    trained, _ = split_trained(params, adapters, paths)
-    targets = jax.tree.map(lambda leaf: leaf.sharding, _abstract_optimizer(layout, stage))
-    state = jax.jit(optimizer.init, out_shardings=targets)(trained)
-    step = jax.device_put(jnp.zeros((), jnp.int32), layout.replicated)
-    load = _running_load(layout, None)
-    return TrainState(step, params, state, jax.device_put(routing, layout.replicated), adapters, load=load)
-
-
-def _running_load(layout: Layout, recorded: list[list[float]] | None) -> jax.Array | None:
-    """The running load that a checkpoint recorded, or zeros; None for a model without experts."""
-    config = layout.model.config
-    shape = (config.num_sparse_layers, config.moe.num_experts)
-    value = np.zeros(shape, np.float32) if recorded is None else np.asarray(recorded, np.float32)
-    return jax.device_put(value, layout.replicated) if shape[0] else None
+def _key(seed: int, stage: int) -> jax.Array:
+    """Of the fresh adapters of a stage."""
+    return jax.random.fold_in(jax.random.key(seed), stage)
 
 
 def restore(
@@ -234,27 +165,17 @@ def restore(
     Raises:
       CheckpointError: there are checkpoints, and none of them can be used.
     """
-    routing = init_routing_state(layout.model.config)
 
     def abstract(record: dict[str, Any]) -> Any:
         stage = stage_at(stages, Position(**record["position"]))
-        adapters = adapter_shapes(stage, layout.params, layout.roles)
-        return {
-            "step": jax.ShapeDtypeStruct((), jnp.int32, sharding=layout.replicated),
-            "optimizer": _abstract_optimizer(layout, stage),
-            "routing": jax.tree.map(
-                lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=layout.replicated), routing
-            ),
-            **({"adapters": adapters} if adapters else {}),
-        }
+        return saved.abstract(Program.of(layout, stage), record)
 
     restored = checkpointer.restore(params=layout.params, training_of=abstract, before=before)
     if restored is None:
         return None
     step, params, training, record = restored
     logger.info("resumed from checkpoint %d", step)
-    load = _running_load(layout, record.get("load"))
-    return TrainState(params=params, load=load, **training), Position(**record["position"])
+    return saved.from_saved(layout, params, training, record), Position(**record["position"])
 
 
 def stage_at(stages: tuple[Stage, ...], position: Position) -> Stage:
@@ -262,62 +183,43 @@ def stage_at(stages: tuple[Stage, ...], position: Position) -> Stage:
     return stages[min(position.stage, len(stages) - 1)]
 
 
-def _run_stage(
-    run: Session,
-    stages: tuple[Stage, ...],
-    open_stream: Callable[[Stage], Stream],
-    state: TrainState,
-    position: Position,
-) -> tuple[TrainState, Position]:
+def _run_stage(run: Session, state: TrainState, position: Position) -> tuple[TrainState, Position]:
     """Runs one stage from ``position`` to its end, and moves on to the beginning of the next."""
-    layout, stage = run.layout, stages[position.stage]
-    optimizer, paths = _optimizer_of(stage, layout)
+    layout, program = run.layout, run.programs[position.stage]
+    stage = program.stage
     run.progress.announce(stage.name, stage.steps, trainable_table(stage, layout.params, layout.roles))
-    stream = open_stream(stage)
-    if position.data is not None:
-        stream.set_state(position.data)
-    lora_scale = 1.0 if stage.lora is None else stage.lora.scale
-    step = make_train_step(
-        layout.model,
-        optimizer,
-        trainable=paths,
-        accumulation=stage.accumulation,
-        lora_scale=lora_scale,
-        objective=stage.objective,
-        roles=layout.roles,
-    )
-    rate = schedule(stage.optimizer, stage.steps)
-    clock = _Clock()
-    try:
-        with sharding.use_mesh(layout.mesh, layout.rules):
-            compiled = jax.jit(step, donate_argnums=0)
-            while position.step < stage.steps:
-                with clock.waiting():
-                    batch = next(stream)
-                learning_rate = float(np.asarray(rate(position.step)))
-                position.step += 1
-                position.global_step += 1
-                probe = run.probe if _routing_due(run, stage, position) else None
-                before = None if probe is None else probe.look(state, lora_scale=lora_scale)
-                state, metrics = compiled(state, put_batch(batch, layout), np.float32(learning_rate))
-                if probe is not None and before is not None:
-                    metrics |= probe.compare(before, probe.look(state, lora_scale=lora_scale))
-                _report(run, stage, position, batch, metrics, learning_rate, clock, stream.skipped)
-                ends = position.step == stage.steps
-                stopped = _asked_to_stop(run, position.global_step)
-                if stopped or (position.global_step % run.config.checkpoint_every == 0 and not ends):
-                    position.data = stream.get_state()
-                    if not ends:
-                        _save(run, state, position)
-                if stopped and not ends:
-                    run.checkpointer.wait()
-                    raise Stopped(stopped, position.global_step)
-    finally:
-        stream.close()
+    stream = run.open_stream(stage)
+    rate, clock = schedule(stage.optimizer, stage.steps), _Clock()
+    with contextlib.closing(stream), sharding.use_mesh(layout.mesh, layout.rules):
+        if position.data is not None:
+            stream.set_state(position.data)
+        while position.step < stage.steps:
+            with clock.waiting():
+                batch = next(stream)
+            learning_rate = float(np.asarray(rate(position.step)))
+            position.step += 1
+            position.global_step += 1
+            moment = Moment(stage, position.step, position.global_step)
+            for hook in run.hooks:
+                hook.before_step(state, moment)
+            state, metrics = program.step(state, put_batch(batch, layout), np.float32(learning_rate))
+            for hook in run.hooks:
+                metrics = hook.after_step(state, metrics, moment)
+            _report(run, moment, batch, metrics, learning_rate, clock, stream.skipped)
+            ends = position.step == stage.steps
+            stopped = _asked_to_stop(run, position.global_step)
+            if stopped or (position.global_step % run.config.checkpoint_every == 0 and not ends):
+                position.data = stream.get_state()
+                if not ends:
+                    _save(run, state, position)
+            if stopped and not ends:
+                run.checkpointer.wait()
+                raise Stopped(stopped, position.global_step)
     position = Position(stage=position.stage + 1, global_step=position.global_step)
-    if position.stage < len(stages):
-        state = merge_adapters(layout, stage, state)
-        state = _begin_stage(layout, stages, position.stage, state.params, state.routing, run.seed)
+    if position.stage < len(run.programs):
+        state = program.merge(state)
+        variables = Variables(state.params, state.routing, state.collections)
+        state = run.programs[position.stage].begin(variables, _key(run.seed, position.stage))
     _save(run, state, position)
     if stopped := _asked_to_stop(run, position.global_step):
         run.checkpointer.wait()
@@ -339,12 +241,9 @@ def _asked_to_stop(run: Session, step: int) -> int | None:
 
 
 def _save(run: Session, state: TrainState, position: Position) -> None:
-    # A few numbers, which a checkpoint that was written without them may lack.
-    load = {} if state.load is None else {"load": np.asarray(state.load).tolist()}
-    record = {"position": dataclasses.asdict(position), **load}
-    run.checkpointer.save(
-        position.global_step, params=state.params, training=_training_tree(state), record=record
-    )
+    training, record = saved.to_saved(state)
+    record = {"position": dataclasses.asdict(position), **record}
+    run.checkpointer.save(position.global_step, params=state.params, training=training, record=record)
 
 
 class _Clock:
@@ -382,8 +281,7 @@ class _Clock:
 
 def _report(
     run: Session,
-    stage: Stage,
-    position: Position,
+    moment: Moment,
     batch: Batch,
     metrics: dict[str, jax.Array],
     learning_rate: float,
@@ -392,22 +290,18 @@ def _report(
 ) -> None:
     """Writes this step's figures when they are due, and moves the progress line."""
     clock.count(batch)
-    step, last = position.global_step, position.step == stage.steps
+    step, stage = moment.global_step, moment.stage
     scalars: dict[str, float] = {}
-    if step % run.config.log_every == 0 or last or position.step == 1:
+    if moment.is_due(run.config.log_every) or moment.step == 1:
         fetched = {k: v for k, v in jax.device_get(metrics).items()}
         scalars = {k: float(v) for k, v in fetched.items() if np.ndim(v) == 0}
         scalars |= {"learning_rate": learning_rate, "skipped": float(sum(skipped.values()))} | clock.read()
         arrays = {}
-        if _routing_due(run, stage, position):
+        if moment.is_due(run.config.routing_every):
             arrays = {k: np.asarray(v).tolist() for k, v in fetched.items() if np.ndim(v) > 0}
         if run.writer is not None:
             run.writer.write(step, scalars, arrays, stage=stage.name)
     run.progress.update(step, scalars)
-
-
-def _routing_due(run: Session, stage: Stage, position: Position) -> bool:
-    return position.global_step % run.config.routing_every == 0 or position.step == stage.steps
 
 
 def _writer(

@@ -53,6 +53,12 @@ class OptimizerConfig:
             )
 
 
+def without_schedule(config: OptimizerConfig) -> OptimizerConfig:
+    """The config with everything at its default that only ``schedule`` reads."""
+    names = ("learning_rate", "schedule", "warmup_steps", "final_fraction")
+    return dataclasses.replace(config, **{name: getattr(OptimizerConfig, name) for name in names})
+
+
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """The learning rate as a function of the step within the stage: linear warm-up, then the named shape."""
     peak, rest = config.learning_rate, max(1, steps - config.warmup_steps)

@@ -2,45 +2,66 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 
 from vl_jax.batch import Batch
 from vl_jax.evaluate.routes import churn, routes
 from vl_jax.layout import Layout, put_batch
+from vl_jax.moe.stacks import Stacks, log_name
 from vl_jax.train import lora
-from vl_jax.train.step import TrainState
+from vl_jax.train.hooks import Moment
+from vl_jax.train.step import Metrics, TrainState
 
 
 class Probe:
-    """Tells how many of the batch's choices a training step changes."""
+    """Tells how many of the batch's choices a training step changes; a ``Hook``."""
 
-    def __init__(self, layout: Layout, batch: Batch):
+    def __init__(self, layout: Layout, batch: Batch, *, every: int = 1):
         """Takes the batch.
+
+        Args:
+          every: how many steps there are from one that is watched to the next.
 
         Raises:
           ValueError: the model has no experts.
         """
-        if not layout.model.config.num_sparse_layers:
+        self._stacks: Stacks = layout.model.config.stacks
+        if not self._stacks:
             raise ValueError("loop.churn=True: the model has no layers with experts")
-        self._batch = put_batch(batch, layout)
+        self._batch, self._every = put_batch(batch, layout), every
+        self._before: dict[str, jax.Array] = {}
 
-        def choose(state: TrainState, batch: Batch, scale: float) -> jax.Array:
+        def choose(state: TrainState, batch: Batch, scale: float) -> dict[str, jax.Array]:
             params = lora.merge(state.params, state.adapters, scale, layout.roles)
-            return routes(params, state.routing, batch, model=layout.model)
+            return routes(params, state.routing, batch, model=layout.model, collections=state.collections)
 
         self._choose = jax.jit(choose, static_argnums=2)
-        self._compare = jax.jit(functools.partial(churn, num_experts=layout.model.config.moe.num_experts))
+        self._compare = jax.jit(churn, static_argnames="num_experts")
 
-    def look(self, state: TrainState, *, lora_scale: float) -> jax.Array:
-        """The experts that the batch's tokens choose, ``i32[L B T K]``.
+    def before_step(self, state: TrainState, moment: Moment) -> None:
+        """Looks at the choices, if the step is watched."""
+        if moment.is_due(self._every):
+            self._before = self.look(state, lora_scale=moment.stage.lora_scale)
+
+    def after_step(self, state: TrainState, metrics: Metrics, moment: Moment) -> Metrics:
+        """Adds the share of choices that the step changed, if it is watched."""
+        if not moment.is_due(self._every):
+            return metrics
+        return metrics | self.compare(self._before, self.look(state, lora_scale=moment.stage.lora_scale))
+
+    def look(self, state: TrainState, *, lora_scale: float) -> dict[str, jax.Array]:
+        """The experts that the batch's tokens choose, ``i32[L B T K]`` by stack.
 
         Raises:
           ValueError: tokens of the scheme have no choice of their own.
         """
         return self._choose(state, self._batch, lora_scale)
 
-    def compare(self, before: jax.Array, after: jax.Array) -> dict[str, jax.Array]:
-        """The share of choices that are new, by layer: ``f32[L]``."""
-        return {"routing/churn": self._compare(before, after)}
+    def compare(self, before: dict[str, jax.Array], after: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """The share of choices that are new, ``f32[L]`` by the name it is logged with."""
+        return {
+            log_name(name, "churn", self._stacks): self._compare(
+                before[name], after[name], num_experts=stack.moe.num_experts
+            )
+            for name, stack in self._stacks.items()
+        }

@@ -12,9 +12,9 @@ from vl_jax.roles import Role
 from vl_jax.train import lora
 from vl_jax.train.lora import LoraConfig
 from vl_jax.train.objectives.next_token import NextToken
-from vl_jax.train.objectives.objective import Objective
-from vl_jax.train.objectives.together import NEEDS, Together
+from vl_jax.train.objectives.together import AnyObjective
 from vl_jax.train.optimizer import OptimizerConfig
+from vl_jax.train.step import StepWrapper
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +30,15 @@ class Stage:
     targets: Literal["all", "answers"] = "answers"  # which text tokens are predicted
     trainable: tuple[str, ...] = (".*",)  # patterns of parameter paths; the rest is frozen
     lora: LoraConfig | None = None  # adapters on frozen weights, merged into them when the stage ends
-    objective: Annotated[NextToken | Together | Objective, Open("objective", NEEDS)] = (
-        NextToken()
-    )  # what it minimises
+    objective: AnyObjective = NextToken()  # what it minimises
     optimizer: OptimizerConfig = OptimizerConfig()
+    # What changes the step, from the inside to the outside.
+    wrap: tuple[Annotated[StepWrapper, Open("step wrapper", ("__call__",))], ...] = ()
+
+    @property
+    def lora_scale(self) -> float:
+        """What adapters are multiplied by when they are merged."""
+        return 1.0 if self.lora is None else self.lora.scale
 
     def __post_init__(self):
         if self.steps < 1 or self.batch_size < 1 or self.accumulation < 1:

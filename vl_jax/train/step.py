@@ -9,8 +9,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -19,9 +20,9 @@ from jax.typing import ArrayLike
 
 from vl_jax import params as params_lib
 from vl_jax.batch import Batch
-from vl_jax.model import VisionLanguage, update_routing_state
-from vl_jax.moe import balance
-from vl_jax.moe.routing import EXCLUDED, ROUTES, State, scheme_of
+from vl_jax.moe import stacks
+from vl_jax.moe.routing import EXCLUDED, ROUTES, scheme_of
+from vl_jax.moe.stacks import RoutingState, Stacks
 from vl_jax.params import Leaf
 from vl_jax.roles import Role
 from vl_jax.train import lora
@@ -40,10 +41,25 @@ class TrainState:
     step: Leaf  # i32[] within the stage
     params: Leaf  # all parameters, trained or frozen
     optimizer: Leaf  # optimiser state of the trained leaves
-    routing: State  # state of the routing scheme, stacked over sparse layers
+    routing: RoutingState  # state of the routing schemes, by stack
     adapters: Leaf = struct.field(default_factory=dict)  # see ``lora``; empty without any
     collections: dict[str, Any] = struct.field(default_factory=dict)  # batch statistics and the like, by name
-    load: Leaf | None = None  # f32[L E] ``balance.running_load`` of the stage; None: not kept
+    load: dict[str, Leaf] = struct.field(default_factory=dict)  # f32[L E] running load of the stage, by stack
+
+
+Step = Callable[[TrainState, Batch, ArrayLike], tuple[TrainState, Metrics]]
+
+
+@runtime_checkable
+class StepWrapper(Protocol):
+    """Makes another step of a step, such as one that trains on mixed rows; it becomes one program with it.
+
+    A wrapper is a frozen dataclass, hence a value in an experiment file; it stands in a file of one's own.
+    """
+
+    def __call__(self, step: Step) -> Step:
+        """The step that takes the place of ``step``, and may call it; both are pure functions."""
+        ...
 
 
 def split_trained(params: Any, adapters: Any, trainable: set[str]) -> tuple[Any, Any]:
@@ -67,17 +83,23 @@ def split_rows(batch: Any, parts: int) -> Any:
     return jax.tree.map(split, batch)
 
 
-def given_rows(state: State, rows: int) -> State:
+def given_rows(state: RoutingState, rows: int) -> RoutingState:
     """What an intervention gives for every row of a batch, [L B ...], with rows first: [B L ...]."""
-    given = {name: state[name] for name in (EXCLUDED, ROUTES) if name in state}
-    return {name: jnp.moveaxis(x, 1, 0) for name, x in given.items() if x.shape[1] == rows}
+    return {
+        stack: {
+            name: jnp.moveaxis(of[name], 1, 0)
+            for name in (EXCLUDED, ROUTES)
+            if name in of and of[name].shape[1] == rows
+        }
+        for stack, of in state.items()
+    }
 
 
 def gradients(
     state: TrainState,
     batch: Batch,
     *,
-    model: VisionLanguage,
+    model: nn.Module,
     trainable: set[str],
     accumulation: int,
     lora_scale: float = 1.0,
@@ -88,23 +110,26 @@ def gradients(
     trained, frozen = split_trained(state.params, state.adapters, trainable)
     totals = objective.total(batch)
     rngs = None
-    if scheme_of(model.config.moe).rng:
+    if any(scheme_of(stack.moe).rng for stack in model.config.stacks.values()):  # pyright: ignore
         rngs = {"routing": jax.random.fold_in(jax.random.key(0), state.step)}
 
-    def minimised(trained: Any, part: tuple[Batch, State]) -> tuple[jax.Array, Sums]:
+    def minimised(trained: Any, part: tuple[Batch, RoutingState]) -> tuple[jax.Array, Sums]:
         rows, given = part
         params = lora.merge(*join_trained(trained, frozen, trainable), lora_scale, roles)
-        routing = state.routing | {name: jnp.moveaxis(x, 0, 1) for name, x in given.items()}
+        routing = {
+            stack: of | {name: jnp.moveaxis(x, 0, 1) for name, x in given.get(stack, {}).items()}
+            for stack, of in state.routing.items()
+        }
         found = objective(params, dataclasses.replace(state, routing=routing), rows, model=model, rngs=rngs)
-        losses = {name: value / totals[name] for name, value in found.losses.items()}
-        metrics = {name: value / totals[name] for name, value in found.metrics.items()}
+        losses = {name: value / total_of(name, totals) for name, value in found.losses.items()}
+        metrics = {name: value / total_of(name, totals) for name, value in found.metrics.items()}
         # What is a mean over the rows of a part has to become one over all.
         auxiliary = found.auxiliary / accumulation
         collections = jax.tree.map(lambda x: x / accumulation, found.collections)
         loss = weighted(losses, objective) + auxiliary
         return loss, Sums(losses, metrics, auxiliary, found.stats, collections)
 
-    def one_part(carry: Any, part: tuple[Batch, State]) -> tuple[Any, None]:
+    def one_part(carry: Any, part: tuple[Batch, RoutingState]) -> tuple[Any, None]:
         (_, parts), grads = jax.value_and_grad(minimised, has_aux=True)(trained, part)
         return jax.tree.map(jnp.add, carry, (grads, parts)), None
 
@@ -124,6 +149,11 @@ def gradients(
     return grads, {**metrics, "auxiliary_loss": parts.auxiliary}, parts
 
 
+def total_of(name: str, totals: Mapping[str, jax.Array]) -> jax.Array:
+    """The total of a loss or metric: by its name, or by what stands before its last slash."""
+    return totals[name] if name in totals else totals[name.rpartition("/")[0]]
+
+
 def weighted(losses: dict[str, jax.Array], objective: Objective) -> jax.Array:
     """The sum of the losses, each times its weight."""
     terms = (value * objective.weights[name] for name, value in losses.items())
@@ -131,7 +161,7 @@ def weighted(losses: dict[str, jax.Array], objective: Objective) -> jax.Array:
 
 
 def make_train_step(
-    model: VisionLanguage,
+    model: nn.Module,
     optimizer: optax.GradientTransformation,
     *,
     trainable: set[str],
@@ -139,7 +169,7 @@ def make_train_step(
     lora_scale: float = 1.0,
     objective: Objective = NEXT_TOKEN,
     roles: Mapping[str, Role] = NO_ROLES,
-) -> Callable[[TrainState, Batch, ArrayLike], tuple[TrainState, Metrics]]:
+) -> Step:
     """The step of one stage, ``(state, batch, learning_rate)``, to be compiled by the caller.
 
     Args:
@@ -168,20 +198,16 @@ def make_train_step(
             objective=objective,
             roles=roles,
         )
-        stats = sums.stats
         trained, frozen = split_trained(state.params, state.adapters, trainable)
         with jax.numpy_dtype_promotion("standard"):  # optax multiplies counts with decay rates
             updates, optimizer_state = optimizer.update(grads, state.optimizer, trained)
         updates = jax.tree.map(lambda u: (learning_rate * u).astype(u.dtype), updates)
         trained = optax.apply_updates(trained, updates)
         metrics["grad_norm"] = optax.tree.norm(grads)
-        routing, load = state.routing, state.load
-        if stats is not None:
-            metrics |= balance.summarize(stats)
-            if load is not None:
-                load = balance.running_load(load, stats)
-                metrics["routing/maxvio_running"] = balance.max_violation(load)
-            routing = update_routing_state(routing, stats, model.config)
+        parts: Stacks = model.config.stacks  # pyright: ignore[reportAttributeAccessIssue]
+        load = stacks.update_load(state.load, sums.stats)
+        metrics |= stacks.summarize(sums.stats, load, parts)
+        routing = stacks.update_state(state.routing, sums.stats, parts)
         params, adapters = join_trained(trained, frozen, trainable)
         collections = state.collections | sums.collections
         new = TrainState(state.step + 1, params, optimizer_state, routing, adapters, collections, load)

@@ -1,0 +1,155 @@
+"""What a stage computes, apart from the loop that runs it.
+
+    Program.of(layout, stage)
+        .begin(variables, key) -> state       fresh adapters and moments
+        .step(state, batch, learning rate)    compiled; consumes the state
+        .merge(state)                         adapters added to their weights
+        .abstract_optimizer                   what a checkpoint of the stage holds
+
+Stages that differ only in what they read, how long and how fast they train share one compiled step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from vl_jax import params as params_lib
+from vl_jax.layout import Layout, Variables
+from vl_jax.moe import stacks
+from vl_jax.train import lora
+from vl_jax.train.optimizer import make_optimizer, without_schedule
+from vl_jax.train.stages import Stage, adapter_shapes, trainable_paths
+from vl_jax.train.step import Step, TrainState, make_train_step, split_trained
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+    """The computations of one stage."""
+
+    layout: Layout
+    stage: Stage
+    trainable: set[str]  # paths of the parameters that train
+    adapters: dict[str, Any]  # shapes of the adapters, where each lives; empty without any
+    optimizer: optax.GradientTransformation
+    step: Step  # compiled when it is first called; consumes its state
+
+    @classmethod
+    def of(cls, layout: Layout, stage: Stage, others: Iterable[Program] = ()) -> Program:
+        """The program of a stage.
+
+        Args:
+          others: programs of the same layout, whose step it takes if it would compile the same.
+
+        Raises:
+          ValueError: a pattern of the stage matches no parameter, or its settings contradict each other.
+        """
+        trainable, adapters = (
+            trainable_paths(stage, layout.params),
+            adapter_shapes(stage, layout.params, layout.roles),
+        )
+        factors = params_lib.flatten(adapters)
+        roles = layout.roles | dict.fromkeys(factors, lora.FACTOR)
+        optimizer = make_optimizer(stage.optimizer, trainable | factors.keys(), roles)
+        same = next((p for p in others if computation(p.stage) == computation(stage)), None)
+        step = _compiled(layout, stage, trainable, optimizer) if same is None else same.step
+        return cls(layout, stage, trainable, adapters, optimizer, step)
+
+    @property
+    def abstract_optimizer(self) -> Any:
+        """Shapes and shardings of the optimiser state: moments live where their parameters live."""
+        trained, _ = split_trained(self.layout.params, self.adapters, self.trainable)
+        shardings = {path: leaf.sharding for path, leaf in params_lib.flatten(trained).items()}
+
+        def placed(path: tuple[Any, ...], leaf: Any) -> jax.ShapeDtypeStruct:
+            # A moment hangs in the state under the keys of its parameter, whatever stands before them.
+            keys = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
+            ends = ("/".join(keys[start:]) for start in range(len(keys)))
+            sharding = next((shardings[end] for end in ends if end in shardings), self.layout.replicated)
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+        return jax.tree_util.tree_map_with_path(placed, jax.eval_shape(self.optimizer.init, trained))
+
+    def begin(self, variables: Variables, key: jax.Array) -> TrainState:
+        """The state at the beginning: fresh adapters, and fresh optimiser state for all that trains."""
+        layout, params, adapters = self.layout, variables.params, {}
+        if self.stage.lora is not None:
+            init = functools.partial(lora.init, self.stage.lora, layout.params, layout.roles)
+            adapters = jax.jit(init, out_shardings=_shardings(self.adapters))(key)
+        trained, _ = split_trained(params, adapters, self.trainable)
+        moments = jax.jit(self.optimizer.init, out_shardings=_shardings(self.abstract_optimizer))(trained)
+        step, routing, collections, load = jax.device_put(
+            (
+                jnp.zeros((), jnp.int32),
+                variables.routing,
+                dict(variables.collections),
+                stacks.init_load(layout.model.config.stacks),
+            ),
+            layout.replicated,
+        )
+        return TrainState(step, params, moments, routing, adapters, collections, load)
+
+    def merge(self, state: TrainState) -> TrainState:
+        """The state with its adapters added to their weights, and none left; it consumes ``state``."""
+        if self.stage.lora is None:
+            return state
+        layout, config = self.layout, self.stage.lora
+        paths = set(lora.select(config, layout.params, layout.roles))
+        weights, rest = params_lib.split(state.params, paths)
+        targets = _shardings(params_lib.split(layout.params, paths)[0])
+        add = functools.partial(lora.merge, scale=config.scale, roles=layout.roles)
+        weights = jax.jit(add, donate_argnums=0, out_shardings=targets)(weights, state.adapters)
+        return dataclasses.replace(state, params=params_lib.merge(weights, rest), adapters={})
+
+
+def programs(layout: Layout, stages: Iterable[Stage]) -> tuple[Program, ...]:
+    """The program of every stage; those that compute the same have one step."""
+    made: list[Program] = []
+    for stage in stages:
+        made.append(Program.of(layout, stage, made))
+    return tuple(made)
+
+
+def computation(stage: Stage) -> Stage:
+    """The stage with everything at rest that its compiled step does not depend on.
+
+    What is named here makes no difference to the step, or is an argument of it; whatever a stage may have
+    besides counts. The number of rows is a shape, by which ``jit`` compiles anew itself.
+    """
+    return dataclasses.replace(
+        stage,
+        name="",
+        steps=1,
+        batch_size=stage.accumulation,
+        sources=(),
+        weights=(),
+        targets="all",
+        optimizer=without_schedule(stage.optimizer),
+    )
+
+
+def _compiled(
+    layout: Layout, stage: Stage, trainable: set[str], optimizer: optax.GradientTransformation
+) -> Step:
+    step = make_train_step(
+        layout.model,
+        optimizer,
+        trainable=trainable,
+        accumulation=stage.accumulation,
+        lora_scale=stage.lora_scale,
+        objective=stage.objective,
+        roles=layout.roles,
+    )
+    for wrapper in stage.wrap:
+        step = wrapper(step)
+    return jax.jit(step, donate_argnums=0)
+
+
+def _shardings(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
