@@ -17,6 +17,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Converts, and prints what was left out."""
-    from vl_jax import conversion
+    from vl_jax.commands import conversion
 
     conversion.run(load_experiment(arguments), arguments.source, arguments.target)

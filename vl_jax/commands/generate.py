@@ -31,19 +31,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ConfigError("--draw needs --image, on which it draws")
     if arguments.model is not None and arguments.audio is not None:
         raise ConfigError("--audio is for --workdir: a run says how its model hears")
-    if arguments.model is not None:
-        text = _stream(arguments)
-    else:
-        from vl_jax import runs
-
-        text = runs.answer(
-            arguments.workdir,
-            prompt=arguments.prompt,
-            image=arguments.image,
-            audio=arguments.audio,
-            max_new_tokens=arguments.max_new_tokens,
-        )
-        print(text)
+    text = _stream(arguments)
     if arguments.draw is not None:
         _draw(text, arguments.image, arguments.draw)
 
@@ -63,15 +51,17 @@ def _draw(text: str, image: Path, target: Path) -> None:
 
 
 def _stream(arguments: argparse.Namespace) -> str:
-    """Prints the answer of a published checkpoint as it grows, and returns it."""
-    from vl_jax import from_pretrained
+    """Prints the answer as it grows, and returns it."""
+    from vl_jax import ask
 
-    mark = "<image>\n" if arguments.image else ""
-    message = {"role": "user", "content": mark + arguments.prompt}
-    images = [arguments.image] if arguments.image else []
-    model = from_pretrained(arguments.model)
+    model = ask.of_run(arguments.workdir) if arguments.workdir else ask.of_published(arguments.model)
     pieces = []
-    for piece in model.stream([message], images, max_new_tokens=arguments.max_new_tokens):
+    for piece in model.stream(
+        arguments.prompt,
+        image=arguments.image,
+        audio=arguments.audio,
+        max_new_tokens=arguments.max_new_tokens,
+    ):
         print(piece, end="", flush=True)
         pieces.append(piece)
     print()
