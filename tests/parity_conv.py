@@ -27,6 +27,11 @@ def channels_first(x: Any) -> jax.Array:
     return jnp.moveaxis(jnp.asarray(x), -1, 1)
 
 
+def shown(module: nn.Module, method: str) -> bool:
+    """Whether what a method gives is captured: that of calls, and the grids inside an encoder."""
+    return method in ("__call__", "stages")
+
+
 class Loaded:
     """A module with the weights of a fixture, whose collections are the top of the tree of the rules."""
 
@@ -55,7 +60,11 @@ class Loaded:
         @jax.jit
         def run(variables: Any) -> Any:
             return self.module.apply(
-                variables, self.pixels, capture_intermediates=True, mutable=["intermediates"]
+                variables,
+                self.pixels,
+                method="stages",
+                capture_intermediates=True,
+                mutable=["intermediates"],
             )
 
         output, captured = run(self.variables)
@@ -67,7 +76,8 @@ class Loaded:
         frozen = {name: tree for name, tree in self.variables.items() if name != "params"}
 
         def value(params: Any) -> jax.Array:
-            return jnp.sum(main(self.module.apply({**frozen, "params": params}, self.pixels)) * cotangent)
+            output = self.module.apply({**frozen, "params": params}, self.pixels, method="stages")
+            return jnp.sum(main(output) * cotangent)
 
         tree = {"params": jax.jit(jax.grad(value))(self.variables["params"])}
         # A thousand terms of either sign: in float32 their sum would lose more than the recording allows.

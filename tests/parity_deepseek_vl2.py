@@ -23,8 +23,8 @@ from vl_jax.interop import rules
 from vl_jax.interop.deepseek_vl2 import deepseek_vl2_rules, projector_rules, read_deepseek_vl2, read_projector
 from vl_jax.interop.language import language_stacks, read_rope
 from vl_jax.interop.vision import IGNORED, read_vision, vision_rules
-from vl_jax.layout import abstract, smallest_batch
-from vl_jax.model import VisionLanguage, init_cache
+from vl_jax.layout import abstract
+from vl_jax.model import LANGUAGE, VisionLanguage, init_cache
 from vl_jax.moe import routing
 from vl_jax.moe.layer import DynamicMoE
 from vl_jax.nn import rope
@@ -47,12 +47,12 @@ class Model:
         self.config = read_deepseek_vl2(fixture.config)
         self.network = VisionLanguage(self.config)
         self.rules = deepseek_vl2_rules(self.config)
-        shapes = abstract(self.network)
+        shapes = abstract(self.config)
         if self.config.moe.scheme == "loss_free":
-            shape = (self.config.num_sparse_layers, self.config.moe.num_experts)
+            shape = (len(self.config.language.sparse_layers), self.config.moe.num_experts)
             shapes = {**shapes, "routing": {"bias": jax.ShapeDtypeStruct(shape, jnp.float32)}}
         tree = rules.read(self.plan(shapes), fixture.weights, shapes, ignored=IGNORED)
-        self.state = tree.pop("routing", {})
+        self.state = {LANGUAGE: tree.pop("routing", {})}
         self.params = tree
 
     def plan(self, tree: Any) -> rules.Plan:
@@ -67,7 +67,7 @@ class Model:
         def run(params: Any, batch: Batch) -> tuple:
             def whole(network: VisionLanguage) -> tuple:
                 output = network(batch, self.state)
-                return output.hidden, network.logits(output.hidden), output.routed
+                return output.hidden, network.logits(output.hidden), output.routed.get(LANGUAGE)
 
             return self.network.apply(
                 {"params": params}, method=whole, mutable=["intermediates"], capture_intermediates=True
@@ -80,7 +80,7 @@ class Model:
         rows, length = tokens.shape
         valid = np.ones_like(tokens, np.int32) if mask is None else mask.astype(np.int32)
         plain = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
-        small = jax.tree.map(lambda a: np.repeat(a, rows, axis=0), smallest_batch(self.config))
+        small = jax.tree.map(lambda a: np.repeat(a, rows, axis=0), self.config.smallest_batch(1))
         return dataclasses.replace(
             small,
             tokens=tokens.astype(np.int32),
@@ -126,8 +126,8 @@ class Model:
 
         def run(network: VisionLanguage) -> tuple:
             tiles = batch.tiles.reshape(-1, *batch.tiles.shape[2:])
-            features = network.encoder(tiles)
-            return features, network.adapter.project(features), network.embed(batch, network.see(batch))
+            features = network.encoder(tiles).tokens
+            return features, network.adapter.project(features), network.embed(batch, network.see(batch)[0])
 
         batch = jax.tree.map(jnp.asarray, batch)
         features, projected, embedded = self.network.apply({"params": self.params}, method=run)  # pyright: ignore
@@ -273,7 +273,7 @@ def _training(model: Model, recorded: Mapping[str, np.ndarray]) -> dict[str, Any
     def loss(params: Any) -> tuple[jax.Array, tuple]:
         def whole(network: VisionLanguage) -> tuple:
             output = network(batch, model.state)
-            return network.logits(output.hidden), output.routed
+            return network.logits(output.hidden), output.routed.get(LANGUAGE)
 
         logits, routed = network.apply({"params": params}, method=whole)  # pyright: ignore
         entropy = cross_entropy(logits, batch.tokens)
@@ -331,12 +331,12 @@ def run_vision(fixture: Any) -> dict[str, Any]:
     encoder, pixels = ViT(config), jnp.moveaxis(jnp.asarray(fixture.arrays["io/images"]), 1, -1)
     shapes = jax.eval_shape(lambda: encoder.init(jax.random.key(0), pixels)["params"])
     params = _read(vision_rules("vision", source="vision."), fixture.weights, _unboxed(shapes))
-    features, captured = encoder.apply(
+    encoded, captured = encoder.apply(
         {"params": params}, pixels, mutable=["intermediates"], capture_intermediates=True
     )  # pyright: ignore
     seen = captured["intermediates"]
     blocks = first_of(seen["blocks"]["__call__"])
-    found = {"features": features, "after_pos_embed": seen["embedded"][0]}
+    found = {"features": encoded.tokens, "after_pos_embed": seen["embedded"][0]}
     found["patch_embed"] = first_of(seen["stem"]["__call__"])
     found |= {f"block_{i}": block for i, block in enumerate(blocks)}
     return {f"io/{name}": value for name, value in found.items()}

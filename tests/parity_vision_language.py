@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import parity_vision
-from parity_conv import channels_first, sam_modules
+from parity_conv import channels_first, sam_modules, shown
 from parity_language import Seen, cross_entropy, routed_everywhere, training
 from parity_processor import image_processor_outputs
 from parity_vision import channels_last
@@ -28,7 +28,7 @@ from vl_jax.interop.vision_language import (
 )
 from vl_jax.language.decoder import LayerContext
 from vl_jax.layout import abstract
-from vl_jax.model import VisionLanguage
+from vl_jax.model import LANGUAGE, VisionLanguage
 
 Found = dict[str, Any]
 
@@ -43,12 +43,12 @@ class Model:
         self.config = read_vision_language(fixture.config)
         self.network = VisionLanguage(self.config)
         self.rules = vision_language_rules(fixture.config, fixture.weights)
-        shapes = abstract(self.network)
+        shapes = abstract(self.config)
         if self.config.moe.scheme == "loss_free":
-            shape = (self.config.num_sparse_layers, self.config.moe.num_experts)
+            shape = (len(self.config.language.sparse_layers), self.config.moe.num_experts)
             shapes = {**shapes, "routing": {"bias": jax.ShapeDtypeStruct(shape, jnp.float32)}}
         tree = rules.read(self.plan(shapes), fixture.weights, shapes, ignored=IGNORED)
-        self.state = tree.pop("routing", {})
+        self.state = {LANGUAGE: tree.pop("routing", {})}
         self.params = tree
         self.pixels = channels_last(self.arrays["in_pixel_values"])
         high = self.arrays.get("in_high_res_pixel_values")
@@ -105,7 +105,7 @@ class Model:
         """What a method gives, and what modules showed on the way."""
         output, captured = jax.jit(
             lambda params: self.network.apply(
-                {"params": params}, method=method, mutable=["intermediates"], capture_intermediates=True
+                {"params": params}, method=method, mutable=["intermediates"], capture_intermediates=shown
             )
         )(self.params)  # pyright: ignore[reportGeneralTypeIssues]
         return output, captured["intermediates"]
@@ -122,7 +122,7 @@ def _images(model: Model) -> Found:
     """What becomes of the images."""
 
     def project(network: VisionLanguage) -> jax.Array:
-        return network.adapter.project(network.encode(model.pixels, model.high_pixels))
+        return network.adapter.project(network.encode(model.pixels, model.high_pixels).tokens)
 
     tokens, captured = model.show(project)
     inside = parity_vision.seen(captured["encoder"])
@@ -158,7 +158,7 @@ def _high_resolution(model: Model, flat: Found) -> Found:
     first = config.encoder.global_layers[0]
     return found | {
         f"{prefix}model.last_hidden_state": found[f"{inner}neck"],
-        f"{prefix}model.hidden_states.{first + 1}": flat["high/encoder"][0].first_global,
+        f"{prefix}model.hidden_states.{first + 1}": flat["high/encoder/stages"][0].first_global,
         f"{prefix}neck": channels_first(flat["high/neck"][0]),
         f"{prefix}proj": channels_first(flat["high/reduce"][0]),
         f"{prefix}proj@call1": channels_first(flat["high/reduce"][1]),
@@ -187,7 +187,7 @@ def _text(model: Model) -> Found:
     )
 
     def decode(network: VisionLanguage) -> tuple:
-        x = network.embed(batch, network.see(batch))
+        x = network.embed(batch, network.see(batch)[0])
         hidden, _, _ = network.language(x, context, model.state, None)
         return network.language.embed(batch.tokens), x, hidden, network.logits(hidden)
 

@@ -19,7 +19,7 @@ from vl_jax.encoders.adapter import Adapter, AdapterConfig, gather_visual, pixel
 from vl_jax.encoders.high_resolution import HighResolutionConfig
 from vl_jax.encoders.sam import SAMConfig
 from vl_jax.kernels.activation import FUNCTIONS
-from vl_jax.layout import abstract, plan_layout, put_batch, smallest_batch
+from vl_jax.layout import abstract, plan_layout, put_batch
 from vl_jax.model import VisionLanguage
 from vl_jax.sharding import MeshConfig, make_mesh
 
@@ -141,7 +141,7 @@ HYBRID = dataclasses.replace(
 
 def pictures(rows: int, tiles: int = 2) -> Any:
     """A batch of rows that see all of their tiles, one token after the other."""
-    small = smallest_batch(HYBRID, rows=rows)
+    small = HYBRID.smallest_batch(rows)
     levels = np.random.default_rng(0).integers(0, 256, (rows, tiles, *small.tiles.shape[2:]))
     index = np.broadcast_to(np.arange(16 * tiles, dtype=np.int32), (rows, 16 * tiles))
     return small.replace(
@@ -155,11 +155,11 @@ def pictures(rows: int, tiles: int = 2) -> Any:
 
 @functools.cache
 def hybrid_params() -> Any:
-    return filled(abstract(VisionLanguage(HYBRID)))
+    return filled(abstract(HYBRID))
 
 
 def see(params: Any, batch: Any) -> jax.Array:
-    return jnp.asarray(VisionLanguage(HYBRID).apply({"params": params}, batch, method="see"))
+    return jnp.asarray(VisionLanguage(HYBRID).apply({"params": params}, batch, method="see")[0])  # type: ignore[index]
 
 
 @pytest.mark.slow
@@ -180,7 +180,7 @@ def test_a_visual_token_has_gradient_from_both_pictures_of_its_tile_and_from_eve
 def test_a_hybrid_sees_the_same_on_many_devices():
     batch = pictures(8, tiles=1)
     expected = jax.jit(see)(hybrid_params(), jax.tree.map(jnp.asarray, batch))
-    layout = plan_layout(VisionLanguage(HYBRID), batch, make_mesh(MeshConfig(2, 2, 1, 2)))
+    layout = plan_layout(HYBRID, batch, make_mesh(MeshConfig(2, 2, 1, 2)))
     with sharding.use_mesh(layout.mesh, layout.rules):
         params = jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), hybrid_params(), layout.params)
         found = jax.jit(see)(params, put_batch(batch, layout))
@@ -189,9 +189,9 @@ def test_a_hybrid_sees_the_same_on_many_devices():
 
 @pytest.mark.parametrize("high", [None, jnp.zeros((1, 1, 12, 12, 3), jnp.uint8)])
 def test_a_hybrid_refuses_pixels_that_are_not_normalised(high: Any):
-    batch = smallest_batch(HYBRID).replace(high_tiles=high)
+    batch = HYBRID.smallest_batch(1).replace(high_tiles=high)
     with pytest.raises(ValueError, match="high_tiles=(None|uint8): .* normalised floats"):
-        jax.eval_shape(lambda params: see(params, batch), abstract(VisionLanguage(HYBRID)))
+        jax.eval_shape(lambda params: see(params, batch), abstract(HYBRID))
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def refused(capsys, *argv: str) -> str:
         ),
         (
             ["--config.data.tiling.tile_size=64"],
-            "config: data.tiling.tile_size=64 differs from model.encoder.image_size=32",
+            "config: data.tiling.tile_size=64 differs from the images of model.encoder, 32 x 32",
         ),
         (
             ["--config.model.language.vocab_size=100"],

@@ -286,7 +286,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("kind", PUBLISHED)
 def test_published_weights_come_back_as_they_were(kind: str):
     config = vision.read_contrastive({"model_type": kind, **PUBLISHED[kind]})
-    inputs = random(2, *config.vision.pixels), jnp.ones((2, 3), jnp.int32)
+    inputs = random(2, *config.vision.input_shape), jnp.ones((2, 3), jnp.int32)
     boxed = jax.eval_shape(lambda: Contrastive(config).init(jax.random.key(0), *inputs)["params"])
     targets = nn.meta.unbox(boxed)
     flat = {path: leaf.shape for path, leaf in params_lib.flatten(targets).items()}

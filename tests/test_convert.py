@@ -19,8 +19,8 @@ from vl_jax.interop.convert import convert
 from vl_jax.interop.folder import Weights, open_weights, read_config, write_folder
 from vl_jax.interop.pretrained import FAMILIES, Published, load_params, read_published, with_state
 from vl_jax.interop.safetensors import Entry
-from vl_jax.layout import abstract, plan_layout, smallest_batch
-from vl_jax.model import VisionLanguage, init_routing_state
+from vl_jax.layout import abstract, plan_layout
+from vl_jax.moe.stacks import init_state
 from vl_jax.runtime import lazy_array
 from vl_jax.sharding import MeshConfig, make_mesh
 
@@ -156,8 +156,8 @@ def test_routing_state_comes_back_in_its_own_dtype(tmp_path):
     config = family.config(fields)
     weights = Weights({}, {})
     model = Published(tmp_path, fields, config, family.rules(config, fields, weights), weights)
-    state = jax.eval_shape(lambda: init_routing_state(config))
-    tree = with_state(abstract(VisionLanguage(config)), state)
+    state = jax.eval_shape(lambda: init_state(config.stacks))["language"]
+    tree = with_state(abstract(config), state)
     entries = {
         key: Entry(entry.shape, np.dtype(np.float32 if "bias" in key else ml_dtypes.bfloat16))
         for key, entry in rules.layout(model.plan(tree), tree).items()
@@ -177,7 +177,7 @@ def test_parameters_of_a_conversion_are_restored_onto_devices(tmp_path, monkeypa
     convert(tmp_path / "published", tmp_path / "ours")
     source = read_published(tmp_path / "published")
     mesh = make_mesh(MeshConfig(1, 4, 2, 1))
-    layout = plan_layout(VisionLanguage(source.config), smallest_batch(source.config, rows=8), mesh)
+    layout = plan_layout(source.config, source.config.smallest_batch(8), mesh)
     step = {"step": jax.ShapeDtypeStruct((), np.int32, sharding=layout.replicated)}
     checkpointer = Checkpointer(tmp_path / "ours/checkpoints")
     restored = checkpointer.restore(params=layout.params, training_of=lambda _: step)
@@ -216,7 +216,7 @@ def test_a_conversion_whose_writing_fails_leaves_nothing(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is read from /proc")
-@pytest.mark.parametrize(("dtype", "layers"), [(ml_dtypes.bfloat16, 64), (np.float32, 32)])
+@pytest.mark.parametrize(("dtype", "layers"), [(ml_dtypes.bfloat16, 64)])
 def test_a_conversion_takes_the_memory_of_pieces_whatever_the_size_of_the_model(tmp_path, dtype, layers):
     width = 512
     size = {"layers": layers, "width": width, "vocabulary": 2 * layers * width}

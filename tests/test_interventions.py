@@ -62,7 +62,7 @@ def setting():
 def test_a_study_counts_what_the_model_does_and_takes_away(setting):
     config, layout, params, state = setting
     batches = [tiny.varied_batch(2), tiny.varied_batch(2)]
-    found = interventions.study(layout, params, state, batches, num_changes=5)
+    found = interventions.study(layout, params, state, batches, stack="language", num_changes=5)
     model = VisionLanguage(config)
     losses = [
         interventions.target_losses(params, state, jax.tree.map(jnp.asarray, b), model=model) for b in batches
@@ -93,7 +93,8 @@ def test_an_expert_nobody_chooses_can_be_taken_away_without_harm(setting):
     config, layout, params, state = setting
     bias = np.zeros((2, E), np.float32)
     bias[:, 3] = -50.0
-    found = interventions.study(layout, params, {"bias": jnp.asarray(bias)}, [tiny.varied_batch(2)])
+    routing_state = {"language": {"bias": jnp.asarray(bias)}}
+    found = interventions.study(layout, params, routing_state, [tiny.varied_batch(2)], stack="language")
     assert np.all(found.load[:, :, 3] == 0)
     np.testing.assert_allclose(found.knockout[:, 3], found.loss, rtol=1e-6)
     assert np.any(np.abs(found.knockout[:, :3] - found.loss) > 1e-6)
@@ -104,7 +105,7 @@ def test_a_scheme_without_choices_is_refused(setting):
     params, state = tiny.build(config)
     layout = tiny.layout_of(config)
     with pytest.raises(ValueError, match="'expert_choice': its tokens have no choice"):
-        interventions.study(layout, params, state, [tiny.varied_batch(2)])
+        interventions.study(layout, params, state, [tiny.varied_batch(2)], stack="language")
 
 
 @pytest.mark.slow

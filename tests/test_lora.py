@@ -20,7 +20,7 @@ from vl_jax import params as params_lib
 from vl_jax import sharding
 from vl_jax.batch import Batch
 from vl_jax.checkpoint import Checkpointer
-from vl_jax.layout import put_batch
+from vl_jax.layout import Variables, put_batch
 from vl_jax.model import VisionLanguage
 from vl_jax.roles import Role
 from vl_jax.sharding import MeshConfig
@@ -369,7 +369,7 @@ def train(workdir: Path, stages=STAGES, *, fail_at: tuple[str, int] = ("", 0)) -
         LAYOUT,
         stages,
         lambda stage: Batches(fail_at[1] if fail_at[0] == stage.name else None),
-        begin=lambda: jax.tree.map(jnp.copy, tiny.build(MODEL)),
+        begin=lambda: Variables(*jax.tree.map(jnp.copy, tiny.build(MODEL))),
         workdir=workdir,
         config=LoopConfig(checkpoint_every=2, keep_checkpoints=9, log_every=1),
         seed=3,
@@ -400,7 +400,7 @@ def test_a_stage_moves_adapters_and_leaves_the_weights_bit_identical(run, tmp_pa
     params, routing = tiny.build(MODEL)
     assert changed(params, state.params) == set()
     assert all(np.any(leaf) for leaf in jax.tree.leaves(state.adapters))
-    assert_moved_by_the_rate(routing["bias"], state.routing["bias"], steps=2)
+    assert_moved_by_the_rate(routing["language"]["bias"], state.routing["language"]["bias"], steps=2)
 
 
 @pytest.mark.slow
@@ -453,7 +453,7 @@ def test_the_routing_bias_moves_by_its_rate_when_all_weights_train():
     everything = set(params_lib.flatten(params))
     step = jax.jit(make_train_step(VisionLanguage(MODEL), optimizer, trainable=everything))
     after, _ = step(state, jax.tree.map(jnp.asarray, tiny.varied_batch(ROWS)), 0.1)
-    assert_moved_by_the_rate(routing["bias"], after.routing["bias"], steps=1)
+    assert_moved_by_the_rate(routing["language"]["bias"], after.routing["language"]["bias"], steps=1)
 
 
 def stage(*targets: str, trainable: tuple[str, ...] = ()) -> Stage:

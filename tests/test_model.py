@@ -41,7 +41,7 @@ def assert_close(a, b):
 @functools.partial(jax.jit, static_argnums=0)
 def _influence(model, params: Any, state: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
     network = VisionLanguage(model)
-    vision = network.apply({"params": params}, batch, method="see")
+    vision, _ = network.apply({"params": params}, batch, method="see")
     probe = jax.random.normal(jax.random.key(3), (model.language.embed_dim,))
 
     def probed(table: jax.Array, vision: jax.Array) -> jax.Array:
@@ -200,7 +200,8 @@ def test_cached_decoding_equals_the_full_forward_pass(scheme, fusion):
     params, state = tiny.build(model)
     rows = [[tiny.example(8, fusion=fusion, text=10)], [tiny.example(9, fusion=fusion, text=12)]]
     batch = jax.tree.map(jnp.asarray, tiny.batch(rows, fusion=fusion, left=True))
-    vision = jax.jit(functools.partial(VisionLanguage(model).apply, method="see"))({"params": params}, batch)
+    see = jax.jit(functools.partial(VisionLanguage(model).apply, method="see"))
+    vision, _ = see({"params": params}, batch)
     cache = init_cache(model, batch=4, slots=T + 3)  # more slots than tokens: the rest must stay unseen
     pieces = []
     # Prefill of ten tokens (it cuts through the picture of the prefix model), then one at a time.
@@ -259,6 +260,7 @@ def test_load_is_counted_once_per_choice_and_by_modality(scheme):
     stats = tiny.forward(model, batch)[1].stats
     valid, modality = batch.segment_ids > 0, np.asarray(batch.modality)
     expected = [int((valid & (modality == m)).sum()) for m in (TEXT, VISION)]
-    np.testing.assert_array_equal(stats.tokens, [expected] * model.num_sparse_layers)
-    np.testing.assert_array_equal(stats.load.sum(-1), 2 * np.array([expected] * model.num_sparse_layers))
-    np.testing.assert_allclose(stats.importance.sum(-1), [expected] * model.num_sparse_layers, rtol=1e-5)
+    layers = len(model.language.sparse_layers)
+    np.testing.assert_array_equal(stats.tokens, [expected] * layers)
+    np.testing.assert_array_equal(stats.load.sum(-1), 2 * np.array([expected] * layers))
+    np.testing.assert_allclose(stats.importance.sum(-1), [expected] * layers, rtol=1e-5)

@@ -19,8 +19,7 @@ from vl_jax.interop import pretrained
 from vl_jax.interop.deepseek_vl2 import read_deepseek_vl2
 from vl_jax.interop.folder import open_weights, write_folder
 from vl_jax.interop.safetensors import Entry, WeightsError
-from vl_jax.layout import abstract, put_batch, smallest_batch
-from vl_jax.model import VisionLanguage
+from vl_jax.layout import abstract, put_batch
 from vl_jax.sharding import MeshConfig, make_mesh
 
 TEXT = jnp.arange(1, 13, dtype=jnp.int32)[None]
@@ -37,7 +36,7 @@ MODELS = [
 
 def text_logits(model: pretrained.Pretrained) -> np.ndarray:
     rows = sharding.batch_axes(model.layout.mesh)
-    small = smallest_batch(model.model.config, rows=rows)
+    small = model.model.config.smallest_batch(rows)
     tokens = np.repeat(np.asarray(TEXT), rows, axis=0)
     batch = small.replace(
         tokens=tokens,
@@ -165,8 +164,10 @@ def test_published_models_have_their_published_number_of_parameters(size):
             "language_config": language,
         }
     )
-    tree = abstract(VisionLanguage(config))
-    bias = config.num_sparse_layers * config.moe.num_experts if config.moe.scheme == "loss_free" else 0
+    tree = abstract(config)
+    bias = (
+        len(config.language.sparse_layers) * config.moe.num_experts if config.moe.scheme == "loss_free" else 0
+    )
     assert params_lib.count(tree) + bias + UNUSED_HEAD == SIZES[size]
 
 

@@ -42,7 +42,7 @@ def test_looks_are_compared():
             probe.look(state_of(p, routing), lora_scale=1.0) for p in (params, params, turned)
         ]
         (unchanged,), (changed,) = (probe.compare(same, o).values() for o in (again, other))
-    assert unchanged.shape == (config.num_sparse_layers,)
+    assert unchanged.shape == (len(config.language.sparse_layers),)
     assert not unchanged.any() and changed.all()
 
 

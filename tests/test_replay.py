@@ -100,13 +100,17 @@ def test_a_model_follows_the_routes_of_another(scheme):
     (params, state), model = tiny.build(model_config), VisionLanguage(model_config)
     batch = jax.tree.map(jnp.asarray, tiny.varied_batch(2))
     changed = jax.tree.map(lambda p: p + 0.3 * jnp.cos(jnp.arange(p.size)).reshape(p.shape), params)
-    own = routes_of(params, state, batch, model=model)
-    others = routes_of(changed, state, batch, model=model)
+    own = routes_of(params, state, batch, model=model)["language"]
+    others = routes_of(changed, state, batch, model=model)["language"]
     assert own.shape == (2, *batch.tokens.shape, 2) and np.any(own != others)
-    given = {**state, routing.ROUTES: others}
-    np.testing.assert_array_equal(routes_of(params, given, batch, model=model), others)
+
+    def given(**extra: Any) -> Any:
+        return {"language": {**state["language"], **extra}}
+
+    followed = routes_of(params, given(**{routing.ROUTES: others}), batch, model=model)["language"]
+    np.testing.assert_array_equal(followed, others)
     losses = [
-        interventions.target_losses(params, {**state, **routes}, batch, model=model)
+        interventions.target_losses(params, given(**routes), batch, model=model)
         for routes in ({}, {routing.ROUTES: own}, {routing.ROUTES: others})
     ]
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
@@ -130,7 +134,7 @@ def test_every_micro_batch_gets_the_routes_of_its_rows():
     routes = jnp.asarray(np.argsort(noise, axis=-1)[..., :2], jnp.int32)
 
     def gradients_of(routes: jax.Array, accumulation: int) -> Any:
-        given = step.TrainState(0, params, None, {**state, routing.ROUTES: routes})
+        given = step.TrainState(0, params, None, {"language": {**state["language"], routing.ROUTES: routes}})
         options = {"model": model, "trainable": set(params_lib.flatten(params)), "accumulation": accumulation}
         return jax.jit(lambda batch: step.gradients(given, batch, **options))(batch)
 
@@ -138,7 +142,7 @@ def test_every_micro_batch_gets_the_routes_of_its_rows():
         gradients_of(routes, accumulation) for accumulation in (1, 2)
     )
     np.testing.assert_allclose(metrics_of_parts["loss"], metrics["loss"], rtol=1e-5)
-    np.testing.assert_array_equal(sums_of_parts.stats.load, sums.stats.load)
+    np.testing.assert_array_equal(sums_of_parts.stats["language"].load, sums.stats["language"].load)
     for a, b in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(jnp.abs(b).max() + 1e-6))
     assert abs(float(gradients_of(routes[:, ::-1], 2)[1]["loss"] - metrics["loss"])) > 1e-4

@@ -47,7 +47,7 @@ def make(config: ResNetConfig) -> Any:
 
 
 def see(config: ResNetConfig, variables: Any, pixels: jax.Array = PIXELS) -> ResNetOutput:
-    output = jax.jit(ResNet(config).apply)(variables, pixels)
+    output = jax.jit(functools.partial(ResNet(config).apply, method="stages"))(variables, pixels)
     assert isinstance(output, ResNetOutput)
     return output
 
@@ -178,7 +178,9 @@ def test_statistics_of_the_batch_normalise_it_and_move_the_running_ones():
 
 def test_every_layer_has_statistics_of_its_own():
     variables = make(TINY)
-    _, changed = ResNet(TINY, frozen=False).apply(variables, PIXELS, mutable=["batch_stats"])
+    _, changed = ResNet(dataclasses.replace(TINY, statistics="moving")).apply(
+        variables, PIXELS, mutable=["batch_stats"]
+    )
     before, after = (params_lib.flatten(tree["batch_stats"]) for tree in (variables, changed))
     assert before.keys() == after.keys()
     assert after["stage0_others/conv1/norm/mean"].shape == (2, 2)  # blocks, channels

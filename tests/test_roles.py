@@ -23,9 +23,9 @@ from vl_jax.encoders.text import TextEncoderConfig
 from vl_jax.encoders.vit import ViT, ViTConfig
 from vl_jax.language.encoder_decoder import EncoderDecoder, EncoderDecoderConfig, StackConfig
 from vl_jax.language.gqa import GQAConfig
-from vl_jax.layout import smallest_batch
-from vl_jax.model import VisionLanguage, VisionLanguageConfig, init_routing_state
+from vl_jax.model import VisionLanguage, VisionLanguageConfig
 from vl_jax.moe.routing import MoEConfig
+from vl_jax.moe.stacks import init_state
 from vl_jax.nn.layers import GatedMLP, fan_in, named
 from vl_jax.roles import ORDINARY, Role
 
@@ -66,8 +66,8 @@ def language(attention: Any, **options: Any) -> VisionLanguageConfig:
 
 
 def decoder(config: VisionLanguageConfig) -> Callable[[jax.Array], Any]:
-    batch = jax.tree.map(jnp.asarray, smallest_batch(config))
-    routing = init_routing_state(config)
+    batch = jax.tree.map(jnp.asarray, config.smallest_batch(1))
+    routing = init_state(config.stacks)
     return lambda key: VisionLanguage(config).init(key, batch, routing, method="initialize")
 
 

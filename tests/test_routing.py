@@ -212,7 +212,7 @@ def test_fan_out_counts_the_shards_of_a_tokens_choices():
     assert balance.fan_out_shards(8) == (1, 2, 4, 8)
     np.testing.assert_array_equal(stats.destinations, [3, 4, 4, 6])
     figures = balance.summarize(jax.tree.map(lambda a: a[None], stats))
-    np.testing.assert_allclose(figures["routing/fan_out"], [[1, 4 / 3, 4 / 3, 2]])
+    np.testing.assert_allclose(figures["fan_out"], [[1, 4 / 3, 4 / 3, 2]])
 
 
 def test_chance_of_single_batches_averages_out_of_the_running_load():
@@ -237,9 +237,9 @@ def test_summary_has_shares_within_each_modality_and_the_drop_rate():
         dropped=jnp.array([[1, 1]]),
     )
     figures = balance.summarize(one)
-    np.testing.assert_allclose(figures["routing/load"], [[[0.75, 0.25], [0.0, 1.0]]])
-    np.testing.assert_allclose(figures["routing/maxvio"], [0.25])
-    np.testing.assert_allclose(figures["routing/drop_rate"], [0.25])
+    np.testing.assert_allclose(figures["load"], [[[0.75, 0.25], [0.0, 1.0]]])
+    np.testing.assert_allclose(figures["maxvio"], [0.25])
+    np.testing.assert_allclose(figures["drop_rate"], [0.25])
 
 
 def test_activations_in_bfloat16_change_one_choice_in_five_hundred():

@@ -13,12 +13,12 @@ import pytest
 import test_step
 import tiny
 
-from vl_jax.model import VisionLanguageConfig, update_routing_state
+from vl_jax.model import LANGUAGE, VisionLanguageConfig
+from vl_jax.moe.stacks import update_state
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "experiments" / "my_router.py"
 # Schemes that keep state or draw noise, and the balance over whole steps, with fields of ``MoEConfig``.
 CASES: dict[str, dict[str, Any]] = {
-    "loss_free": {},
     "loss_free over steps": {"scheme": "loss_free", "balance_scope": "step", "balance_weight": 0.1},
     "modality_bias": {},
     "remoe": {"options": (("initial_l1", 0.1),)},
@@ -43,18 +43,18 @@ def test_state_losses_and_gradients_are_those_of_one_device_and_one_batch(case):
     expected = test_step.results(plain)
     if case == "remoe":  # the L1 weights drawn for the two layers have different signs: their losses cancel
         expected = (expected[0], {k: v for k, v in expected[1].items() if k != "auxiliary_loss"}, expected[2])
-    after = update_routing_state(state, jax.tree.map(jnp.asarray, expected[2]), plain)
+    after = update_state(state, jax.tree.map(jnp.asarray, expected[2]), plain.stacks)[LANGUAGE]
     ways = {
         "8 micro-batches, remat": test_step.results(model(case, remat="full"), accumulation=8),
         "8 devices": test_step.results(plain, test_step.MESHES["data2-expert4"]),
     }
     for name, found in ways.items():
         test_step.assert_same(found, expected)
-        again = update_routing_state(state, jax.tree.map(jnp.asarray, found[2]), plain)
+        again = update_state(state, jax.tree.map(jnp.asarray, found[2]), plain.stacks)[LANGUAGE]
         for key in again:
             # Counts, and what follows from them, are equal; averages of scores, which are of order one and
             # have either sign, up to the order of additions.
             off = 1e-6 if case == "expert_threshold" else 0
             np.testing.assert_allclose(again[key], after[key], rtol=off, atol=off, err_msg=f"{name}: {key}")
-    moved = [not np.array_equal(after[key], state[key]) for key in after]
+    moved = [not np.array_equal(after[key], state[LANGUAGE][key]) for key in after]
     assert all(moved)

@@ -58,7 +58,7 @@ def make(config: SAMConfig, pixels: Any) -> Any:
 
 
 def see(config: SAMConfig, params: Any, pixels: jax.Array, **options: Any) -> SAMOutput:
-    output = SAM(config, **options).apply({"params": params}, pixels)
+    output = SAM(config, **options).apply({"params": params}, pixels, method="stages")
     assert isinstance(output, SAMOutput)
     return output
 
@@ -209,7 +209,7 @@ def test_a_window_layer_sees_its_window_only():
     params = make(config, pixels)
 
     def before_neck(pixels: Any) -> jax.Array:
-        _, seen = SAM(config).apply({"params": params}, pixels, capture_intermediates=True)
+        _, seen = SAM(config).apply({"params": params}, pixels, method="stages", capture_intermediates=True)
         (layers, _), *_ = params_lib.flatten(seen["intermediates"])["window_layers/__call__"]
         return jnp.sum(layers[0, 0, 0, 4])
 
@@ -308,7 +308,7 @@ class Hybrid(nn.Module):
 
     @nn.compact
     def __call__(self, pixels: jax.Array, low: jax.Array) -> tuple[jax.Array, jax.Array]:
-        high = HighResolution(self.config, name="high")(pixels)
+        high = HighResolution(self.config, name="high")(pixels).tokens
         return high, HybridAligner(self.embed_dim, name="aligner")(low, high)
 
 
@@ -334,7 +334,7 @@ def test_the_hybrid_agrees_with_the_recording(recorded: Path):
     params = rules.read(table, open_weights(recorded), targets, ignored=others)
     (_, tokens), seen = jax.jit(
         lambda p: hybrid.apply(
-            {"params": p}, pixels, low, capture_intermediates=True, mutable=["intermediates"]
+            {"params": p}, pixels, low, capture_intermediates=parity_conv.shown, mutable=["intermediates"]
         )
     )(params)
     flat = {k.removesuffix("/__call__"): v for k, v in params_lib.flatten(seen["intermediates"]).items()}
@@ -343,7 +343,7 @@ def test_the_hybrid_agrees_with_the_recording(recorded: Path):
     first = config.encoder.global_layers[0]
     found |= {
         f"{MODEL}high_res_vision_model.last_hidden_state": found[f"{ENCODER}neck"],
-        f"{MODEL}high_res_vision_model.hidden_states.{first + 1}": flat["high/encoder"][0].first_global,
+        f"{MODEL}high_res_vision_model.hidden_states.{first + 1}": inside.first_global,
         f"{MODEL}high_res_vision_neck": parity_conv.channels_first(flat["high/neck"][0]),
         f"{MODEL}high_res_vision_proj": parity_conv.channels_first(flat["high/reduce"][0]),
         f"{MODEL}high_res_vision_proj@call1": parity_conv.channels_first(flat["high/reduce"][1]),
@@ -368,7 +368,7 @@ def test_the_share_of_early_features_begins_at_zero_and_learns():
     params = nn.meta.unbox(HighResolution(config).init(jax.random.key(0), pixels))["params"]
 
     def tokens(params: Any) -> jax.Array:
-        return jnp.asarray(HighResolution(config).apply({"params": params}, pixels))
+        return jnp.asarray(HighResolution(config).apply({"params": params}, pixels).tokens)  # type: ignore[union-attr]
 
     gradient = jax.grad(lambda p: jnp.sum(tokens(p)[..., 0]))(params)
     assert tokens(params).shape == (1, 4, config.output_dim)

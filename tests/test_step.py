@@ -17,7 +17,8 @@ from vl_jax import losses, sharding
 from vl_jax import params as params_lib
 from vl_jax.batch import Batch
 from vl_jax.layout import init_params, put_batch
-from vl_jax.model import VisionLanguage, VisionLanguageConfig, update_routing_state
+from vl_jax.model import LANGUAGE, VisionLanguage, VisionLanguageConfig
+from vl_jax.moe.stacks import update_state
 from vl_jax.sharding import MeshConfig
 from vl_jax.train.step import TrainState, gradients, make_train_step, split_rows
 
@@ -66,8 +67,8 @@ def assert_same(actual: Any, expected: Any) -> None:
     together. Moving every parameter by its last bit moves single leaves of this model by 1.5e-5; two programs
     may differ by twice that.
     """
-    grads, metrics, stats = actual
-    expected_grads, expected_metrics, expected_stats = expected
+    grads, metrics, counted = actual
+    expected_grads, expected_metrics, expected_counted = expected
     for name, value in expected_metrics.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
     assert grads.keys() == expected_grads.keys()
@@ -75,6 +76,7 @@ def assert_same(actual: Any, expected: Any) -> None:
     error = {p: np.linalg.norm(g - grads[p]) for p, g in expected_grads.items()}
     assert np.hypot.reduce(list(error.values())) <= 1e-5 * np.hypot.reduce(list(norm.values()))
     assert not {p: (error[p], norm[p]) for p in norm if error[p] > 3e-5 * norm[p]}
+    stats, expected_stats = counted[LANGUAGE], expected_counted[LANGUAGE]
     for name in ("load", "tokens", "dropped"):
         np.testing.assert_array_equal(getattr(stats, name), getattr(expected_stats, name), err_msg=name)
     np.testing.assert_allclose(stats.importance, expected_stats.importance, rtol=1e-5)
@@ -119,8 +121,8 @@ def test_the_routing_bias_after_a_step_is_the_same_however_it_was_computed():
         results(model, MESHES["data8"]),
         results(model, MESHES["data2-expert4"]),
     )
-    biases = [np.asarray(update_routing_state(state, way[2], model)["bias"]) for way in ways]
-    assert not np.array_equal(biases[0], state["bias"])
+    biases = [np.asarray(update_state(state, way[2], model.stacks)[LANGUAGE]["bias"]) for way in ways]
+    assert not np.array_equal(biases[0], state[LANGUAGE]["bias"])
     for bias in biases[1:]:
         np.testing.assert_array_equal(bias, biases[0])
 

@@ -67,7 +67,7 @@ def own(tmp_path: Path) -> Path:
 
 def evaluated(experiment: Experiment, workdir: Path) -> dict:
     layout = plan(experiment)
-    params, routing = first_weights(experiment, layout)
+    params, routing, _ = first_weights(experiment, layout)
     state = TrainState(0, params, None, routing)
     return runs.evaluate_task(experiment, layout, state, workdir, "heldout", 0)
 

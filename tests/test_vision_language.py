@@ -80,9 +80,9 @@ def published(kind: str, **options: Any) -> dict[str, Any]:
 
 def plan_of(config: Mapping[str, Any], keys: Any = ()) -> tuple[rules.Plan, Any]:
     model = read_vision_language(config)
-    shapes = abstract(VisionLanguage(model))
+    shapes = abstract(model)
     if model.moe.scheme == "loss_free":
-        bias = jax.ShapeDtypeStruct((model.num_sparse_layers, model.moe.num_experts), jnp.float32)
+        bias = jax.ShapeDtypeStruct((len(model.language.sparse_layers), model.moe.num_experts), jnp.float32)
         shapes = {**shapes, "routing": {"bias": bias}}
     sizes = {path: tuple(leaf.shape) for path, leaf in params_lib.flatten(shapes).items()}
     table = vision_language_rules(config, keys)
@@ -188,7 +188,7 @@ def test_llava_options_reach_encoder_and_projector():
     assert model.adapter == AdapterConfig(
         downsample=1, activation="quick_gelu", use_bias=False, separators=False
     )
-    shapes = params_lib.flatten(abstract(VisionLanguage(model)))
+    shapes = params_lib.flatten(abstract(model))
     assert shapes["adapter/layer_0/kernel"].shape == (16, 16) and "adapter/layer_0/bias" not in shapes
 
 
@@ -207,7 +207,7 @@ def test_llava_drops_the_first_token_of_any_encoder(vision: str, strategy: str, 
     network = VisionLanguage(read_vision_language(config))
 
     def run(network: VisionLanguage) -> jax.Array:
-        return network.adapter.project(network.encode(jnp.zeros((1, 8, 8, 3))))
+        return network.adapter.project(network.encode(jnp.zeros((1, 8, 8, 3))).tokens)
 
     found, _ = jax.eval_shape(lambda: network.init_with_output(jax.random.key(0), method=run))
     assert found.shape == (1, tokens, 16)

@@ -38,7 +38,7 @@ def random(*shape: int, seed: int = 0) -> jax.Array:
 
 
 def pixels(config: ViTConfig, *, seed: int = 0) -> jax.Array:
-    return random(2, *config.pixels, seed=seed)
+    return random(2, *config.input_shape, seed=seed)
 
 
 def shapes(config: ViTConfig, method: Any = "encode") -> dict[str, Any]:
@@ -65,7 +65,8 @@ def encode(config: ViTConfig, image: Any = None, *, params: Any = None, **option
 
 def features(config: ViTConfig, image: Any = None, *, params: Any = None) -> jax.Array:
     image = pixels(config) if image is None else image
-    return jax.jit(ViT(config).apply)({"params": make(config) if params is None else params}, image)  # type: ignore[return-value]
+    run = jax.jit(lambda params: ViT(config).apply({"params": params}, image).tokens)  # type: ignore[union-attr]
+    return run(make(config) if params is None else params)
 
 
 # What it computes.
@@ -86,7 +87,7 @@ def test_a_rest_smaller_than_a_patch_is_never_seen(stem: Any):
     config = dataclasses.replace(TINY, stem=stem)
     assert config.grid_shape == (3, 2)
     params = make(config)
-    gradient = jax.jit(jax.grad(lambda x: jnp.sum(ViT(config).apply({"params": params}, x) ** 2)))  # type: ignore[operator]
+    gradient = jax.jit(jax.grad(lambda x: jnp.sum(ViT(config).apply({"params": params}, x).tokens ** 2)))  # type: ignore[union-attr]
     seen = np.abs(gradient(pixels(config))).sum(axis=(0, 3)) > 0
     assert seen[:12, :8].all() and not seen[12:].any() and not seen[:, 8:].any()
 
@@ -94,7 +95,7 @@ def test_a_rest_smaller_than_a_patch_is_never_seen(stem: Any):
 @pytest.mark.parametrize("mean, std", [(0.5, 0.25), ((0.1, 0.2, 0.3), (0.5, 0.6, 0.7))])
 def test_grey_levels_and_normalised_floats_give_the_same_features(mean: Any, std: Any):
     config = dataclasses.replace(TINY, pixel_mean=mean, pixel_std=std)
-    levels = np.random.default_rng(0).integers(0, 256, (2, *config.pixels)).astype(np.uint8)
+    levels = np.random.default_rng(0).integers(0, 256, (2, *config.input_shape)).astype(np.uint8)
     floats = ((levels / 255 - np.asarray(mean)) / np.asarray(std)).astype(np.float32)
     assert_close(normalize(jnp.asarray(levels), mean=mean, std=std), floats)
     assert_close(features(config, jnp.asarray(levels)), features(config, jnp.asarray(floats)))
@@ -198,7 +199,7 @@ def test_remat_changes_neither_features_nor_gradients():
     config = dataclasses.replace(CLIP, feature_layers=(1, -1))
 
     def loss(params: Any, *, remat: bool) -> jax.Array:
-        return jnp.sum(ViT(config, remat=remat).apply({"params": params}, pixels(config)) ** 2)  # type: ignore[operator]
+        return jnp.sum(ViT(config, remat=remat).apply({"params": params}, pixels(config)).tokens ** 2)  # type: ignore[union-attr]
 
     plain, again = (
         jax.jit(jax.value_and_grad(functools.partial(loss, remat=remat)))(make(config))

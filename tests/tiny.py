@@ -26,8 +26,9 @@ from vl_jax.fusion.gate import CrossModalGateConfig
 from vl_jax.language.decoder import DecoderConfig
 from vl_jax.language.mla import MLAConfig
 from vl_jax.layout import Layout, plan_layout
-from vl_jax.model import FusionConfig, VisionLanguage, VisionLanguageConfig, init_routing_state
+from vl_jax.model import LANGUAGE, FusionConfig, VisionLanguage, VisionLanguageConfig
 from vl_jax.moe.routing import MoEConfig
+from vl_jax.moe.stacks import init_state
 from vl_jax.sharding import MeshConfig, make_mesh
 
 VOCAB, TILES, TILE_SIZE, TILE_TOKENS_SIDE = 48, 2, 8, 2
@@ -145,7 +146,7 @@ def varied_batch(rows: int, *, fusion: str = "prefix", seed: int = 0) -> Batch:
 def layout_of(model: VisionLanguageConfig, mesh: MeshConfig | None = None, *, devices: int = 1) -> Layout:
     """Where the parameters live; one device unless told otherwise."""
     chosen = make_mesh(mesh or MeshConfig(), devices=jax.devices()[:devices])
-    return plan_layout(VisionLanguage(model), varied_batch(8, fusion=model.fusion.kind), chosen)
+    return plan_layout(model, varied_batch(8, fusion=model.fusion.kind), chosen)
 
 
 @functools.cache
@@ -158,7 +159,7 @@ def build(model: VisionLanguageConfig) -> tuple[Any, Any]:
         return jnp.asarray(value)
 
     return params_lib.map_paths(draw, layout_of(model).params), params_lib.map_paths(
-        draw, init_routing_state(model)
+        draw, init_state(model.stacks)
     )
 
 
@@ -166,15 +167,15 @@ def build(model: VisionLanguageConfig) -> tuple[Any, Any]:
 def _forward(model: VisionLanguageConfig, params: Any, state: Any, batch: Batch) -> tuple[jax.Array, Any]:
     network = VisionLanguage(model)
     output = network.apply({"params": params}, batch, state)
-    return network.apply({"params": params}, output.hidden, method="logits"), output.routed  # type: ignore[union-attr]
+    return network.apply({"params": params}, output.hidden, method="logits"), output.routed.get(LANGUAGE)  # type: ignore[union-attr]
 
 
 def forward(model: VisionLanguageConfig, batch: Batch, *, params: Any = None) -> tuple[np.ndarray, Any]:
-    """Logits [B T V] and what the sparse layers returned, compiled once for a model and a shape.
+    """Logits [B T V] and what the decoder's sparse layers returned, compiled once for a model and a shape.
 
     Given parameters come with the initial routing state.
     """
-    own, state = build(model) if params is None else (params, init_routing_state(model))
+    own, state = build(model) if params is None else (params, init_state(model.stacks))
     logits, routed = _forward(model, own, state, jax.tree.map(jnp.asarray, batch))
     return np.asarray(logits), routed
 
