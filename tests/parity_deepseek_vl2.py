@@ -217,7 +217,7 @@ def _experts(model: Model, layer: int, x: jax.Array) -> tuple[routing.TokenChoic
     )
     params = jax.tree.map(lambda a: a[index], model.params["language"][name]["moe"])
     sparse = model.config.language.sparse_layers.index(layer)
-    state = jax.tree.map(lambda a: a[sparse], model.state)
+    state = jax.tree.map(lambda a: a[sparse], model.state[LANGUAGE])
     (y, _), captured = DynamicMoE(model.config.moe).apply(
         {"params": params}, x, routed_everywhere(x.shape[:2]), state, mutable=["intermediates"]
     )  # pyright: ignore

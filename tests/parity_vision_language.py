@@ -188,7 +188,7 @@ def _text(model: Model) -> Found:
 
     def decode(network: VisionLanguage) -> tuple:
         x = network.embed(batch, network.see(batch)[0])
-        hidden, _, _ = network.language(x, context, model.state, None)
+        hidden, _, _ = network.language(x, context, model.state[LANGUAGE], None)
         return network.language.embed(batch.tokens), x, hidden, network.logits(hidden)
 
     (table, embedded, hidden, logits), captured = model.show(decode)

@@ -19,7 +19,7 @@ from vl_jax.train.objectives.objective import Sums, apply, variables
 class NextToken:
     """The mean cross-entropy in nats over weighted targets, and the share of targets that are most likely.
 
-    The model needs ``hidden`` in its output, and a method ``cross_entropy`` (see ``VisionLanguage``).
+    The model needs ``hidden`` in its output, and a method ``cross_entropy`` (see ``model``).
     """
 
     @property
