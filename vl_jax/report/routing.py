@@ -56,7 +56,7 @@ def write_routing(workdir: Path, *, num_batches: int, overrides: Sequence[tuple[
         raise ValueError(f"{workdir}: the model has no routed experts")
     if not hasattr(layout.model, "logits"):
         kind = type(experiment.model).__name__
-        raise ValueError(f"{workdir}: its model, a {kind}, predicts no tokens, whose loss interventions change")
+        raise ValueError(f"{workdir}: its model, a {kind}, predicts no tokens: there is no loss to change")
     tokenizer = make_encoder(experiment.data, model_spec(experiment)).tokenizer
     changed = _churn(workdir, overrides, layout, state, batches, step)
     screen = Console(stderr=True)
