@@ -340,7 +340,7 @@ def test_the_hybrid_agrees_with_the_recording(recorded: Path):
     flat = {k.removesuffix("/__call__"): v for k, v in params_lib.flatten(seen["intermediates"]).items()}
     inner = {k.removeprefix("high/encoder/"): v for k, v in flat.items() if k.startswith("high/encoder/")}
     found = parity_conv.sam_modules(config.encoder, arrays.files, inner, ENCODER)
-    first = config.encoder.global_layers[0]
+    first, inside = config.encoder.global_layers[0], flat["high/encoder/stages"][0]
     found |= {
         f"{MODEL}high_res_vision_model.last_hidden_state": found[f"{ENCODER}neck"],
         f"{MODEL}high_res_vision_model.hidden_states.{first + 1}": inside.first_global,
