@@ -158,9 +158,8 @@ def build(model: VisionLanguageConfig) -> tuple[Any, Any]:
         value = 0.3 * random.standard_normal(leaf.shape, np.float32) + np.float32(path.endswith("scale"))
         return jnp.asarray(value)
 
-    return params_lib.map_paths(draw, layout_of(model).params), params_lib.map_paths(
-        draw, init_state(model.stacks)
-    )
+    params = params_lib.map_paths(draw, layout_of(model).params)
+    return params, {name: params_lib.map_paths(draw, of) for name, of in init_state(model.stacks).items()}
 
 
 @functools.partial(jax.jit, static_argnums=0)
