@@ -105,7 +105,7 @@ def test_a_model_follows_the_routes_of_another(scheme):
     assert own.shape == (2, *batch.tokens.shape, 2) and np.any(own != others)
 
     def given(**extra: Any) -> Any:
-        return {"language": {**state.get("language", {}), **extra}}
+        return {"language": {**state["language"], **extra}}
 
     followed = routes_of(params, given(**{routing.ROUTES: others}), batch, model=model)["language"]
     np.testing.assert_array_equal(followed, others)
@@ -135,7 +135,7 @@ def test_every_micro_batch_gets_the_routes_of_its_rows():
 
     def gradients_of(routes: jax.Array, accumulation: int) -> Any:
         given = step.TrainState(
-            0, params, None, {"language": {**state.get("language", {}), routing.ROUTES: routes}}
+            0, params, None, {"language": {**state["language"], routing.ROUTES: routes}}
         )
         options = {"model": model, "trainable": set(params_lib.flatten(params)), "accumulation": accumulation}
         return jax.jit(lambda batch: step.gradients(given, batch, **options))(batch)
