@@ -134,9 +134,7 @@ def test_every_micro_batch_gets_the_routes_of_its_rows():
     routes = jnp.asarray(np.argsort(noise, axis=-1)[..., :2], jnp.int32)
 
     def gradients_of(routes: jax.Array, accumulation: int) -> Any:
-        given = step.TrainState(
-            0, params, None, {"language": {**state["language"], routing.ROUTES: routes}}
-        )
+        given = step.TrainState(0, params, None, {"language": {**state["language"], routing.ROUTES: routes}})
         options = {"model": model, "trainable": set(params_lib.flatten(params)), "accumulation": accumulation}
         return jax.jit(lambda batch: step.gradients(given, batch, **options))(batch)
 
