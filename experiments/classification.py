@@ -130,7 +130,7 @@ def _pictures(name, source, classes, augmentation=PICTURES, *, field="label", bl
         ),
     )
     head = Classification(classes, field=field)
-    return _experiment(name, JointConfig((Tower("image", IMAGE),), (head,)), data, steps=500)
+    return _experiment(name, JointConfig((Tower("image", IMAGE),), (head,)), data, steps=450)
 
 
 def _experiment(name, model, data, *, steps):
