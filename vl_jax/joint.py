@@ -21,7 +21,7 @@ from flax import struct
 from jaxtyping import Array, Bool
 
 from vl_jax.batch import Batch, Given, blank
-from vl_jax.data.config import DataConfig, ModelSpec
+from vl_jax.data.config import DataConfig, ModelSpec, check_packing
 from vl_jax.data.sample import BadSample, Sample
 from vl_jax.encoders.adapter import used_tiles
 from vl_jax.encoders.build import AnyEncoder
@@ -168,8 +168,7 @@ class JointConfig:
                 raise ValueError(
                     f"data.max_tokens={length} is more than the {tower.encoder.input_shape[0]} of {where}"
                 )
-        if data.packing is not None:
-            raise ValueError("data.packing: a row of a joint model is one sample; it must be None")
+        check_packing(data, self.spec())
 
     def build(self) -> Joint:
         """The module."""

@@ -20,11 +20,15 @@ import dataclasses
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, Protocol, SupportsFloat, runtime_checkable
 
+from jax.experimental import multihost_utils
+
+from vl_jax import sharding
 from vl_jax.batch import Batch
 from vl_jax.data.config import DataConfig, ModelSpec
 from vl_jax.data.stream.evaluation_prompts import evaluation_prompts
 from vl_jax.data.stream.evaluation_samples import evaluation_samples
-from vl_jax.layout import Layout
+from vl_jax.layout import Layout, put_batch
+from vl_jax.moe.stacks import RoutingState
 
 Record = Mapping[str, Any]
 Scores = Mapping[str, SupportsFloat]  # a scalar of numpy or jax is one too
@@ -64,6 +68,12 @@ class Examinee:
     def variables(self) -> dict[str, Any]:
         """What the model is applied with: parameters and collections."""
         return {"params": self.params, **self.collections}
+
+    def apply(self, compiled: Callable[[Any, RoutingState, Batch], Any], batch: Batch) -> Any:
+        """What a compiled ``(variables, routing_state, batch)`` gives for a host batch, on every host."""
+        with sharding.use_mesh(self.layout.mesh, self.layout.rules):
+            found = compiled(self.variables, self.routing_state, put_batch(batch, self.layout))
+        return multihost_utils.process_allgather(found, tiled=True)
 
     def prompts(self, *, with_image: bool = True) -> Iterator[tuple[list[dict[str, Any]], Batch]]:
         """The source's questions as records and batches; see ``evaluation_prompts``."""

@@ -12,13 +12,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
-from vl_jax import sharding
 from vl_jax.batch import Batch
 from vl_jax.evaluate.metrics.classification import LabelScores
 from vl_jax.evaluate.task import Examinee, Findings, Grouped, Matrix, Record
-from vl_jax.layout import put_batch
 from vl_jax.moe import stacks
 from vl_jax.moe.assignment import TokenChoice
 from vl_jax.moe.stacks import RoutingState
@@ -51,7 +48,7 @@ class Labels:
         overall = LabelScores(head.classes)
         load: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(()))
         for records, batch in examinee.samples():
-            scores, chosen = _predict(examinee, batch, self.head)
+            scores, chosen = examinee.apply(_compiled(model, self.head), batch)
             label = batch.labels[self.head]
             for row, record in enumerate(records):
                 if not label.present[row]:
@@ -76,18 +73,10 @@ class Labels:
         return grouped.findings(shares=names, matrices=_matrices(overall, head, load, model))
 
 
-def _predict(examinee: Examinee, batch: Batch, head: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """The head's scores [B K], and by stack how many tokens of each row chose each expert [L B E]."""
-    layout = examinee.layout
-    with sharding.use_mesh(layout.mesh, layout.rules):
-        found = _compiled(layout.model, head)(
-            examinee.variables, examinee.routing_state, put_batch(batch, layout)
-        )
-    return multihost_utils.process_allgather(found, tiled=True)
-
-
 @functools.cache
 def _compiled(model: nn.Module, head: str) -> Any:
+    """The head's scores [B K], and by stack how many tokens of each row chose each expert [L B E]."""
+
     def run(variables: Any, state: RoutingState, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
         output, kept = model.apply(variables, batch, state, mutable=["intermediates"])
         rows, chosen = batch.tokens.shape[0], {}

@@ -10,13 +10,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
-from vl_jax import sharding
 from vl_jax.batch import Batch
 from vl_jax.evaluate.metrics.retrieval import ranks_of, retrieval
 from vl_jax.evaluate.task import Examinee, Findings, Record
-from vl_jax.layout import put_batch
 from vl_jax.moe.stacks import RoutingState
 
 
@@ -47,7 +44,8 @@ class Retrieval:
         """
         records, ids, images, texts = [], [], [], []
         for some, batch in examinee.samples():
-            pairs, label = _vectors(examinee, batch, self.head), batch.labels[self.head]
+            pairs = examinee.apply(_compiled(examinee.layout.model, self.head), batch)
+            label = batch.labels[self.head]
             rows = [row for row in range(len(some)) if label.present[row]]
             records += [some[row] for row in rows]
             ids += [int(label.values[row]) for row in rows]
@@ -89,18 +87,10 @@ def _flat(found: dict[str, dict[str, float]], ks: Sequence[int]) -> dict[str, fl
     return {**flat, "count": int(found["text_to_image"]["queries"])}
 
 
-def _vectors(examinee: Examinee, batch: Batch, head: str) -> Any:
-    """The head's ``PairVectors`` of a batch, on the host."""
-    layout = examinee.layout
-    with sharding.use_mesh(layout.mesh, layout.rules):
-        found = _compiled(layout.model, head)(
-            examinee.variables, examinee.routing_state, put_batch(batch, layout)
-        )
-    return multihost_utils.process_allgather(found, tiled=True)
-
-
 @functools.cache
 def _compiled(model: nn.Module, head: str) -> Any:
+    """The head's ``PairVectors``, without what all rows share."""
+
     def run(variables: Any, state: RoutingState, batch: Batch) -> Any:
         output: Any = model.apply(variables, batch, state)
         return output.predictions[head].replace(scale=None, bias=None)
