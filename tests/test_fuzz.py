@@ -8,9 +8,9 @@ import io
 import json
 import os
 import random
+import resource
 import string
 import tarfile
-import time
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -89,9 +89,14 @@ def check(found: Sample) -> None:
     json.dumps([(t.question, t.answer) for t in found.turns]).encode()
 
 
+def own_time() -> float:
+    """Seconds this thread computed: neither waiting for memory nor what other threads do counts."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_utime
+
+
 def outcomes(config, folder: Path) -> Counter:
     """How the records of a file end: ``ok``, a reason, or ``refused`` for the file as a whole."""
-    start, result = time.process_time(), Counter()
+    start, result = own_time(), Counter()
     try:
         source = open_source(config, root=str(folder))
     except ValueError as error:
@@ -110,7 +115,7 @@ def outcomes(config, folder: Path) -> Counter:
             assert str(folder) in str(error) and "\n" not in error.reason
             result[error.reason] += 1
     assert sorted(merged_answers(source)) == sorted(answers)
-    assert time.process_time() - start < TOO_LONG
+    assert own_time() - start < TOO_LONG
     return result
 
 

@@ -136,6 +136,19 @@ def test_no_class_has_the_name_of_another():
     assert not [name for name, count in names.items() if count > 1]
 
 
+def test_values_can_be_checked_against_every_protocol():
+    """As the type checks of the tests do where a function takes or gives one."""
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES.values()]
+    protocols = [
+        n
+        for tree in trees
+        for n in ast.walk(tree)
+        if isinstance(n, ast.ClassDef) and any("Protocol" in ast.unparse(base) for base in n.bases)
+    ]
+    unchecked = [n.name for n in protocols if "runtime_checkable" not in map(ast.unparse, n.decorator_list)]
+    assert protocols and not unchecked
+
+
 def test_imports_form_no_cycle():
     graph = _graph(top_level=False)
     # The root names public things from every level; it resolves them on first use.

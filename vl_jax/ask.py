@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from vl_jax import generation, sharding
 from vl_jax.checkpoint import CHECKPOINTS
@@ -28,6 +28,7 @@ from vl_jax.runs import restore
 from vl_jax.train.step import TrainState
 
 
+@runtime_checkable
 class Asked(Protocol):
     """A model that can be asked."""
 

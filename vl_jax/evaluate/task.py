@@ -122,6 +122,7 @@ class Findings:
     matrices: tuple[Matrix, ...] = ()
 
 
+@runtime_checkable
 class Metric(Protocol):
     """Takes samples one after another, or many at once, and computes scores from all of them."""
 
