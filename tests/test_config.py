@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import pytest
 import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vl_jax.config import ConfigError, from_json, load, override, rebuild, to_json, view
+from vl_jax.config import TYPE_KEY, ConfigError, from_json, load, override, rebuild, to_json, view
 from vl_jax.data.config import DataConfig, PackingConfig
 from vl_jax.data.images.tiling import TilingConfig
 from vl_jax.data.sources.llava import LlavaConfig
@@ -204,6 +206,29 @@ def test_a_file_of_an_earlier_version_named_the_modules_of_classes():
     text = to_json(EXPERIMENT)
     old = re.sub(r'"_type": "(\w+)"', r'"_type": "vl_jax.where_it_was:\1"', text)
     assert old != text and from_json(old, Experiment) == EXPERIMENT
+
+
+@dataclass(frozen=True)
+class Inner:
+    size: int = 1
+    other: int = 2
+
+
+@dataclass(frozen=True)
+class Outer:
+    MOVED: ClassVar = {"size": "inner.size"}
+
+    inner: Inner = field(default_factory=Inner)
+
+
+def test_a_field_that_moved_into_a_group_is_known_by_its_earlier_name():
+    file = json.dumps({TYPE_KEY: "Outer", "size": 5})
+    assert from_json(file, Outer) == Outer(Inner(size=5))
+    both = json.dumps({TYPE_KEY: "Outer", "size": 5, "inner": {TYPE_KEY: "Inner", "other": 7}})
+    assert from_json(both, Outer) == Outer(Inner(5, 7))
+    assert changed("size", "6", Outer()) == Outer(Inner(size=6))
+    with pytest.raises(ConfigError, match=r"config.inner=3: expected a mapping"):
+        from_json(json.dumps({TYPE_KEY: "Outer", "size": 5, "inner": 3}), Outer)
 
 
 def test_a_class_in_the_wrong_place_is_refused():

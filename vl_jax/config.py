@@ -12,7 +12,9 @@ may be absent is switched on by setting one of its fields, ``--config.data.packi
 by ``=None``. A part of which there are several kinds is exchanged by the name of another class, or where its
 field is ``Open`` by ``path/to/file.py:Name``.
 
-Files name classes without their modules, so that a class can move: the field says which one is meant.
+Files name classes without their modules, so that a class can move: the field says which one is meant. A field
+that moved into a group is known by its earlier name, on the command line too, where its class says so in
+``MOVED``: ``MOVED: ClassVar = {"num_workers": "loading.num_workers"}``.
 """
 
 from __future__ import annotations
@@ -86,9 +88,10 @@ def override(config_view: Any, path: str, text: str) -> None:
     Raises:
       ConfigError: the path does not exist (with the nearest name), or the text has the wrong type.
     """
-    *parents, last = path.split(".")
     node: Any = config_view
     hint: Any = None  # of the node, then of what the path names
+    path = _moved_path(config_view, path)
+    *parents, last = path.split(".")
     for depth, key in enumerate([*parents, last]):
         where = ".".join(["config", *path.split(".")[:depth]])
         if not hasattr(node, "keys"):
@@ -357,6 +360,35 @@ def _parse(text: str, node: Any, key: str) -> Any:
     return value
 
 
+def _moved_path(config_view: Any, path: str) -> str:
+    """The path with the fields of earlier versions by the names they have now."""
+    node: Any = config_view
+    result = []
+    for key in path.split("."):
+        cls = node.get(TYPE_KEY) if hasattr(node, "keys") else None
+        for name in _moved_to(cls, key).split("."):
+            result.append(name)
+            node = node[name] if hasattr(node, "keys") and name in node else None
+    return ".".join(result)
+
+
+def _moved_to(cls: Any, key: str) -> str:
+    """Where a class has a field that it had under another name; ``MOVED`` of the class says so."""
+    return getattr(cls, "MOVED", {}).get(key, key)
+
+
+def _with_moved(value: Any, cls: type, path: str) -> dict[str, Any]:
+    """The fields of a tree, those of earlier versions in the groups they are in now."""
+    result = {key: value[key] for key in value.keys() if _moved_to(cls, key) == key}
+    for key in value.keys() - result.keys():
+        group, name = _moved_to(cls, key).split(".")
+        fields = result.get(group, {})
+        if not hasattr(fields, "keys"):
+            raise ConfigError(f"{path}.{group}={fields!r}: expected a mapping")
+        result[group] = {**fields, name: value[key]}
+    return result
+
+
 def _unknown(where: str, key: str, names: list[str]) -> str:
     near = difflib.get_close_matches(key, names, n=1)
     hint = f"did you mean {near[0]!r}?" if near else "fields: " + ", ".join(names)
@@ -417,6 +449,7 @@ def _build_dataclass(value: Any, cls: Any, path: str) -> Any:
         raise ConfigError(f"{path}={value!r}: expected the fields of {cls.__name__}")
     hints = typing.get_type_hints(cls, include_extras=True)
     names = [f.name for f in dataclasses.fields(cls)]
+    value = _with_moved(value, cls, path)
     for key in value.keys():
         if key != TYPE_KEY and key not in names:
             raise ConfigError(_unknown(path, key, names))
