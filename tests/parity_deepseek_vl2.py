@@ -12,13 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from parity_language import cross_entropy, first_of, routed_everywhere
 
-from vl_jax import generation
 from vl_jax import params as params_lib
 from vl_jax.batch import Batch
 from vl_jax.data.images import tiling
 from vl_jax.encoders.adapter import Adapter
 from vl_jax.encoders.vit import ViT
-from vl_jax.generation import GenerationConfig
+from vl_jax.generation.choice import GenerationConfig
+from vl_jax.generation.decode import decode, prefill
+from vl_jax.generation.generate import generate
 from vl_jax.interop import rules
 from vl_jax.interop.deepseek_vl2 import deepseek_vl2_rules, projector_rules, read_deepseek_vl2, read_projector
 from vl_jax.interop.language import language_stacks, read_rope
@@ -137,9 +138,7 @@ class Model:
         """Greedy ids after every row."""
         config = GenerationConfig(max_new_tokens=count, prefill_chunk=chunk)
         device = jax.tree.map(jnp.asarray, batch)
-        ids = generation.generate(
-            self.params, self.state, device, model=self.network, config=config, stop=(-1,)
-        )
+        ids = generate(self.params, self.state, device, model=self.network, config=config, stop=(-1,))
         return np.asarray(ids)
 
 
@@ -233,8 +232,8 @@ def _padded(model: Model, recorded: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 
 def _cached(model: Model, recorded: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    tokens, prefill = recorded["input_ids"], int(recorded["prefill_len"])
-    batch = jax.tree.map(jnp.asarray, model.text(tokens[:, :prefill]))
+    tokens, filled = recorded["input_ids"], int(recorded["prefill_len"])
+    batch = jax.tree.map(jnp.asarray, model.text(tokens[:, :filled]))
     variables = {"params": model.params}
 
     def whole(network: VisionLanguage, cache: Any) -> tuple:
@@ -244,11 +243,11 @@ def _cached(model: Model, recorded: Mapping[str, np.ndarray]) -> dict[str, Any]:
     cache = init_cache(model.config, batch=len(tokens), slots=tokens.shape[1])
     logits, cache = model.network.apply(variables, cache, method=whole)  # pyright: ignore
     steps, kept = [logits], cache.runs[0]
-    found = {f"cache_layer0_{n}_after_prefill": v[:, :, :prefill] for n, v in _names(model, kept).items()}
+    found = {f"cache_layer0_{n}_after_prefill": v[:, :, :filled] for n, v in _names(model, kept).items()}
     vision = jnp.zeros((len(tokens), 2, model.config.language.embed_dim))
-    decode = jax.jit(functools.partial(generation.decode, model.params, model.state, model=model.network))
-    for i in range(prefill, tokens.shape[1]):
-        one, cache = decode(batch, vision, jnp.asarray(tokens[:, i], jnp.int32), i - prefill, cache)
+    step = jax.jit(functools.partial(decode, model.params, model.state, model=model.network))
+    for i in range(filled, tokens.shape[1]):
+        one, cache = step(batch, vision, jnp.asarray(tokens[:, i], jnp.int32), i - filled, cache)
         steps.append(one[:, None])
     found |= {f"cache_layer0_{n}_final": v for n, v in _names(model, cache.runs[0]).items()}
     return {**found, "logits_incremental": jnp.concatenate(steps, axis=1)}
@@ -295,9 +294,7 @@ def _prompt(
     count = recorded["greedy_ids"].shape[1]
     device = jax.tree.map(jnp.asarray, batch)
     slots = batch.tokens.shape[1]
-    last, _, _ = generation.prefill(
-        model.params, model.state, device, model=model.network, slots=slots, chunk=CHUNK
-    )
+    last, _, _ = prefill(model.params, model.state, device, model=model.network, slots=slots, chunk=CHUNK)
     return {
         **model.embed(batch),
         "logits": logits[:, -recorded["logits"].shape[1] :],

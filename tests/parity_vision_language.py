@@ -15,10 +15,11 @@ from parity_language import Seen, cross_entropy, routed_everywhere, training
 from parity_processor import image_processor_outputs
 from parity_vision import channels_last
 
-from vl_jax import generation
 from vl_jax import params as params_lib
 from vl_jax.batch import Batch
-from vl_jax.generation import GenerationConfig
+from vl_jax.generation.choice import GenerationConfig
+from vl_jax.generation.decode import decode, prefill
+from vl_jax.generation.generate import generate
 from vl_jax.interop import rules
 from vl_jax.interop.vision_language import (
     IGNORED,
@@ -226,18 +227,18 @@ def _decoding(model: Model) -> Found:
         return {}
     arrays, network = model.arrays, model.network
     row = jax.tree.map(lambda x: x[:1], model.batch)
-    length, prefill = row.tokens.shape[1], int(arrays["out_decode_prefill_len"])
-    sequence = {name: getattr(row, name)[:, :prefill] for name in SEQUENCE}
-    read = functools.partial(generation.prefill, model=network, slots=length, chunk=None)
+    length, filled = row.tokens.shape[1], int(arrays["out_decode_prefill_len"])
+    sequence = {name: getattr(row, name)[:, :filled] for name in SEQUENCE}
+    read = functools.partial(prefill, model=network, slots=length, chunk=None)
     prompt = row.replace(**sequence)
     logits, cache, vision = jax.jit(read)(model.params, model.state, prompt)
-    step = jax.jit(functools.partial(generation.decode, model.params, model.state, model=network))
+    step = jax.jit(functools.partial(decode, model.params, model.state, model=network))
     steps = [logits]
-    for i in range(prefill, length):
-        logits, cache = step(prompt, vision, row.tokens[:, i], i - prefill, cache)
+    for i in range(filled, length):
+        logits, cache = step(prompt, vision, row.tokens[:, i], i - filled, cache)
         steps.append(logits)
     config = GenerationConfig(max_new_tokens=arrays["out_greedy_tokens"].shape[1])
-    tokens = generation.generate(model.params, model.state, row, model=network, config=config, stop=(-1,))
+    tokens = generate(model.params, model.state, row, model=network, config=config, stop=(-1,))
     return {
         "out_decode_logits": np.stack(steps, axis=1).reshape(arrays["out_decode_logits"].shape),
         "out_greedy_tokens": tokens,

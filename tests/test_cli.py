@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from vl_jax import cli, runs
-from vl_jax.config import load, to_json
+from vl_jax.config import load
 from vl_jax.data.tools import examination
+from vl_jax.schema import to_json
 
 pytest.importorskip("ml_collections")  # experiment files return its ConfigDict
 
@@ -102,10 +103,11 @@ DATA_FILE = """
 import dataclasses
 import runpy
 from vl_jax import config
+from vl_jax import schema
 from vl_jax.data.sources.llava import LlavaConfig
 
 def get_config():
-    experiment = config.rebuild(runpy.run_path({tiny!r})["get_config"]())
+    experiment = schema.rebuild(runpy.run_path({tiny!r})["get_config"]())
     source = LlavaConfig(name="mine", file="answers.json")
     data = dataclasses.replace(experiment.data, root={root!r}, sources=(source,))
     return dataclasses.replace(experiment, data=data)

@@ -13,13 +13,14 @@ import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vl_jax.config import TYPE_KEY, ConfigError, from_json, load, override, rebuild, to_json, view
+from vl_jax.config import load, override, view
 from vl_jax.data.config import DataConfig, PackingConfig
 from vl_jax.data.images.tiling import TilingConfig
 from vl_jax.data.sources.llava import LlavaConfig
 from vl_jax.data.sources.scenes import ScenesConfig
 from vl_jax.experiment import Experiment
 from vl_jax.moe.routing import MoEConfig
+from vl_jax.schema import TYPE_KEY, ConfigError, from_json, rebuild, to_json
 from vl_jax.train.optimizer import OptimizerConfig
 from vl_jax.train.stages import Stage
 

@@ -17,8 +17,8 @@ import tiny
 
 from vl_jax import config as config_lib
 from vl_jax import params as params_lib
+from vl_jax import schema
 from vl_jax.batch import TEXT, VISION
-from vl_jax.config import ConfigError
 from vl_jax.encoders.build import NEEDS, EncoderConfig
 from vl_jax.encoders.high_resolution import HighResolutionConfig
 from vl_jax.encoders.resnet import MOMENTUM, ResNetConfig
@@ -28,6 +28,7 @@ from vl_jax.encoders.vit import ViTConfig, normalize
 from vl_jax.model import ENCODER, LANGUAGE, VisionLanguageConfig, used_tiles
 from vl_jax.moe import stacks
 from vl_jax.moe.routing import MoEConfig
+from vl_jax.schema import ConfigError
 
 EXPERIMENT = str(Path(__file__).with_name("tiny_experiment.py"))
 MOE = MoEConfig(scheme="loss_free", num_experts=4, top_k=2, expert_dim=8, num_shared=1, balance_weight=0.01)
@@ -380,7 +381,7 @@ def test_an_encoder_in_a_file_of_ones_own_stands_in_an_experiment(tmp_path: Path
     encoder = experiment.model.encoder
     assert isinstance(encoder, EncoderConfig) and encoder.output_dim == 5
     assert experiment.model.tile_tokens == 4
-    again = config_lib.from_json(config_lib.to_json(experiment), type(experiment))
+    again = schema.from_json(schema.to_json(experiment), type(experiment))
     assert again == experiment
     model, state = experiment.model.build(), stacks.init_state(experiment.model.stacks)
     batch = jax.tree.map(jnp.asarray, experiment.model.smallest_batch(1))
@@ -393,11 +394,11 @@ def test_an_encoder_in_a_file_of_ones_own_stands_in_an_experiment(tmp_path: Path
 
 def test_encoders_are_exchanged_by_name_and_old_files_still_load():
     experiment = config_lib.load(EXPERIMENT)
-    tree = json.loads(config_lib.to_json(experiment))
+    tree = json.loads(schema.to_json(experiment))
     old = tree["model"]["encoder"]
     assert old["_type"] == "ViTConfig"
     del old["moe"], old["sparse_layers"]
-    assert config_lib.from_json(json.dumps(tree), type(experiment)) == experiment
+    assert schema.from_json(json.dumps(tree), type(experiment)) == experiment
     none = config_lib.replace(experiment, [("model.encoder", "None")])
     assert none.model.encoder is None
     with pytest.raises(ConfigError, match="config.model.encoder is None; first set it to one of ViTConfig"):

@@ -15,10 +15,11 @@ from PIL import Image
 from vl_jax import params as params_lib
 from vl_jax import runs
 from vl_jax.cli import main
-from vl_jax.config import ConfigError, from_json, load, to_json
+from vl_jax.config import load
 from vl_jax.data.images.tiling import TilingConfig
 from vl_jax.experiment import Experiment, resolve
 from vl_jax.interop import pretrained
+from vl_jax.schema import ConfigError, from_json, to_json
 from vl_jax.train import lora
 
 pytest.importorskip("ml_collections")  # experiment files return its ConfigDict

@@ -13,9 +13,10 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vl_jax import generation
 from vl_jax.batch import Batch
-from vl_jax.generation import GenerationConfig
+from vl_jax.generation.choice import GenerationConfig, choose, keep_likely
+from vl_jax.generation.decode import warn_if_not_causal
+from vl_jax.generation.generate import _step, answer_ids, generate, stream
 from vl_jax.model import VisionLanguage
 
 NEW = 8
@@ -27,7 +28,7 @@ def _prompts(fusion: str) -> Batch:
     return tiny.batch([*rows, []], fusion=fusion, length=16, left=True)
 
 
-def _generate(model, batch: Batch, *, stop: int, function=generation.generate, key=None, **options):
+def _generate(model, batch: Batch, *, stop: int, function=generate, key=None, **options):
     params, state = tiny.build(model)
     config = GenerationConfig(**{"max_new_tokens": NEW, **options})
     network = VisionLanguage(model)
@@ -68,7 +69,7 @@ def test_generation_ends_a_row_at_the_stop_token_and_leaves_the_others():
         np.testing.assert_array_equal(row[:first], expected[:first])
         np.testing.assert_array_equal(row[first:], stop)
     np.testing.assert_array_equal(stopped[3], stop)
-    answers = generation.answer_ids(stopped, stop=(stop,))
+    answers = answer_ids(stopped, stop=(stop,))
     assert answers[0] == list(free[0, : list(free[0]).index(stop)]) and answers[3] == []
 
 
@@ -83,7 +84,7 @@ def test_generation_ends_a_row_at_the_stop_token_and_leaves_the_others():
 )
 def test_a_model_that_looks_ahead_warns_before_generating(moe, warns, caplog):
     with caplog.at_level(logging.WARNING):
-        generation.warn_if_not_causal(VisionLanguage(tiny.config(**moe)))
+        warn_if_not_causal(VisionLanguage(tiny.config(**moe)))
     assert bool(caplog.records) == warns
 
 
@@ -109,24 +110,24 @@ def test_streamed_tokens_are_those_of_the_compiled_loop(options):
     model, batch, key = tiny.config(), _prompts("prefix"), jax.random.key(3)
     stop = int(_generate(model, batch, stop=-1, key=key, **options)[0, 2])
     whole = _generate(model, batch, stop=stop, key=key, **options)
-    streamed = list(_generate(model, batch, stop=stop, key=key, function=generation.stream, **options))
-    for row, expected in enumerate(generation.answer_ids(whole, stop=(stop,))):
+    streamed = list(_generate(model, batch, stop=stop, key=key, function=stream, **options))
+    for row, expected in enumerate(answer_ids(whole, stop=(stop,))):
         assert [tokens[row] for tokens in streamed if tokens[row] is not None] == expected
 
 
 def test_streaming_compiles_once_for_prompts_of_one_length_and_any_number_of_new_tokens():
     model, batch = tiny.config(), _prompts("prefix")
-    step = generation._step(VisionLanguage(model), GenerationConfig(max_new_tokens=1))
+    step = _step(VisionLanguage(model), GenerationConfig(max_new_tokens=1))
     compiled = set()
     for new in (3, 6):
-        list(_generate(model, batch, stop=-1, function=generation.stream, max_new_tokens=new))
+        list(_generate(model, batch, stop=-1, function=stream, max_new_tokens=new))
         compiled.add(step._cache_size())
     assert len(compiled) == 1 and 0 not in compiled
 
 
 def test_of_equal_logits_the_first_is_chosen():
     logits = jnp.array([[0.0, 2.0, 2.0, 1.0], [-1.0, -3.0, -1.0, -1.0], [jnp.nan, 0.0, 1.0, 0.0]])
-    chosen = generation.choose(logits, None, config=GenerationConfig())
+    chosen = choose(logits, None, config=GenerationConfig())
     assert chosen.dtype == jnp.int32 and chosen[:2].tolist() == [1, 0]
     assert 0 <= int(chosen[2]) < 4  # no number has no place, but what comes out is a token
 
@@ -135,14 +136,14 @@ def test_a_repeated_token_is_penalised():
     config = GenerationConfig(repetition_penalty=2.0)
     logits = jnp.array([[3.0, 2.0, -1.0], [-1.0, -1.5, -4.0]])
     used = jnp.array([[True, False, False], [True, False, False]])
-    assert generation.choose(logits, None, used, config=config).tolist() == [1, 1]
+    assert choose(logits, None, used, config=config).tolist() == [1, 1]
 
 
 def test_sampling_follows_the_distribution_it_keeps():
     logits = jnp.log(jnp.array([0.4, 0.3, 0.2, 0.1]))
     config = GenerationConfig(temperature=1.0, top_p=0.65)
     keys = jax.random.split(jax.random.key(0), 4000)
-    drawn = jax.vmap(lambda k: generation.choose(logits[None], k, config=config)[0])(keys)
+    drawn = jax.vmap(lambda k: choose(logits[None], k, config=config)[0])(keys)
     share = np.bincount(np.asarray(drawn), minlength=4) / len(keys)
     np.testing.assert_allclose(share, [4 / 7, 3 / 7, 0, 0], atol=0.03)
 
@@ -165,7 +166,7 @@ def test_kept_tokens_are_the_fewest_likely_ones_that_hold_the_probability(values
     config = GenerationConfig(temperature=1.0, top_p=top_p, top_k=top_k)
     of_one_size = np.full((1, 9), -np.inf, np.float32)  # or every number of values is a program of its own
     of_one_size[0, : len(values)] = logits
-    kept = generation.keep_likely(jnp.asarray(of_one_size), config)[0]
+    kept = keep_likely(jnp.asarray(of_one_size), config)[0]
     assert set(np.flatnonzero(np.asarray(kept) > -1e30).tolist()) == expected
 
 

@@ -15,7 +15,7 @@ PACKAGE = "vl_jax"
 
 # A module may import from its own level and from those before it.
 LEVELS = (
-    "config batch params roles parts kernels runtime",
+    "config schema batch params roles parts kernels runtime",
     "sharding losses metrics data",
     "nn",
     "moe",

@@ -14,8 +14,9 @@ import pytest
 import tiny
 
 from vl_jax import params as params_lib
-from vl_jax.config import ConfigError, from_json, load, rebuild, to_json, view
+from vl_jax.config import load, view
 from vl_jax.model import VisionLanguage
+from vl_jax.schema import ConfigError, from_json, rebuild, to_json
 from vl_jax.train.objectives.next_token import NextToken
 from vl_jax.train.objectives.objective import Objective
 from vl_jax.train.objectives.together import Part, Together

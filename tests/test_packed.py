@@ -18,6 +18,7 @@ import tiny
 from PIL import Image as PilImage
 
 from vl_jax import config as config_lib
+from vl_jax import schema
 from vl_jax.data import encode
 from vl_jax.data.config import DataConfig, ModelSpec, PackingConfig
 from vl_jax.data.images.tiling import TilingConfig
@@ -73,7 +74,7 @@ def texts(folder, count=80, bad=()):
 
 
 def test_a_config_with_packing_survives_json():
-    assert config_lib.from_json(config_lib.to_json(CONFIG), DataConfig) == CONFIG
+    assert schema.from_json(schema.to_json(CONFIG), DataConfig) == CONFIG
 
 
 @pytest.mark.parametrize("taken", [0, pytest.param(1, marks=pytest.mark.slow), 7])

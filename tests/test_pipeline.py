@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image as PilImage
 
-from vl_jax import config as config_module
+from vl_jax import schema
 from vl_jax.data.config import DataConfig, ModelSpec, find_source
 from vl_jax.data.encode import make_encoder
 from vl_jax.data.files.memory_cache import MemoryCache
@@ -64,7 +64,7 @@ def two_pictures(size=(40, 20)) -> Sample:
 
 
 def test_a_config_survives_json():
-    assert config_module.from_json(config_module.to_json(CONFIG), DataConfig) == CONFIG
+    assert schema.from_json(schema.to_json(CONFIG), DataConfig) == CONFIG
 
 
 @pytest.mark.parametrize("fusion", ["prefix", "gated"])

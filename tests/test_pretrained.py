@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 import vl_jax
-from vl_jax import generation, sharding
 from vl_jax import params as params_lib
+from vl_jax import sharding
 from vl_jax.cli import main
+from vl_jax.generation.decode import prefill
 from vl_jax.interop import pretrained
 from vl_jax.interop.deepseek_vl2 import read_deepseek_vl2
 from vl_jax.interop.folder import open_weights, write_folder
@@ -46,7 +47,7 @@ def text_logits(model: pretrained.Pretrained) -> np.ndarray:
         visual_slot=np.full_like(tokens, -1),
     )
     with sharding.use_mesh(model.layout.mesh, model.layout.rules):
-        logits, _, _ = jax.jit(generation.prefill, static_argnames=("model", "slots", "chunk"))(
+        logits, _, _ = jax.jit(prefill, static_argnames=("model", "slots", "chunk"))(
             model.params,
             model.routing_state,
             put_batch(batch, model.layout),

@@ -13,8 +13,9 @@ import pytest
 import tiny
 
 from vl_jax.batch import Batch
-from vl_jax.config import ConfigError, from_json, load, rebuild, to_json, view
+from vl_jax.config import load, view
 from vl_jax.layout import Variables, put_batch
+from vl_jax.schema import ConfigError, from_json, rebuild, to_json
 from vl_jax.train import loop
 from vl_jax.train.hooks import Moment
 from vl_jax.train.loop import LoopConfig

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image as PilImage
 
-from vl_jax import config as config_module
+from vl_jax import schema
 from vl_jax.data.config import DataConfig
 from vl_jax.data.images.audio import AudioConfig
 from vl_jax.data.sample import TEXT, BadSample, Turn
@@ -116,7 +116,7 @@ def test_two_columns_of_one_name_are_refused(tmp_path):
 def test_the_config_survives_json():
     source = RecordsConfig("goods", "a.csv", text="t", labels=("x",), audio=AudioConfig(num_bands=32))
     config = DataConfig(sources=(source, LlavaConfig("l", "a.json", labels=("y",), caption=True)))
-    assert config_module.from_json(config_module.to_json(config), DataConfig) == config
+    assert schema.from_json(schema.to_json(config), DataConfig) == config
 
 
 def conversations(folder: Path, records, **fields):

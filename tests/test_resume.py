@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 from vl_jax import cli, experiment, runs
-from vl_jax.config import from_json, load, to_json
+from vl_jax.config import load
 from vl_jax.metrics import METRICS_FILE, read_metrics, without_timings
+from vl_jax.schema import from_json, to_json
 
 pytest.importorskip("ml_collections")  # experiment files return its ConfigDict
 pytest.importorskip("grain")

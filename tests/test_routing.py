@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vl_jax.batch import TEXT, VISION
-from vl_jax.config import ConfigError, from_json, rebuild, to_json, view
+from vl_jax.config import view
 from vl_jax.kernels.expert_weights import ExpertWeights
 from vl_jax.moe import balance, losses, routing
 from vl_jax.moe.layer import MoEOutput, router_logits, sparse_mlp
 from vl_jax.moe.routing import ExpertChoice, MoEConfig, RoutingContext, RoutingStats, TokenChoice
+from vl_jax.schema import ConfigError, from_json, rebuild, to_json
 
 G, T, D, E, K, F = 3, 8, 4, 4, 2, 4
 CONFIGS = {

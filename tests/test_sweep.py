@@ -7,9 +7,9 @@ import json
 
 import pytest
 
-from vl_jax import cli, config, runs, sweep
-from vl_jax.config import ConfigError
+from vl_jax import cli, config, runs, schema, sweep
 from vl_jax.report import comparison
+from vl_jax.schema import ConfigError
 
 pytest.importorskip("ml_collections")
 
@@ -40,7 +40,7 @@ def spec(tmp_path) -> str:
 def leave_a_run(chosen, folder) -> None:
     """What training leaves behind, as far as the comparison reads it."""
     (folder / "eval" / "held").mkdir(parents=True)
-    (folder / "config.json").write_text(config.to_json(chosen))
+    (folder / "config.json").write_text(schema.to_json(chosen))
     score = 0.5 if chosen.model.moe.scheme == "top_k" else 0.75
     scores = {"exact_match": score, "blind_exact_match": 0.25, "count": 4}
     groups = {"kind": {"colour": {"exact_match": 1.0}}}

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from vl_jax import config, runs
-from vl_jax.config import ConfigError
+from vl_jax import config, runs, schema
 from vl_jax.evaluate.task import Task
 from vl_jax.evaluate.tasks.answers import Answers
 from vl_jax.experiment import Experiment, first_weights, plan
 from vl_jax.report.comparison import row
 from vl_jax.report.results import summary
 from vl_jax.report.run import read_run, write_report
+from vl_jax.schema import ConfigError
 from vl_jax.train.step import TrainState
 
 pytest.importorskip("ml_collections")
@@ -75,7 +75,7 @@ def evaluated(experiment: Experiment, workdir: Path) -> dict:
 def test_a_task_in_a_file_is_run_written_and_shown(own, tmp_path):
     overrides = [("evaluation.task", f"{own}:Lengths"), ("evaluation.task.factor", "3")]
     experiment = config.load(TINY, overrides)
-    assert config.from_json(config.to_json(experiment), Experiment) == experiment
+    assert schema.from_json(schema.to_json(experiment), Experiment) == experiment
     result = evaluated(experiment, tmp_path / "run")
     folder = tmp_path / "run" / "eval" / "heldout"
     assert json.loads((folder / "0.json").read_text()) == result
@@ -92,9 +92,9 @@ def test_a_task_in_a_file_is_run_written_and_shown(own, tmp_path):
 
 
 def test_a_config_that_names_no_task_asks_for_answers(own):
-    tree = json.loads(config.to_json(config.load(TINY)))
+    tree = json.loads(schema.to_json(config.load(TINY)))
     del tree["evaluation"]["task"]
-    assert config.rebuild(tree, Experiment).evaluation.task == Answers()
+    assert schema.rebuild(tree, Experiment).evaluation.task == Answers()
     assert isinstance(Answers(), Task)
 
 

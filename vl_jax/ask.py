@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from vl_jax import generation, sharding
+from vl_jax import sharding
 from vl_jax.checkpoint import CHECKPOINTS
 from vl_jax.data.encode import Encoder, make_encoder
 from vl_jax.data.images.audio import AudioConfig, SoundImage
@@ -20,7 +20,8 @@ from vl_jax.data.sources.llava import LlavaConfig
 from vl_jax.data.sources.meta import MetaConfig
 from vl_jax.data.sources.records import RecordsConfig
 from vl_jax.experiment import Experiment, model_spec
-from vl_jax.generation import GenerationConfig
+from vl_jax.generation.choice import GenerationConfig
+from vl_jax.generation.generate import stream
 from vl_jax.interop.pretrained import Pretrained, from_pretrained, pieces
 from vl_jax.layout import Layout, put_batch
 from vl_jax.model import VisionLanguage
@@ -97,7 +98,7 @@ class AskedRun:
         sample = Sample(id=name, turns=(Turn(question, ""),), images=tuple(pictures))
         rows = [[self.encoder.prompt(sample)]] * sharding.batch_axes(layout.mesh)
         with sharding.use_mesh(layout.mesh, layout.rules):
-            tokens = generation.stream(
+            tokens = stream(
                 {"params": self.state.params, **self.state.collections},
                 self.state.routing,
                 put_batch(self.encoder.collate(rows, pad_left=True), layout),

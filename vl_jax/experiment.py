@@ -13,7 +13,6 @@ import numpy as np
 
 from vl_jax import sharding
 from vl_jax.batch import Batch
-from vl_jax.config import Open
 from vl_jax.data.config import DataConfig, ModelSpec
 from vl_jax.data.encode import make_encoder
 from vl_jax.data.images.tiling import TilingConfig
@@ -23,6 +22,7 @@ from vl_jax.interop import pretrained
 from vl_jax.joint import JointConfig
 from vl_jax.layout import Layout, ModelConfig, Variables, init_variables, plan_layout
 from vl_jax.model import VisionLanguageConfig
+from vl_jax.schema import Open
 from vl_jax.sharding import MeshConfig
 from vl_jax.train import loop
 from vl_jax.train.loop import LoopConfig

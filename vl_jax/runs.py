@@ -19,6 +19,7 @@ import numpy as np
 import vl_jax
 from vl_jax import config as config_lib
 from vl_jax import params as params_lib
+from vl_jax import schema
 from vl_jax.checkpoint import CHECKPOINTS, Checkpointer
 from vl_jax.data.sources.build import open_source
 from vl_jax.evaluate.runner import evaluate
@@ -176,7 +177,7 @@ def restore(
     path = workdir / "config.json"
     if not path.is_file():
         raise ValueError(f"--workdir={workdir} holds no run: there is no config.json")
-    experiment = config_lib.from_json(path.read_text(encoding="utf-8"), Experiment)
+    experiment = schema.from_json(path.read_text(encoding="utf-8"), Experiment)
     if overrides:
         experiment = config_lib.replace(experiment, overrides)
     layout = plan(experiment)
@@ -213,10 +214,10 @@ def _claim(experiment: Experiment, workdir: Path) -> None:
 
     Of a run begun by an earlier version, fields that did not exist yet have their defaults.
     """
-    path, text = workdir / "config.json", config_lib.to_json(experiment)
+    path, text = workdir / "config.json", schema.to_json(experiment)
     held = text
     if path.exists():
-        held = config_lib.to_json(config_lib.from_json(path.read_text(encoding="utf-8"), Experiment))
+        held = schema.to_json(schema.from_json(path.read_text(encoding="utf-8"), Experiment))
     if held != text:
         before, now = (_flat(json.loads(t)) for t in (held, text))
         changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from vl_jax import config, runs
-from vl_jax.config import ConfigError
 from vl_jax.report import comparison
+from vl_jax.schema import ConfigError
 
 logger = logging.getLogger(__name__)
 

@@ -413,8 +413,10 @@ def _our_decode(case: Case, folder: Path) -> dict[str, Action]:
     layout, params, state = _our_model(case, folder)
     import jax
 
-    from vl_jax import generation, sharding
-    from vl_jax.generation import GenerationConfig
+    from vl_jax import sharding
+    from vl_jax.generation.choice import GenerationConfig, choose
+    from vl_jax.generation.decode import decode, prefill
+    from vl_jax.generation.generate import generate, stream
     from vl_jax.layout import put_batch
 
     model, stop = layout.model, (-1,)
@@ -424,18 +426,18 @@ def _our_decode(case: Case, folder: Path) -> dict[str, Action]:
         """A stream that has given its first token: so many are left."""
         config = GenerationConfig(max_new_tokens=tokens + 1)
         with sharding.use_mesh(layout.mesh, layout.rules):
-            stream = generation.stream(params, state, batch, model=model, config=config, stop=stop)
-            next(stream)
-        return stream
+            rows = stream(params, state, batch, model=model, config=config, stop=stop)
+            next(rows)
+        return rows
 
-    def rest(stream: Any) -> list[int]:
+    def rest(rows: Any) -> list[int]:
         with sharding.use_mesh(layout.mesh, layout.rules):
-            return [token for (token,) in stream]
+            return [token for (token,) in rows]
 
     def loop(_: Any) -> np.ndarray:
         config = GenerationConfig(max_new_tokens=case.new_tokens)
         with sharding.use_mesh(layout.mesh, layout.rules):
-            tokens = generation.generate(params, state, batch, model=model, config=config, stop=stop)
+            tokens = generate(params, state, batch, model=model, config=config, stop=stop)
         return np.asarray(tokens)[0]
 
     def check(_: Any) -> np.ndarray:
@@ -443,15 +445,11 @@ def _our_decode(case: Case, folder: Path) -> dict[str, Action]:
         slots = case.prompt + case.checked
 
         def first_and_last() -> tuple[jax.Array, jax.Array]:
-            first, cache, vision = generation.prefill(
-                params, state, batch, model=model, slots=slots, chunk=None
-            )
+            first, cache, vision = prefill(params, state, batch, model=model, slots=slots, chunk=None)
             last = first
             for index in range(case.checked):
-                token = generation.choose(last, None, config=GenerationConfig())
-                last, cache = generation.decode(
-                    params, state, batch, vision, token, index, cache, model=model
-                )
+                token = choose(last, None, config=GenerationConfig())
+                last, cache = decode(params, state, batch, vision, token, index, cache, model=model)
             return first, last
 
         with sharding.use_mesh(layout.mesh, layout.rules):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from vl_jax.config import ConfigError
+from vl_jax.schema import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
-from vl_jax.config import ConfigError, load
+from vl_jax.config import load
+from vl_jax.schema import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from vl_jax.config import ConfigError, load
+from vl_jax.config import load
+from vl_jax.schema import ConfigError
 
 if TYPE_CHECKING:
     from vl_jax.experiment import Experiment

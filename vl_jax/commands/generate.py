@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from vl_jax.config import ConfigError
+from vl_jax.schema import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from vl_jax.commands.experiment_file import add_config, load_experiment
-from vl_jax.config import ConfigError
+from vl_jax.schema import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

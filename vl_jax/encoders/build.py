@@ -15,13 +15,13 @@ from typing import Annotated, Protocol, runtime_checkable
 import flax.linen as nn
 from jax.typing import DTypeLike
 
-from vl_jax.config import Open
 from vl_jax.encoders.high_resolution import HighResolutionConfig
 from vl_jax.encoders.resnet import ResNetConfig
 from vl_jax.encoders.sam import SAMConfig
 from vl_jax.encoders.text import TextEncoderConfig
 from vl_jax.encoders.vit import ViTConfig
 from vl_jax.moe.stacks import Stack
+from vl_jax.schema import Open
 
 
 @runtime_checkable

@@ -14,13 +14,13 @@ from typing import Annotated, Any
 import jax
 from PIL import Image as PilImage
 
-from vl_jax.config import Open
 from vl_jax.data.config import DataConfig, ModelSpec
 from vl_jax.evaluate.task import Examinee, Extent, Findings, Record, Scores, Task
 from vl_jax.evaluate.tasks.answers import Answers
 from vl_jax.evaluate.tasks.labels import Labels
 from vl_jax.evaluate.tasks.retrieval import Retrieval
 from vl_jax.layout import NO_COLLECTIONS, Layout
+from vl_jax.schema import Open
 
 # Samples whose image is kept beside the predictions, for the report and for a person to look at.
 NUM_PICTURES = 120

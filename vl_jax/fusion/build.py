@@ -7,8 +7,8 @@ from typing import Annotated, Protocol, runtime_checkable
 
 import flax.linen as nn
 
-from vl_jax.config import Open
 from vl_jax.fusion.gated_streams import GatedStreams
+from vl_jax.schema import Open
 
 
 @runtime_checkable

@@ -7,10 +7,10 @@ from typing import Annotated, Protocol, runtime_checkable
 import flax.linen as nn
 import numpy as np
 
-from vl_jax.config import Open
 from vl_jax.data.sample import Sample
 from vl_jax.heads.classification import Classification
 from vl_jax.heads.pairs import Pairs
+from vl_jax.schema import Open
 
 
 @runtime_checkable

@@ -20,13 +20,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from vl_jax import generation, sharding
 from vl_jax import params as params_lib
+from vl_jax import sharding
 from vl_jax.batch import Batch
 from vl_jax.data.published.picture_text import PictureTextProcessor
 from vl_jax.data.published.processor import Processor
 from vl_jax.data.published.text_processor import TextProcessor
-from vl_jax.generation import GenerationConfig
+from vl_jax.generation.choice import GenerationConfig
+from vl_jax.generation.decode import pad_prompts
+from vl_jax.generation.generate import answer_ids, generate, stream
 from vl_jax.interop import rules
 from vl_jax.interop.deepseek_vl2 import deepseek_vl2_rules, read_deepseek_vl2
 from vl_jax.interop.folder import CONFIG, INDEX, Weights, open_weights, read_config, write_folder
@@ -274,7 +276,7 @@ class Pretrained:
         config, processor = GenerationConfig(**options), self._processor()
         stop = (processor.tokenizer.eos,)
         with sharding.use_mesh(self.layout.mesh, self.layout.rules):
-            tokens = generation.generate(
+            tokens = generate(
                 self.params,
                 self.routing_state,
                 self._prompt(conversation, images),
@@ -283,7 +285,7 @@ class Pretrained:
                 config=config,
                 stop=stop,
             )
-        return processor.tokenizer.decode(generation.answer_ids(tokens, stop=stop)[0])
+        return processor.tokenizer.decode(answer_ids(tokens, stop=stop)[0])
 
     def stream(
         self,
@@ -296,7 +298,7 @@ class Pretrained:
         """``generate``, piece by piece: an iterator over the text as it grows."""
         config, processor = GenerationConfig(**options), self._processor()
         with sharding.use_mesh(self.layout.mesh, self.layout.rules):
-            tokens = generation.stream(
+            tokens = stream(
                 self.params,
                 self.routing_state,
                 self._prompt(conversation, images),
@@ -323,11 +325,11 @@ class Pretrained:
         rows = sharding.batch_axes(self.layout.mesh)
         batch = jax.tree.map(lambda a: a.repeat(rows, axis=0), batch)
         length = -(-batch.tokens.shape[1] // PROMPT_BUCKET) * PROMPT_BUCKET
-        return put_batch(jax.device_get(generation.pad_prompts(batch, length)), self.layout)
+        return put_batch(jax.device_get(pad_prompts(batch, length)), self.layout)
 
 
 def pieces(tokens: Iterable[Sequence[int | None]], tokenizer: Any) -> Iterator[str]:
-    """The text of the first row as it grows, from what ``generation.stream`` gives."""
+    """The text of the first row as it grows, from what ``stream`` gives."""
     ids, shown = [], ""
     for token, *_ in tokens:
         if token is None:

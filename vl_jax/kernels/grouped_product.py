@@ -67,54 +67,29 @@ def product(
     num_lhs, _, depth = lhs.shape
     num_rows = lhs.shape[1] if source is None else source.shape[0]
     num_groups, parts, columns = rhs.shape[0], rhs.shape[1], rhs.shape[2 if transposed else 3]
-    num_sums = parts if num_lhs == 1 else 1
-    size = lhs.dtype.itemsize
-    wide = sum(widths) + (0 if extra is None else extra.shape[0])
-
-    def memory(t: Tiles) -> int:
-        moved = num_lhs * t.rows * t.depth + parts * t.depth * t.columns + wide * t.rows * t.columns
-        moved += 0 if source is None else t.rows * t.depth
-        return 2 * size * moved + 4 * (2 * num_sums + 1) * t.rows * t.columns
-
-    def visits_of(t: Tiles) -> int:
-        return -(-num_rows // t.rows) + num_groups
-
-    def traffic(t: Tiles) -> int:
-        # A group's matrix stays from visit to visit, if all its depth is there at once.
-        fetched = num_groups if t.depth == depth else visits_of(t)
-        rows = num_rows * (num_lhs * depth * (columns // t.columns) + wide * columns)
-        return size * (rows + fetched * parts * depth * columns)
-
-    def steps(t: Tiles) -> int:
-        return visits_of(t) * (depth // t.depth) * (columns // t.columns)
-
-    def parallel(t: Tiles) -> int:
-        return columns // t.columns
-
+    cost = _Cost(
+        (num_rows, depth, columns),
+        num_groups,
+        num_lhs,
+        parts,
+        wide=sum(widths) + (0 if extra is None else extra.shape[0]),
+        gathers=source is not None,
+        size=lhs.dtype.itemsize,
+    )
     tiles = choose_tiles(
         num_rows,
         depth,
         columns,
         target,
-        memory=memory,
-        traffic=traffic,
-        steps=steps,
-        parallel=parallel,
+        memory=cost.memory,
+        traffic=cost.traffic,
+        steps=cost.steps,
+        parallel=cost.parallel,
         products=parts,
     )
     specs = _Specs(tiles, num_groups - 1, depth // tiles.depth, columns // tiles.columns, transposed)
-    scratch = [pltpu.VMEM((num_sums, tiles.rows, tiles.columns), jnp.float32)]
     inside = source is not None and specs.depth_steps == specs.column_steps == 1
-    if source is not None and inside:
-        packed = pack_rows(lhs[0], target=target)
-        scalars = indices_of_steps(source[:, None], tiles.rows)
-        inputs = [(scalars, specs.indices(ahead, scalars.shape[0] - 1)) for ahead in (0, 1)]
-        inputs += [(packed, pl.BlockSpec(memory_space=pl.ANY))]
-        scratch += [pltpu.VMEM((1, tiles.rows, depth), lhs.dtype), *RowFetch.scratch(tiles.rows, 1, packed)]
-    else:
-        if source is not None:
-            lhs = gather_rows(lhs[0], source[:, None], target=target, name="permute")[None]
-        inputs = [(lhs, specs.lhs(num_lhs))]
+    inputs, scratch = _left_side(lhs, source, specs, inside=inside, target=target)
     inputs += [(rhs, specs.rhs(p)) for p in range(parts)]
     inputs += [] if bias is None else [(bias, specs.bias(p)) for p in range(parts)]
     inputs += [] if scale is None else [(scale, specs.scale())]
@@ -134,26 +109,97 @@ def product(
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(visits.scalars),
-            grid=(specs.column_steps, visits_of(tiles), specs.depth_steps),
+            grid=(specs.column_steps, cost.visits(tiles), specs.depth_steps),
             in_specs=[spec for _, spec in inputs],
             out_specs=[spec for _, spec in outputs],
-            scratch_shapes=scratch,
+            scratch_shapes=[pltpu.VMEM((cost.num_sums, tiles.rows, tiles.columns), jnp.float32), *scratch],
         ),
         out_shape=[shape for shape, _ in outputs],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=target.memory_limit
         ),
-        cost_estimate=pl.CostEstimate(
-            flops=2 * num_rows * depth * columns * parts,
-            transcendentals=num_rows * columns if len(widths) > 1 else 0,
-            bytes_accessed=traffic(tiles),
-        ),
+        cost_estimate=cost.estimate(tiles, transcendentals=len(widths) > 1),
         interpret=target.interpret,
         name=name,
     )(*visits.scalars, *(array for array, _ in inputs))
     if row_sums:
         return [*results[:-1], jnp.sum(results[-1][:, 0], axis=0)]
     return list(results)
+
+
+def _left_side(
+    lhs: Float[Array, "L _ K"],
+    source: Int[Array, " R"] | None,
+    specs: _Specs,
+    *,
+    inside: bool,
+    target: Target,
+) -> tuple[list[tuple[jax.Array, pl.BlockSpec]], list[Any]]:
+    """The operands on the left of ``product``, and the scratch they need; ``inside``: the kernel gathers."""
+    if source is None:
+        return [(lhs, specs.lhs(lhs.shape[0]))], []
+    if not inside:
+        rows = gather_rows(lhs[0], source[:, None], target=target, name="permute")[None]
+        return [(rows, specs.lhs(1))], []
+    packed, rows = pack_rows(lhs[0], target=target), specs.tiles.rows
+    scalars = indices_of_steps(source[:, None], rows)
+    inputs = [(scalars, specs.indices(ahead, scalars.shape[0] - 1)) for ahead in (0, 1)]
+    scratch = [pltpu.VMEM((1, rows, lhs.shape[2]), lhs.dtype), *RowFetch.scratch(rows, 1, packed)]
+    return [*inputs, (packed, pl.BlockSpec(memory_space=pl.ANY))], scratch
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cost:
+    """What ``product`` costs with tiles of one size or another."""
+
+    shape: tuple[int, int, int]  # R, K, N
+    num_groups: int
+    num_lhs: int
+    parts: int
+    wide: int  # arrays [R N] that it reads or writes
+    gathers: bool  # whether it gathers its rows
+    size: int  # bytes of an element
+
+    @property
+    def num_sums(self) -> int:
+        """Sums kept at a time: one for each matrix, or one of all."""
+        return self.parts if self.num_lhs == 1 else 1
+
+    def memory(self, t: Tiles) -> int:
+        """Bytes a core holds."""
+        moved = self.num_lhs * t.rows * t.depth + self.parts * t.depth * t.columns
+        moved += self.wide * t.rows * t.columns + (t.rows * t.depth if self.gathers else 0)
+        return 2 * self.size * moved + 4 * (2 * self.num_sums + 1) * t.rows * t.columns
+
+    def visits(self, t: Tiles) -> int:
+        """The most pairs of a row tile and a group."""
+        return -(-self.shape[0] // t.rows) + self.num_groups
+
+    def traffic(self, t: Tiles) -> int:
+        """Bytes moved to and from the core."""
+        num_rows, depth, columns = self.shape
+        # A group's matrix stays from visit to visit, if all its depth is there at once.
+        fetched = self.num_groups if t.depth == depth else self.visits(t)
+        rows = num_rows * (self.num_lhs * depth * (columns // t.columns) + self.wide * columns)
+        return self.size * (rows + fetched * self.parts * depth * columns)
+
+    def steps(self, t: Tiles) -> int:
+        """Steps of the grid."""
+        _, depth, columns = self.shape
+        return self.visits(t) * (depth // t.depth) * (columns // t.columns)
+
+    def parallel(self, t: Tiles) -> int:
+        """Parts of the grid that are independent."""
+        return self.shape[2] // t.columns
+
+    def estimate(self, t: Tiles, *, transcendentals: bool) -> pl.CostEstimate:
+        """The cost as the compiler takes it."""
+        num_rows, depth, columns = self.shape
+        return pl.CostEstimate(
+            flops=2 * num_rows * depth * columns * self.parts,
+            transcendentals=num_rows * columns if transcendentals else 0,
+            bytes_accessed=self.traffic(t),
+        )
 
 
 @dataclasses.dataclass(frozen=True)

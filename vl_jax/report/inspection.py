@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from vl_jax import config as config_lib
 from vl_jax import params as params_lib
+from vl_jax import schema
 from vl_jax.data.config import PackingConfig
 from vl_jax.data.stream.padding import WasteReport
 from vl_jax.data.text.chat import Targets
@@ -27,7 +27,7 @@ def show(experiment: Experiment, what: str, *, samples: int, examine: int, html:
     """Prints the resolved config, the parameter table, or what the data is like."""
     console = Console()
     if what == "config":
-        console.print_json(config_lib.to_json(experiment))
+        console.print_json(schema.to_json(experiment))
     elif what == "params":
         console.print(parameter_table(experiment))
     else:

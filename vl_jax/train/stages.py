@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from vl_jax import params as params_lib
-from vl_jax.config import Open
 from vl_jax.roles import Role
+from vl_jax.schema import Open
 from vl_jax.train import lora
 from vl_jax.train.lora import LoraConfig
 from vl_jax.train.objectives.next_token import NextToken

@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from rich.console import Console
 from rich.progress import track
 
-from vl_jax import generation, sharding
+from vl_jax import sharding
 from vl_jax.batch import Batch
 from vl_jax.data.config import DataConfig
 from vl_jax.data.sample import BadSample
@@ -25,7 +25,9 @@ from vl_jax.data.text.normalize import normalize
 from vl_jax.data.text.tokenizer import Tokenizer, load_tokenizer
 from vl_jax.evaluate.metrics.exact_match import ExactMatch, is_match
 from vl_jax.evaluate.task import Examinee, Findings, Grouped, Record
-from vl_jax.generation import GenerationConfig
+from vl_jax.generation.choice import GenerationConfig
+from vl_jax.generation.decode import warn_if_not_causal
+from vl_jax.generation.generate import answer_ids, generate
 from vl_jax.layout import put_batch
 
 _BASELINES = ("blind", "prior")
@@ -45,7 +47,7 @@ class Answers:
 
     def run(self, examinee: Examinee) -> Generator[Record, None, Findings]:
         """Answers everything without the image first, then with it."""
-        generation.warn_if_not_causal(examinee.layout.model)
+        warn_if_not_causal(examinee.layout.model)
         prior = Prior(training_turns(examinee.data, examinee.extent.prior_samples))
         blind = {record["id"]: text for record, text in answered(examinee, with_image=False)}
         grouped = Grouped(lambda: ExactMatch(_BASELINES), _GROUPS)
@@ -110,7 +112,7 @@ def answered(examinee: Examinee, *, with_image: bool = True) -> Iterator[tuple[d
 def _generate(examinee: Examinee, batch: Batch, tokenizer: Tokenizer) -> list[str]:
     layout = examinee.layout
     with sharding.use_mesh(layout.mesh, layout.rules):
-        tokens = generation.generate(
+        tokens = generate(
             examinee.variables,
             examinee.routing_state,
             put_batch(batch, layout),
@@ -119,4 +121,4 @@ def _generate(examinee: Examinee, batch: Batch, tokenizer: Tokenizer) -> list[st
             stop=(tokenizer.eos,),
         )
     tokens = multihost_utils.process_allgather(tokens, tiled=True)
-    return [tokenizer.decode(ids) for ids in generation.answer_ids(tokens, stop=(tokenizer.eos,))]
+    return [tokenizer.decode(ids) for ids in answer_ids(tokens, stop=(tokenizer.eos,))]

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from vl_jax.batch import Batch
-from vl_jax.config import Open
+from vl_jax.schema import Open
 from vl_jax.train.objectives.contrastive import ContrastivePairs
 from vl_jax.train.objectives.heads import Heads
 from vl_jax.train.objectives.next_token import NextToken

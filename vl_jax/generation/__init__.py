@@ -1,0 +1,1 @@
+"""Text from a model: how tokens are chosen, the cache filled and extended, beams, whole answers."""
