@@ -23,7 +23,6 @@ from vl_jax import losses, sharding
 from vl_jax.batch import MODALITIES, Batch
 from vl_jax.evaluate.routes import token_choice
 from vl_jax.layout import NO_COLLECTIONS, Layout, put_batch
-from vl_jax.model import VisionLanguage
 from vl_jax.moe import routing
 from vl_jax.moe.stacks import RoutingState, Stack, sown
 
@@ -158,7 +157,7 @@ def target_losses(
     state: RoutingState,
     batch: Batch,
     *,
-    model: VisionLanguage,
+    model: Any,
     collections: Mapping[str, Any] = NO_COLLECTIONS,
 ) -> Float[Array, "B Q"]:
     """The loss of every target, in nats."""
@@ -167,7 +166,7 @@ def target_losses(
     return _nll(variables, batch, output, model)
 
 
-def _nll(variables: Any, batch: Batch, output: Any, model: VisionLanguage) -> jax.Array:
+def _nll(variables: Any, batch: Batch, output: Any, model: Any) -> jax.Array:
     predicting = jnp.take_along_axis(output.hidden, batch.target_index[..., None], axis=1)
     logits: Any = model.apply(variables, predicting, method="logits")
     return losses.cross_entropy(logits, batch.targets)[0]
@@ -178,7 +177,7 @@ def _observe(
     state: RoutingState,
     batch: Batch,
     *,
-    model: VisionLanguage,
+    model: Any,
     stack: str,
     collections: Mapping[str, Any] = NO_COLLECTIONS,
 ) -> dict[str, jax.Array]:
