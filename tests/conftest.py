@@ -41,8 +41,8 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 # grain reads absl flags when its worker processes start, and refuses if nobody parsed them.
 flags.FLAGS.mark_as_parsed()
 
-# From here on every annotated function of the package checks its arguments; an int will do for a float.
-install_import_hook("vl_jax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+# From here on every annotated function of the package checks its arguments.
+install_import_hook("vl_jax", "shapes.check")
 
 from vl_jax.runtime import start  # noqa: E402
 
