@@ -25,6 +25,7 @@ from vl_jax.evaluate.tasks.labels import Labels
 from vl_jax.experiment import Experiment
 from vl_jax.heads.classification import Classification
 from vl_jax.joint import JointConfig, Tower
+from vl_jax.moe.config import GateConfig
 from vl_jax.moe.routing import MoEConfig
 from vl_jax.train.loop import LoopConfig
 from vl_jax.train.objectives.heads import Heads
@@ -32,7 +33,9 @@ from vl_jax.train.optimizer import OptimizerConfig
 from vl_jax.train.stages import Stage
 
 DATA = Path("../shared/data")
-EXPERTS = MoEConfig(scheme="loss_free", num_experts=8, top_k=2, expert_dim=128, normalize_gates=True)
+EXPERTS = MoEConfig(
+    scheme="loss_free", num_experts=8, top_k=2, expert_dim=128, gates=GateConfig(normalize=True)
+)
 IMAGE = ViTConfig(
     image_size=64,
     patch_size=8,

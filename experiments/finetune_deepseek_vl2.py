@@ -17,7 +17,7 @@ What trains:
     all but the vision tower    the same, with --config.stages.sft.trainable="('adapter/.*', 'language/.*')"
 
 The routing bias of checkpoints that have one keeps balancing the experts in all of these; its step is
-``--config.model.moe.bias_rate`` (0: as published). Memory: ``--config.data.max_tiles`` and
+``--config.model.moe.balance.bias_rate`` (0: as published). Memory: ``--config.data.max_tiles`` and
 ``--config.data.tiling.views=global`` make rows smaller, ``--config.stages.sft.accumulation`` cuts batches,
 ``--config.mesh.data=1 --config.mesh.fsdp=-1`` spreads weights over the devices.
 """

@@ -17,6 +17,7 @@ from vl_jax.experiment import Experiment
 from vl_jax.language.decoder import DecoderConfig
 from vl_jax.language.mla import MLAConfig
 from vl_jax.model import VisionLanguageConfig
+from vl_jax.moe.config import GateConfig, SharedExpertsConfig
 from vl_jax.moe.routing import MoEConfig
 from vl_jax.train.loop import LoopConfig
 from vl_jax.train.optimizer import OptimizerConfig
@@ -35,7 +36,12 @@ MODEL = VisionLanguageConfig(
         attention=MLAConfig(num_heads=4, kv_lora_rank=48, qk_nope_dim=24, qk_rope_dim=16, v_head_dim=24),
     ),
     moe=MoEConfig(
-        scheme="loss_free", num_experts=8, top_k=2, expert_dim=96, num_shared=1, normalize_gates=True
+        scheme="loss_free",
+        num_experts=8,
+        top_k=2,
+        expert_dim=96,
+        shared=SharedExpertsConfig(num=1),
+        gates=GateConfig(normalize=True),
     ),
 )
 GRIDS = ((1, 1), (1, 2), (2, 1), (2, 2))

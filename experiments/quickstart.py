@@ -22,6 +22,7 @@ from vl_jax.fusion.gate import CrossModalGateConfig
 from vl_jax.language.decoder import DecoderConfig
 from vl_jax.language.mla import MLAConfig
 from vl_jax.model import FusionConfig, VisionLanguageConfig
+from vl_jax.moe.config import GateConfig, SharedExpertsConfig
 from vl_jax.moe.routing import MoEConfig
 from vl_jax.nn.rope import RopeConfig
 from vl_jax.train.loop import LoopConfig
@@ -59,7 +60,12 @@ MODEL = VisionLanguageConfig(
         ),
     ),
     moe=MoEConfig(
-        scheme="loss_free", num_experts=8, top_k=2, expert_dim=96, num_shared=1, normalize_gates=True
+        scheme="loss_free",
+        num_experts=8,
+        top_k=2,
+        expert_dim=96,
+        shared=SharedExpertsConfig(num=1),
+        gates=GateConfig(normalize=True),
     ),
 )
 
@@ -85,7 +91,7 @@ def sweep_experts():
             "model.moe.num_experts": num_experts,
             "model.moe.top_k": top_k,
             "model.moe.expert_dim": width,
-            "model.moe.normalize_gates": top_k > 1,  # of one gate, the sum is the gate
+            "model.moe.gates.normalize": top_k > 1,  # of one gate, the sum is the gate
         }
 
 

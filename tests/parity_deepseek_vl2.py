@@ -265,7 +265,8 @@ def _names(model: Model, kept: tuple[Any, ...]) -> dict[str, Any]:
 def _training(model: Model, recorded: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Loss, auxiliary losses and gradients, with the recorded weight and scope of the auxiliary loss."""
     scope = "sequence" if recorded["seq_aux"] else "batch"
-    moe = dataclasses.replace(model.config.moe, balance_weight=float(recorded["alpha"]), balance_scope=scope)
+    balance = dataclasses.replace(model.config.moe.balance, weight=float(recorded["alpha"]), scope=scope)
+    moe = dataclasses.replace(model.config.moe, balance=balance)
     network = VisionLanguage(dataclasses.replace(model.config, moe=moe))
     batch = jax.tree.map(jnp.asarray, model.text(recorded["input_ids"]))
 

@@ -19,6 +19,7 @@ from vl_jax.kernels import aot
 from vl_jax.kernels.activation import SWIGLU
 from vl_jax.kernels.expert_weights import ExpertWeights
 from vl_jax.moe import all_to_all, dispatch
+from vl_jax.moe.config import CapacityConfig
 from vl_jax.moe.routing import MoEConfig, TokenChoice
 
 G, T, D, E, K, F = 8, 6, 4, 8, 2, 4
@@ -56,7 +57,7 @@ def test_output_and_gradients_are_those_of_one_device(shards, biased):
     x, weights = inputs(biased)
     experts = jax.random.randint(jax.random.key(1), (G, T, K), 0, E)
     gates = jax.random.uniform(jax.random.key(0), (G, T, K))
-    config = MoEConfig(num_experts=E, top_k=K, expert_dim=F, capacity=2)
+    config = MoEConfig(num_experts=E, top_k=K, expert_dim=F, limit=CapacityConfig(slots=2))
     kept, dropped = dispatch.apply_capacity(TokenChoice(experts, gates), jnp.ones((G, T), bool), config)
     assert 0 < int(jnp.sum(dropped)) < dropped.size
     mesh, rows = Mesh(np.array(jax.devices()[:shards]), ("expert",)), P("expert")
@@ -81,13 +82,13 @@ def test_what_a_tpu_would_move_and_keep():
     """The layer of DeepSeek-V2-Lite's size on eight v5e: bytes of collectives, and temporary memory."""
     pytest.importorskip("libtpu")
     rows, length, width, hidden, experts, top_k = 8, 2048, 2048, 1408, 64, 6
-    config = MoEConfig(num_experts=experts, top_k=top_k, expert_dim=hidden, capacity_factor=1.25)
+    config = MoEConfig(num_experts=experts, top_k=top_k, expert_dim=hidden, limit=CapacityConfig(factor=1.25))
     mesh, spread = Mesh(np.array(aot.devices("v5e")), ("expert",)), P("expert")
 
     def leaf(*shape: int, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spread))
 
-    slots = config.slots(length)
+    slots = config.capacity_of(length)
     local = functools.partial(all_to_all.apply_experts, slots=slots, activation=SWIGLU)
     layer = jax.shard_map(
         local, mesh=mesh, in_specs=(spread, spread, spread), out_specs=spread, check_vma=False

@@ -211,10 +211,10 @@ def test_inspect_params_names_sizes_axes_stages_and_what_does_not_divide(capsys,
 
 
 def test_a_single_gate_that_is_normalised_is_warned_of(capsys, caplog):
-    options = ["--config.model.moe.top_k=1", "--config.model.moe.normalize_gates=True"]
+    options = ["--config.model.moe.top_k=1", "--config.model.moe.gates.normalize=True"]
     with caplog.at_level(logging.WARNING):
         assert cli.main(["inspect", "params", CONFIG, *options]) == 0
-    assert any("set normalize_gates=False" in message for message in caplog.messages)
+    assert any("set gates.normalize=False" in message for message in caplog.messages)
 
 
 def test_convert_data_names_the_source_that_takes_the_other_s_place(capsys, tmp_path):

@@ -19,6 +19,14 @@ from vl_jax.data.images.tiling import TilingConfig
 from vl_jax.data.sources.llava import LlavaConfig
 from vl_jax.data.sources.scenes import ScenesConfig
 from vl_jax.experiment import Experiment
+from vl_jax.moe.config import (
+    BalanceConfig,
+    CapacityConfig,
+    ExecutionConfig,
+    ExpertGroupsConfig,
+    GateConfig,
+    SharedExpertsConfig,
+)
 from vl_jax.moe.routing import MoEConfig
 from vl_jax.schema import TYPE_KEY, ConfigError, from_json, rebuild, to_json
 from vl_jax.train.optimizer import OptimizerConfig
@@ -56,7 +64,7 @@ def test_view_and_json_give_back_an_equal_config():
 
 
 def test_a_part_that_is_absent_is_switched_on_by_a_field_of_it_and_off_by_none():
-    plain = changed("model.moe.balance_scope", "batch")  # the other is not for packed rows
+    plain = changed("model.moe.balance.scope", "batch")  # the other is not for packed rows
     packed = changed("data.packing.max_tokens", "300", plain)
     assert packed.data.packing == PackingConfig(max_tokens=300) and plain.data.packing is None
     assert changed("data.packing", "None", packed) == plain == changed("data.packing", "None", plain)
@@ -70,9 +78,9 @@ MOES = st.fixed_dictionaries(
         "scheme": st.sampled_from(["top_k", "loss_free"]),
         "num_experts": st.integers(4, 300),
         "top_k": st.integers(1, 4),
-        "capacity_factor": st.none() | st.floats(0.1, 8.0),
-        "balance_weight": st.floats(0, 1) | st.integers(0, 3),
-        "normalize_gates": st.booleans(),
+        "limit": st.builds(CapacityConfig, st.none() | st.floats(0.1, 8.0)),
+        "balance": st.builds(BalanceConfig, st.floats(0, 1) | st.integers(0, 3)),
+        "gates": st.builds(GateConfig, normalize=st.booleans()),
     }
 )
 RATES = st.lists(st.tuples(st.text(), st.floats(0, 9)), max_size=2).map(tuple)
@@ -100,12 +108,12 @@ def test_any_stage_survives_json_and_view(name, steps, trainable, rates):
         ("seed", "1e3", 1000),
         ("name", "7", "7"),
         ("name", "None of these", "None of these"),
-        ("model.moe.balance_weight", "1", 1.0),
-        ("model.moe.balance_weight", "5e-4", 5e-4),
-        ("model.moe.normalize_gates", "TRUE", True),
-        ("model.moe.normalize_gates", "false", False),
-        ("model.moe.capacity_factor", "1.25", 1.25),
-        ("model.moe.capacity_factor", "None", None),
+        ("model.moe.balance.weight", "1", 1.0),
+        ("model.moe.balance.weight", "5e-4", 5e-4),
+        ("model.moe.gates.normalize", "TRUE", True),
+        ("model.moe.gates.normalize", "false", False),
+        ("model.moe.limit.factor", "1.25", 1.25),
+        ("model.moe.limit.factor", "None", None),
         ("model.moe.scheme", "expert_choice", "expert_choice"),
         ("data.max_turns", "None", None),
         ("data.tiling.candidates", "((1, 1), (2, 1))", ((1, 1), (2, 1))),
@@ -131,8 +139,8 @@ def test_an_override_changes_nothing_else():
 
 
 def test_a_none_field_takes_a_value_and_back():
-    factor = changed("model.moe.capacity_factor", "2.0")
-    assert changed("model.moe.capacity_factor", "None", factor) == EXPERIMENT
+    factor = changed("model.moe.limit.factor", "2.0")
+    assert changed("model.moe.limit.factor", "None", factor) == EXPERIMENT
 
 
 @pytest.mark.parametrize(
@@ -147,8 +155,8 @@ def test_a_none_field_takes_a_value_and_back():
         ("seed", "1.5", "config.seed=1.5: expected int"),
         ("seed", "True", "config.seed=True: expected int"),
         ("seed", "None", "config.seed=None: expected int"),
-        ("model.moe.normalize_gates", "yes", "config.model.moe.normalize_gates=yes: expected bool"),
-        ("model.moe.balance_weight", "much", "config.model.moe.balance_weight=much: expected float"),
+        ("model.moe.gates.normalize", "yes", "config.model.moe.gates.normalize=yes: expected bool"),
+        ("model.moe.balance.weight", "much", "config.model.moe.balance.weight=much: expected float"),
         ("model.moe.top_k", "9", "config.model.moe: top_k=9 must be from 1 to num_experts=4"),
         (
             "model.moe.scheme",
@@ -230,6 +238,76 @@ def test_a_field_that_moved_into_a_group_is_known_by_its_earlier_name():
     assert changed("size", "6", Outer()) == Outer(Inner(size=6))
     with pytest.raises(ConfigError, match=r"config.inner=3: expected a mapping"):
         from_json(json.dumps({TYPE_KEY: "Outer", "size": 5, "inner": 3}), Outer)
+
+
+# What files held when ``MoEConfig`` had no groups; a capacity is one of the two kinds.
+FLAT = {
+    TYPE_KEY: "MoEConfig",
+    "scheme": "loss_free",
+    "num_experts": 16,
+    "top_k": 2,
+    "expert_dim": 32,
+    "num_shared": 1,
+    "shared_dim": 48,
+    "shared_gate": True,
+    "score": "sigmoid",
+    "num_groups": 4,
+    "top_groups": 2,
+    "excluded": "zero",
+    "normalize_gates": True,
+    "gate_scale": 2.5,
+    "router_bias": True,
+    "expert_bias": True,
+    "balance_weight": 0.25,
+    "balance_scope": "step",
+    "z_weight": 0.5,
+    "bias_rate": 0.125,
+    "balanced": True,
+    "capacity_factor": None,
+    "capacity": None,
+    "priority": "gate",
+    "exchange": "ring",
+    "kernel": "blocked",
+    "options": [],
+}
+
+
+@pytest.mark.parametrize("limit", [{}, {"capacity_factor": 1.25}, {"capacity": 3}])
+def test_experts_of_a_file_without_groups_are_the_same(limit):
+    expected = MoEConfig(
+        "loss_free",
+        16,
+        2,
+        32,
+        shared=SharedExpertsConfig(num=1, dim=48, gate=True),
+        gates=GateConfig(score="sigmoid", normalize=True, scale=2.5),
+        groups=ExpertGroupsConfig(num=4, top=2, excluded="zero"),
+        router_bias=True,
+        expert_bias=True,
+        balance=BalanceConfig(weight=0.25, scope="step", z_weight=0.5, bias_rate=0.125, forced=True),
+        limit=CapacityConfig(limit.get("capacity_factor"), limit.get("capacity"), priority="gate"),
+        execution=ExecutionConfig(exchange="ring", kernel="blocked"),
+    )
+    assert from_json(json.dumps({**FLAT, **limit}), MoEConfig) == expected
+    tree = json.loads(to_json(EXPERIMENT))
+    tree["model"]["moe"] = {**FLAT, **limit}
+    assert rebuild(tree, Experiment).model.moe == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "path"),
+    [
+        ("capacity_factor", "1.25", "limit.factor"),
+        ("capacity", "3", "limit.slots"),
+        ("num_shared", "2", "shared.num"),
+        ("normalize_gates", "True", "gates.normalize"),
+        ("balance_weight", "0.5", "balance.weight"),
+        ("kernel", "blocked", "execution.kernel"),
+    ],
+)
+def test_a_field_of_experts_is_found_by_its_path_without_groups(name, text, path):
+    before, now = (changed(f"model.moe.{p}", text) for p in (name, path))
+    assert before == now != EXPERIMENT
 
 
 def test_a_class_in_the_wrong_place_is_refused():

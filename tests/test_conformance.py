@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from vl_jax.moe import conformance
+from vl_jax.moe.config import BalanceConfig, CapacityConfig, ExpertGroupsConfig, GateConfig
 from vl_jax.moe.routing import SCHEMES, MoEConfig
 
 EXAMPLE = f"{Path(__file__).resolve().parent.parent / 'experiments' / 'my_router.py'}:my_router"
@@ -48,10 +49,13 @@ def test_kernels_capacity_and_devices_change_nothing(scheme):
 
 
 OPTIONS = {
-    "groups": {"num_groups": 4, "top_groups": 2},
-    "gate priority": {"capacity_factor": 0.75, "priority": "gate"},
-    "batch balance": {"balance_scope": "batch", "z_weight": 0.1, "normalize_gates": True},
-    "step balance": {"balance_scope": "step"},
+    "groups": {"groups": ExpertGroupsConfig(num=4, top=2)},
+    "gate priority": {"limit": CapacityConfig(0.75, priority="gate")},
+    "batch balance": {
+        "balance": BalanceConfig(scope="batch", z_weight=0.1),
+        "gates": GateConfig(normalize=True),
+    },
+    "step balance": {"balance": BalanceConfig(scope="step")},
     "entropies": {
         "options": (("text_local_entropy", 0.1), ("vision_global_entropy", 0.1), ("min_experts", 6.0))
     },
@@ -64,7 +68,7 @@ def test_options_of_the_layer_keep_the_properties(options):
     config = dataclasses.replace(conformance.small_config("top_k"), **options)
     failed = [r.property for r in conformance.check("top_k", config) if r.passed is False]
     # With priority by gate a later token may take the slot of an earlier one.
-    assert failed == (["causal as declared"] if options.get("priority") == "gate" else [])
+    assert failed == (["causal as declared"] if config.limit.priority == "gate" else [])
 
 
 # What a scheme returns, and what is said about it.
@@ -139,7 +143,7 @@ def test_a_scheme_that_falsely_calls_itself_non_causal_is_found(tmp_path):
     ("options", "message"),
     [
         ({"top_k": 9}, "top_k=9 must be from 1 to num_experts=8 .scheme='top_k'."),
-        ({"capacity": 0}, "capacity=0 must be >= 1, and excludes capacity_factor .scheme='top_k'."),
+        ({"scheme": "smear", "limit": CapacityConfig(slots=1)}, "limit has no meaning for scheme='smear'"),
     ],
 )
 def test_impossible_settings_name_the_scheme(options, message):

@@ -14,6 +14,7 @@ from vl_jax.kernels.combine import combine
 from vl_jax.kernels.expert_weights import ExpertWeights
 from vl_jax.kernels.permute import permute
 from vl_jax.moe import dispatch
+from vl_jax.moe.config import CapacityConfig
 from vl_jax.moe.dispatch import apply_capacity, make_plan
 from vl_jax.moe.routing import ExpertChoice, MoEConfig, TokenChoice
 
@@ -128,8 +129,8 @@ def config(**options) -> MoEConfig:
     return MoEConfig(**{"num_experts": E, "top_k": K, "expert_dim": F, **options})
 
 
-def limited(assignment, valid, **options):
-    kept, dropped = apply_capacity(assignment, valid, config(**options))
+def limited(assignment, valid, limit: CapacityConfig):
+    kept, dropped = apply_capacity(assignment, valid, config(limit=limit))
     return np.asarray(kept.experts), np.asarray(kept.gates), np.asarray(dropped)
 
 
@@ -140,7 +141,7 @@ ALL_VALID = jnp.ones((G, T), bool)
 @given(choices, st.sampled_from(["position", "gate"]), st.sampled_from([0.1, 0.5, 1.0, 1.5]))
 def test_no_expert_takes_more_than_its_slots_and_none_drops_while_it_has_room(experts, priority, factor):
     assignment = token_choice(experts)
-    kept, gates, dropped = limited(assignment, ALL_VALID, capacity_factor=factor, priority=priority)
+    kept, gates, dropped = limited(assignment, ALL_VALID, CapacityConfig(factor, priority=priority))
     slots = int(np.ceil(np.float32(factor * K / E) * T))
     for group in range(G):
         wanted = np.bincount(np.asarray(assignment.experts)[group].ravel(), minlength=E + 1)[:E]
@@ -155,14 +156,16 @@ def test_position_priority_keeps_the_first_tokens():
     everyone_wants_expert_0 = TokenChoice(
         jnp.zeros((1, T, 1), jnp.int32), jnp.linspace(0.1, 0.9, T).reshape(1, T, 1)
     )
-    kept, _ = apply_capacity(everyone_wants_expert_0, ALL_VALID[:1], config(top_k=1, capacity_factor=2.0))
+    kept, _ = apply_capacity(
+        everyone_wants_expert_0, ALL_VALID[:1], config(top_k=1, limit=CapacityConfig(2.0))
+    )
     np.testing.assert_array_equal(kept.experts[0, :, 0], [0, 0, 0, E, E, E])  # ceil(2 * 6 * 1 / 4) = 3
 
 
 def test_gate_priority_keeps_the_highest_gates():
     gates = jnp.array([0.1, 0.9, 0.2, 0.8, 0.3, 0.7]).reshape(1, T, 1)
     everyone = TokenChoice(jnp.zeros((1, T, 1), jnp.int32), gates)
-    options = config(top_k=1, capacity_factor=2.0, priority="gate")
+    options = config(top_k=1, limit=CapacityConfig(2.0, priority="gate"))
     kept, dropped = apply_capacity(everyone, ALL_VALID[:1], options)
     np.testing.assert_array_equal(kept.experts[0, :, 0], [E, 0, E, 0, E, 0])
     np.testing.assert_array_equal(dropped[0, :, 0], [True, False, True, False, True, False])
@@ -175,7 +178,7 @@ def test_with_position_priority_a_token_never_loses_to_a_later_one(experts, othe
     after = before.copy()
     after[:, cut:] = np.array(others).reshape(G, T, K)[:, cut:]
     kept, changed = (
-        limited(token_choice(e.ravel().tolist()), ALL_VALID, capacity_factor=0.5)[0] for e in (before, after)
+        limited(token_choice(e.ravel().tolist()), ALL_VALID, CapacityConfig(0.5))[0] for e in (before, after)
     )
     np.testing.assert_array_equal(kept[:, :cut], changed[:, :cut])
 
@@ -183,7 +186,7 @@ def test_with_position_priority_a_token_never_loses_to_a_later_one(experts, othe
 def test_slots_count_the_valid_tokens_of_the_group():
     experts = [0] * (G * T * K)
     valid = jnp.arange(T)[None] < jnp.array([[2], [6]])
-    kept = limited(token_choice(experts), valid, capacity_factor=1.0)[0]
+    kept = limited(token_choice(experts), valid, CapacityConfig(1.0))[0]
     np.testing.assert_array_equal((kept == 0).sum((1, 2)), [1, 3])  # ceil(n * 2 / 4)
 
 

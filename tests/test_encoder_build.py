@@ -27,11 +27,19 @@ from vl_jax.encoders.text import TextEncoderConfig
 from vl_jax.encoders.vit import ViTConfig, normalize
 from vl_jax.model import ENCODER, LANGUAGE, VisionLanguageConfig, used_tiles
 from vl_jax.moe import stacks
+from vl_jax.moe.config import BalanceConfig, SharedExpertsConfig
 from vl_jax.moe.routing import MoEConfig
 from vl_jax.schema import ConfigError
 
 EXPERIMENT = str(Path(__file__).with_name("tiny_experiment.py"))
-MOE = MoEConfig(scheme="loss_free", num_experts=4, top_k=2, expert_dim=8, num_shared=1, balance_weight=0.01)
+MOE = MoEConfig(
+    scheme="loss_free",
+    num_experts=4,
+    top_k=2,
+    expert_dim=8,
+    shared=SharedExpertsConfig(num=1),
+    balance=BalanceConfig(weight=0.01),
+)
 VIT = ViTConfig(image_size=8, patch_size=2, embed_dim=16, mlp_dim=32, num_layers=4, num_heads=2)
 SPARSE = dataclasses.replace(VIT, moe=MOE, sparse_layers=(1, 3))
 SAM = SAMConfig(

@@ -37,6 +37,7 @@ from vl_jax.language.encoder_decoder import (
     shift_right,
 )
 from vl_jax.moe import balance
+from vl_jax.moe.config import BalanceConfig, CapacityConfig, SharedExpertsConfig
 from vl_jax.moe.routing import MoEConfig
 
 pytestmark = pytest.mark.slow  # an encoder beside the main path: minutes of compilation
@@ -60,10 +61,18 @@ CONFIG = EncoderDecoderConfig(
 TIED = dataclasses.replace(CONFIG, tie_embeddings=True)
 RELU = Activation("relu", gated=False)
 MOE = MoEConfig(
-    num_experts=3, top_k=1, expert_dim=12, num_shared=0, activation=RELU, balance_weight=0.0, capacity=2
+    num_experts=3,
+    top_k=1,
+    expert_dim=12,
+    shared=SharedExpertsConfig(num=0),
+    activation=RELU,
+    balance=BalanceConfig(weight=0.0),
+    limit=CapacityConfig(slots=2),
 )
 SMALL = dataclasses.replace(TIED, encoder=StackConfig(2, (1,)), decoder=StackConfig(1, (0,)))
-ONE_SLOT = dataclasses.replace(MOE, capacity=1, balance_weight=1.0, z_weight=1.0)
+ONE_SLOT = dataclasses.replace(
+    MOE, limit=CapacityConfig(slots=1), balance=BalanceConfig(weight=1.0, z_weight=1.0)
+)
 SOURCE = jnp.asarray([[3, 9, 5, 9, 7, 20, 4], [6, 1, 6, 2, 0, 0, 0]])
 SOURCE_VALID = SOURCE > 0
 TARGET = jnp.asarray([[2, 8, 8, 3, 8], [2, 11, 12, 5, 1]])
@@ -263,7 +272,7 @@ def test_experts_take_the_first_tokens_of_a_row_and_add_nothing_to_the_others(mo
         weights = make(moe=moe)[stack][name]["moe"]
         chosen = np.argmax(logits, axis=-1)
         earlier = np.tril(chosen[..., :, None] == chosen[..., None, :], k=-1).sum(axis=-1)
-        kept = earlier < (moe.capacity or 0)
+        kept = earlier < (moe.limit.slots or 0)
         hidden = np.maximum(jnp.einsum("LBTD,LEDF->LBTEF", x, weights["w_in"][:, :, :, 0]), 0)
         every = jnp.einsum("LBTEF,LEFD->LBTED", hidden, weights["w_out"])
         gates = np.where(np.arange(3) == chosen[..., None], jax.nn.softmax(logits, axis=-1), 0)
@@ -413,8 +422,8 @@ def test_buckets_that_make_no_sense_are_refused(options: dict[str, int]):
     "options, message",
     [
         ({"scheme": "loss_free"}, "scheme='loss_free' keeps state"),
-        ({"scheme": "expert_choice", "capacity": None}, "scheme='expert_choice'.* must be causal"),
-        ({"priority": "gate"}, "priority='gate'.* must be causal"),
+        ({"scheme": "expert_choice", "limit": CapacityConfig()}, "scheme='expert_choice'.* must be causal"),
+        ({"limit": CapacityConfig(slots=2, priority="gate")}, "limit.priority='gate'.* must be causal"),
     ],
 )
 def test_routing_that_does_not_fit_is_refused(options: dict[str, Any], message: str):
@@ -469,10 +478,10 @@ def test_what_a_published_config_leaves_out_is_the_default_of_its_class():
         num_experts=8,
         top_k=1,
         expert_dim=2048,
-        num_shared=0,
+        shared=SharedExpertsConfig(num=0),
         activation=RELU,
-        balance_weight=0.0,
-        capacity=64,
+        balance=BalanceConfig(weight=0.0),
+        limit=CapacityConfig(slots=64),
     )
     assert config.moe == expected and (config.balance_weight, config.z_weight) == (0.001, 0.001)
 

@@ -12,11 +12,13 @@ import pytest
 from vl_jax import sharding
 from vl_jax.kernels.expert_weights import ExpertWeights
 from vl_jax.moe import exchange
+from vl_jax.moe.config import CapacityConfig, ExecutionConfig
 from vl_jax.moe.routing import ExpertChoice, MoEConfig, TokenChoice
 from vl_jax.sharding import MeshConfig, make_mesh
 
 G, T, D, E, K, F = 8, 6, 4, 4, 2, 4
 CONFIG = MoEConfig(num_experts=E, top_k=K, expert_dim=F)
+ROOM = CapacityConfig(slots=T * K)  # for every choice
 
 
 def assignments():
@@ -39,11 +41,13 @@ def weights():
     [
         ("token choice", {}),
         ("expert choice", {}),
-        ("token choice", {"exchange": "all_to_all", "capacity": T * K}),  # room for every choice
-        ("token choice", {"exchange": "ring"}),
-        pytest.param("expert choice", {"exchange": "ring"}, marks=pytest.mark.slow),
-        ("token choice", {"exchange": "ragged"}),
-        pytest.param("token choice", {"exchange": "ragged", "capacity": T * K}, marks=pytest.mark.slow),
+        ("token choice", {"execution": ExecutionConfig("all_to_all"), "limit": ROOM}),
+        ("token choice", {"execution": ExecutionConfig("ring")}),
+        pytest.param("expert choice", {"execution": ExecutionConfig("ring")}, marks=pytest.mark.slow),
+        ("token choice", {"execution": ExecutionConfig("ragged")}),
+        pytest.param(
+            "token choice", {"execution": ExecutionConfig("ragged"), "limit": ROOM}, marks=pytest.mark.slow
+        ),
     ],
     ids=[
         "token choice",
@@ -76,10 +80,15 @@ def test_experts_spread_over_devices_compute_what_one_device_computes(kind, chan
 
 
 def test_an_exchange_that_does_not_fit_the_scheme_is_named():
-    with pytest.raises(ValueError, match="exchange='all_to_all' needs capacity or capacity_factor"):
-        dataclasses.replace(CONFIG, exchange="all_to_all")
+    with pytest.raises(ValueError, match="execution.exchange='all_to_all' needs limit.factor or limit.slots"):
+        dataclasses.replace(CONFIG, execution=ExecutionConfig("all_to_all"))
     x, w_in, w_out = weights()
-    config = dataclasses.replace(CONFIG, scheme="expert_choice", exchange="all_to_all", capacity_factor=1.0)
+    config = dataclasses.replace(
+        CONFIG,
+        scheme="expert_choice",
+        execution=ExecutionConfig("all_to_all"),
+        limit=CapacityConfig(factor=1.0),
+    )
     with (
         sharding.use_mesh(make_mesh(MeshConfig(1, 1, 4, 2))),
         pytest.raises(ValueError, match="for tokens that choose; scheme='expert_choice' gives ExpertChoice"),
@@ -90,7 +99,7 @@ def test_an_exchange_that_does_not_fit_the_scheme_is_named():
 def test_a_ring_of_many_shards_is_refused(monkeypatch):
     monkeypatch.setattr(exchange, "MOST_IN_RING", 2)
     x, w_in, w_out = weights()
-    config = dataclasses.replace(CONFIG, exchange="ring")
+    config = dataclasses.replace(CONFIG, execution=ExecutionConfig("ring"))
     with (
         sharding.use_mesh(make_mesh(MeshConfig(1, 1, 4, 2))),
         pytest.raises(ValueError, match="exchange='ring' is for up to 2 shards, mesh axis expert=4"),

@@ -30,7 +30,7 @@ FILE = str(Path(__file__).resolve().parent.parent / "experiments" / "finetune_de
 SMALL = {
     "model.dtype": "float32",
     "model.language.remat": "none",
-    "model.moe.bias_rate": "0.01",
+    "model.moe.balance.bias_rate": "0.01",
     "data.max_tokens": "96",
     "data.max_tiles": "2",
     "stages.sft.steps": "2",
@@ -83,7 +83,7 @@ def test_the_model_is_the_published_one_but_for_how_it_runs_and_trains(published
     given = experiment(published, data)
     found, expected = resolve(given), pretrained.read_published(published).config
     assert found.model.encoder == expected.encoder and found.model.adapter == expected.adapter
-    assert found.model.moe != expected.moe and found.model.moe.bias_rate == 0.01
+    assert found.model.moe != expected.moe and found.model.moe.balance.bias_rate == 0.01
     moe = {name: getattr(expected.moe, name) for name in pretrained.MOE_SETTINGS}
     assert dataclasses.replace(found.model.moe, **moe) == expected.moe
     assert found.stages == given.stages

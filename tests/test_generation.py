@@ -18,6 +18,7 @@ from vl_jax.generation.choice import GenerationConfig, choose, keep_likely
 from vl_jax.generation.decode import warn_if_not_causal
 from vl_jax.generation.generate import _step, answer_ids, generate, stream
 from vl_jax.model import VisionLanguage
+from vl_jax.moe.config import CapacityConfig
 
 NEW = 8
 
@@ -77,8 +78,8 @@ def test_generation_ends_a_row_at_the_stop_token_and_leaves_the_others():
     ("moe", "warns"),
     [
         ({"scheme": "loss_free"}, False),
-        ({"scheme": "top_k", "capacity_factor": 1.0}, False),
-        ({"scheme": "top_k", "capacity_factor": 1.0, "priority": "gate"}, True),
+        ({"scheme": "top_k", "limit": CapacityConfig(1.0)}, False),
+        ({"scheme": "top_k", "limit": CapacityConfig(1.0, priority="gate")}, True),
         ({"scheme": "expert_choice"}, True),
     ],
 )

@@ -29,4 +29,4 @@ OPTIONS = {
 def test_a_single_gate_is_normalised_as_the_code_of_the_model_does(read, model_type, single):
     for top_k, expected in ((1, single), (2, True)):
         config = read({**OPTIONS, "model_type": model_type, "num_experts_per_tok": top_k})
-        assert config.moe.normalize_gates == expected
+        assert config.moe.gates.normalize == expected

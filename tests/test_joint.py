@@ -24,6 +24,7 @@ from vl_jax.heads.classification import Classification
 from vl_jax.heads.pairs import Pairs
 from vl_jax.joint import JointConfig, Tower
 from vl_jax.layout import plan_layout, put_batch
+from vl_jax.moe.config import BalanceConfig
 from vl_jax.moe.routing import MoEConfig
 from vl_jax.moe.stacks import init_state
 from vl_jax.sharding import MeshConfig, make_mesh
@@ -32,7 +33,9 @@ from vl_jax.train.objectives.heads import Heads
 from vl_jax.train.objectives.together import Part, Together
 from vl_jax.train.step import TrainState, gradients
 
-EXPERTS = MoEConfig(scheme="loss_free", num_experts=4, top_k=2, expert_dim=8, balance_weight=0.01)
+EXPERTS = MoEConfig(
+    scheme="loss_free", num_experts=4, top_k=2, expert_dim=8, balance=BalanceConfig(weight=0.01)
+)
 IMAGE = ViTConfig(
     image_size=16,
     patch_size=8,

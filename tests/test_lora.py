@@ -160,7 +160,7 @@ def changed(before: Any, after: Any) -> set[str]:
 
 def assert_moved_by_the_rate(before: Any, after: Any, *, steps: int) -> None:
     """Each bias up or down by the rate at each step, or not at all where the load is the mean."""
-    moves = np.asarray(after - before) / MODEL.moe.bias_rate
+    moves = np.asarray(after - before) / MODEL.moe.balance.bias_rate
     np.testing.assert_allclose(moves, np.round(moves), atol=1e-3)
     assert np.any(moves) and np.max(np.abs(moves)) < steps + 0.5
 

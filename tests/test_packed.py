@@ -27,6 +27,7 @@ from vl_jax.data.stream import padding as padding_lib
 from vl_jax.data.stream.packed import PackedIterator, open_planner
 from vl_jax.data.stream.plan import Cursor
 from vl_jax.model import VisionLanguage
+from vl_jax.moe.config import BalanceConfig, CapacityConfig
 from vl_jax.train.objectives.next_token import NextToken
 from vl_jax.train.step import TrainState
 
@@ -211,9 +212,12 @@ def test_a_config_that_cannot_be_packed_is_refused(change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"balance_scope": "sequence"}, "balance_scope='sequence': a packed row is no sequence"),
+        (
+            {"balance": BalanceConfig(scope="sequence")},
+            "balance.scope='sequence': a packed row is no sequence",
+        ),
         ({"scheme": "sinkhorn"}, "scheme='sinkhorn'.* would act on one another"),
-        ({"capacity_factor": 1.0, "priority": "gate"}, "priority='gate'.* would act on one another"),
+        ({"limit": CapacityConfig(1.0, priority="gate")}, "limit.priority='gate'.* would act on one another"),
     ],
 )
 def test_routing_that_lets_packed_samples_act_on_one_another_is_refused(change, message):
@@ -269,7 +273,8 @@ def test_padding_of_the_shared_mixture_is_within_bounds(shared_data):
 @pytest.mark.parametrize("fusion", tiny.FUSIONS)
 def test_gradients_of_a_packed_row_are_those_of_its_samples_alone(fusion):
     model = tiny.config("top_k", fusion=fusion)
-    model = dataclasses.replace(model, moe=dataclasses.replace(model.moe, balance_weight=0.0, z_weight=0.0))
+    moe = dataclasses.replace(model.moe, balance=BalanceConfig(weight=0.0))
+    model = dataclasses.replace(model, moe=moe)
     params, state = tiny.build(model)
     examples = [tiny.example(5, fusion=fusion, text=5), tiny.example(6, fusion=fusion, text=6)]
 

@@ -18,6 +18,7 @@ from vl_jax.evaluate import interventions
 from vl_jax.evaluate.routes import routes as routes_of
 from vl_jax.model import VisionLanguage
 from vl_jax.moe import routing
+from vl_jax.moe.config import BalanceConfig
 from vl_jax.moe.routing import SCHEMES, MoEConfig, RoutingContext, scheme_of
 from vl_jax.sharding import MeshConfig, make_mesh
 from vl_jax.train import step
@@ -72,8 +73,8 @@ def test_a_scheme_without_choices_takes_no_routes_and_routes_have_to_fit():
         routed(config("expert_choice"), 0, routes=routes)
     with pytest.raises(ValueError, match=r"scheme='top_k': routes \(4, 5, 2\) are given for \(4, 6\) tokens"):
         routed(config("top_k"), 0, routes=routes[:, 1:])
-    with pytest.raises(ValueError, match="balanced=True: scheme='soft_moe' takes no routes"):
-        config("soft_moe", balanced=True)
+    with pytest.raises(ValueError, match="balance.forced=True: scheme='soft_moe' takes no routes"):
+        config("soft_moe", balance=BalanceConfig(forced=True))
 
 
 @pytest.mark.parametrize("lengths", [(T, T, 4, 0), (1, 0, 5, 2), (0, 0, 0, 0), (T, T, T, T)])
@@ -120,7 +121,8 @@ def test_a_model_follows_the_routes_of_another(scheme):
 @pytest.mark.slow
 def test_a_model_with_balanced_routes_has_even_loads():
     model_config = tiny.config("top_k")
-    balanced = dataclasses.replace(model_config, moe=dataclasses.replace(model_config.moe, balanced=True))
+    balance = dataclasses.replace(model_config.moe.balance, forced=True)
+    balanced = dataclasses.replace(model_config, moe=dataclasses.replace(model_config.moe, balance=balance))
     load = np.asarray(tiny.forward(balanced, tiny.varied_batch(4))[1].stats.load).sum(axis=1)
     assert np.all(load.max(axis=-1) - load.min(axis=-1) <= 1) and load.sum() > 0
 

@@ -24,6 +24,7 @@ from vl_jax.encoders.vit import ViT, ViTConfig
 from vl_jax.language.encoder_decoder import EncoderDecoder, EncoderDecoderConfig, StackConfig
 from vl_jax.language.gqa import GQAConfig
 from vl_jax.model import VisionLanguage, VisionLanguageConfig
+from vl_jax.moe.config import CapacityConfig, SharedExpertsConfig
 from vl_jax.moe.routing import MoEConfig
 from vl_jax.moe.stacks import init_state
 from vl_jax.nn.layers import GatedMLP, fan_in, named
@@ -57,7 +58,7 @@ SAM = SAMConfig(
     global_layers=(1,),
 )
 MODEL = tiny.config()
-BIASED = {"router_bias": True, "expert_bias": True, "shared_gate": True}
+BIASED = {"router_bias": True, "expert_bias": True, "shared": SharedExpertsConfig(num=1, gate=True)}
 
 
 def language(attention: Any, **options: Any) -> VisionLanguageConfig:
@@ -75,7 +76,13 @@ def encoder_decoder(key: jax.Array) -> Any:
     stacks = {"encoder": StackConfig(3, (1, 2)), "decoder": StackConfig(2, (1,))}
     sizes = {"vocab_size": 32, "embed_dim": 16, "mlp_dim": 12, "num_heads": 2, "head_dim": 6}
     config = EncoderDecoderConfig(**stacks, **sizes, tie_embeddings=False)
-    moe = MoEConfig(num_experts=3, top_k=1, expert_dim=12, num_shared=0, capacity=2)
+    moe = MoEConfig(
+        num_experts=3,
+        top_k=1,
+        expert_dim=12,
+        shared=SharedExpertsConfig(num=0),
+        limit=CapacityConfig(slots=2),
+    )
     return EncoderDecoder(config, moe).init(key, jnp.ones((1, 4), int), jnp.ones((1, 3), int))
 
 

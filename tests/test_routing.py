@@ -16,16 +16,28 @@ from vl_jax.batch import TEXT, VISION
 from vl_jax.config import view
 from vl_jax.kernels.expert_weights import ExpertWeights
 from vl_jax.moe import balance, losses, routing
+from vl_jax.moe.config import (
+    BalanceConfig,
+    CapacityConfig,
+    ExpertGroupsConfig,
+    GateConfig,
+    SharedExpertsConfig,
+)
 from vl_jax.moe.layer import MoEOutput, router_logits, sparse_mlp
 from vl_jax.moe.routing import ExpertChoice, MoEConfig, RoutingContext, RoutingStats, TokenChoice
 from vl_jax.schema import ConfigError, from_json, rebuild, to_json
 
 G, T, D, E, K, F = 3, 8, 4, 4, 2, 4
+NO_SHARED = SharedExpertsConfig(num=0)
 CONFIGS = {
-    "top_k": MoEConfig("top_k", E, K, F, num_shared=0, balance_weight=0.1, z_weight=0.01),
-    "top_k_softmax": MoEConfig("top_k_softmax", E, K, F, num_shared=0, balance_weight=0.1),
-    "loss_free": MoEConfig("loss_free", E, K, F, num_shared=0, normalize_gates=True, gate_scale=2.5),
-    "expert_choice": MoEConfig("expert_choice", E, K, F, num_shared=0, z_weight=0.01),
+    "top_k": MoEConfig("top_k", E, K, F, shared=NO_SHARED, balance=BalanceConfig(weight=0.1, z_weight=0.01)),
+    "top_k_softmax": MoEConfig("top_k_softmax", E, K, F, shared=NO_SHARED, balance=BalanceConfig(weight=0.1)),
+    "loss_free": MoEConfig(
+        "loss_free", E, K, F, shared=NO_SHARED, gates=GateConfig(normalize=True, scale=2.5)
+    ),
+    "expert_choice": MoEConfig(
+        "expert_choice", E, K, F, shared=NO_SHARED, balance=BalanceConfig(z_weight=0.01)
+    ),
 }
 every_scheme = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
@@ -93,20 +105,20 @@ def test_load_is_split_by_the_modality_of_the_token(config):
 
 def test_top_k_of_hand_worked_scores():
     logits = jnp.log(jnp.array([[[0.1, 0.4, 0.3, 0.2]]]))
-    plain = dataclasses.replace(CONFIGS["top_k"], balance_weight=0.0, z_weight=0.0)
+    plain = dataclasses.replace(CONFIGS["top_k"], balance=BalanceConfig(weight=0.0))
     where = RoutingContext(jnp.ones((1, 1), bool), jnp.zeros((1, 1), jnp.int32))
     choice, found = assign(plain, logits, where)
     np.testing.assert_array_equal(choice.experts, [[[1, 2]]])
     np.testing.assert_allclose(choice.gates, [[[0.4, 0.3]]], rtol=1e-6)
     assert found == {}
-    scaled = dataclasses.replace(plain, normalize_gates=True, gate_scale=7.0)
+    scaled = dataclasses.replace(plain, gates=GateConfig(normalize=True, scale=7.0))
     np.testing.assert_allclose(assign(scaled, logits, where)[0].gates, [[[4.0, 3.0]]], rtol=1e-6)
     single = dataclasses.replace(scaled, top_k=1)
     np.testing.assert_allclose(assign(single, logits, where)[0].gates, [[[7.0]]], rtol=1e-6)
 
 
 def test_the_bias_selects_but_does_not_weigh():
-    config = dataclasses.replace(CONFIGS["loss_free"], normalize_gates=False, gate_scale=1.0)
+    config = dataclasses.replace(CONFIGS["loss_free"], gates=GateConfig())
     logits = jnp.array([[[2.0, 1.0, 0.0, -1.0]]])
     where = RoutingContext(jnp.ones((1, 1), bool), jnp.zeros((1, 1), jnp.int32))
     choice, _ = assign(config, logits, where, {"bias": jnp.array([0.0, 0.0, 0.0, 5.0])})
@@ -121,13 +133,13 @@ def stats(load) -> RoutingStats:
 
 
 def test_the_bias_moves_by_its_rate_towards_balance():
-    config = dataclasses.replace(CONFIGS["loss_free"], bias_rate=0.5)
+    config = dataclasses.replace(CONFIGS["loss_free"], balance=BalanceConfig(bias_rate=0.5))
     moved = routing.update_state({"bias": jnp.array([1.0, 0.0, 0.0, 0.0])}, stats([6, 1, 3, 2]), config)
     np.testing.assert_allclose(moved["bias"], [0.5, 0.5, 0.0, 0.5])
 
 
 def test_repeated_updates_of_the_bias_balance_the_load():
-    config = dataclasses.replace(CONFIGS["loss_free"], bias_rate=0.01)
+    config = dataclasses.replace(CONFIGS["loss_free"], balance=BalanceConfig(bias_rate=0.01))
     skew = jnp.array([1.5, 0.5, 0.0, -1.5])
     logits = jax.random.normal(jax.random.key(3), (64, T, E)) + skew[None, None]
     where, state = context(groups=64), routing.init_state(config)
@@ -147,7 +159,7 @@ def test_repeated_updates_of_the_bias_balance_the_load():
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 1000), st.integers(1, T), st.sampled_from([0.5, 1.0, 2.0]))
 def test_expert_choice_gives_every_expert_the_same_number_of_valid_tokens(seed, valid, factor):
-    config = dataclasses.replace(CONFIGS["expert_choice"], capacity_factor=factor)
+    config = dataclasses.replace(CONFIGS["expert_choice"], limit=CapacityConfig(factor=factor))
     logits = jax.random.normal(jax.random.key(seed), (1, T, E))
     choice, _ = assign(config, logits, context(valid, groups=1))
     assert isinstance(choice, ExpertChoice)
@@ -185,14 +197,14 @@ def test_balance_loss_of_hand_worked_scores():
 
 
 def test_balance_loss_moves_the_router_against_the_overloaded_expert():
-    config = dataclasses.replace(CONFIGS["top_k"], z_weight=0.0)
+    config = dataclasses.replace(CONFIGS["top_k"], balance=BalanceConfig(weight=0.1))
     logits = jnp.zeros((G, T, E)).at[:, :, 0].set(1.0).at[:, :, 1].set(0.5)
     gradient = jax.grad(lambda x: assign(config, x)[1]["balance"])(logits)
     assert (gradient[..., 0] > 0).all() and (gradient[..., 3] < 0).all()
 
 
 def test_z_loss_is_the_mean_square_of_the_normaliser_over_valid_tokens():
-    config = dataclasses.replace(CONFIGS["top_k"], balance_weight=0.0, z_weight=0.5)
+    config = dataclasses.replace(CONFIGS["top_k"], balance=BalanceConfig(weight=0.0, z_weight=0.5))
     logits = jnp.full((1, T, E), 2.0).at[:, 3:].set(100.0)
     found = assign(config, logits, context(3, groups=1))[1]
     np.testing.assert_allclose(found["z"], 0.5 * (2 + np.log(4)) ** 2, rtol=1e-6)
@@ -256,7 +268,7 @@ def test_activations_in_bfloat16_change_one_choice_in_five_hundred():
 
 
 def test_dropped_choices_are_counted_by_modality():
-    config = dataclasses.replace(CONFIGS["top_k"], capacity_factor=0.5)
+    config = dataclasses.replace(CONFIGS["top_k"], limit=CapacityConfig(factor=0.5))
     counted = run(config, tokens(), context())[1].stats
     full = run(CONFIGS["top_k"], tokens(), context())[1].stats
     np.testing.assert_array_equal(counted.load, full.load)  # load is what was asked for
@@ -271,14 +283,34 @@ def test_dropped_choices_are_counted_by_modality():
     [
         ({"top_k": 0}, "top_k=0 must be from 1 to num_experts=64"),
         ({"num_experts": 2, "top_k": 3}, "top_k=3 must be from 1 to num_experts=2"),
-        ({"capacity_factor": 0.0}, "capacity_factor=0.0 must be > 0"),
-        ({"scheme": "expert_choice", "priority": "gate"}, "priority='gate' has no meaning"),
+        (
+            {"scheme": "expert_choice", "limit": CapacityConfig(priority="gate")},
+            "limit.priority='gate' has no",
+        ),
         ({"expert_dim": 0}, "expert_dim=0 must be >= 1"),
+        ({"groups": ExpertGroupsConfig(num=3)}, "groups.num=3 must divide num_experts=64 into equal groups"),
+        ({"groups": ExpertGroupsConfig(32, 2)}, "top_k=6 must be at most the 4 experts of groups.top=2"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         MoEConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("group", "options", "message"),
+    [
+        (SharedExpertsConfig, {"num": -1}, "num=-1 must be >= 0"),
+        (ExpertGroupsConfig, {"num": 0}, "num=0 must be >= 1"),
+        (ExpertGroupsConfig, {"num": 4, "top": 5}, "top=5 must be from 1 to num=4"),
+        (CapacityConfig, {"factor": 0.0}, "factor=0.0 must be > 0"),
+        (CapacityConfig, {"slots": 0}, "slots=0 must be >= 1"),
+        (CapacityConfig, {"factor": 1.0, "slots": 2}, "slots=2 and factor=1.0 exclude each other"),
+    ],
+)
+def test_a_group_of_options_has_rules_of_its_own(group, options, message):
+    with pytest.raises(ValueError, match=message):
+        group(**options)
 
 
 def test_a_name_that_is_no_scheme_gets_the_nearest():

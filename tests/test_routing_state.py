@@ -14,12 +14,13 @@ import test_step
 import tiny
 
 from vl_jax.model import LANGUAGE, VisionLanguageConfig
+from vl_jax.moe.config import BalanceConfig
 from vl_jax.moe.stacks import update_state
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "experiments" / "my_router.py"
 # Schemes that keep state or draw noise, and the balance over whole steps, with fields of ``MoEConfig``.
 CASES: dict[str, dict[str, Any]] = {
-    "loss_free over steps": {"scheme": "loss_free", "balance_scope": "step", "balance_weight": 0.1},
+    "loss_free over steps": {"scheme": "loss_free", "balance": BalanceConfig(weight=0.1, scope="step")},
     "modality_bias": {},
     "remoe": {"options": (("initial_l1", 0.1),)},
     "expert_threshold": {"options": (("decay", 0.5),)},
@@ -31,7 +32,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 def model(case: str, **language: Any) -> VisionLanguageConfig:
     config = tiny.config("top_k", **language)
-    fields = {"scheme": case, "balance_weight": 0.0, "z_weight": 0.0, **CASES[case]}
+    fields = {"scheme": case, "balance": BalanceConfig(weight=0.0), **CASES[case]}
     return dataclasses.replace(config, moe=dataclasses.replace(config.moe, **fields))
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from vl_jax.batch import MODALITIES, TEXT, VISION
 from vl_jax.moe import balance, losses, routing
 from vl_jax.moe.assignment import ExpertChoice, RoutingContext, RoutingStats, Soft, TokenChoice
+from vl_jax.moe.config import BalanceConfig, CapacityConfig, GateConfig, SharedExpertsConfig
 from vl_jax.moe.routing import MoEConfig
 from vl_jax.moe.schemes import dynamic, fixed, token_choice
 
@@ -23,7 +24,8 @@ seeds = st.integers(0, 2**16)
 
 
 def config(scheme: str, *, options: dict[str, float] | None = None, **fields) -> MoEConfig:
-    fields = {"num_experts": E, "top_k": K, "expert_dim": F, "num_shared": 0, "balance_weight": 0.0, **fields}
+    sizes = {"num_experts": E, "top_k": K, "expert_dim": F, "shared": SharedExpertsConfig(num=0)}
+    fields = {**sizes, "balance": BalanceConfig(weight=0.0), **fields}
     return MoEConfig(scheme, options=tuple((options or {}).items()), **fields)
 
 
@@ -128,7 +130,7 @@ def test_sinkhorn_evens_a_skewed_load_in_training_and_is_greedy_in_evaluation():
 
 
 def test_the_bias_of_each_modality_follows_its_own_load():
-    c = config("modality_bias", bias_rate=0.5)
+    c = config("modality_bias", balance=BalanceConfig(weight=0.0, bias_rate=0.5))
     load = jnp.array([[4, 0, 2, 2], [0, 2, 1, 1]])
     counted = stats([0] * E, 1).replace(load=load)
     bias = routing.update_state(routing.init_state(c), counted, c)["bias"]
@@ -139,7 +141,7 @@ def test_the_bias_of_each_modality_follows_its_own_load():
 
 
 def test_the_balance_loss_of_the_step_weighs_probabilities_by_the_load_of_the_last_one():
-    c = config("top_k", balance_weight=1.0, balance_scope="step")
+    c = config("top_k", balance=BalanceConfig(weight=1.0, scope="step"))
     fresh = routing.init_state(c)
     values = jnp.log(jnp.broadcast_to(jnp.array([0.1, 0.2, 0.3, 0.4]), (G, T, E)))
     np.testing.assert_allclose(assign(c, values, state=fresh)[1]["balance"], 1.0, rtol=1e-6)
@@ -213,7 +215,7 @@ def test_the_l1_weight_drives_the_number_of_active_experts_to_top_k():
 
 
 def test_an_expert_takes_the_tokens_above_its_threshold():
-    c = config("expert_threshold", score="sigmoid")
+    c = config("expert_threshold", gates=GateConfig(score="sigmoid"))
     values = rows([2.0, -2.0, 0.1, 0.0])
     choice, _ = assign(c, values, state={"threshold": jnp.array([0.5, 0.5, 0.6, 0.9])})
     np.testing.assert_array_equal(choice.experts[:, 0], [[0, E, E, E]] * G)
@@ -260,7 +262,8 @@ def test_null_experts_take_choices_and_do_no_work():
 
 def test_a_lower_weight_of_null_experts_lets_the_balance_loss_favour_them():
     def pull(weight):
-        c = config("null_experts", options={"count": 4, "null_weight": weight}, balance_weight=1.0)
+        options = {"count": 4, "null_weight": weight}
+        c = config("null_experts", options=options, balance=BalanceConfig(weight=1.0))
         scheme = routing.scheme_of(c)
         where = jax.tree.map(lambda a: a[0], context())
         gradient = jax.jit(jax.grad(lambda z: scheme.route(z, where, {}, c)[1]["balance"]))
@@ -392,16 +395,24 @@ def test_noise_follows_what_a_row_holds_and_not_where_it_stands():
         ("gshard", {"top_k": 1}, "scheme='gshard': top_k=1 must be 2"),
         ("dselect_k", {"num_experts": 6}, "scheme='dselect_k': num_experts=6 must be a power of two"),
         ("null_experts", {"options": {"count": 0}}, "scheme='null_experts': count=0 must be >= 1"),
-        ("null_experts", {"balance_scope": "step"}, "balance_scope='step' knows no load of null experts"),
+        (
+            "null_experts",
+            {"balance": BalanceConfig(0.0, "step")},
+            "balance.scope='step' knows no load of null experts",
+        ),
         ("soft_moe", {"options": {"slots": 0}}, "scheme='soft_moe': slots=0 must be >= 1"),
-        ("soft_moe", {"capacity_factor": 1.0}, "capacity and priority have no meaning for scheme='soft_moe'"),
-        ("smear", {"capacity": 2}, "capacity and priority have no meaning for scheme='smear'"),
+        ("soft_moe", {"limit": CapacityConfig(factor=1.0)}, "limit has no meaning for scheme='soft_moe'"),
+        ("smear", {"limit": CapacityConfig(slots=2)}, "limit has no meaning for scheme='smear'"),
         (
             "modality_top_k",
             {"options": {"vision_experts": 3}},
             "leaves 1 of 4 experts for text; both must be >= 2",
         ),
-        ("expert_choice", {"capacity": 3}, "capacity has no meaning for scheme='expert_choice'"),
+        (
+            "expert_choice",
+            {"limit": CapacityConfig(slots=3)},
+            "limit.slots has no meaning for scheme='expert_choice'",
+        ),
     ],
 )
 def test_settings_that_make_no_sense_for_a_scheme_name_it(scheme, options, message):

@@ -21,7 +21,7 @@ def sweep_rate():
         yield {"stages.first.optimizer.learning_rate": rate}
 def sweep_scheme():
     yield {"model.moe.scheme": "top_k"}
-    yield {"model.moe.scheme": "loss_free", "model.moe.bias_rate": 0.5}
+    yield {"model.moe.scheme": "loss_free", "model.moe.balance.bias_rate": 0.5}
 def sweep_wrong():
     yield {"model.moe.top_k": 99}
 def get_config():

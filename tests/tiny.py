@@ -27,6 +27,7 @@ from vl_jax.language.decoder import DecoderConfig
 from vl_jax.language.mla import MLAConfig
 from vl_jax.layout import Layout, plan_layout
 from vl_jax.model import LANGUAGE, FusionConfig, VisionLanguage, VisionLanguageConfig
+from vl_jax.moe.config import BalanceConfig, CapacityConfig, GateConfig, SharedExpertsConfig
 from vl_jax.moe.routing import MoEConfig
 from vl_jax.moe.stacks import init_state
 from vl_jax.sharding import MeshConfig, make_mesh
@@ -37,11 +38,15 @@ FUSIONS = ("prefix", "gated")
 SEQUENCE_FIELDS = ("tokens", "positions", "segment_ids", "branch_ids", "visual_slot")
 # Name -> options of ``MoEConfig``. All are causal but ``expert_choice``.
 SCHEMES: dict[str, dict[str, Any]] = {
-    "top_k": {"scheme": "top_k", "balance_weight": 0.01, "z_weight": 0.001},
-    "top_k_softmax": {"scheme": "top_k_softmax", "balance_weight": 0.01},
-    "loss_free": {"scheme": "loss_free", "normalize_gates": True, "gate_scale": 2.0, "balance_weight": 0.01},
-    "capacity": {"scheme": "top_k", "capacity_factor": 0.5},
-    "expert_choice": {"scheme": "expert_choice", "z_weight": 0.001},
+    "top_k": {"scheme": "top_k", "balance": BalanceConfig(weight=0.01, z_weight=0.001)},
+    "top_k_softmax": {"scheme": "top_k_softmax", "balance": BalanceConfig(weight=0.01)},
+    "loss_free": {
+        "scheme": "loss_free",
+        "gates": GateConfig(normalize=True, scale=2.0),
+        "balance": BalanceConfig(weight=0.01),
+    },
+    "capacity": {"scheme": "top_k", "limit": CapacityConfig(factor=0.5)},
+    "expert_choice": {"scheme": "expert_choice", "balance": BalanceConfig(z_weight=0.001)},
 }
 DROPLESS = ("top_k", "loss_free")
 
@@ -50,7 +55,7 @@ def config(
     scheme: str = "loss_free", *, fusion: str = "prefix", remat: str = "none", **moe: Any
 ) -> VisionLanguageConfig:
     """A model of one dense and two sparse layers, D=16, E=4, K=2."""
-    options = {"num_experts": 4, "top_k": 2, "expert_dim": 8, "num_shared": 1, **SCHEMES[scheme], **moe}
+    sizes = {"num_experts": 4, "top_k": 2, "expert_dim": 8, "shared": SharedExpertsConfig(num=1)}
     return VisionLanguageConfig(
         encoder=ViTConfig(
             image_size=TILE_SIZE, patch_size=2, embed_dim=16, mlp_dim=32, num_layers=2, num_heads=2
@@ -66,7 +71,7 @@ def config(
             attention=MLAConfig(num_heads=2, kv_lora_rank=8, qk_nope_dim=4, qk_rope_dim=4, v_head_dim=4),
             remat=remat,  # type: ignore[arg-type]
         ),
-        moe=MoEConfig(**options),
+        moe=MoEConfig(**{**sizes, **SCHEMES[scheme], **moe}),
     )
 
 

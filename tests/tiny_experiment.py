@@ -14,6 +14,7 @@ from vl_jax.experiment import Experiment
 from vl_jax.language.decoder import DecoderConfig
 from vl_jax.language.mla import MLAConfig
 from vl_jax.model import VisionLanguageConfig
+from vl_jax.moe.config import BalanceConfig, SharedExpertsConfig
 from vl_jax.moe.routing import MoEConfig
 from vl_jax.train.loop import LoopConfig
 from vl_jax.train.stages import Stage
@@ -44,8 +45,8 @@ def get_config(arg: str = ""):
                     num_experts=4,
                     top_k=2,
                     expert_dim=8,
-                    num_shared=1,
-                    balance_scope="batch" if packed else "sequence",
+                    shared=SharedExpertsConfig(num=1),
+                    balance=BalanceConfig(scope="batch" if packed else "sequence"),
                 ),
             ),
             data=DataConfig(

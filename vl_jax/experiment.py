@@ -123,10 +123,10 @@ def plan(experiment: Experiment) -> Layout:
         if placement.whole:
             logger.warning("%s: %s does not divide, kept whole on the mesh", path, ", ".join(placement.whole))
     for name, stack in experiment.model.stacks.items():
-        if stack.moe.top_k == 1 and stack.moe.normalize_gates:
+        if stack.moe.top_k == 1 and stack.moe.gates.normalize:
             logger.warning(
-                "%s: moe.top_k=1 with normalize_gates=True: the only gate of a token is always 1, so the "
-                "router learns nothing from the task; set normalize_gates=False",
+                "%s: moe.top_k=1 with gates.normalize=True: the only gate of a token is always 1, so the "
+                "router learns nothing from the task; set gates.normalize=False",
                 name,
             )
     return layout

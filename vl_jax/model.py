@@ -28,6 +28,7 @@ from vl_jax.encoders.transformer import Encoded
 from vl_jax.encoders.vit import ViTConfig
 from vl_jax.fusion.gate import CrossModalGateConfig
 from vl_jax.language.decoder import Decoder, DecoderConfig, LayerContext
+from vl_jax.moe.config import BalanceConfig, GateConfig
 from vl_jax.moe.layer import MoEOutput
 from vl_jax.moe.routing import MoEConfig, RoutingContext, State, is_causal
 from vl_jax.moe.stacks import RoutingState, Stack
@@ -61,9 +62,8 @@ class VisionLanguageConfig:
         scheme="loss_free",
         num_experts=72,
         expert_dim=1536,
-        normalize_gates=True,
-        gate_scale=2.0,
-        balance_weight=1e-4,
+        gates=GateConfig(normalize=True, scale=2.0),
+        balance=BalanceConfig(weight=1e-4),
     )
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters stay float32
 
@@ -157,13 +157,13 @@ class VisionLanguageConfig:
         if data.packing is not None and LANGUAGE in self.stacks:
             if not is_causal(self.moe):
                 raise ValueError(
-                    f"data.packing with model.moe.scheme={self.moe.scheme!r}, priority="
-                    f"{self.moe.priority!r}: tokens of a row are routed together, and the samples packed "
-                    "in it would act on one another"
+                    f"data.packing with model.moe.scheme={self.moe.scheme!r}, limit.priority="
+                    f"{self.moe.limit.priority!r}: tokens of a row are routed together, and the samples "
+                    "packed in it would act on one another"
                 )
-            if self.moe.balance_scope == "sequence":
+            if self.moe.balance.scope == "sequence":
                 raise ValueError(
-                    "data.packing with model.moe.balance_scope='sequence': a packed row is no sequence; "
+                    "data.packing with model.moe.balance.scope='sequence': a packed row is no sequence; "
                     "it must be 'batch' or 'step'"
                 )
 

@@ -30,6 +30,7 @@ from vl_jax.kernels.combine import combine
 from vl_jax.kernels.expert_weights import ExpertWeights
 from vl_jax.kernels.permute import permute
 from vl_jax.moe import dispatch, exchange
+from vl_jax.moe.config import CapacityConfig, ExecutionConfig
 from vl_jax.moe.routing import MoEConfig, TokenChoice
 from vl_jax.sharding import MeshConfig, make_mesh
 
@@ -113,8 +114,8 @@ def _spread(shape: Shape, devices: list[Any], of: Callable[[Way], Callable[..., 
             top_k=shape.top_k,
             expert_dim=shape.hidden,
             activation=shape.activation,
-            capacity_factor=CAPACITY_FACTOR if kind == "all_to_all" else None,
-            exchange=kind,  # pyright: ignore[reportArgumentType]
+            limit=CapacityConfig(factor=CAPACITY_FACTOR if kind == "all_to_all" else None),
+            execution=ExecutionConfig(exchange=kind),  # pyright: ignore[reportArgumentType]
         )
 
         def run(x: jax.Array, experts: jax.Array, gates: jax.Array, weights: ExpertWeights) -> jax.Array:

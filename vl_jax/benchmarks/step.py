@@ -306,7 +306,9 @@ def _our_model(case: Case, folder: Path) -> tuple[Any, Any, Any]:
     language = read_language(case.model)
     # A few layers are quicker on a CPU without a scan, which copies what each reads and keeps.
     decoder = dataclasses.replace(language.decoder, scan_layers=False)
-    moe = dataclasses.replace(language.moe, bias_rate=0.0)  # transformers does not balance the load either
+    # transformers does not balance the load either.
+    balance = dataclasses.replace(language.moe.balance, bias_rate=0.0)
+    moe = dataclasses.replace(language.moe, balance=balance)
     config = VisionLanguageConfig(encoder=None, language=decoder, moe=moe)
     example = config.smallest_batch(1)
     layout = plan_layout(config, example, make_mesh(MeshConfig(), devices=jax.devices()[:1]))

@@ -14,6 +14,7 @@ from vl_jax.interop.rules import Rule
 from vl_jax.interop.vision import ACTIVATIONS
 from vl_jax.kernels.activation import FUNCTIONS, Activation
 from vl_jax.language.encoder_decoder import EncoderDecoderConfig, StackConfig
+from vl_jax.moe.config import BalanceConfig, CapacityConfig, SharedExpertsConfig
 from vl_jax.moe.routing import MoEConfig
 
 Fields = Mapping[str, Any]
@@ -101,11 +102,11 @@ def read_encoder_decoder(config: Fields) -> SwitchConfig:
         num_experts=c["num_experts"],
         top_k=1,
         expert_dim=c["d_ff"],
-        num_shared=0,
+        shared=SharedExpertsConfig(num=0),
         router_bias=c["router_bias"],
         activation=activation,
-        balance_weight=0.0,
-        capacity=c["expert_capacity"],
+        balance=BalanceConfig(weight=0.0),
+        limit=CapacityConfig(slots=c["expert_capacity"]),
     )
     return SwitchConfig(
         model,

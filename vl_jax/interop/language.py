@@ -16,10 +16,12 @@ from vl_jax.kernels.activation import Activation
 from vl_jax.language.decoder import DecoderConfig
 from vl_jax.language.gqa import GQAConfig
 from vl_jax.language.mla import MLAConfig
+from vl_jax.moe.config import BalanceConfig, ExpertGroupsConfig, GateConfig, SharedExpertsConfig
 from vl_jax.moe.routing import MoEConfig
 from vl_jax.nn.rope import RopeConfig, YarnConfig
 
 Fields = Mapping[str, Any]
+NO_BALANCE = BalanceConfig(weight=0.0)  # of every class but DeepSeek's own
 
 
 @dataclass(frozen=True)
@@ -75,13 +77,10 @@ def _deepseek(c: Fields) -> LanguageConfig:
         c,
         scheme="loss_free" if biased else "top_k",
         score=c["scoring_func"],
-        num_groups=(c["n_group"] or 1) if limited else 1,
-        top_groups=(c["topk_group"] or 1) if limited else 1,
-        excluded="zero",
         # A single gate is kept as it is, by this code alone.
-        normalize_gates=c["norm_topk_prob"] and c["num_experts_per_tok"] != 1,
-        balance_weight=c["aux_loss_alpha"],
-        balance_scope="sequence" if c["seq_aux"] else "batch",
+        normalize=c["norm_topk_prob"] and c["num_experts_per_tok"] != 1,
+        groups=_groups_of(c, limited=limited),
+        balance=BalanceConfig(weight=c["aux_loss_alpha"], scope="sequence" if c["seq_aux"] else "batch"),
     )
     bias = c["attention_bias"]
     attention = _mla(c) if c["use_mla"] else _gqa(c, qkv_bias=bias, output_bias=bias)
@@ -91,12 +90,7 @@ def _deepseek(c: Fields) -> LanguageConfig:
 def _deepseek_v2(c: Fields) -> LanguageConfig:
     """The class of the transformers library: softmax scores, never normalised."""
     limited = c["topk_method"] == "group_limited_greedy"
-    moe = _deepseek_experts(
-        c,
-        num_groups=(c["n_group"] or 1) if limited else 1,
-        top_groups=(c["topk_group"] or 1) if limited else 1,
-        excluded="zero",
-    )
+    moe = _deepseek_experts(c, groups=_groups_of(c, limited=limited))
     return LanguageConfig(_decoder(c, _mla(c)), moe)
 
 
@@ -105,25 +99,30 @@ def _deepseek_v3(c: Fields) -> LanguageConfig:
         c,
         scheme="loss_free",
         score="sigmoid",
-        num_groups=c["n_group"] or 1,
-        top_groups=c["topk_group"] or 1,
-        normalize_gates=c["norm_topk_prob"],
+        normalize=c["norm_topk_prob"],
+        groups=ExpertGroupsConfig(c["n_group"] or 1, c["topk_group"] or 1),
     )
     pairs = "adjacent" if c["rope_interleave"] else "halves"
     return LanguageConfig(_decoder(c, _mla(c, pairs=pairs)), moe)
 
 
-def _deepseek_experts(c: Fields, **options: Any) -> MoEConfig:
+def _groups_of(c: Fields, *, limited: bool) -> ExpertGroupsConfig:
+    """One group of all experts unless the choice is limited to some groups."""
+    num, top = (c["n_group"] or 1, c["topk_group"] or 1) if limited else (1, 1)
+    return ExpertGroupsConfig(num, top, excluded="zero")
+
+
+def _deepseek_experts(c: Fields, *, score: Any = None, normalize: bool = False, **options: Any) -> MoEConfig:
     if not c["n_routed_experts"]:
         return MoEConfig()
     return MoEConfig(
         num_experts=c["n_routed_experts"],
         top_k=c["num_experts_per_tok"],
         expert_dim=c["moe_intermediate_size"],
-        num_shared=c["n_shared_experts"] or 0,
-        gate_scale=c["routed_scaling_factor"],
+        shared=SharedExpertsConfig(num=c["n_shared_experts"] or 0),
+        gates=GateConfig(score, normalize, c["routed_scaling_factor"]),
         activation=Activation(c["hidden_act"]),
-        **{"balance_weight": 0.0, **options},
+        **{"balance": NO_BALANCE, **options},
     )
 
 
@@ -132,10 +131,10 @@ def _mixtral(c: Fields) -> LanguageConfig:
         num_experts=c["num_local_experts"],
         top_k=c["num_experts_per_tok"],
         expert_dim=c["intermediate_size"],
-        num_shared=0,
-        normalize_gates=True,
+        shared=SharedExpertsConfig(num=0),
+        gates=GateConfig(normalize=True),
         activation=Activation(c["hidden_act"]),
-        balance_weight=0.0,
+        balance=NO_BALANCE,
     )
     return LanguageConfig(_decoder(c, _gqa(c)), moe)
 
@@ -145,12 +144,10 @@ def _qwen2_moe(c: Fields) -> LanguageConfig:
         num_experts=c["num_experts"],
         top_k=c["num_experts_per_tok"],
         expert_dim=c["moe_intermediate_size"],
-        num_shared=1,
-        shared_dim=c["shared_expert_intermediate_size"],
-        shared_gate=True,
-        normalize_gates=c["norm_topk_prob"],
+        shared=SharedExpertsConfig(num=1, dim=c["shared_expert_intermediate_size"], gate=True),
+        gates=GateConfig(normalize=c["norm_topk_prob"]),
         activation=Activation(c["hidden_act"]),
-        balance_weight=0.0,
+        balance=NO_BALANCE,
     )
     return LanguageConfig(_decoder(c, _gqa(c, qkv_bias=c["qkv_bias"])), moe)
 
@@ -162,10 +159,10 @@ def _olmoe(c: Fields) -> LanguageConfig:
         num_experts=c["num_experts"],
         top_k=c["num_experts_per_tok"],
         expert_dim=c["intermediate_size"],
-        num_shared=0,
-        normalize_gates=c["norm_topk_prob"],
+        shared=SharedExpertsConfig(num=0),
+        gates=GateConfig(normalize=c["norm_topk_prob"]),
         activation=Activation(c["hidden_act"]),
-        balance_weight=0.0,
+        balance=NO_BALANCE,
     )
     return LanguageConfig(_decoder(c, attention), moe)
 
@@ -177,11 +174,11 @@ def _gpt_oss(c: Fields) -> LanguageConfig:
         num_experts=c["num_local_experts"],
         top_k=c["num_experts_per_tok"],
         expert_dim=c["intermediate_size"],
-        num_shared=0,
+        shared=SharedExpertsConfig(num=0),
         router_bias=True,
         expert_bias=True,
         activation=Activation(c["hidden_act"], limit=c["swiglu_limit"], alpha=c["swiglu_alpha"]),
-        balance_weight=0.0,
+        balance=NO_BALANCE,
     )
     return LanguageConfig(_decoder(c, _gqa(c, qkv_bias=bias, output_bias=bias, sinks=True)), moe)
 

@@ -146,17 +146,7 @@ def read_published(folder: str | Path) -> Published:
 
 
 # What is no property of a published model, but of how it is run and trained here: see ``run_as``.
-MOE_SETTINGS = (
-    "balance_weight",
-    "balance_scope",
-    "z_weight",
-    "bias_rate",
-    "capacity_factor",
-    "capacity",
-    "priority",
-    "exchange",
-    "kernel",
-)
+MOE_SETTINGS = ("balance", "limit", "execution")
 
 
 def run_as(published: VisionLanguageConfig, ours: Any) -> VisionLanguageConfig:

@@ -9,9 +9,9 @@ Each part reads the norm of what it is added to.
 Scores are not divided by sqrt(H); initialisation makes up for it. Positions enter as a number per head and
 bucket of distances that is added to the scores of self-attention, the same in all layers of a stack.
 
-Experts are those of ``DynamicMoE``. The Switch Transformer's have top_k=1, ungated ReLU and a ``capacity``: a
-token that finds no slot keeps what it was, for its experts add zero. Here is no state for routing schemes to
-keep, and one scheme serves both stacks.
+Experts are those of ``DynamicMoE``. The Switch Transformer's have top_k=1, ungated ReLU and ``limit.slots``:
+a token that finds no slot keeps what it was, for its experts add zero. Here is no state for routing schemes
+to keep, and one scheme serves both stacks.
 """
 
 from __future__ import annotations
@@ -301,7 +301,8 @@ class EncoderDecoder(nn.Module):
             raise ValueError(f"scheme={self.moe.scheme!r} keeps state, for which there is no place here")
         if c.decoder.sparse_layers and not routing.is_causal(self.moe):
             raise ValueError(
-                f"scheme={self.moe.scheme!r}, priority={self.moe.priority!r}: a decoder's must be causal"
+                f"scheme={self.moe.scheme!r}, limit.priority={self.moe.limit.priority!r}: a decoder's must "
+                "be causal"
             )
         if c.tie_embeddings:
             self.embedding = self._table("embedding")

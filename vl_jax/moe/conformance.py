@@ -24,12 +24,14 @@ import numpy as np
 from vl_jax.batch import MODALITIES
 from vl_jax.moe import routing
 from vl_jax.moe.assignment import Assignment, ExpertChoice, RoutingContext, Soft, TokenChoice
+from vl_jax.moe.config import SharedExpertsConfig
 from vl_jax.moe.layer import DynamicMoE, MoEOutput
 from vl_jax.moe.routing import MoEConfig
 from vl_jax.sharding import MeshConfig, make_mesh, use_mesh
 
 GROUPS, LENGTH, WIDTH = 4, 8, 8
 KERNELS = ("reference", "blocked", "pallas", "triton")  # the last two are interpreted on a CPU
+NO_SHARED = SharedExpertsConfig(num=0)
 TOLERANCE = 1e-5  # of norms, in float32: other orders of addition
 
 
@@ -113,9 +115,9 @@ def small_config(scheme: str) -> MoEConfig:
       ValueError: there is no such scheme, or it takes neither; one line.
     """
     try:
-        return MoEConfig(scheme, num_experts=8, top_k=2, expert_dim=4, num_shared=0)
+        return MoEConfig(scheme, num_experts=8, top_k=2, expert_dim=4, shared=NO_SHARED)
     except ValueError:
-        return MoEConfig(scheme, num_experts=8, top_k=1, expert_dim=4, num_shared=0)
+        return MoEConfig(scheme, num_experts=8, top_k=1, expert_dim=4, shared=NO_SHARED)
 
 
 def make_inputs(seed: int) -> tuple[np.ndarray, RoutingContext]:
@@ -152,7 +154,7 @@ def check(scheme: str, config: MoEConfig | None = None, *, quick: bool = False) 
     Raises:
       ValueError: the scheme cannot be loaded or configured; one line.
     """
-    config = dataclasses.replace(config or small_config(scheme), scheme=scheme, num_shared=0)
+    config = dataclasses.replace(config or small_config(scheme), scheme=scheme, shared=NO_SHARED)
     subjects: list[Subject] = []
     first = _verdict("it runs", lambda: subjects.append(make_subject(config)))
     if not subjects:
@@ -288,7 +290,9 @@ def takes_routes(subject: Subject) -> None:
     if not routing.scheme_of(subject.config).replays:
         raise Waived("declared replays=False")
     # A balance loss may count experts that do nothing, and which one that was is not in the routes.
-    config, valid = dataclasses.replace(subject.config, balance_weight=0.0), subject.context.valid[..., None]
+    balance, valid = dataclasses.replace(subject.config.balance, weight=0.0), subject.context.valid[..., None]
+    config = dataclasses.replace(subject.config, balance=balance)
+    forced = dataclasses.replace(config, balance=dataclasses.replace(balance, forced=True))
     run = functools.partial(subject.run, training=False)
     before = run(config=config)
     assert isinstance(before.assignment, TokenChoice), "declared replays=True, but its tokens do not choose"
@@ -301,7 +305,7 @@ def takes_routes(subject: Subject) -> None:
                 run(config=config, state={**subject.state, routing.ROUTES: routes})
                 for routes in (before.assignment.experts, others)
             )
-            even = run(config=dataclasses.replace(config, balanced=True))
+            even = run(config=forced)
         what = f"on {devices} device(s), with its own routes given:"
         _same(f"{what} the output", again.y, before.y)
         _same(f"{what} the gradient", again.gradients, before.gradients)
@@ -310,14 +314,16 @@ def takes_routes(subject: Subject) -> None:
             "declared replays=True, but it takes other routes than are given"
         )
         load = even.layer.stats.load.sum(axis=0)
-        assert load.max() - load.min() <= 1, f"balanced=True: the load is {load.tolist()}"
+        assert load.max() - load.min() <= 1, f"balance.forced=True: the load is {load.tolist()}"
 
 
 def kernels_agree(subject: Subject, config: MoEConfig | None = None) -> None:
     """Output and gradients of every kernel are those of the plain definition."""
     config = config or subject.config
+    by_kernel = {kernel: dataclasses.replace(config.execution, kernel=kernel) for kernel in KERNELS}
     plain, *others = (
-        (kernel, subject.run(config=dataclasses.replace(config, kernel=kernel))) for kernel in KERNELS
+        (kernel, subject.run(config=dataclasses.replace(config, execution=execution)))
+        for kernel, execution in by_kernel.items()
     )
     for kernel, found in others:
         for what, a, b in (
@@ -370,7 +376,8 @@ def _some_mesh(subject: Subject) -> dict[int, contextlib.AbstractContextManager[
 
 def _limited(subject: Subject) -> MoEConfig:
     try:
-        return dataclasses.replace(subject.config, capacity_factor=0.5)
+        limit = dataclasses.replace(subject.config.limit, factor=0.5)
+        return dataclasses.replace(subject.config, limit=limit)
     except ValueError as error:
         raise Waived(str(error)) from None
 

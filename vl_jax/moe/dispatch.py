@@ -41,7 +41,7 @@ def apply_capacity(
 ) -> tuple[Assignment, Bool[Array, "G T K"]]:
     """Turns choices that find no slot into unused ones; returns also which were dropped.
 
-    Every expert has ``capacity`` slots per group, or ceil(capacity_factor * valid tokens * K / E). They are
+    Every expert has ``limit.slots`` per group, or ceil(limit.factor * valid tokens * K / E) slots. They are
     filled in order of position (causal: a token never loses to a later one), or of gate, highest first
     (V-MoE's batch priority, arXiv 2106.05974).
     """
@@ -49,15 +49,15 @@ def apply_capacity(
         return assignment, jnp.zeros((*valid.shape, 1), bool)
     if config.is_dropless:
         return assignment, jnp.zeros(assignment.experts.shape, bool)
-    if config.capacity is not None:
-        slots = jnp.full(valid.shape[:1], config.capacity, jnp.int32)
+    if config.limit.slots is not None:
+        slots = jnp.full(valid.shape[:1], config.limit.slots, jnp.int32)
     else:
-        factor = (config.capacity_factor or 0.0) * config.top_k / config.num_experts
+        factor = (config.limit.factor or 0.0) * config.top_k / config.num_experts
         slots = jnp.ceil(factor * jnp.sum(valid, axis=1, dtype=jnp.float32)).astype(jnp.int32)
 
     def kept(experts: jax.Array, gates: jax.Array, slots: jax.Array) -> jax.Array:
         flat = experts.reshape(-1)
-        if config.priority == "gate":
+        if config.limit.priority == "gate":
             by_gate = jnp.argsort(-gates.reshape(-1), stable=True)
             rank = jnp.zeros_like(flat).at[by_gate].set(rank_by_sorting(flat[by_gate], config.num_experts))
         else:

@@ -45,10 +45,11 @@ def apply_experts(
       ValueError: experts, expert width or groups do not divide by their mesh axes, or the exchange is not
         for this kind of assignment.
     """
-    mesh, activation, kernel = current_mesh(), config.activation, config.kernel
+    mesh, activation = current_mesh(), config.activation
+    how, kernel = config.execution.exchange, config.execution.kernel
     if mesh is None:
         return _apply(x, assignment, weights, activation=activation, kernel=kernel)
-    rules, slots = current_rules(), config.slots(x.shape[1])
+    rules, slots = current_rules(), config.capacity_of(x.shape[1])
     batch = rules.spec(("batch",))
     _check(x, weights.w_in, dict(mesh.shape), rules.batch)
     _check_exchange(assignment, config, mesh.shape["expert"])
@@ -57,8 +58,8 @@ def apply_experts(
         if weights.b_out is not None:  # added once, not by every shard of the hidden units
             first = jax.lax.axis_index("tensor") == 0
             weights = dataclasses.replace(weights, b_out=jnp.where(first, weights.b_out, 0))
-        if isinstance(assignment, TokenChoice) and config.exchange in ("all_to_all", "ragged"):
-            if config.exchange == "ragged":
+        if isinstance(assignment, TokenChoice) and how in ("all_to_all", "ragged"):
+            if how == "ragged":
                 own = target.choose(kernel, x.shape[-1], weights.w_out.shape[1])
                 send: Any = functools.partial(ragged.apply_experts, slots=slots, kernel=own)
             else:
@@ -67,7 +68,7 @@ def apply_experts(
             out = send(x, assignment, weights, activation=activation)
             return jax.lax.psum(out.astype(jnp.float32), "tensor").astype(x.dtype)
         apply = functools.partial(_apply, weights=weights, activation=activation, kernel=kernel)
-        if config.exchange == "ring" and not isinstance(assignment, Merge):
+        if how == "ring" and not isinstance(assignment, Merge):
             out = _ring(x, assignment, apply, weights.w_in.shape[0])
             return jax.lax.psum(out, "tensor").astype(x.dtype)
         everywhere = jax.tree.map(_gather, assignment)
@@ -150,13 +151,16 @@ def _ring(
 
 
 def _check_exchange(assignment: Assignment, config: MoEConfig, shards: int) -> None:
-    if config.exchange in ("all_to_all", "ragged") and not isinstance(assignment, TokenChoice):
+    how = config.execution.exchange
+    if how in ("all_to_all", "ragged") and not isinstance(assignment, TokenChoice):
         raise ValueError(
-            f"exchange={config.exchange!r} is for tokens that choose; scheme={config.scheme!r} gives "
+            f"execution.exchange={how!r} is for tokens that choose; scheme={config.scheme!r} gives "
             f"{type(assignment).__name__}"
         )
-    if config.exchange == "ring" and shards > MOST_IN_RING:
-        raise ValueError(f"exchange='ring' is for up to {MOST_IN_RING} shards, mesh axis expert={shards}")
+    if how == "ring" and shards > MOST_IN_RING:
+        raise ValueError(
+            f"execution.exchange='ring' is for up to {MOST_IN_RING} shards, mesh axis expert={shards}"
+        )
 
 
 def _check(x: jax.Array, w_in: jax.Array, sizes: dict[str, int], batch_axes: tuple[str, ...]) -> None:

@@ -49,7 +49,7 @@ class DynamicMoE(nn.Module):
         self.sow("intermediates", "routed", y)
         if c.shared_width:
             shared = GatedMLP(c.shared_width, c.activation, name="shared")(x)
-            if c.shared_gate:
+            if c.shared.gate:
                 gate = Linear(1, ("embed", None), name="shared_gate")(x)
                 shared = jax.nn.sigmoid(gate) * shared
             y = y + shared

@@ -1,6 +1,6 @@
 """Auxiliary losses of routers. Those of one group may sum over all groups, by the axis that ``route`` names.
 
-``MoEConfig.balance_scope`` says over which tokens load is to be even. ``sequence``: the group's own.
+``MoEConfig.balance.scope`` says over which tokens load is to be even. ``sequence``: the group's own.
 ``batch``: those of the batch or micro-batch at hand. ``step``: those of the whole previous optimiser step,
 however it was split into micro-batches, whose shares the routing state keeps: the load carries no gradient,
 and is known before the step begins (global-batch balance, arXiv 2501.11873, one step late).
@@ -39,14 +39,14 @@ def token_losses(
       choices: mean choices per token where that is not K, as with dynamic k.
     """
     losses = z_loss(logits, context, config)
-    if not config.balance_weight:
+    if not config.balance.weight:
         return losses
-    if config.balance_scope == "step":
+    if config.balance.scope == "step":
         score = mean(scores, context.valid)
         loss = config.num_experts * jnp.sum(state["share"] * score)
     else:
-        loss = balance_loss(scores, experts, context.valid, scope=config.balance_scope, choices=choices)
-    return {**losses, "balance": config.balance_weight * loss}
+        loss = balance_loss(scores, experts, context.valid, scope=config.balance.scope, choices=choices)
+    return {**losses, "balance": config.balance.weight * loss}
 
 
 def balance_loss(
@@ -74,10 +74,10 @@ def balance_loss(
 
 def z_loss(logits: Float[Array, "T N"], context: RoutingContext, config: MoEConfig) -> Losses:
     """The mean square of the logits' logsumexp (ST-MoE, arXiv 2202.08906, eq. 5)."""
-    if not config.z_weight:
+    if not config.balance.z_weight:
         return {}
     squared = jax.nn.logsumexp(logits, axis=-1) ** 2
-    return {"z": config.z_weight * mean(squared, context.valid)}
+    return {"z": config.balance.z_weight * mean(squared, context.valid)}
 
 
 def variation_loss(values: Float[Array, "T E"], valid: Bool[Array, " T"], *, scope: str) -> Float[Array, ""]:
@@ -96,7 +96,7 @@ def entropy_losses(scores: Float[Array, "T E"], context: RoutingContext, config:
     ``local`` is the mean entropy of a token's probabilities, so that the router is sure of each; ``global``
     is ``max(0, log(min_experts) - entropy of their mean)``, so that a modality uses that many experts.
     """
-    scope = "sequence" if config.balance_scope == "sequence" else "batch"
+    scope = "sequence" if config.balance.scope == "sequence" else "batch"
     losses: Losses = {}
     for index, modality in enumerate(MODALITIES):
         weights = {s: config.option(f"{modality}_{s}_entropy") for s in ("local", "global")}

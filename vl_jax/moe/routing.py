@@ -19,7 +19,8 @@ import functools
 import importlib
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from dataclasses import field
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,14 @@ from vl_jax.moe.assignment import (
     Soft,
     State,
     TokenChoice,
+)
+from vl_jax.moe.config import (
+    BalanceConfig,
+    CapacityConfig,
+    ExecutionConfig,
+    ExpertGroupsConfig,
+    GateConfig,
+    SharedExpertsConfig,
 )
 
 __all__ = [
@@ -100,69 +109,66 @@ EXCLUDED, MASKED = "excluded", -1e9
 ROUTES = "routes"
 
 
-Kernel = Literal["auto", "blocked", "pallas", "triton", "reference"]
-
-
 @dataclasses.dataclass(frozen=True)
 class MoEConfig:
     """One sparse layer: router, routed experts, shared experts, and how tokens move."""
+
+    MOVED: ClassVar[Mapping[str, str]] = {
+        "num_shared": "shared.num",
+        "shared_dim": "shared.dim",
+        "shared_gate": "shared.gate",
+        "score": "gates.score",
+        "normalize_gates": "gates.normalize",
+        "gate_scale": "gates.scale",
+        "num_groups": "groups.num",
+        "top_groups": "groups.top",
+        "excluded": "groups.excluded",
+        "balance_weight": "balance.weight",
+        "balance_scope": "balance.scope",
+        "z_weight": "balance.z_weight",
+        "bias_rate": "balance.bias_rate",
+        "balanced": "balance.forced",
+        "capacity_factor": "limit.factor",
+        "capacity": "limit.slots",
+        "priority": "limit.priority",
+        "exchange": "execution.exchange",
+        "kernel": "execution.kernel",
+    }
 
     scheme: str = "top_k"  # one of SCHEMES, or "path/to/file.py:name"
     num_experts: int = 64
     top_k: int = 6
     expert_dim: int = 1408  # hidden width of one routed expert
-    num_shared: int = 2  # shared experts, fused into one block
-    shared_dim: int | None = None  # width of that block; None: num_shared * expert_dim
-    shared_gate: bool = False  # multiply its output by a learned sigmoid of the token (Qwen2-MoE)
-    score: Literal["softmax", "sigmoid"] | None = None  # None: the scheme's own, softmax for most
-    num_groups: int = 1  # experts are cut into groups of equal size ...
-    top_groups: int = 1  # ... of which a token may use this many
-    excluded: Literal["lowest", "zero"] = "lowest"  # selection score of experts in the other groups
-    normalize_gates: bool = False  # divide the chosen gates by their sum; of one, that leaves 1
-    gate_scale: float = 1.0
+    shared: SharedExpertsConfig = field(default_factory=SharedExpertsConfig)  # beside the routed ones
+    gates: GateConfig = field(default_factory=GateConfig)  # weights of the chosen experts
+    groups: ExpertGroupsConfig = field(default_factory=ExpertGroupsConfig)  # which limit a token's choice
     router_bias: bool = False  # a learned bias of the logits
     expert_bias: bool = False  # biases of both projections of every routed expert
     activation: Activation = SWIGLU
-    balance_weight: float = 1e-3  # balance loss (0: none)
-    # Tokens over which load is to be even: a row, the (micro-)batch, or the whole of the previous step.
-    balance_scope: Literal["sequence", "batch", "step"] = "sequence"
-    z_weight: float = 0.0  # router z-loss (ST-MoE, arXiv 2202.08906)
-    bias_rate: float = 1e-3  # step of the loss-free bias (arXiv 2408.15664)
-    # Routes are dealt out in turn and not chosen, so that load is even: the speed that balance can reach.
-    balanced: bool = False
-    capacity_factor: float | None = None  # None: dropless; else slots per expert over the mean load
-    capacity: int | None = None  # slots per expert and row, as a number
-    priority: Literal["position", "gate"] = "position"  # who keeps a slot when capacity runs out
-    # How tokens reach experts on other devices; ``all_to_all`` needs a capacity. See ``exchange``.
-    exchange: Literal["all_gather", "ring", "all_to_all", "ragged"] = "all_gather"
-    kernel: Kernel = "auto"  # see ``kernels.target.choose``
+    balance: BalanceConfig = field(default_factory=BalanceConfig)  # losses and biases of the router
+    limit: CapacityConfig = field(default_factory=CapacityConfig)  # of the tokens that an expert takes
+    execution: ExecutionConfig = field(default_factory=ExecutionConfig)  # what the machine decides
     options: tuple[tuple[str, float], ...] = ()  # numbers of the scheme's own; see its ``defaults``
 
     def __post_init__(self):
-        named = f"(scheme={self.scheme!r})"
+        named, groups = f"(scheme={self.scheme!r})", self.groups
         if not 1 <= self.top_k <= self.num_experts:
             raise ValueError(f"top_k={self.top_k} must be from 1 to num_experts={self.num_experts} {named}")
-        if self.expert_dim < 1 or self.num_shared < 0:
-            raise ValueError(f"expert_dim={self.expert_dim} must be >= 1, num_shared={self.num_shared} >= 0")
-        if self.num_groups < 1 or self.num_experts % self.num_groups:
+        if self.expert_dim < 1:
+            raise ValueError(f"expert_dim={self.expert_dim} must be >= 1")
+        if self.num_experts % groups.num:
             raise ValueError(
-                f"num_groups={self.num_groups} must divide num_experts={self.num_experts} into equal groups"
+                f"groups.num={groups.num} must divide num_experts={self.num_experts} into equal groups"
             )
-        if not 1 <= self.top_groups <= self.num_groups:
-            raise ValueError(f"top_groups={self.top_groups} must be from 1 to num_groups={self.num_groups}")
-        if self.top_k > self.top_groups * self.group_size:
+        if self.top_k > groups.top * self.group_size:
             raise ValueError(
-                f"top_k={self.top_k} must be at most the {self.top_groups * self.group_size} experts of "
-                f"top_groups={self.top_groups}"
+                f"top_k={self.top_k} must be at most the {groups.top * self.group_size} experts of "
+                f"groups.top={groups.top}"
             )
-        if self.capacity_factor is not None and self.capacity_factor <= 0:
-            raise ValueError(f"capacity_factor={self.capacity_factor} must be > 0 (None: dropless) {named}")
-        if self.capacity is not None and (self.capacity < 1 or self.capacity_factor is not None):
-            raise ValueError(f"capacity={self.capacity} must be >= 1, and excludes capacity_factor {named}")
-        if self.exchange == "all_to_all" and self.is_dropless:
+        if self.execution.exchange == "all_to_all" and self.is_dropless:
             raise ValueError(
-                "exchange='all_to_all' needs capacity or capacity_factor: it sends slots, and a dropless "
-                "layer has no number of them"
+                "execution.exchange='all_to_all' needs limit.factor or limit.slots: it sends slots, and a "
+                "dropless layer has no number of them"
             )
         scheme, given = scheme_of(self), [name for name, _ in self.options]
         for name in given:
@@ -171,15 +177,15 @@ class MoEConfig:
                 raise ValueError(f"scheme={self.scheme!r} has no option {name!r}; {parts.near(name, known)}")
             if given.count(name) > 1:
                 raise ValueError(f"options name {name!r} more than once")
-        if self.balanced and not scheme.replays:
-            raise ValueError(f"balanced=True: scheme={self.scheme!r} takes no routes that are given")
+        if self.balance.forced and not scheme.replays:
+            raise ValueError(f"balance.forced=True: scheme={self.scheme!r} takes no routes that are given")
         scheme.validate(self)
 
-    def slots(self, length: int) -> int | None:
-        """The most slots an expert has for a group of so many tokens; None without a capacity."""
-        if self.capacity is not None or self.capacity_factor is None:
-            return self.capacity
-        return math.ceil(self.capacity_factor * self.top_k * length / self.num_experts)
+    def capacity_of(self, length: int) -> int | None:
+        """The most slots an expert has for a group of so many tokens; None without a limit."""
+        if self.limit.slots is not None or self.limit.factor is None:
+            return self.limit.slots
+        return math.ceil(self.limit.factor * self.top_k * length / self.num_experts)
 
     def option(self, name: str) -> float:
         """The value of one of the scheme's own numbers, or its default."""
@@ -187,18 +193,18 @@ class MoEConfig:
 
     @property
     def group_size(self) -> int:
-        return self.num_experts // self.num_groups
+        return self.num_experts // self.groups.num
 
     @property
     def shared_width(self) -> int:
         """Hidden width of the fused shared experts; 0 without any."""
-        if not self.num_shared:
+        if not self.shared.num:
             return 0
-        return self.num_shared * self.expert_dim if self.shared_dim is None else self.shared_dim
+        return self.shared.num * self.expert_dim if self.shared.dim is None else self.shared.dim
 
     @property
     def is_dropless(self) -> bool:
-        return self.capacity_factor is None and self.capacity is None
+        return self.limit.factor is None and self.limit.slots is None
 
 
 def softmax_scores(logits: Float[Array, "*G N"], config: MoEConfig) -> Float[Array, "*G E"]:
@@ -215,7 +221,7 @@ class Scheme:
     update_state: Callable[[State, RoutingStats, MoEConfig], State] = lambda state, stats, config: state
     causal: bool = True  # a token's experts depend on no later token
     equivariant: bool = True  # permuting the tokens of a group permutes their experts
-    defaults: Mapping[str, float] = dataclasses.field(default_factory=dict)  # options and their values
+    defaults: Mapping[str, float] = field(default_factory=dict)  # options and their values
     columns: Callable[[MoEConfig], int] = lambda config: config.num_experts  # width N of the logits
     # Probabilities of the experts, for statistics.
     scores: Callable[[Any, MoEConfig], Any] = softmax_scores
@@ -251,14 +257,14 @@ def _load(spec: str) -> Scheme:
 
 def is_causal(config: MoEConfig) -> bool:
     """Whether a token's experts depend on no later token; without that, decoding differs from training."""
-    by_gate = not config.is_dropless and config.priority == "gate"
+    by_gate = not config.is_dropless and config.limit.priority == "gate"
     return scheme_of(config).causal and not by_gate
 
 
 def init_state(config: MoEConfig) -> State:
     """The initial state of one layer: the scheme's, and shares of load where the balance loss needs them."""
     state = scheme_of(config).init_state(config)
-    if config.balance_scope == "step":
+    if config.balance.scope == "step":
         state = {**state, "share": jnp.full((config.num_experts,), 1 / config.num_experts, jnp.float32)}
     return state
 
@@ -266,7 +272,7 @@ def init_state(config: MoEConfig) -> State:
 def update_state(state: State, stats: RoutingStats, config: MoEConfig) -> State:
     """The state of one layer after an optimiser step, from statistics of everything the step saw."""
     state = scheme_of(config).update_state(state, stats, config)
-    if config.balance_scope == "step":
+    if config.balance.scope == "step":
         load = jnp.sum(stats.load, axis=0).astype(jnp.float32)
         total = jnp.sum(load)
         share = jnp.where(total > 0, load / jnp.maximum(total, 1.0), state["share"])
@@ -285,7 +291,7 @@ def route(
     """
     scheme, length = scheme_of(config), logits.shape[1]
     routes, state = state.get(ROUTES), {name: value for name, value in state.items() if name != ROUTES}
-    if config.balanced:
+    if config.balance.forced:
         routes = balanced_routes(context.valid, num_experts=config.num_experts, top_k=config.top_k)
     if routes is not None:
         if not scheme.replays or routes.ndim != 3 or routes.shape[:2] != context.valid.shape:
@@ -355,9 +361,9 @@ def choose(
     experts: Int[Array, "T K"], gates: Float[Array, "T K"], context: RoutingContext, config: MoEConfig
 ) -> TokenChoice:
     """Normalises and scales gates as configured; padding, and ids >= E, choose nothing."""
-    if config.normalize_gates:
+    if config.gates.normalize:
         gates = gates / (jnp.sum(gates, axis=-1, keepdims=True) + 1e-20)
     used = context.valid[:, None] & (experts < config.num_experts)
     return TokenChoice(
-        jnp.where(used, experts, config.num_experts), jnp.where(used, gates * config.gate_scale, 0.0)
+        jnp.where(used, experts, config.num_experts), jnp.where(used, gates * config.gates.scale, 0.0)
     )

@@ -1,6 +1,6 @@
 """Schemes in which the number of experts varies with the token. Unused choices cost no expert any work.
 
-``top_k`` is then the mean number that is aimed for, and the K of ``capacity_factor``.
+``top_k`` is then the mean number that is aimed for, and the K of ``limit.factor``.
 """
 
 from __future__ import annotations
@@ -117,11 +117,11 @@ def null_experts(
     experts = best(scores, config.top_k, context)
     gates = gates_of(scores, experts)
     losses = losses_lib.z_loss(logits, context, config)
-    if config.balance_weight:
+    if config.balance.weight:
         real = jnp.arange(logits.shape[1]) < config.num_experts
         weighted = scores * jnp.where(real, 1.0, config.option("null_weight"))
-        loss = losses_lib.balance_loss(weighted, experts, context.valid, scope=config.balance_scope)
-        losses["balance"] = config.balance_weight * loss
+        loss = losses_lib.balance_loss(weighted, experts, context.valid, scope=config.balance.scope)
+        losses["balance"] = config.balance.weight * loss
     return choose(experts, gates, context, config), losses
 
 
@@ -182,8 +182,8 @@ def _positive(gates: Float[Array, "T E"], context: RoutingContext, config: MoECo
 def _validate_null(config: MoEConfig) -> None:
     if config.option("count") < 1:
         raise ValueError(f"scheme={config.scheme!r}: count={config.option('count'):g} must be >= 1")
-    if config.balance_scope == "step":
-        raise ValueError(f"scheme={config.scheme!r}: balance_scope='step' knows no load of null experts")
+    if config.balance.scope == "step":
+        raise ValueError(f"scheme={config.scheme!r}: balance.scope='step' knows no load of null experts")
 
 
 def _validate_code(config: MoEConfig) -> None:

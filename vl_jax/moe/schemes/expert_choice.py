@@ -47,20 +47,23 @@ def _best_tokens(
 ) -> ExpertChoice:
     """The best of the tokens open to each expert, as many as its share among its peers."""
     length, num_experts = scores.shape
-    choices = config.top_k * (config.capacity_factor or 1.0)
+    choices = config.top_k * (config.limit.factor or 1.0)
     fewest = num_experts if isinstance(peers, int) else 1
     slots = min(length, max(1, math.ceil(choices * length / fewest)))
     factor = choices / jnp.asarray(peers, jnp.float32)
     wanted = jnp.ceil(factor * jnp.sum(open_to, axis=0, dtype=jnp.float32)).astype(jnp.int32)
     gates, tokens = jax.lax.top_k(jnp.where(open_to, scores, 0.0).T, slots)
     taken = jnp.arange(slots) < wanted[:, None]
-    return ExpertChoice(tokens, jnp.where(taken, gates, 0.0) * config.gate_scale)
+    return ExpertChoice(tokens, jnp.where(taken, gates, 0.0) * config.gates.scale)
 
 
 def _validate(config: MoEConfig) -> None:
-    for what, given in (("priority='gate'", config.priority == "gate"), ("capacity", config.capacity)):
+    limit = config.limit
+    for what, given in (("priority='gate'", limit.priority == "gate"), ("slots", limit.slots)):
         if given:
-            raise ValueError(f"{what} has no meaning for scheme={config.scheme!r}: experts never overflow")
+            raise ValueError(
+                f"limit.{what} has no meaning for scheme={config.scheme!r}: experts never overflow"
+            )
 
 
 def _validate_split(config: MoEConfig) -> None:

@@ -21,7 +21,7 @@ def soft_moe(
     """
     slots, valid = int(config.option("slots")), context.valid[:, None]
     dispatch = jax.nn.softmax(jnp.where(valid, logits, jnp.finfo(logits.dtype).min), axis=0)
-    combine = jax.nn.softmax(logits, axis=-1) * config.gate_scale
+    combine = jax.nn.softmax(logits, axis=-1) * config.gates.scale
     by_expert = (logits.shape[0], config.num_experts, slots)
     assignment = Soft(
         jnp.where(valid, dispatch, 0.0).reshape(by_expert), jnp.where(valid, combine, 0.0).reshape(by_expert)
@@ -33,7 +33,7 @@ def smear(
     logits: Float[Array, "T E"], context: RoutingContext, state: State, config: MoEConfig
 ) -> tuple[Merge, Losses]:
     """One expert for the group: the mean by the mean router's softmax (arXiv 2306.03745, section 3)."""
-    weights = jax.nn.softmax(losses_lib.mean(logits, context.valid)) * config.gate_scale
+    weights = jax.nn.softmax(losses_lib.mean(logits, context.valid)) * config.gates.scale
     return Merge(weights), losses_lib.z_loss(logits, context, config)
 
 
@@ -43,10 +43,8 @@ def _slot_scores(logits: jax.Array, config: MoEConfig) -> jax.Array:
 
 
 def _validate(config: MoEConfig) -> None:
-    if not config.is_dropless or config.priority == "gate":
-        raise ValueError(
-            f"capacity and priority have no meaning for scheme={config.scheme!r}: nothing is dropped"
-        )
+    if not config.is_dropless or config.limit.priority == "gate":
+        raise ValueError(f"limit has no meaning for scheme={config.scheme!r}: nothing is dropped")
 
 
 def _validate_soft(config: MoEConfig) -> None:

@@ -44,7 +44,7 @@ def switch(
 ) -> tuple[TokenChoice, Losses]:
     """The best expert alone, its output times its probability (arXiv 2101.03961, eq. 1-6).
 
-    ``capacity_factor`` gives the slots of its eq. 3. The published code also jitters what the router reads,
+    ``limit.factor`` gives the slots of its eq. 3. The published code also jitters what the router reads,
     which a function of logits cannot.
     """
     return top_k(logits, context, state, config)
@@ -70,7 +70,7 @@ def gshard(
         gates = gates.at[:, 1].set(jnp.where(kept, gates[:, 1], 0.0))
     used = context.valid[:, None]
     experts = jnp.where(used, experts, config.num_experts)
-    return TokenChoice(experts, jnp.where(used, gates * config.gate_scale, 0.0)), losses
+    return TokenChoice(experts, jnp.where(used, gates * config.gates.scale, 0.0)), losses
 
 
 def noisy_top_k(
@@ -100,8 +100,9 @@ def v_moe(
 ) -> tuple[TokenChoice, Losses]:
     """Probabilities of logits with noise of 1/E, their best K as they are (arXiv 2106.05974, section 2).
 
-    With ``priority="gate"`` capacity is given out as in its batch-priority routing. Losses: half importance,
-    half load (appendix A there), where the load is the chance to be among the best K with new noise.
+    With ``limit.priority="gate"`` slots are given out as in its batch-priority routing. Losses: half
+    importance, half load (appendix A there), where the load is the chance to be among the best K with new
+    noise.
     """
     deviation = 1.0 / config.num_experts
     noisy = logits
@@ -187,7 +188,7 @@ def init_bias(config: MoEConfig) -> State:
 
 def update_bias(state: State, stats: RoutingStats, config: MoEConfig) -> State:
     """``bias += u * sign(mean load - load)``, over everything the optimiser step saw."""
-    return {**state, "bias": state["bias"] + config.bias_rate * _lack(jnp.sum(stats.load, axis=0))}
+    return {**state, "bias": state["bias"] + config.balance.bias_rate * _lack(jnp.sum(stats.load, axis=0))}
 
 
 def init_modality_bias(config: MoEConfig) -> State:
@@ -197,7 +198,7 @@ def init_modality_bias(config: MoEConfig) -> State:
 
 def update_modality_bias(state: State, stats: RoutingStats, config: MoEConfig) -> State:
     """``update_bias`` for every modality by its own load."""
-    return {**state, "bias": state["bias"] + config.bias_rate * _lack(stats.load)}
+    return {**state, "bias": state["bias"] + config.balance.bias_rate * _lack(stats.load)}
 
 
 def _lack(load: Int[Array, "*M E"]) -> Float[Array, "*M E"]:
@@ -207,20 +208,20 @@ def _lack(load: Int[Array, "*M E"]) -> Float[Array, "*M E"]:
 
 def scores_of(logits: Float[Array, "T E"], config: MoEConfig, default: str) -> Float[Array, "T E"]:
     """The configured score of every expert, else that of the scheme."""
-    if (config.score or default) == "softmax":
+    if (config.gates.score or default) == "softmax":
         return jax.nn.softmax(logits, axis=-1)
     return jax.nn.sigmoid(logits)
 
 
 def within_groups(choice: Float[Array, "T E"], config: MoEConfig, *, by: int) -> Float[Array, "T E"]:
     """Leaves the selection scores of the best groups; a group's score is the sum of its ``by`` highest."""
-    if config.top_groups == config.num_groups:
+    if config.groups.top == config.groups.num:
         return choice
-    grouped = choice.reshape(-1, config.num_groups, config.group_size)
+    grouped = choice.reshape(-1, config.groups.num, config.group_size)
     highest = jax.lax.top_k(grouped, min(by, config.group_size))[0]
-    groups = jax.lax.top_k(jnp.sum(highest, axis=-1), config.top_groups)[1]
-    kept = jax.nn.one_hot(groups, config.num_groups, dtype=jnp.bool_).any(axis=1)
-    fill = 0.0 if config.excluded == "zero" else jnp.finfo(choice.dtype).min
+    groups = jax.lax.top_k(jnp.sum(highest, axis=-1), config.groups.top)[1]
+    kept = jax.nn.one_hot(groups, config.groups.num, dtype=jnp.bool_).any(axis=1)
+    fill = 0.0 if config.groups.excluded == "zero" else jnp.finfo(choice.dtype).min
     return jnp.where(kept[..., None], grouped, fill).reshape(choice.shape)
 
 
@@ -234,7 +235,7 @@ def _to_beat(noisy: Float[Array, "T E"], top_k: int) -> Float[Array, "T E"]:
 
 
 def _variation_losses(importance: jax.Array, load: jax.Array, context: RoutingContext, config: MoEConfig):
-    scope = "sequence" if config.balance_scope == "sequence" else "batch"
+    scope = "sequence" if config.balance.scope == "sequence" else "batch"
     return {
         name: config.option(f"{name}_weight") * losses_lib.variation_loss(values, context.valid, scope=scope)
         for name, values in (("importance", importance), ("load", load))

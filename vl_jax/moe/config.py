@@ -1,0 +1,83 @@
+"""The groups that the fields of ``MoEConfig`` (see ``routing``) come in, each with the rules of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedExpertsConfig:
+    """Experts that every token takes."""
+
+    num: int = 2  # fused into one block
+    dim: int | None = None  # width of that block; None: num * expert_dim
+    gate: bool = False  # multiply its output by a learned sigmoid of the token (Qwen2-MoE)
+
+    def __post_init__(self):
+        if self.num < 0:
+            raise ValueError(f"num={self.num} must be >= 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class GateConfig:
+    """How much a chosen expert's output weighs."""
+
+    score: Literal["softmax", "sigmoid"] | None = None  # None: the scheme's own, softmax for most
+    normalize: bool = False  # divide the chosen gates by their sum; of one, that leaves 1
+    scale: float = 1.0  # what gates are multiplied by in the end
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertGroupsConfig:
+    """Experts in groups, of which a token may use a few only."""
+
+    num: int = 1  # experts are cut into groups of equal size ...
+    top: int = 1  # ... of which a token may use this many
+    excluded: Literal["lowest", "zero"] = "lowest"  # selection score of experts in the other groups
+
+    def __post_init__(self):
+        if self.num < 1:
+            raise ValueError(f"num={self.num} must be >= 1")
+        if not 1 <= self.top <= self.num:
+            raise ValueError(f"top={self.top} must be from 1 to num={self.num}")
+
+
+@dataclasses.dataclass(frozen=True)
+class BalanceConfig:
+    """What keeps the load of experts even, and logits small."""
+
+    weight: float = 1e-3  # balance loss (0: none)
+    # Tokens over which load is to be even: a row, the (micro-)batch, or the whole of the previous step.
+    scope: Literal["sequence", "batch", "step"] = "sequence"
+    z_weight: float = 0.0  # router z-loss (ST-MoE, arXiv 2202.08906)
+    bias_rate: float = 1e-3  # step of the loss-free bias (arXiv 2408.15664)
+    # Routes are dealt out in turn and not chosen, so that load is even: the speed that balance can reach.
+    forced: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class CapacityConfig:
+    """The most tokens an expert takes; without ``factor`` and ``slots`` there is no limit (dropless)."""
+
+    factor: float | None = None  # slots per expert over the mean load
+    slots: int | None = None  # slots per expert and row, as a number
+    priority: Literal["position", "gate"] = "position"  # who keeps a slot when they run out
+
+    def __post_init__(self):
+        if self.factor is not None and self.factor <= 0:
+            raise ValueError(f"factor={self.factor} must be > 0 (None: dropless)")
+        if self.slots is not None and self.slots < 1:
+            raise ValueError(f"slots={self.slots} must be >= 1 (None: dropless, or by factor)")
+        if self.slots is not None and self.factor is not None:
+            raise ValueError(f"slots={self.slots} and factor={self.factor} exclude each other")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExecutionConfig:
+    """How the layer is computed: this depends on the machine, and leaves the model as it is."""
+
+    # How tokens reach experts on other devices; ``all_to_all`` needs a ``limit``. See ``exchange``.
+    exchange: Literal["all_gather", "ring", "all_to_all", "ragged"] = "all_gather"
+    # See ``kernels.target.choose``.
+    kernel: Literal["auto", "blocked", "pallas", "triton", "reference"] = "auto"
