@@ -141,7 +141,7 @@ def warn_if_not_causal(model: VisionLanguage) -> None:
             "routing (scheme %r, priority %r) looks at all tokens of a row at once; decoding token by token, "
             "it sees only the newest token, so answers may be worse than the training loss suggests",
             moe.scheme,
-            moe.priority,
+            moe.limit.priority,
         )
 
 

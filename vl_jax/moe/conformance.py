@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import flax.linen as nn
@@ -143,13 +143,22 @@ def make_subject(config: MoEConfig) -> Subject:
     return Subject(config, params, state, x, context)
 
 
-def check(scheme: str, config: MoEConfig | None = None, *, quick: bool = False) -> list[Result]:
+Verify = Callable[[Subject], None]
+
+
+def check(
+    scheme: str,
+    config: MoEConfig | None = None,
+    *,
+    properties: Iterable[tuple[str, Verify]] | None = None,
+) -> list[Result]:
     """Checks a scheme; every property gives one result.
 
     Args:
       scheme: as ``MoEConfig.scheme``: a built-in name, or ``path/to/file.py:name``.
       config: the layer it is tried in, small by default. Its shared experts are left out.
-      quick: leave out kernels, capacity and devices, each of which is compiled anew.
+      properties: some of ``PROPERTIES``, which share one compiled layer, and of ``COMPARISONS``, which
+        compile it anew for every kernel and for several devices; all of them by default.
 
     Raises:
       ValueError: the scheme cannot be loaded or configured; one line.
@@ -159,7 +168,7 @@ def check(scheme: str, config: MoEConfig | None = None, *, quick: bool = False) 
     first = _verdict("it runs", lambda: subjects.append(make_subject(config)))
     if not subjects:
         return [first]
-    properties = PROPERTIES if quick else (*PROPERTIES, *COMPARISONS)
+    properties = (*PROPERTIES, *COMPARISONS) if properties is None else properties
     return [first, *(_verdict(name, functools.partial(verify, *subjects)) for name, verify in properties)]
 
 
@@ -398,7 +407,7 @@ def _same(what: str, actual: Any, expected: Any) -> None:
         assert distance <= TOLERANCE, f"{what}{' ' * bool(name)}{name} differs by {distance:.1e} of its norm"
 
 
-PROPERTIES: tuple[tuple[str, Callable[[Subject], None]], ...] = (
+PROPERTIES: tuple[tuple[str, Verify], ...] = (
     ("ids in range, weights finite, padding unused", well_formed),
     ("state keeps its shapes", state_keeps_shape),
     ("gradients are finite", finite_gradients),
@@ -408,7 +417,7 @@ PROPERTIES: tuple[tuple[str, Callable[[Subject], None]], ...] = (
     ("causal as declared", causality),
     ("statistics of parts add up", statistics_add_up),
 )
-COMPARISONS: tuple[tuple[str, Callable[[Subject], None]], ...] = (
+COMPARISONS: tuple[tuple[str, Verify], ...] = (
     ("kernels agree", kernels_agree),
     ("kernels agree with few slots", capacity),
     ("one device = many", devices_agree),
