@@ -9,7 +9,7 @@ Any folder of that format works: ``train.json``, ``val.json`` and the images the
 from pathlib import Path
 
 from vl_jax import config
-from vl_jax.data.config import DataConfig
+from vl_jax.data.config import ConversationConfig, DataConfig
 from vl_jax.data.images.tiling import TilingConfig
 from vl_jax.data.sources.llava import LlavaConfig
 from vl_jax.evaluate.runner import EvaluationConfig
@@ -32,9 +32,8 @@ def get_config():
                 sources=(LlavaConfig(name="train", file="train.json"),),
                 evaluation=(LlavaConfig(name="val", file="val.json"),),
                 max_tokens=112,
-                max_turns=6,
                 max_answer_tokens=24,
-                turn_sampling="balanced",
+                conversation=ConversationConfig(max_turns=6, turn_sampling="balanced"),
                 image_dropout_rate=0.02,
                 tiling=TilingConfig(tile_size=64, views="global"),
             ),

@@ -25,7 +25,7 @@ The routing bias of checkpoints that have one keeps balancing the experts in all
 import dataclasses
 
 from vl_jax import config
-from vl_jax.data.config import DataConfig
+from vl_jax.data.config import ConversationConfig, DataConfig
 from vl_jax.data.sources.llava import LlavaConfig
 from vl_jax.evaluate.runner import EvaluationConfig
 from vl_jax.experiment import Experiment
@@ -68,7 +68,7 @@ def get_config(what: str = "lora"):
                 evaluation=(LlavaConfig(name="val", file="val.json"),),
                 max_tokens=2560,  # a picture of nine tiles has up to 2,101
                 max_tiles=10,
-                turns="dialogue",
+                conversation=ConversationConfig(turns="dialogue"),
             ),
             stages=(STAGES[what],),
             loop=LoopConfig(log_every=10, routing_every=50, checkpoint_every=200),

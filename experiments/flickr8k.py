@@ -7,7 +7,7 @@ A format and machinery check at this scale, not a captioner: 623 photographs can
 """
 
 from vl_jax import config
-from vl_jax.data.config import DataConfig
+from vl_jax.data.config import ConversationConfig, DataConfig
 from vl_jax.data.images.tiling import TilingConfig
 from vl_jax.data.sources.llava import LlavaConfig
 from vl_jax.encoders.adapter import AdapterConfig
@@ -60,7 +60,7 @@ def get_config():
                 evaluation=(LlavaConfig(name="val", file="val.json"),),
                 max_tokens=160,
                 max_tiles=5,
-                turns="dialogue",
+                conversation=ConversationConfig(turns="dialogue"),
                 tiling=TilingConfig(tile_size=96, candidates=GRIDS),
             ),
             stages=(

@@ -11,7 +11,7 @@ beside this file.
 import dataclasses
 
 from vl_jax import config
-from vl_jax.data.config import DataConfig
+from vl_jax.data.config import ConversationConfig, DataConfig
 from vl_jax.data.images.tiling import TilingConfig
 from vl_jax.data.sources.scenes import ScenesConfig
 from vl_jax.encoders.adapter import AdapterConfig
@@ -111,9 +111,8 @@ def get_config():
                 ),
                 evaluation=(scenes("heldout", 3, num_examples=150),),
                 max_tokens=104,
-                max_turns=6,
                 max_answer_tokens=18,
-                turn_sampling="uniform",
+                conversation=ConversationConfig(max_turns=6, turn_sampling="uniform"),
                 image_dropout_rate=0.02,
                 tiling=TilingConfig(tile_size=64, views="global"),
             ),

@@ -15,7 +15,7 @@ from test_packed import CONFIG as PACKED
 from test_pipeline import CONFIG, SPEC, assert_same
 
 from vl_jax import config as config_lib
-from vl_jax.data.config import DataConfig
+from vl_jax.data.config import DataConfig, LoadingConfig
 from vl_jax.data.encode import make_encoder
 from vl_jax.data.images.augment import AugmentationConfig, AugmentedImage, Geometry, Look, augment
 from vl_jax.data.images.tiling import TilingConfig
@@ -173,7 +173,7 @@ def test_a_resumed_stream_and_worker_processes_see_the_same_pixels(kind):
     np.testing.assert_array_equal(unchanged.segment_ids, changed.segment_ids)
     assert (unchanged.tiles != changed.tiles).any()
     state = json.loads(json.dumps(first.get_state()))
-    second = kind(dataclasses.replace(augmented, num_workers=1), SPEC, batch_size=3)
+    second = kind(dataclasses.replace(augmented, loading=LoadingConfig(num_workers=1)), SPEC, batch_size=3)
     second.set_state(state)
     for _ in range(2):
         assert_same(next(first), next(second))

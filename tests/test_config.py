@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vl_jax.config import load, override, view
-from vl_jax.data.config import DataConfig, PackingConfig
+from vl_jax.data.config import ConversationConfig, DataConfig, LoadingConfig, PackingConfig
 from vl_jax.data.images.tiling import TilingConfig
 from vl_jax.data.sources.llava import LlavaConfig
 from vl_jax.data.sources.scenes import ScenesConfig
@@ -70,7 +70,7 @@ def test_a_part_that_is_absent_is_switched_on_by_a_field_of_it_and_off_by_none()
     assert changed("data.packing", "None", packed) == plain == changed("data.packing", "None", plain)
     assert "did you mean 'max_tokens'" in refusal("data.packing.max_token", "300")
     assert "is a group" in refusal("data.tiling", "None")
-    assert "is a value" in refusal("data.max_turns.first", "1")
+    assert "is a value" in refusal("data.conversation.max_turns.first", "1")
 
 
 MOES = st.fixed_dictionaries(
@@ -115,7 +115,7 @@ def test_any_stage_survives_json_and_view(name, steps, trainable, rates):
         ("model.moe.limit.factor", "1.25", 1.25),
         ("model.moe.limit.factor", "None", None),
         ("model.moe.scheme", "expert_choice", "expert_choice"),
-        ("data.max_turns", "None", None),
+        ("data.conversation.max_turns", "None", None),
         ("data.tiling.candidates", "((1, 1), (2, 1))", ((1, 1), (2, 1))),
         ("stages.second.steps", "40", 40),
         ("stages.second.trainable", "('adapter/.*',)", ("adapter/.*",)),
@@ -308,6 +308,20 @@ def test_experts_of_a_file_without_groups_are_the_same(limit):
 def test_a_field_of_experts_is_found_by_its_path_without_groups(name, text, path):
     before, now = (changed(f"model.moe.{p}", text) for p in (name, path))
     assert before == now != EXPERIMENT
+
+
+def test_a_data_config_of_before_its_groups_is_the_same_data_config():
+    conversation = ConversationConfig("dialogue", 3, "uniform", merge_turns=2, long_text="split")
+    loading = LoadingConfig(num_threads=2, num_workers=3, prefetch=4, cache_mb=5)
+    data = dataclasses.replace(EXPERIMENT.data, conversation=conversation, loading=loading)
+    tree = json.loads(to_json(data))
+    for group in (tree.pop("conversation"), tree.pop("loading")):
+        tree |= {name: value for name, value in group.items() if name != TYPE_KEY}
+    assert len(DataConfig.MOVED) == 9 and DataConfig.MOVED.keys() <= tree.keys()
+    assert from_json(json.dumps(tree), DataConfig) == data
+    for path in ("data.num_workers", "data.loading.num_workers"):
+        assert changed(path, "2").data.loading == LoadingConfig(num_workers=2)
+    assert "config.data.loading: num_workers=-1: must not be" in refusal("data.num_workers", "-1")
 
 
 def test_a_class_in_the_wrong_place_is_refused():

@@ -136,6 +136,25 @@ def test_no_class_has_the_name_of_another():
     assert not [name for name, count in names.items() if count > 1]
 
 
+# Models as they were published have the fields they have.
+PUBLISHED = ("ViTConfig", "SAMConfig")
+
+
+def test_functions_and_classes_stay_small():
+    """A function has at most 80 lines, a class at most 15 fields."""
+    nodes = [n for path in SOURCES.values() for n in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+    functions = [n for n in nodes if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    assert not [f.name for f in functions if (f.end_lineno or 0) - f.lineno >= 80]
+    fields = {
+        n.name: [
+            f for f in n.body if isinstance(f, ast.AnnAssign) and "ClassVar" not in ast.unparse(f.annotation)
+        ]
+        for n in nodes
+        if isinstance(n, ast.ClassDef)
+    }
+    assert not {name for name, found in fields.items() if len(found) > 15} - {*PUBLISHED}
+
+
 def test_values_can_be_checked_against_every_protocol():
     """As the type checks of the tests do where a function takes or gives one."""
     trees = [ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES.values()]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image as PilImage
 
-from vl_jax.data.config import DataConfig, ModelSpec, PackingConfig, check_packing
+from vl_jax.data.config import DataConfig, LoadingConfig, ModelSpec, PackingConfig, check_packing
 from vl_jax.data.encode import make_encoder, make_row_encoder
 from vl_jax.data.images.augment import AugmentationConfig
 from vl_jax.data.images.tiling import TilingConfig
@@ -160,7 +160,9 @@ def goods(folder: Path, labels, **fields) -> DataConfig:
 def test_worker_processes_bring_what_threads_bring(spec, tmp_path):
     config = goods(tmp_path, ["cat", "dog", None, "cow", "hen"], augmentation=AugmentationConfig(0.1))
     threads = TrainIterator(config, spec, batch_size=4)
-    workers = TrainIterator(dataclasses.replace(config, num_workers=1), spec, batch_size=4)
+    workers = TrainIterator(
+        dataclasses.replace(config, loading=LoadingConfig(num_workers=1)), spec, batch_size=4
+    )
     for _ in range(3):
         one, other = next(threads), next(workers)
         np.testing.assert_array_equal(one.tokens, other.tokens)

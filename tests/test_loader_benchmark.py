@@ -57,7 +57,7 @@ def test_it_measures_an_experiment_and_says_why_there_is_no_rival(tmp_path, monk
     assert "read 8 of 8 records before: pictures come from its cache of 128 MiB" in printed
     warm, cold = json.loads((tmp_path / "out.json").read_text())["measured"].values()
     assert warm["cpu"]["median"] > 0 and warm["ratio"]["median"] == cold["ratio_without_cache"]["median"] == 1
-    assert cli.main(["benchmark", "loader", *arguments, "--config.data.cache_mb=0"]) == 0
+    assert cli.main(["benchmark", "loader", *arguments, "--config.data.loading.cache_mb=0"]) == 0
     assert "cache" not in capsys.readouterr().out
 
 

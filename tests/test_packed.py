@@ -20,7 +20,7 @@ from PIL import Image as PilImage
 from vl_jax import config as config_lib
 from vl_jax import schema
 from vl_jax.data import encode
-from vl_jax.data.config import DataConfig, ModelSpec, PackingConfig
+from vl_jax.data.config import ConversationConfig, DataConfig, LoadingConfig, ModelSpec, PackingConfig
 from vl_jax.data.images.tiling import TilingConfig
 from vl_jax.data.sources.build import LlavaConfig, ScenesConfig, open_source
 from vl_jax.data.stream import padding as padding_lib
@@ -36,8 +36,7 @@ CONFIG = DataConfig(
     sources=(ScenesConfig("a", num_examples=30), ScenesConfig("b", num_examples=20, seed=5)),
     max_tokens=100,
     max_answer_tokens=30,
-    max_turns=3,
-    turn_sampling="balanced",
+    conversation=ConversationConfig(max_turns=3, turn_sampling="balanced"),
     image_dropout_rate=0.2,
     tiling=TilingConfig(tile_size=32, views="global"),
     packing=PackingConfig(max_tokens=200, max_tiles=5, max_answer_tokens=60, window=40),
@@ -90,7 +89,7 @@ def test_resume_gives_the_very_batches_that_were_to_come(taken):
 
 
 def test_threads_and_prefetch_do_not_change_the_rows():
-    other = dataclasses.replace(CONFIG, num_threads=3, prefetch=5)
+    other = dataclasses.replace(CONFIG, loading=LoadingConfig(num_threads=3, prefetch=5))
     rows, others = (take(PackedIterator(c, SPEC, batch_size=2), 3) for c in (CONFIG, other))
     for a, b in zip(rows, others, strict=True):
         assert_same(a, b)
@@ -148,7 +147,7 @@ class Hosts:
 def test_any_number_of_hosts_goes_on_with_the_same_rows(tmp_path, kills):
     config, chance = texts(tmp_path, bad={3, 40}), random.Random(0)
     row = PackingConfig(max_tokens=50, max_tiles=1, window=40, index=str(tmp_path / "index"))
-    config = dataclasses.replace(config, max_tokens=40, packing=row, prefetch=1)
+    config = dataclasses.replace(config, max_tokens=40, packing=row, loading=LoadingConfig(prefetch=1))
     whole, state, read = Hosts(config, 1), None, []
     for _ in range(kills):
         hosts = Hosts(config, chance.choice([1, 2, 4, 8]), state)
@@ -199,7 +198,7 @@ def test_a_source_of_bad_samples_only_is_one_clear_error(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"turns": "dialogue"}, "packed dialogues are whole"),
+        ({"conversation": ConversationConfig("dialogue", max_turns=3)}, "packed dialogues are whole"),
         ({"max_tokens": 300}, "packing.max_tokens=200: must be at least max_tokens=300"),
         ({"max_answer_tokens": None}, "packing.max_answer_tokens=60: must be at least"),
     ],

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image as PilImage
 
 from vl_jax import schema
-from vl_jax.data.config import DataConfig, ModelSpec, find_source
+from vl_jax.data.config import ConversationConfig, DataConfig, LoadingConfig, ModelSpec, find_source
 from vl_jax.data.encode import make_encoder
 from vl_jax.data.files.memory_cache import MemoryCache
 from vl_jax.data.images.augment import AugmentationConfig
@@ -34,8 +34,7 @@ CONFIG = DataConfig(
     evaluation=(ScenesConfig("held", num_examples=6, first=1000),),
     max_tokens=256,
     tiling=WHOLE,
-    max_turns=3,
-    turn_sampling="uniform",
+    conversation=ConversationConfig(max_turns=3, turn_sampling="uniform"),
     image_dropout_rate=0.2,
 )
 FIELDS = [f.name for f in dataclasses.fields(next(TrainIterator(CONFIG, SPEC, batch_size=1)))]
@@ -147,7 +146,7 @@ def test_the_same_seed_gives_the_same_batches_and_another_seed_others():
 
 
 def test_threads_and_prefetch_do_not_change_the_batches():
-    other = dataclasses.replace(CONFIG, num_threads=2, prefetch=5)
+    other = dataclasses.replace(CONFIG, loading=LoadingConfig(num_threads=2, prefetch=5))
     for x, y in zip(take(iterator(), 4), take(iterator(other), 4), strict=True):
         assert_same(x, y)
 
@@ -327,18 +326,18 @@ def test_previews_show_targets_images_and_reasons(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("bad", "message"),
+    ("config", "bad", "message"),
     [
-        ({"max_tokens": 0}, "max_tokens=0"),
-        ({"cache_mb": -1}, "cache_mb=-1: must not be negative"),
-        ({"max_turns": 0}, "max_turns=0"),
-        ({"image_dropout_rate": 2.0}, "image_dropout_rate=2.0"),
-        ({"sources": (ScenesConfig("a"), ScenesConfig("a"))}, "must be different"),
+        (CONFIG, {"max_tokens": 0}, "max_tokens=0"),
+        (CONFIG.loading, {"cache_mb": -1}, "cache_mb=-1: must not be negative"),
+        (CONFIG.conversation, {"max_turns": 0}, "max_turns=0"),
+        (CONFIG, {"image_dropout_rate": 2.0}, "image_dropout_rate=2.0"),
+        (CONFIG, {"sources": (ScenesConfig("a"), ScenesConfig("a"))}, "must be different"),
     ],
 )
-def test_a_bad_field_is_named(bad, message):
+def test_a_bad_field_is_named(config, bad, message):
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(CONFIG, **bad)
+        dataclasses.replace(config, **bad)
 
 
 def test_unknown_sources_small_vocabularies_and_bad_weights_are_refused():
@@ -368,8 +367,8 @@ def picture_records(folder, count: int = 6):
 @pytest.mark.parametrize("decoding", ["whole", "reduced"])
 def test_a_cache_changes_no_batch_and_nothing_is_opened_again(tmp_path, augmentation, decoding):
     config = dataclasses.replace(picture_records(tmp_path), augmentation=augmentation, decoding=decoding)
-    plain = take(iterator(dataclasses.replace(config, cache_mb=0)), 12)
-    small = dataclasses.replace(config, cache_mb=1)
+    plain = take(iterator(dataclasses.replace(config, loading=LoadingConfig(cache_mb=0))), 12)
+    small = dataclasses.replace(config, loading=LoadingConfig(cache_mb=1))
     for x, y in zip(plain, take(iterator(small), 12), strict=True):
         assert_same(x, y)
     batches = iterator(small, batch_size=12)

@@ -18,6 +18,7 @@ import pytest
 from test_packed import CONFIG as PACKED
 from test_pipeline import CONFIG, SPEC, assert_same, two_pictures, write_records
 
+from vl_jax.data.config import LoadingConfig
 from vl_jax.data.encode import make_encoder
 from vl_jax.data.example import Example
 from vl_jax.data.sample import BadSample
@@ -33,14 +34,16 @@ SHARED = Path("/dev/shm")
 # Takes a batch, names its workers, and goes on as it is told.
 SCRIPT = """
 import dataclasses, multiprocessing, sys, time
-from vl_jax.data.config import DataConfig, ModelSpec
+from vl_jax.data.config import DataConfig, LoadingConfig, ModelSpec
 from vl_jax.data.images.tiling import TilingConfig
 from vl_jax.data.stream.pipeline import TrainIterator
 from vl_jax.data.sources.build import ScenesConfig
 
 if __name__ == "__main__":
     config = DataConfig(
-        sources=(ScenesConfig("a", 40),), tiling=TilingConfig(32, views="global"), num_workers=2
+        sources=(ScenesConfig("a", 40),),
+        tiling=TilingConfig(32, views="global"),
+        loading=LoadingConfig(num_workers=2),
     )
     batches = TrainIterator(config, ModelSpec(2, "prefix", 2048), batch_size=4)
     next(batches)
@@ -74,7 +77,7 @@ def test_the_batches_are_those_of_threads(packed):
     kind, config = (PackedIterator, PACKED) if packed else (TrainIterator, CONFIG)
     before = segments()
     threads = kind(config, SPEC, batch_size=3)
-    workers = kind(dataclasses.replace(config, num_workers=2), SPEC, batch_size=3)
+    workers = kind(dataclasses.replace(config, loading=LoadingConfig(num_workers=2)), SPEC, batch_size=3)
     for _ in range(4):
         assert_same(next(workers), next(threads))
         assert workers.ids == threads.ids
@@ -91,7 +94,10 @@ def test_the_batches_are_those_of_threads(packed):
 
 def test_bad_samples_are_skipped_with_the_same_account(tmp_path):
     config = write_records(tmp_path, {3, 11})
-    streams = [TrainIterator(dataclasses.replace(config, num_workers=n), SPEC, batch_size=8) for n in (0, 1)]
+    streams = [
+        TrainIterator(dataclasses.replace(config, loading=LoadingConfig(num_workers=n)), SPEC, batch_size=8)
+        for n in (0, 1)
+    ]
     for _ in range(3):
         assert_same(*map(next, streams))
     threads, workers = (stream.get_state() for stream in streams)
@@ -101,11 +107,15 @@ def test_bad_samples_are_skipped_with_the_same_account(tmp_path):
 
 
 def test_a_dead_worker_is_one_line(tmp_path):
-    batches = TrainIterator(dataclasses.replace(CONFIG, num_workers=1), SPEC, batch_size=2)
+    batches = TrainIterator(
+        dataclasses.replace(CONFIG, loading=LoadingConfig(num_workers=1)), SPEC, batch_size=2
+    )
     next(batches)
     (worker,) = multiprocessing.active_children()
     os.kill(worker.pid or 0, signal.SIGKILL)
-    with pytest.raises(ChildProcessError, match=r"^a data worker \(process \d+\) died: SIGKILL; num_wor"):
+    with pytest.raises(
+        ChildProcessError, match=r"^a data worker \(process \d+\) died: SIGKILL; loading.num_wor"
+    ):
         for _ in range(20):
             next(batches)
     batches.close()
@@ -113,7 +123,7 @@ def test_a_dead_worker_is_one_line(tmp_path):
 
 
 def test_what_is_wrong_with_a_source_is_said_as_by_threads(tmp_path):
-    config = dataclasses.replace(write_records(tmp_path, set()), num_workers=1)
+    config = dataclasses.replace(write_records(tmp_path, set()), loading=LoadingConfig(num_workers=1))
     batches = TrainIterator(config, SPEC, batch_size=2)
     (tmp_path / "data.json").write_text("{}")
     with pytest.raises(ValueError, match="expected a list of records, found dict"):
@@ -170,4 +180,4 @@ def test_too_little_shared_memory_is_said_before_anything_starts(monkeypatch):
     with pytest.raises(ValueError, match="num_workers=2: needs .* MiB of shared memory, /dev/shm has"):
         worker_processes.Processes(list, 2, room=room)
     with pytest.raises(ValueError, match="num_workers=-1: must not be negative"):
-        dataclasses.replace(CONFIG, num_workers=-1)
+        LoadingConfig(num_workers=-1)

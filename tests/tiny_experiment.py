@@ -4,7 +4,7 @@ With ``:packed`` behind the file's name, a row holds several samples.
 """
 
 from vl_jax import config
-from vl_jax.data.config import DataConfig, PackingConfig
+from vl_jax.data.config import ConversationConfig, DataConfig, PackingConfig
 from vl_jax.data.images.tiling import TilingConfig
 from vl_jax.data.sources.scenes import ScenesConfig
 from vl_jax.encoders.adapter import AdapterConfig
@@ -53,8 +53,7 @@ def get_config(arg: str = ""):
                 sources=(ScenesConfig("scenes", num_examples=1000),),
                 evaluation=(ScenesConfig("heldout", num_examples=4, seed=1),),
                 max_tokens=96,
-                max_turns=2,
-                turn_sampling="uniform",
+                conversation=ConversationConfig(max_turns=2, turn_sampling="uniform"),
                 image_dropout_rate=0.1,
                 tiling=TilingConfig(tile_size=32, views="global"),
                 packing=PackingConfig(max_tokens=192, max_tiles=5, window=100) if packed else None,

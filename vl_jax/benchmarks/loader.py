@@ -60,8 +60,9 @@ def run(experiment: Experiment, *, repeats: int = 9, json_file: Path | None = No
     rows = experiment.stages[-1].batch_size
     with contextlib.ExitStack() as stack:
         ways = {_name(data): stack.enter_context(ours(experiment))}
-        if data.cache_mb:
-            cold = dataclasses.replace(experiment, data=dataclasses.replace(data, cache_mb=0))
+        if data.loading.cache_mb:
+            uncached = dataclasses.replace(data, loading=dataclasses.replace(data.loading, cache_mb=0))
+            cold = dataclasses.replace(experiment, data=uncached)
             ways[_name(data) + _COLD] = stack.enter_context(ours(cold))
             print(_fill_cache(ways[_name(data)], experiment))
         if reason := _no_rival(data):
@@ -80,8 +81,9 @@ def run(experiment: Experiment, *, repeats: int = 9, json_file: Path | None = No
 
 
 def _name(data: DataConfig) -> str:
-    one, more = ("worker process", "worker processes") if data.num_workers else ("thread", "threads")
-    return f"ours, {data.parallel} {one if data.parallel == 1 else more}"
+    loading = data.loading
+    one, more = ("worker process", "worker processes") if loading.num_workers else ("thread", "threads")
+    return f"ours, {loading.parallel} {one if loading.parallel == 1 else more}"
 
 
 def _is_cold(name: str) -> bool:
@@ -102,7 +104,7 @@ def _fill_cache(take: Take, experiment: Experiment) -> str:
     read = take(-(-min(records, _MOST_READ_AHEAD) // experiment.stages[-1].batch_size))
     return (
         f"ours has read {min(read, records)} of {records} records before: pictures come from its cache of "
-        f"{experiment.data.cache_mb} MiB, as in later epochs; 'no cache' is a first epoch"
+        f"{experiment.data.loading.cache_mb} MiB, as in later epochs; 'no cache' is a first epoch"
     )
 
 
@@ -179,8 +181,8 @@ class Records:
             tiles.append(tiling.make_tiles(picture, grid=grid, config=data.tiling))
         said = [message["value"] for message in record["conversations"]]
         pairs = list(zip(said[::2], said[1::2], strict=True))
-        if data.max_turns is not None:
-            pairs = random.sample(pairs, min(data.max_turns, len(pairs)))
+        if data.conversation.max_turns is not None:
+            pairs = random.sample(pairs, min(data.conversation.max_turns, len(pairs)))
         text = "".join(f"{USER}: {question}\n\n{ASSISTANT}:{answer}{EOS}" for question, answer in pairs)
         if self._tokenizer is None:  # in the worker
             self._tokenizer = Tokenizer.from_str(load_tokenizer(data.tokenizer).plain.to_str())

@@ -102,9 +102,10 @@ def run(experiment: Experiment, *, repeats: int = 9, json_file: Path | None = No
     allocator.keep_freed_memory()
     packed = Training(experiment)
     ways = {"packed": packed, SAMPLE: Training(_unpacked(experiment, packed.layout, packed.samples))}
-    data = experiment.data
-    if data.turns == "independent" and data.max_turns != 1:
-        alone = dataclasses.replace(experiment, data=dataclasses.replace(data, max_turns=1))
+    data, conversation = experiment.data, experiment.data.conversation
+    if conversation.turns == "independent" and conversation.max_turns != 1:
+        single = dataclasses.replace(data, conversation=dataclasses.replace(conversation, max_turns=1))
+        alone = dataclasses.replace(experiment, data=single)
         ways[QUESTION] = Training(_unpacked(alone, packed.layout, packed.questions))
     turns: dict[str, list[np.ndarray]] = {name: [] for name in ways}
     for turn in range(repeats + 1):  # the first compiles

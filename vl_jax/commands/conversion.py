@@ -32,15 +32,15 @@ def run(experiment: Experiment, name: str, target: Path) -> ArrayRecordConfig:
     console, data = Console(), experiment.data
     config = find_source(data, name)
     source = open_source(config, root=data.root)
-    labels = [f"compare pictures of {name}"] if data.merge_turns > 1 else []
+    labels = [f"compare pictures of {name}"] if data.conversation.merge_turns > 1 else []
     with _bars(console, *labels, f"convert {name}") as bars:
         report = convert(
             config,
             source,
             target,
-            num_threads=data.num_threads,
-            split=_splitter(experiment) if data.long_text == "split" else None,
-            merge_turns=data.merge_turns,
+            num_threads=data.loading.num_threads,
+            split=_splitter(experiment) if data.conversation.long_text == "split" else None,
+            merge_turns=data.conversation.merge_turns,
             progress=bars[-1],
             comparing=bars[0],
         )
@@ -65,7 +65,7 @@ def _splitter(experiment: Experiment) -> Split:
     data = experiment.data
     tokenizer = make_encoder(data, model_spec(experiment)).tokenizer
     return functools.partial(
-        long_text.split, tokenizer=tokenizer, max_tokens=data.max_tokens, turns=data.turns
+        long_text.split, tokenizer=tokenizer, max_tokens=data.max_tokens, turns=data.conversation.turns
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, runtime_checkable
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -85,8 +85,60 @@ class PackingConfig:
 
 
 @dataclass(frozen=True)
+class ConversationConfig:
+    """How conversations and texts become rows."""
+
+    turns: Turns = "independent"  # each question by itself, or in a dialogue with those before it
+    max_turns: int | None = None  # questions taken from a sample at each draw; None: all
+    turn_sampling: TurnSampling = "first"  # which ones, where there are more
+    merge_turns: int = 1  # ``convert-data`` makes one sample of so many questions about the same pictures
+    long_text: Literal["skip", "split"] = "skip"  # what ``convert-data`` does with texts that do not fit
+
+    def __post_init__(self):
+        if self.merge_turns < 1:
+            raise ValueError(f"merge_turns={self.merge_turns}: must be at least 1")
+        if self.max_turns is not None and self.max_turns < 1:
+            raise ValueError(f"max_turns={self.max_turns}: must be at least 1, or None for all")
+
+
+@dataclass(frozen=True)
+class LoadingConfig:
+    """What the machine decides: how samples are read and encoded. It changes no batch."""
+
+    num_threads: int = 1  # more pay where decoding large photographs takes longer than the rest
+    num_workers: int = 0  # processes that read and encode instead of threads
+    prefetch: int = 2  # batches made ahead of the training step
+    cache_mb: int = 128  # MiB of records and tiles of files kept in memory, of all workers; 0: none
+
+    def __post_init__(self):
+        for name in ("num_threads", "prefetch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        for name, none in {"num_workers": "means threads", "cache_mb": "keeps nothing"}.items():
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must not be negative; 0 {none}")
+
+    @property
+    def parallel(self) -> int:
+        """How many samples are worked on at a time."""
+        return self.num_workers or self.num_threads
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Where samples come from and how they become batches."""
+
+    MOVED: ClassVar[Mapping[str, str]] = {
+        "turns": "conversation.turns",
+        "max_turns": "conversation.max_turns",
+        "turn_sampling": "conversation.turn_sampling",
+        "merge_turns": "conversation.merge_turns",
+        "long_text": "conversation.long_text",
+        "num_threads": "loading.num_threads",
+        "num_workers": "loading.num_workers",
+        "prefetch": "loading.prefetch",
+        "cache_mb": "loading.cache_mb",
+    }
 
     root: str = "."  # folder that file names of the sources are relative to
     sources: tuple[SourceConfig, ...] = ()
@@ -95,32 +147,23 @@ class DataConfig:
     max_tokens: int = 512  # T, length of a row
     max_tiles: int = 1  # M, tiles of a row
     max_answer_tokens: int | None = None  # Q, tokens predicted in a row of answers; None: as many as T
-    long_text: Literal["skip", "split"] = "skip"  # what ``convert-data`` does with texts that do not fit
-    merge_turns: int = 1  # ``convert-data`` makes one sample of so many questions about the same pictures
-    turns: Turns = "independent"
-    max_turns: int | None = None  # questions taken from a sample at each draw
-    turn_sampling: TurnSampling = "first"
+    conversation: ConversationConfig = field(default_factory=ConversationConfig)
     image_dropout_rate: float = 0.0  # share of the draws whose images are withheld
     tiling: TilingConfig = field(default_factory=TilingConfig)
     decoding: Decoding = "whole"
-    cache_mb: int = 128  # MiB of records and tiles of files kept in memory, of all workers; 0: none
     augmentation: AugmentationConfig | None = None  # of pictures, in training; None: they stay as they are
     packing: PackingConfig | None = None  # rows of several samples in training; None: one sample a row
     seed: int = 0
-    num_threads: int = 1  # more pay where decoding large photographs takes longer than the rest
-    num_workers: int = 0  # processes that read and encode instead of threads
-    prefetch: int = 2  # batches made ahead of the training step
+    loading: LoadingConfig = field(default_factory=LoadingConfig)
 
     def __post_init__(self):
-        for name in ("max_tokens", "max_tiles", "merge_turns", "num_threads", "prefetch"):
+        for name in ("max_tokens", "max_tiles"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        for name, none in {"num_workers": "means threads", "cache_mb": "keeps nothing"}.items():
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must not be negative; 0 {none}")
-        for name in ("max_turns", "max_answer_tokens"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1, or None for all")
+        if self.max_answer_tokens is not None and self.max_answer_tokens < 1:
+            raise ValueError(
+                f"max_answer_tokens={self.max_answer_tokens}: must be at least 1, or None for all"
+            )
         if not 0 <= self.image_dropout_rate <= 1:
             raise ValueError(f"image_dropout_rate={self.image_dropout_rate}: must lie in 0..1")
         self._check_packing()
@@ -129,20 +172,16 @@ class DataConfig:
             if len(set(names)) < len(names):
                 raise ValueError(f"source names {names}: must be different")
 
-    @property
-    def parallel(self) -> int:
-        """How many samples are worked on at a time."""
-        return self.num_workers or self.num_threads
-
     def _check_packing(self) -> None:
         row = self.packing
         if row is None:
             return
-        if self.turns == "dialogue" and (self.max_turns is not None or self.turn_sampling != "first"):
+        talk = self.conversation
+        if talk.turns == "dialogue" and (talk.max_turns is not None or talk.turn_sampling != "first"):
             raise ValueError(
-                f"packing with turns='dialogue', max_turns={self.max_turns}, turn_sampling="
-                f"{self.turn_sampling!r}: packed dialogues are whole; set max_turns=None and "
-                "turn_sampling='first', or turns='independent'"
+                f"packing with conversation.turns='dialogue', max_turns={talk.max_turns}, turn_sampling="
+                f"{talk.turn_sampling!r}: packed dialogues are whole; set conversation.max_turns=None and "
+                "conversation.turn_sampling='first', or conversation.turns='independent'"
             )
         answers = row.max_answer_tokens or row.max_tokens
         limits = {

@@ -284,7 +284,7 @@ def make_encoder(config: DataConfig, spec: ModelSpec, *, targets: chat.Targets =
         max_tiles=config.max_tiles,
         max_targets=min(answers or config.max_tokens, config.max_tokens),
         decoding=config.decoding,
-        cache=MemoryCache((config.cache_mb << 20) // max(config.num_workers, 1)),
+        cache=MemoryCache((config.loading.cache_mb << 20) // max(config.loading.num_workers, 1)),
     )
 
 

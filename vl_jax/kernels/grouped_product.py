@@ -76,24 +76,11 @@ def product(
         gathers=source is not None,
         size=lhs.dtype.itemsize,
     )
-    tiles = choose_tiles(
-        num_rows,
-        depth,
-        columns,
-        target,
-        memory=cost.memory,
-        traffic=cost.traffic,
-        steps=cost.steps,
-        parallel=cost.parallel,
-        products=parts,
-    )
+    tiles = cost.best_tiles(target)
     specs = _Specs(tiles, num_groups - 1, depth // tiles.depth, columns // tiles.columns, transposed)
     inside = source is not None and specs.depth_steps == specs.column_steps == 1
     inputs, scratch = _left_side(lhs, source, specs, inside=inside, target=target)
-    inputs += [(rhs, specs.rhs(p)) for p in range(parts)]
-    inputs += [] if bias is None else [(bias, specs.bias(p)) for p in range(parts)]
-    inputs += [] if scale is None else [(scale, specs.scale())]
-    inputs += [] if extra is None else [(extra, specs.wide(extra.shape[0]))]
+    inputs += _right_side(rhs, bias, scale, extra, specs)
     outputs = [(jax.ShapeDtypeStruct((w, num_rows, columns), lhs.dtype), specs.wide(w)) for w in widths]
     if row_sums:
         shape = jax.ShapeDtypeStruct((specs.column_steps, SUBLANES, num_rows), jnp.float32)
@@ -148,6 +135,21 @@ def _left_side(
     return [*inputs, (packed, pl.BlockSpec(memory_space=pl.ANY))], scratch
 
 
+def _right_side(
+    rhs: Float[Array, "G P _ _"],
+    bias: Float[Array, "G P 1 N"] | None,
+    scale: Float[Array, "R 1"] | None,
+    extra: Float[Array, "X R N"] | None,
+    specs: _Specs,
+) -> list[tuple[jax.Array, pl.BlockSpec]]:
+    """The matrices of ``product``, and the operands of its epilogue that are given."""
+    inputs = [(rhs, specs.rhs(p)) for p in range(rhs.shape[1])]
+    inputs += [] if bias is None else [(bias, specs.bias(p)) for p in range(rhs.shape[1])]
+    inputs += [] if scale is None else [(scale, specs.scale())]
+    inputs += [] if extra is None else [(extra, specs.wide(extra.shape[0]))]
+    return inputs
+
+
 @dataclasses.dataclass(frozen=True)
 class _Cost:
     """What ``product`` costs with tiles of one size or another."""
@@ -191,6 +193,18 @@ class _Cost:
     def parallel(self, t: Tiles) -> int:
         """Parts of the grid that are independent."""
         return self.shape[2] // t.columns
+
+    def best_tiles(self, target: Target) -> Tiles:
+        """The tiles that move least, among those a core can hold."""
+        return choose_tiles(
+            *self.shape,
+            target,
+            memory=self.memory,
+            traffic=self.traffic,
+            steps=self.steps,
+            parallel=self.parallel,
+            products=self.parts,
+        )
 
     def estimate(self, t: Tiles, *, transcendentals: bool) -> pl.CostEstimate:
         """The cost as the compiler takes it."""

@@ -72,7 +72,7 @@ class PackedIterator(BatchStream[Cursor]):
         """
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: must be at least 1")
-        super().__init__(Cursor(), prefetch=config.prefetch)
+        super().__init__(Cursor(), prefetch=config.loading.prefetch)
         own = frozenset(range(batch_size) if rows is None else rows)
         if not own <= set(range(batch_size)):
             raise ValueError(f"rows={rows}: must be from 0 to {batch_size - 1}, the rows of a batch")
@@ -121,7 +121,7 @@ def open_planner(
     known = {s.name: s for s in config.sources}
 
     def lengths(blind: bool) -> dict[str, Measured]:
-        measure = Measure(encoder, config.turns, targets, blind=blind, verify=bool(row.index))
+        measure = Measure(encoder, config.conversation.turns, targets, blind=blind, verify=bool(row.index))
         return {
             name: _lengths(known[name], source, measure, config, progress) for name, source in opened.items()
         }
@@ -131,8 +131,8 @@ def open_planner(
         max_tokens=config.max_tokens,
         max_tiles=config.max_tiles,
         max_targets=min(answers or config.max_tokens, config.max_tokens),
-        max_turns=config.max_turns,
-        sampling=config.turn_sampling,
+        max_turns=config.conversation.max_turns,
+        sampling=config.conversation.turn_sampling,
         blind_rate=config.image_dropout_rate,
     )
     blind = lengths(True) if draw.blind_rate else {}
@@ -156,7 +156,7 @@ def _lengths(
         source,
         measure,
         stamp=stamp_of(source),
-        num_threads=data.num_threads,
+        num_threads=data.loading.num_threads,
         progress=progress,
     )
 
@@ -183,7 +183,7 @@ class _PackedWork:
         """Batches from a position on, until told to stop."""
         with ThreadPoolExecutor(1) as planning:
             rows, read = self._rows(cursor, planning), []
-            ahead = self.batch_size + self.reader.config.parallel
+            ahead = self.batch_size + self.reader.config.loading.parallel
             for row, results in in_order(self.reader.pool(), rows, ahead=ahead):
                 if stop.is_set():
                     return

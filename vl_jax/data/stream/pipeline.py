@@ -63,7 +63,7 @@ class TrainIterator(BatchStream[int]):
         """
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: must be at least 1")
-        super().__init__(0, prefetch=config.prefetch)
+        super().__init__(0, prefetch=config.loading.prefetch)
         opened, weights = open_sources(config, sources)
         seed = config.seed if seed is None else seed
         order = _order({name: len(source) for name, source in opened.items()}, weights, seed)
@@ -139,7 +139,7 @@ class _SampleWork:
                 rows, skipped = [], {}
 
     def _results(self, start: int) -> Iterator[tuple[Place, Example | BadSample]]:
-        width = self.reader.config.parallel
+        width = self.reader.config.loading.parallel
         # One chunk of a batch for each thread: work that goes stage by stage is quicker in large chunks.
         size = min(max(self.batch_size // width, 1), _MOST_IN_CHUNK)
         pool, ahead = self.reader.pool(size), 2 * width + -(-self.batch_size // size)

@@ -57,7 +57,7 @@ class SampleReader:
 
     def __call__(self, places: Sequence[Place]) -> list[Example | BadSample]:
         """The example of each place, or why its record cannot be used."""
-        turns, targets = self.config.turns, self.targets
+        turns, targets = self.config.conversation.turns, self.targets
         return self.encoder.examples(each(self._draw, places), turns=turns, targets=targets)
 
     def _draw(self, place: Place) -> Sample:
@@ -65,8 +65,8 @@ class SampleReader:
         sample = vary(
             read(self.sources[place.source], place.record, self.encoder.cache, name=place.source),
             rng=np.random.default_rng((self.seed, place.index)),
-            max_turns=config.max_turns,
-            sampling=config.turn_sampling,
+            max_turns=config.conversation.max_turns,
+            sampling=config.conversation.turn_sampling,
             image_dropout_rate=config.image_dropout_rate,
         )
         return _augmented(sample, self.encoder, config, (self.seed, place.index, _AUGMENTATION))
@@ -93,7 +93,7 @@ class ItemReader:
         Raises:
           ValueError: a record has another length than the plan says.
         """
-        turns, targets = self.config.turns, self.targets
+        turns, targets = self.config.conversation.turns, self.targets
         samples, chosen = each(self._sample, items), [item.turns for item in items]
         examples = self.encoder.draws(samples, chosen, turns=turns, targets=targets)
         for item, example in zip(items, examples, strict=True):
@@ -146,6 +146,7 @@ def _open_items(
 def _pool(
     read: Read[Task], make: Callable[[], Read[Task]], config: DataConfig, room: int
 ) -> Pool[Task, Example | BadSample]:
-    if config.num_workers:
-        return Processes(make, config.num_workers, room=room)
-    return Threads(read, config.num_threads) if config.num_threads > 1 else Here(read)
+    loading = config.loading
+    if loading.num_workers:
+        return Processes(make, loading.num_workers, room=room)
+    return Threads(read, loading.num_threads) if loading.num_threads > 1 else Here(read)

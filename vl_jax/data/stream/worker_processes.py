@@ -152,7 +152,8 @@ class _Worker:
         if code is not None and code < 0:
             with contextlib.suppress(ValueError):
                 how = signal.Signals(-code).name
-        return f"a data worker (process {self._process.pid}) died: {how}; num_workers=0 reads without them"
+        which = f"a data worker (process {self._process.pid})"
+        return f"{which} died: {how}; loading.num_workers=0 reads without them"
 
 
 def _check_room(count: int, room: int) -> None:
@@ -161,8 +162,8 @@ def _check_room(count: int, room: int) -> None:
         free = state.f_bavail * state.f_frsize
         if free < count * room:
             raise ValueError(
-                f"num_workers={count}: needs {count * room >> 20} MiB of shared memory, {_SHARED} has "
-                f"{free >> 20} MiB (a container takes --shm-size)"
+                f"loading.num_workers={count}: needs {count * room >> 20} MiB of shared memory, {_SHARED} "
+                f"has {free >> 20} MiB (a container takes --shm-size)"
             )
 
 

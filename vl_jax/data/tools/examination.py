@@ -27,7 +27,8 @@ from vl_jax.data.text.normalize import normalize
 
 # Examples that are kept of every finding, and the questions that are named as guessable.
 _EXAMPLES, _QUESTIONS = 3, 8
-REPEATED_PICTURE = "picture that an earlier record has (convert-data can join both: config.data.merge_turns)"
+_JOIN = "convert-data can join both: config.data.conversation.merge_turns"
+REPEATED_PICTURE = f"picture that an earlier record has ({_JOIN})"
 
 # A question tells how well it is guessed if it was asked so often; and is guessable from this share on.
 _OFTEN, _GUESSABLE = 5, 0.8
@@ -111,7 +112,7 @@ def examine(
         raise ValueError(f"examine={limit}: must be at least 1")
     source = open_source(find_source(config, source_name), root=config.root)
     encoder = make_encoder(config, spec)
-    measure = Measure(encoder, config.turns, targets)
+    measure = Measure(encoder, config.conversation.turns, targets)
     records = np.unique(np.linspace(0, len(source) - 1, min(limit, len(source))).round().astype(int)).tolist()
     notes, pictures, ids = _Notes(), dict[bytes, str](), set[str]()
     answers: dict[str, Counter[str]] = defaultdict(Counter)
@@ -131,7 +132,7 @@ def examine(
         tokens.append(int(lengths.trunk.sum() + lengths.turns.sum()))
         tiles.append(int(lengths.tiles.sum()))
         turns.append(len(sample.turns))
-        if tokens[-1] > config.max_tokens and config.max_turns is None:
+        if tokens[-1] > config.max_tokens and config.conversation.max_turns is None:
             notes.add(f"longer than max_tokens={config.max_tokens}: its last turns are left out", sample.id)
         _look(sample, images, notes, pictures, ids)
         for turn in sample.turns:
@@ -155,9 +156,10 @@ def examine(
 
 def _use(encoder: Encoder, sample: Sample, config: DataConfig, targets: Targets) -> None:
     """Encodes a sample as training would, for the errors that it raises."""
-    if config.max_turns is not None and len(sample.turns) > config.max_turns:
-        sample = sample.select(list(range(config.max_turns)))
-    encoder.example(sample, turns=config.turns, targets=targets)
+    conversation = config.conversation
+    if conversation.max_turns is not None and len(sample.turns) > conversation.max_turns:
+        sample = sample.select(list(range(conversation.max_turns)))
+    encoder.example(sample, turns=conversation.turns, targets=targets)
 
 
 def _look(

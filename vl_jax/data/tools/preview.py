@@ -65,7 +65,7 @@ def render_samples(
     for index in range(first, min(first + count, len(source))):
         try:
             sample = source[index]
-            example = encoder.example(sample, turns=config.turns, targets=targets)
+            example = encoder.example(sample, turns=config.conversation.turns, targets=targets)
             boxed = _boxed(sample)
             augmented = _augmented(sample, config, encoder.text_length)
         except BadSample as error:
