@@ -1,9 +1,11 @@
-"""Contrastive training from scratch: pictures and texts in English and Chinese, found by one another.
+"""Contrastive training: pictures and texts in English and Chinese, found by one another.
 
     python -m vl_jax train --config=experiments/contrastive.py:twemoji --workdir=runs/twemoji
 
-Choices: ``twemoji`` (drawings and their names) and ``flickr8k`` (photographs and captions).
+Choices: ``twemoji`` (drawings and their names), ``flickr8k`` (photographs and captions), and ``published``:
+the data of flickr8k for a published CLIP, the folder that ``--config.init`` names, which is trained further.
 ``--config.stages.pairs.objective.loss=sigmoid --config.model.heads.pairs.bias=true`` trains as SigLIP does.
+A published SigLIP needs that loss, and ``--config.data.max_tokens=64``.
 """
 
 import dataclasses
@@ -43,7 +45,7 @@ TEXT = TextEncoderConfig(
 
 def get_config(name: str = "twemoji"):
     """The experiment of that name."""
-    return {"twemoji": twemoji, "flickr8k": flickr8k}[name]()
+    return config.view({"twemoji": twemoji, "flickr8k": flickr8k, "published": published}[name]())
 
 
 def twemoji():
@@ -62,28 +64,38 @@ def flickr8k():
     )
 
 
+def published():
+    """A checkpoint of CLIP, trained further with small steps; towers, tokenizer and tiling are its own."""
+    found = _pairs("flickr8k_bilingual", IMAGE, TEXT, max_tokens=77, steps=300)
+    (stage,) = found.stages
+    rate = OptimizerConfig(learning_rate=1e-5, warmup_steps=30)
+    return dataclasses.replace(
+        found,
+        name="published_pairs",
+        init="clip-vit-base-patch32",
+        data=dataclasses.replace(found.data, tiling=TilingConfig()),
+        stages=(dataclasses.replace(stage, batch_size=64, optimizer=rate),),
+    )
+
+
 def _pairs(folder, image, text, *, max_tokens, steps):
     source = LlavaConfig("train", "train.json", labels=("image",), caption=True)
     rate = OptimizerConfig(method="muon", learning_rate=1e-3, warmup_steps=30, final_fraction=0.03)
-    return config.view(
-        Experiment(
-            name=folder,
-            model=JointConfig(
-                towers=(Tower("image", image), Tower("text", text, "tokens")),
-                heads=(Pairs(dim=128, identity="image"),),
-            ),
-            data=DataConfig(
-                root=f"../shared/data/{folder}",
-                sources=(source,),
-                evaluation=(dataclasses.replace(source, name="val", file="val.json"),),
-                max_tokens=max_tokens,
-                augmentation=AugmentationConfig(brightness=0.2, contrast=0.2, crop=0.3),
-                tiling=TilingConfig(tile_size=image.image_size, views="global"),
-            ),
-            stages=(
-                Stage("pairs", steps=steps, batch_size=128, objective=ContrastivePairs(), optimizer=rate),
-            ),
-            loop=LoopConfig(log_every=10, checkpoint_every=500),
-            evaluation=EvaluationConfig(task=Retrieval(), batch_size=64),
-        )
+    return Experiment(
+        name=folder,
+        model=JointConfig(
+            towers=(Tower("image", image), Tower("text", text, "tokens")),
+            heads=(Pairs(dim=128, identity="image"),),
+        ),
+        data=DataConfig(
+            root=f"../shared/data/{folder}",
+            sources=(source,),
+            evaluation=(dataclasses.replace(source, name="val", file="val.json"),),
+            max_tokens=max_tokens,
+            augmentation=AugmentationConfig(brightness=0.2, contrast=0.2, crop=0.3),
+            tiling=TilingConfig(tile_size=image.image_size, views="global"),
+        ),
+        stages=(Stage("pairs", steps=steps, batch_size=128, objective=ContrastivePairs(), optimizer=rate),),
+        loop=LoopConfig(log_every=10, checkpoint_every=500),
+        evaluation=EvaluationConfig(task=Retrieval(), batch_size=64),
     )

@@ -11,11 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from vl_jax import params as params_lib
-from vl_jax.encoders.contrastive import Contrastive, ContrastiveOutput, pair_loss
+from vl_jax.batch import Batch
 from vl_jax.encoders.transformer import Encoded
 from vl_jax.encoders.vit import ViT
+from vl_jax.fusion.streams import Stream
+from vl_jax.heads.pairs import PairVectors
 from vl_jax.interop import rules, vision
 from vl_jax.interop.rules import Rule
+from vl_jax.joint import JointConfig, JointOutput
+from vl_jax.train.contrastive_losses import sigmoid_sums, softmax_sums
 
 # Module of a recorded encoder, and where ours shows the same value.
 _BLOCK = {
@@ -79,7 +83,7 @@ def hidden_states(captured: Mapping[str, Any]) -> list[Any]:
     return [first, *captured["blocks/__call__"]]
 
 
-def modules(kind: str, captured: Mapping[str, Any], encoded: Encoded, prefix: str) -> dict[str, Any]:
+def modules(kind: str, captured: Mapping[str, Any], encoded: Encoded | Stream, prefix: str) -> dict[str, Any]:
     """The output of every known module of a recorded encoder, as ``mid/<prefix><module>``.
 
     Args:
@@ -161,37 +165,71 @@ def results(encoded: Any) -> dict[str, Any]:
     return found if encoded.pooled is None else {**found, "out_pooler_output": encoded.pooled}
 
 
+def pair_batch(config: JointConfig, arrays: Mapping[str, np.ndarray]) -> Batch:
+    """A row for each recorded image and text; what no mask hides counts as text."""
+    tokens = np.asarray(arrays["in_input_ids"], np.int32)
+    pixels = np.moveaxis(arrays["in_pixel_values"], 1, -1)
+    rows, seen = len(tokens), arrays.get("in_attention_mask", np.ones_like(tokens))
+    blank = jax.tree.map(lambda x: np.repeat(x, rows, axis=0), config.smallest_batch(1))
+    return blank.replace(
+        tokens=tokens,
+        segment_ids=np.asarray(seen > 0, np.int32),
+        tiles=pixels[:, None],
+        visual_index=np.zeros((rows, 1), np.int32),  # some token of the only tile
+    )
+
+
+def pair_loss(pairs: PairVectors) -> jax.Array:
+    """The published loss, by the head that has a bias or none: rows are pairs, and the mean is over them."""
+    rows = jnp.arange(len(pairs.image), dtype=jnp.int32)
+    options: Any = {"image_ids": rows, "text_ids": rows, "chunk": len(rows)}
+    if pairs.bias is None:
+        sums = softmax_sums(pairs.image, pairs.text, pairs.scale, **options)
+    else:
+        sums = sigmoid_sums(pairs.image, pairs.text, pairs.scale, pairs.bias, **options)
+    return sums.loss / len(rows)
+
+
+def similarity(pairs: PairVectors) -> jax.Array:
+    """``exp(scale) * <image, text> (+ bias)`` for every pair."""
+    logits = jnp.exp(pairs.scale) * jnp.matmul(pairs.image, pairs.text.T, precision="highest")
+    return logits if pairs.bias is None else logits + pairs.bias
+
+
 def run_pair(fixture: Any) -> dict[str, Any]:
     """Every recorded value of an image-text pair."""
-    kind, arrays = fixture.config["model_type"], fixture.arrays
-    config = vision.read_contrastive(fixture.config)
-    model = Contrastive(config)
-    inputs = [channels_last(arrays["in_pixel_values"]), jnp.asarray(arrays["in_input_ids"], jnp.int32)]
-    if "in_attention_mask" in arrays:
-        inputs.append(jnp.asarray(arrays["in_attention_mask"] > 0))
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), *inputs)["params"])
+    kind, config = fixture.config["model_type"], vision.read_contrastive(fixture.config)
+    model, batch = config.build(), pair_batch(config, fixture.arrays)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), batch, {})["params"])
     plan, params = load(vision.contrastive_rules(kind), shapes, fixture.weights)
 
     @jax.jit
-    def forward(params: Any) -> tuple[ContrastiveOutput, Any]:
-        return model.apply({"params": params}, *inputs, mutable=["intermediates"], capture_intermediates=True)  # type: ignore[return-value]
+    def forward(params: Any) -> tuple[JointOutput, Any]:
+        return model.apply(
+            {"params": params},
+            batch,
+            {},
+            mutable=["intermediates"],
+            capture_intermediates=lambda _, method: method in ("__call__", "encode"),
+        )  # type: ignore[return-value]
 
     def objective(params: Any) -> jax.Array:
-        return pair_loss(model.apply({"params": params}, *inputs), config)  # type: ignore[arg-type]
+        return pair_loss(model.apply({"params": params}, batch, {}).predictions["pairs"])  # type: ignore[union-attr]
 
     output, captured = forward(params)
-    captured = captured["intermediates"]
+    captured, pairs, text = captured["intermediates"], output.predictions["pairs"], output.streams["text"]
+    (image,) = captured["image"].pop("encode")  # with the class token, which is no feature
     return {
-        "out_loss": pair_loss(output, config),
-        "out_logits_per_image": output.logits,
-        "out_logits_per_text": output.logits.T,
-        "out_image_embeds": output.image_embeds,
-        "out_text_embeds": output.text_embeds,
-        "out_vision_model_output.last_hidden_state": output.image.tokens,
-        "out_vision_model_output.pooler_output": output.image.pooled,
-        "out_text_model_output.last_hidden_state": output.text.tokens,
-        "out_text_model_output.pooler_output": output.text.pooled,
-        **modules(f"{kind}_vision_model", seen(captured["vision"]), output.image, "vision_model."),
-        **modules("text", seen(captured["text"]), output.text, "text_model."),
+        "out_loss": pair_loss(pairs),
+        "out_logits_per_image": similarity(pairs),
+        "out_logits_per_text": similarity(pairs).T,
+        "out_image_embeds": pairs.image,
+        "out_text_embeds": pairs.text,
+        "out_vision_model_output.last_hidden_state": image.tokens,
+        "out_vision_model_output.pooler_output": output.streams["image"].pooled,
+        "out_text_model_output.last_hidden_state": text.tokens,
+        "out_text_model_output.pooler_output": text.pooled,
+        **modules(f"{kind}_vision_model", seen(captured["image"]), image, "vision_model."),
+        **modules("text", seen(captured["text"]), text, "text_model."),
         **gradients(objective, params, plan),
     }

@@ -1,4 +1,4 @@
-"""Image-text pairs: the text encoder, both losses, and published pairs in and out."""
+"""Image-text pairs: the text encoder, joint models of a pair, and published pairs in and out."""
 
 from __future__ import annotations
 
@@ -13,15 +13,22 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
+from parity_vision import pair_batch, similarity
 
-from vl_jax import losses, sharding
 from vl_jax import params as params_lib
-from vl_jax.encoders.contrastive import Contrastive, ContrastiveConfig, pair_loss, similarity, unit
+from vl_jax import sharding
+from vl_jax.batch import Batch, Given
+from vl_jax.data.config import DataConfig
+from vl_jax.data.images.tiling import TilingConfig
 from vl_jax.encoders.text import TextEncoder, TextEncoderConfig, pooled_positions
-from vl_jax.encoders.vit import ViTConfig
+from vl_jax.encoders.vit import ViT, ViTConfig
+from vl_jax.fusion.gated_streams import GatedStreams
+from vl_jax.heads.pairs import Pairs, PairVectors
 from vl_jax.interop import rules, vision
+from vl_jax.joint import JointConfig, Tower
+from vl_jax.layout import plan_layout, put_batch
+from vl_jax.train.objectives.contrastive import ContrastivePairs
+from vl_jax.train.step import TrainState
 
 pytestmark = pytest.mark.slow  # a pair beside the main path: minutes of compilation
 
@@ -50,8 +57,11 @@ IMAGE = ViTConfig(
     pooling="class",
     projection_dim=6,
 )
-SOFTMAX = ContrastiveConfig(IMAGE, TEXT)
-SIGMOID = ContrastiveConfig(IMAGE, BOTH_WAYS, loss="sigmoid", initial_scale=math.log(10))
+SOFTMAX = JointConfig((Tower("image", IMAGE), Tower("text", TEXT, "tokens")), (Pairs(dim=None),))
+SIGMOID = JointConfig(
+    (Tower("image", IMAGE), Tower("text", BOTH_WAYS, "tokens")),
+    (Pairs(dim=None, initial_scale=math.log(10), bias=True),),
+)
 TOKENS = jnp.asarray([[3, 9, 5, 9, 7, 30], [30, 1, 30, 2, 4, 4], [6, 6, 6, 6, 6, 9]])
 
 
@@ -129,46 +139,6 @@ def test_a_text_longer_than_the_position_table_is_refused():
         encode(TEXT, jnp.ones((1, 9), jnp.int32))
 
 
-# Losses.
-
-
-def test_losses_by_hand():
-    logits = jnp.asarray([[2.0, 0.0], [1.0, 3.0]])
-
-    def log_softmax(first: float, second: float) -> float:
-        return -math.log(1 + math.exp(second - first))
-
-    softmax = -(log_softmax(2, 0) + log_softmax(3, 1) + log_softmax(2, 1) + log_softmax(3, 0)) / 4
-    sigmoid = sum(math.log(1 + math.exp(-x)) for x in (2, -0.0, -1, 3)) / 2
-    assert_close(losses.softmax_contrastive(logits), softmax)
-    assert_close(losses.sigmoid_contrastive(logits), sigmoid)
-
-
-@pytest.mark.parametrize("loss", [losses.softmax_contrastive, losses.sigmoid_contrastive])
-def test_losses_do_not_depend_on_the_order_of_pairs_and_fall_with_their_logits(loss: Any):
-    logits, order = 3 * random(5, 5), np.array([3, 0, 4, 1, 2])
-    assert_close(loss(logits[order][:, order]), loss(logits))
-    gradient = jax.grad(loss)(logits)
-    same = np.eye(5, dtype=bool)
-    assert (gradient[same] < 0).all() and (gradient[~same] > 0).all()
-
-
-@pytest.mark.parametrize("loss", [losses.softmax_contrastive, losses.sigmoid_contrastive])
-@pytest.mark.parametrize("size", [1e4, -1e4])
-def test_losses_stay_finite_for_large_logits(loss: Any, size: float):
-    value, gradient = jax.value_and_grad(loss)(size * jnp.eye(3))
-    assert np.isfinite(value) and np.isfinite(gradient).all()
-
-
-def test_similarity_is_of_unit_vectors_scaled_and_shifted():
-    images, texts = unit(5 * random(3, 4)), unit(random(2, 4, seed=1))
-    assert_close(np.linalg.norm(images, axis=1), np.ones(3))
-    scale, bias = jnp.float32(1.5), jnp.float32(-2.0)
-    cosines = np.asarray(images) @ np.asarray(texts).T
-    assert_close(similarity(images, texts, scale, None), math.exp(1.5) * cosines)
-    assert_close(similarity(images, texts, scale, bias), math.exp(1.5) * cosines - 2)
-
-
 # Pairs.
 
 CONFIGS = {"softmax": SOFTMAX, "sigmoid": SIGMOID}
@@ -176,63 +146,93 @@ CONFIGS = {"softmax": SOFTMAX, "sigmoid": SIGMOID}
 
 @functools.cache
 def start(loss: str) -> Any:
-    config = CONFIGS[loss]
-    init = jax.jit(lambda key: Contrastive(config).init(key, *pairs(8))["params"])
+    init = jax.jit(lambda key: CONFIGS[loss].build().init(key, pairs(8), {})["params"])
     return nn.meta.unbox(init(jax.random.key(0)))
 
 
-def pairs(count: int) -> tuple[jax.Array, jax.Array]:
-    tokens = np.random.default_rng(1).integers(10, 32, (count, 6))
+def pairs(count: int) -> Batch:
+    numbers = np.random.default_rng(1)
+    tokens = numbers.integers(10, 32, (count, 6))
     tokens[:, -1] = 9
-    return random(count, 8, 8, 3), jnp.asarray(tokens, jnp.int32)
+    pixels = numbers.normal(size=(count, 3, 8, 8)).astype(np.float32)
+    arrays = {"in_input_ids": tokens, "in_pixel_values": pixels}
+    ids = np.arange(count, dtype=np.int32)
+    return pair_batch(SOFTMAX, arrays).replace(labels={"pairs": Given(ids, np.ones(count, bool))})
 
 
-def loss_of(params: Any, loss: str, *inputs: Any) -> jax.Array:
-    return pair_loss(Contrastive(CONFIGS[loss]).apply({"params": params}, *inputs), CONFIGS[loss])  # type: ignore[arg-type]
+def vectors(params: Any, loss: str, batch: Batch) -> PairVectors:
+    return CONFIGS[loss].build().apply({"params": params}, batch, {}).predictions["pairs"]  # type: ignore[union-attr]
 
 
-def test_the_bias_belongs_to_the_sigmoid_loss():
-    assert "logit_bias" not in start("softmax")
-    assert float(start("softmax")["logit_scale"]) == pytest.approx(math.log(1 / 0.07))
-    assert float(start("sigmoid")["logit_scale"]) == pytest.approx(math.log(10))
-    assert float(start("sigmoid")["logit_bias"]) == -10
+def loss_of(params: Any, loss: str, batch: Batch) -> jax.Array:
+    state = TrainState(jnp.zeros((), jnp.int32), params, None, {})
+    objective = ContrastivePairs(loss=loss, chunk=3)  # type: ignore[arg-type]
+    sums = objective(params, state, batch, model=CONFIGS[loss].build(), rngs=None)
+    return sums.losses["pairs/loss"] / objective.total(batch)["pairs"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("loss", CONFIGS)
-def test_images_and_texts_may_differ_in_number(loss: str):
-    images, tokens = pairs(8)
-    model = Contrastive(CONFIGS[loss])
-    full = model.apply({"params": start(loss)}, images, tokens)
-    part = model.apply({"params": start(loss)}, images[:3], tokens[:5])
-    assert_close(part.logits, full.logits[:3, :5])  # type: ignore[union-attr]
+def test_a_head_without_projection_has_a_scale_and_for_the_sigmoid_loss_a_bias():
+    assert set(start("softmax")) == set(start("sigmoid")) == {"image", "text", "pairs"}
+    assert set(start("softmax")["pairs"]) == {"scale"}
+    assert float(start("softmax")["pairs"]["scale"]) == pytest.approx(math.log(1 / 0.07))
+    assert float(start("sigmoid")["pairs"]["scale"]) == pytest.approx(math.log(10))
+    assert float(start("sigmoid")["pairs"]["bias"]) == -10
+
+
+def test_without_projection_the_vectors_are_those_of_the_towers_at_length_1():
+    batch = jax.tree.map(jnp.asarray, pairs(8))
+    output: Any = SOFTMAX.build().apply({"params": start("softmax")}, batch, {})
+    text = TextEncoder(TEXT).apply({"params": start("softmax")["text"]}, batch.tokens)
+    image = ViT(IMAGE).apply({"params": start("softmax")["image"]}, batch.tiles[:, 0])
+    found = output.predictions["pairs"]
+    for vector, encoded in ((found.image, image), (found.text, text)):
+        norms = np.linalg.norm(encoded.pooled, axis=1, keepdims=True)  # type: ignore[union-attr]
+        assert_close(vector, encoded.pooled / norms)  # type: ignore[union-attr]
+
+
+def test_padding_is_read_like_any_token_by_an_encoder_that_sees_it():
+    seeing = dataclasses.replace(BOTH_WAYS, sees_padding=True)
+    valid = jnp.arange(6) < jnp.array([[3], [4], [6]])
+    assert_close(encode(seeing, valid=valid).pooled, encode(BOTH_WAYS).pooled)
+    assert np.abs(encode(BOTH_WAYS, valid=valid).pooled - encode(BOTH_WAYS).pooled)[:2].max() > 1e-3
+
+
+def test_rows_of_another_length_are_refused_where_padding_is_seen():
+    text = dataclasses.replace(BOTH_WAYS, sees_padding=True)
+    config = dataclasses.replace(SIGMOID, towers=(Tower("image", IMAGE), Tower("text", text, "tokens")))
+    data = DataConfig(max_tokens=8, tiling=TilingConfig(8, views="global"))
+    config.check_data(data)
+    with pytest.raises(ValueError, match="data.max_tokens=7 differs from the 8 of model.towers.text.encoder"):
+        config.check_data(dataclasses.replace(data, max_tokens=7))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", CONFIGS)
 def test_loss_and_gradients_are_those_of_one_device_when_the_batch_is_spread(loss: str):
-    def value(params: Any, *inputs: Any) -> Any:
-        return jax.jit(jax.value_and_grad(lambda p: loss_of(p, loss, *inputs)))(params)
+    def value(params: Any, batch: Batch) -> Any:
+        return jax.jit(jax.value_and_grad(lambda p: loss_of(p, loss, batch)))(params)
 
-    expected = value(start(loss), *pairs(8))
+    expected = value(start(loss), pairs(8))
     mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))
-    boxed = jax.eval_shape(lambda: Contrastive(CONFIGS[loss]).init(jax.random.key(0), *pairs(8))["params"])
-    placed = sharding.shardings(sharding.place(boxed, mesh, sharding.AxisRules()), mesh)
-    params = jax.device_put(start(loss), placed)
-    inputs = [jax.device_put(x, NamedSharding(mesh, P(("data", "fsdp", "expert")))) for x in pairs(8)]
-    with sharding.use_mesh(mesh):
-        found = value(params, *inputs)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-5), found, expected)
+    layout = plan_layout(CONFIGS[loss], CONFIGS[loss].smallest_batch(4), mesh)
+    params = jax.device_put(start(loss), jax.tree.map(lambda leaf: leaf.sharding, layout.params))
+    with sharding.use_mesh(layout.mesh, layout.rules):
+        found = value(params, put_batch(pairs(8), layout))
+
+    def close(a: jax.Array, b: jax.Array) -> None:  # where terms cancel, the error is that of the terms
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * max(float(jnp.max(jnp.abs(b))), 10.0))
+
+    jax.tree.map(close, found, expected)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", CONFIGS)
 def test_training_brings_every_image_to_its_text(loss: str):
-    optimizer, inputs = optax.adam(3e-3), pairs(8)
+    optimizer, batch = optax.adam(3e-3), pairs(8)
 
     def step(carry: tuple[Any, Any], _: None) -> tuple[tuple[Any, Any], jax.Array]:
         params, state = carry
-        value, gradient = jax.value_and_grad(loss_of)(params, loss, *inputs)
+        value, gradient = jax.value_and_grad(loss_of)(params, loss, batch)
         updates, state = optimizer.update(gradient, state, params)
         return (optax.apply_updates(params, updates), state), value
 
@@ -241,23 +241,23 @@ def test_training_brings_every_image_to_its_text(loss: str):
         run = jax.jit(lambda carry: jax.lax.scan(step, carry, None, length=80))
         (params, _), values = run((params, optimizer.init(params)))
     assert values[-1] < 0.1 * values[0]
-    logits = Contrastive(CONFIGS[loss]).apply({"params": params}, *inputs).logits  # type: ignore[union-attr]
-    assert (np.argmax(logits, axis=1) == np.arange(8)).all()
+    assert (np.argmax(similarity(vectors(params, loss, batch)), axis=1) == np.arange(8)).all()
 
 
 @pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"vision": dataclasses.replace(IMAGE, projection_dim=5)}, "image vectors have 5 features, text vec"),
-        (
-            {"vision": dataclasses.replace(IMAGE, pooling="none", projection_dim=0)},
-            "vision.pooling='none' gives no vector",
-        ),
-    ],
+    "changes, features",
+    [({"projection_dim": 5}, 5), ({"pooling": "none", "projection_dim": 0}, 16)],
+    ids=["projection", "mean of the tokens"],
 )
-def test_encoders_that_do_not_match_are_refused(changes: dict[str, Any], message: str):
-    with pytest.raises(ValueError, match=message):
-        dataclasses.replace(SOFTMAX, **changes)
+def test_encoders_that_do_not_match_are_refused(changes: dict[str, Any], features: int):
+    towers = (Tower("image", dataclasses.replace(IMAGE, **changes)), Tower("text", TEXT, "tokens"))
+    with pytest.raises(ValueError, match=f"of 'image' have {features} features, of 'text' 6; must be equal"):
+        dataclasses.replace(SOFTMAX, towers=towers)
+    # Behind a fusion it is seen when the model is made.
+    heads = (Pairs(image="fused", dim=None),)
+    config = JointConfig(towers, heads, GatedStreams(reader="image", source="text"))
+    with pytest.raises(ValueError, match="of 'fused' have 16 features, of 'text' 6"):
+        jax.eval_shape(lambda: config.build().init(jax.random.key(0), pairs(2), {}))
 
 
 @pytest.mark.parametrize("options", [{"vocab_size": 0}, {"max_length": 0}, {"num_heads": 3}])
@@ -286,9 +286,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("kind", PUBLISHED)
 def test_published_weights_come_back_as_they_were(kind: str):
     config = vision.read_contrastive({"model_type": kind, **PUBLISHED[kind]})
-    inputs = random(2, *config.vision.input_shape), jnp.ones((2, 3), jnp.int32)
-    boxed = jax.eval_shape(lambda: Contrastive(config).init(jax.random.key(0), *inputs)["params"])
-    targets = nn.meta.unbox(boxed)
+    boxed = jax.eval_shape(lambda: config.build().init(jax.random.key(0), config.smallest_batch(2), {}))
+    targets = nn.meta.unbox(boxed)["params"]
     flat = {path: leaf.shape for path, leaf in params_lib.flatten(targets).items()}
     plan = rules.plan(vision.contrastive_rules(kind), flat)
     keys = [(key, leaf.source_shape) for leaf in plan.leaves for _, key in leaf.sources()]
@@ -304,24 +303,40 @@ def test_published_weights_come_back_as_they_were(kind: str):
 
 def test_what_a_pair_leaves_out_is_the_default_of_its_classes():
     clip = vision.read_contrastive({"model_type": "clip"})
-    assert clip == dataclasses.replace(ContrastiveConfig(), initial_scale=2.6592)
+    image, text = (tower.encoder for tower in clip.towers)
+    assert text == TextEncoderConfig()
+    assert (image.input_shape, image.grid, image.pooled_dim) == ((224, 224, 3), 7, 512)  # pyright: ignore
+    assert clip.heads == (Pairs(dim=None, initial_scale=2.6592),)
     siglip = vision.read_contrastive({"model_type": "siglip", "text_config": None})
-    assert siglip.text.max_length == 64 and siglip.text.pooled_dim == siglip.vision.pooled_dim == 768
+    image, text = (tower.encoder for tower in siglip.towers)
+    assert text.max_length == 64 and text.pooled_dim == image.pooled_dim == 768  # pyright: ignore
+    assert siglip.heads == (Pairs(dim=None, initial_scale=math.log(10), bias=True),)
+
+
+def test_an_image_without_a_vector_is_refused():
+    config = {"model_type": "siglip", "vision_config": {"vision_use_head": False}}
+    with pytest.raises(ValueError, match="vision_use_head=False"):
+        vision.read_contrastive(config)
+
+
+def text_of(config: dict[str, Any]) -> TextEncoderConfig:
+    encoder = vision.read_contrastive({"model_type": "clip", **config}).towers[1].encoder
+    assert isinstance(encoder, TextEncoderConfig)
+    return encoder
 
 
 @pytest.mark.parametrize("end, pooling", [(2, "largest_id"), (9, "first_end")])
 def test_an_end_of_text_of_2_means_the_largest_id(end: int, pooling: str):
-    text = vision.read_contrastive({"model_type": "clip", "text_config": {"eos_token_id": end}}).text
+    text = text_of({"text_config": {"eos_token_id": end}})
     assert text.pooling == pooling and text.end_id == end
 
 
 def test_the_old_form_of_a_part_wins_as_a_whole():
     config = {
-        "model_type": "clip",
         "text_config": {"eos_token_id": 2, "hidden_size": 32},
         "text_config_dict": {"hidden_size": 64},
     }
-    text = vision.read_contrastive(config).text
+    text = text_of(config)
     assert (text.embed_dim, text.pooling, text.end_id) == (64, "first_end", 49_407)
 
 

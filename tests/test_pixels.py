@@ -16,9 +16,12 @@ from vl_jax.data.images.pixels import (
     ImageProcessor,
     Resize,
     ViewConfig,
+    as_tiling,
     load_image_processor,
     read_image_processor,
+    shape_view,
 )
+from vl_jax.data.images.tiling import make_tiles
 
 sizes = st.integers(1, 60)
 
@@ -50,6 +53,25 @@ def test_the_longer_side_becomes_the_size_and_no_side_is_below_the_least(height,
     assert max(new) == max(edge, least) and min(new) >= least
     exact = min(height, width) * edge / max(height, width)
     assert abs(min(new) - max(exact, least)) <= 0.5
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sizes,
+    sizes,
+    st.sampled_from(
+        [
+            {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 12}, "crop_size": 12},
+            {"feature_extractor_type": "CLIPFeatureExtractor", "size": 12, "crop_size": 12},
+            {"image_processor_type": "SiglipImageProcessorFast", "size": {"height": 12, "width": 12}},
+        ]
+    ),
+)
+def test_tiles_are_the_grey_levels_that_published_processors_of_pairs_make(height, width, said):
+    (view,) = read_image_processor(said).views
+    levels = np.random.default_rng(0).integers(0, 256, (height, width, 3)).astype(np.uint8)
+    tiles = make_tiles(PilImage.fromarray(levels), grid=(1, 1), config=as_tiling(view))
+    np.testing.assert_array_equal(tiles, shape_view(levels, view)[None])
 
 
 def test_sizes_round_halves_to_even():

@@ -15,12 +15,13 @@ import tiny
 
 from vl_jax import params as params_lib
 from vl_jax import sharding
-from vl_jax.encoders.contrastive import Contrastive, ContrastiveConfig
 from vl_jax.encoders.high_resolution import HighResolution, HighResolutionConfig, HybridAligner
 from vl_jax.encoders.resnet import ResNet, ResNetConfig
 from vl_jax.encoders.sam import SAMConfig
 from vl_jax.encoders.text import TextEncoderConfig
 from vl_jax.encoders.vit import ViT, ViTConfig
+from vl_jax.heads.pairs import Pairs
+from vl_jax.joint import JointConfig, Tower
 from vl_jax.language.encoder_decoder import EncoderDecoder, EncoderDecoderConfig, StackConfig
 from vl_jax.language.gqa import GQAConfig
 from vl_jax.model import VisionLanguage, VisionLanguageConfig
@@ -86,16 +87,16 @@ def encoder_decoder(key: jax.Array) -> Any:
     return EncoderDecoder(config, moe).init(key, jnp.ones((1, 4), int), jnp.ones((1, 3), int))
 
 
-PIXELS, TOKENS = jnp.zeros((1, 8, 8, 3)), jnp.ones((1, 4), jnp.int32)
+PIXELS = jnp.zeros((1, 8, 8, 3))
 CONV = dataclasses.replace(VIT, stem="conv", pooling="attention")
-SIGMOID = ContrastiveConfig(VIT, TEXT, loss="sigmoid")
+SIGMOID = JointConfig((Tower("image", VIT), Tower("text", TEXT, "tokens")), (Pairs(dim=None, bias=True),))
 MLA = dataclasses.replace(MODEL.language.attention, q_lora_rank=6, use_bias=True)
 GQA = GQAConfig(
     num_heads=4, num_kv_heads=2, head_dim=4, qkv_bias=True, output_bias=True, qk_norm=True, sinks=True
 )
 MODULES: dict[str, Callable[[jax.Array], Any]] = {
     "vit": lambda key: ViT(CONV).init(key, PIXELS, method="encode"),
-    "contrastive": lambda key: Contrastive(SIGMOID).init(key, PIXELS, TOKENS),
+    "contrastive": lambda key: SIGMOID.build().init(key, SIGMOID.smallest_batch(1), {}),
     "resnet": lambda key: ResNet(ResNetConfig(stem_dim=4, stage_dims=(8, 12), stage_blocks=(3, 1))).init(
         key, jnp.zeros((1, 32, 32, 3))
     ),
@@ -130,7 +131,7 @@ NEITHER = {
     *("positions", "position_bias", "rows", "columns"),  # absolute and relative positions
     *("embedding", "source_embedding", "target_embedding"),
     *("class_token", "newline", "separator", "probe"),  # learned tokens
-    *("opening", "share", "sinks", "logit_scale", "logit_bias"),
+    *("opening", "share", "sinks"),
 }
 
 

@@ -116,6 +116,21 @@ def test_a_picture_is_centred_on_grey():
     assert both.shape[0] == 2 and (both[:, :2] == (1, 2, 3)).all() and (both[:, 2:6] == 0).all()
 
 
+def test_a_picture_may_be_cut_or_stretched_instead():
+    halves = np.zeros((4, 16, 3), np.uint8)
+    halves[:, 8:] = 255
+    picture = PilImage.fromarray(halves)
+    cut, stretched = (
+        make_tiles(picture, grid=(2, 1), config=TilingConfig(tile_size=8, views="global_local", fit=fit))
+        for fit in ("crop", "stretch")
+    )
+    # Whole: the middle of the picture, or all of it. In detail there are 16 x 8 pixels.
+    assert (cut[0, :, :3] == 0).all() and (cut[0, :, 5:] == 255).all()
+    assert (stretched[0, :, :3] == 0).all() and (stretched[0, :, 5:] == 255).all()
+    assert cut.shape == stretched.shape == (3, 8, 8, 3)
+    assert (stretched[1, :, :-2] == 0).all() and (stretched[2, :, 2:] == 255).all()
+
+
 @pytest.mark.parametrize(
     "bad",
     [{"tile_size": 0}, {"candidates": ()}, {"candidates": ((0, 1),)}, {"padding_colour": (0, 0, 256)}],

@@ -111,6 +111,25 @@ def test_a_vocabulary_without_the_special_tokens_is_refused(tmp_path):
         load_tokenizer(str(file))
 
 
+def test_a_vocabulary_for_texts_alone_needs_an_end_and_says_what_stands_around_them(tmp_path):
+    import tokenizers
+
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "<e>": 1, "<s>": 2}, unk_token="a"))
+    made.add_special_tokens(["<e>", "<s>"])
+    made.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match="tokenizer_config.json: names no eos_token"):
+        load_tokenizer(str(tmp_path), reads="text")
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<e>"}')
+    found = load_tokenizer(str(tmp_path), reads="text")
+    assert (found.vocab_size, found.eos, found.pad, found.bos, found.image) == (3, 1, 1, -1, -1)
+    assert found.around == ((), (1,))
+    assert TOKENIZER.around == ((), (TOKENIZER.eos,))
+    marks = [("<s>", 2), ("<e>", 1)]
+    made.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A <e>", special_tokens=marks)
+    made.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(str(tmp_path), reads="text").around == ((2,), (1,))
+
+
 def test_recorded_texts_of_the_reference_processor(oracles):
     folder = processor_folder(oracles)
     tokenizer = load_tokenizer(str(folder / "tokenizer"))

@@ -16,7 +16,6 @@ from vl_jax.batch import Batch
 from vl_jax.data.config import DataConfig, ModelSpec
 from vl_jax.data.encode import make_encoder
 from vl_jax.data.images.tiling import TilingConfig
-from vl_jax.data.published.processor import Processor
 from vl_jax.evaluate.runner import EvaluationConfig
 from vl_jax.interop import pretrained
 from vl_jax.joint import JointConfig
@@ -75,12 +74,12 @@ def resolve(experiment: Experiment) -> Experiment:
     folder, ours, data = Path(experiment.init), experiment.model, experiment.data
     if not folder.is_dir():
         raise ValueError(f"config.init={experiment.init}: no such folder")
-    model = pretrained.run_as(pretrained.read_published(folder).config, ours)
+    published = pretrained.read_published(folder)
+    model = pretrained.run_as(published.config, ours)
     if not data.tokenizer:
         data = dataclasses.replace(data, tokenizer=str(folder))
-    if data.tiling == TilingConfig() and (folder / "processor_config.json").is_file():
-        processor = Processor.load(folder)
-        data = dataclasses.replace(data, tiling=processor.config.tiling(processor.views))
+    if data.tiling == TilingConfig() and (tiling := published.tiling) is not None:
+        data = dataclasses.replace(data, tiling=tiling)
     model.check_data(data)
     return dataclasses.replace(experiment, model=model, data=data)
 

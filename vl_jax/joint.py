@@ -25,6 +25,7 @@ from vl_jax.data.config import DataConfig, ModelSpec, check_packing
 from vl_jax.data.sample import BadSample, Sample
 from vl_jax.encoders.adapter import used_tiles
 from vl_jax.encoders.build import AnyEncoder
+from vl_jax.encoders.text import TextEncoderConfig
 from vl_jax.fusion.build import AnyFusion, Apart
 from vl_jax.fusion.streams import Stream
 from vl_jax.heads.build import AnyHead
@@ -104,6 +105,9 @@ class JointConfig:
                     raise ValueError(
                         f"head {head.name!r} reads {name!r}, which is no stream; there are: {known}"
                     )
+            # What another fusion makes of the towers is known when the head sees it.
+            if isinstance(self.fusion, Apart) and hasattr(head, "check_widths"):
+                head.check_widths({tower.name: _pooled_dim(tower.encoder) for tower in self.towers})  # pyright: ignore[reportAttributeAccessIssue]
 
     @property
     def stacks(self) -> dict[str, Stack]:
@@ -168,6 +172,12 @@ class JointConfig:
                 raise ValueError(
                     f"data.max_tokens={length} is more than the {tower.encoder.input_shape[0]} of {where}"
                 )
+            if isinstance(tower.encoder, TextEncoderConfig) and tower.encoder.sees_padding:
+                if length != tower.encoder.max_length:
+                    raise ValueError(
+                        f"data.max_tokens={length} differs from the {tower.encoder.max_length} of {where}, "
+                        "which sees padding too"
+                    )
         check_packing(data, self.spec())
 
     def build(self) -> Joint:
@@ -231,6 +241,11 @@ class Joint(nn.Module):
     def initialize(self, batch: Batch, routing_state: RoutingState) -> dict[str, Any]:
         """Touches every parameter once; the method to call ``init`` with."""
         return self(batch, routing_state).predictions
+
+
+def _pooled_dim(encoder: Any) -> int:
+    """Width of an input as one vector: the encoder's own, or the mean of its tokens (``streams.pool``)."""
+    return getattr(encoder, "pooled_dim", encoder.output_dim)
 
 
 def _inputs(batch: Batch, tower: Tower) -> tuple[jax.Array, Bool[Array, "..."]]:

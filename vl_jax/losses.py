@@ -127,20 +127,3 @@ def _chunks(kernel: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
         return padded.reshape(batch, -1, size, *x.shape[2:]).swapaxes(0, 1)
 
     return tuple(cut(x) for x in arrays)
-
-
-def softmax_contrastive(logits: Float[Array, "B B"]) -> Float[Array, ""]:
-    """CLIP's loss (arXiv 2103.00020, figure 3): image i is classified among all texts as text i, and back.
-
-    ``logits`` are of images by texts; all negatives of the batch count, wherever its rows live.
-    """
-    pairs = jnp.diagonal(logits)
-    texts = jax.nn.logsumexp(logits, axis=1) - pairs
-    images = jax.nn.logsumexp(logits, axis=0) - pairs
-    return (jnp.mean(texts) + jnp.mean(images)) / 2
-
-
-def sigmoid_contrastive(logits: Float[Array, "B B"]) -> Float[Array, ""]:
-    """SigLIP's loss (arXiv 2303.15343, equation 1): every pair is a yes or no, summed, by the batch size."""
-    signs = 2 * jnp.eye(logits.shape[0], dtype=logits.dtype) - 1
-    return -jnp.sum(jax.nn.log_sigmoid(signs * logits)) / logits.shape[0]

@@ -138,7 +138,7 @@ class Encoder:
 
     def text_length(self, text: str) -> int:
         """The number of tokens of what somebody wrote."""
-        return len(self.tokenizer.encode(text, allowed=GROUNDING))
+        return len(self.tokenizer.encode(text, allowed=GROUNDING if self.spec.reads == "dialogue" else ()))
 
     def prompt(self, sample: Sample) -> Example:
         """Encodes a conversation up to where the answer of its last turn begins; a text as ``example`` does.
@@ -277,7 +277,7 @@ def make_encoder(config: DataConfig, spec: ModelSpec, *, targets: chat.Targets =
     """
     answers = config.max_answer_tokens if targets == "answers" else None
     return Encoder(
-        tokenizer=load_tokenizer(config.tokenizer),
+        tokenizer=load_tokenizer(config.tokenizer, reads=spec.reads),
         tiling=config.tiling,
         spec=spec,
         max_tokens=config.max_tokens,

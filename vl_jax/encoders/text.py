@@ -42,6 +42,7 @@ class TextEncoderConfig:
     # where end-of-text has the largest id), or the last position.
     pooling: Literal["first_end", "largest_id", "last"] = "first_end"
     end_id: int = 49_407  # end of text, for ``first_end``
+    sees_padding: bool = False  # padding is read like any token; all rows have ``max_length`` (SigLIP)
     projection_dim: int = 512  # 0: the pooled vector stays as it is
     projection_bias: bool = False
     moe: MoEConfig | None = None  # experts of the sparse blocks; every row is a routing group
@@ -139,8 +140,8 @@ class TextEncoder(nn.Module):
         """Encodes rows of tokens.
 
         Args:
-          valid: tokens that may be attended to and that take experts; all of them, if not given (SigLIP is
-            trained so).
+          valid: tokens that may be attended to and that take experts; all of them, if not given or if the
+            encoder sees padding.
           routing_state: state of the scheme, stacked over the sparse blocks.
 
         Raises:
@@ -148,6 +149,7 @@ class TextEncoder(nn.Module):
         """
         c = self.config
         length = tokens.shape[1]
+        valid = None if c.sees_padding else valid
         if length > c.max_length:
             raise ValueError(f"text of {length} tokens; the encoder has max_length={c.max_length} positions")
         init = nn.initializers.normal(0.02)

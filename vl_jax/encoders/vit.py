@@ -160,8 +160,8 @@ class ViTConfig:
 
     @property
     def pooled_dim(self) -> int:
-        """Width of the pooled vector."""
-        return self.projection_dim or self.embed_dim
+        """Width of an image as one vector: the pooled one, or the mean of the tokens where there is none."""
+        return self.output_dim if self.pooling == "none" else self.projection_dim or self.embed_dim
 
     def build(self, dtype: DTypeLike, *, remat: bool = False) -> ViT:
         """The module."""

@@ -1,8 +1,10 @@
 """Pairs: two streams as vectors of one space, where what belongs together is near.
 
-Stream --pool--> projection --> unit vector --.
-                                               +--> <a, b> * exp(scale) (+ bias), see ``contrastive_losses``
-Stream --pool--> projection --> unit vector --'
+Stream --pool--> (projection) --> unit vector --.
+                                                 +--> <a, b> * exp(scale) (+ bias), see ``contrastive_losses``
+Stream --pool--> (projection) --> unit vector --'
+
+CLIP (arXiv 2103.00020) and SigLIP (2303.15343) as published have no projection here: their towers end in one.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import zlib
+from collections.abc import Mapping
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -18,7 +21,7 @@ from flax import struct
 from jaxtyping import Array, Float
 
 from vl_jax.data.sample import Sample, image_key
-from vl_jax.fusion.streams import Stream, Streams, pool
+from vl_jax.fusion.streams import Streams, pool
 from vl_jax.nn.layers import Linear, named
 from vl_jax.params import Leaf
 
@@ -30,15 +33,15 @@ class Pairs:
     name: str = "pairs"
     image: str = "image"  # the stream of one side
     text: str = "text"  # the stream of the other
-    dim: int = 256  # of the vectors
+    dim: int | None = 256  # of the vectors; None: those of the streams themselves, without a projection
     identity: str = ""  # label that rows of one picture share; empty: its file
     initial_scale: float = math.log(1 / 0.07)  # logarithm of the factor; CLIP's 0.07, SigLIP begins at log 10
     bias: bool = False  # learns a bias of all pairs, as the sigmoid loss needs
     initial_bias: float = -10.0
 
     def __post_init__(self):
-        if self.dim < 1:
-            raise ValueError(f"dim={self.dim} of head {self.name!r} must be >= 1")
+        if self.dim is not None and self.dim < 1:
+            raise ValueError(f"dim={self.dim} of head {self.name!r} must be >= 1, or None for no projection")
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -63,6 +66,22 @@ class Pairs:
             what = (image_key(sample.images[0]) or sample.id) if sample.images else None
         return None if what is None else np.asarray(zlib.crc32(repr(what).encode()) >> 1, np.int32)
 
+    def check_widths(self, widths: Mapping[str, int]) -> None:
+        """Makes sure that the vectors of two streams can be compared.
+
+        Args:
+          widths: of the pooled vectors, by stream.
+
+        Raises:
+          ValueError: there is no projection, and they differ.
+        """
+        image, text = widths[self.image], widths[self.text]
+        if self.dim is None and image != text:
+            raise ValueError(
+                f"head {self.name!r} with dim=None: vectors of {self.image!r} have {image} features, of "
+                f"{self.text!r} {text}; must be equal, or set dim"
+            )
+
     def build(self) -> nn.Module:
         """The module."""
         return PairsHead(self)
@@ -79,7 +98,7 @@ class PairVectors:
 
 
 class PairsHead(nn.Module):
-    """Both projections, and the scale of their products."""
+    """Both projections, if there are any, and the scale of the products."""
 
     config: Pairs
 
@@ -88,9 +107,12 @@ class PairsHead(nn.Module):
         c = self.config
         scale = self.param("scale", named(nn.initializers.constant(c.initial_scale)), ())
         bias = self.param("bias", named(nn.initializers.constant(c.initial_bias)), ()) if c.bias else None
-        image = self._vector(streams[c.image], "image")
-        return PairVectors(image, self._vector(streams[c.text], "text"), scale, bias)
+        image, text = pool(streams[c.image]), pool(streams[c.text])
+        c.check_widths({c.image: image.shape[-1], c.text: text.shape[-1]})
+        return PairVectors(self._vector(image, "image"), self._vector(text, "text"), scale, bias)
 
-    def _vector(self, stream: Stream, name: str) -> Float[Array, "B E"]:
-        x = Linear(self.config.dim, ("embed", None), name=name)(pool(stream)).astype(jnp.float32)
+    def _vector(self, x: Float[Array, "B D"], name: str) -> Float[Array, "B E"]:
+        if self.config.dim is not None:
+            x = Linear(self.config.dim, ("embed", None), name=name)(x)
+        x = x.astype(jnp.float32)
         return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-6)

@@ -18,17 +18,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from vl_jax import params as params_lib
 from vl_jax import sharding
 from vl_jax.batch import Batch
+from vl_jax.data.images.pixels import as_tiling, load_image_processor
+from vl_jax.data.images.tiling import TilingConfig
 from vl_jax.data.published.picture_text import PictureTextProcessor
 from vl_jax.data.published.processor import Processor
 from vl_jax.data.published.text_processor import TextProcessor
 from vl_jax.generation.choice import GenerationConfig
 from vl_jax.generation.decode import pad_prompts
 from vl_jax.generation.generate import answer_ids, generate, stream
+from vl_jax.heads.pairs import Pairs
 from vl_jax.interop import rules
 from vl_jax.interop.deepseek_vl2 import deepseek_vl2_rules, read_deepseek_vl2
 from vl_jax.interop.folder import CONFIG, INDEX, Weights, open_weights, read_config, write_folder
@@ -36,6 +40,7 @@ from vl_jax.interop.language import FAMILIES as TEXT_FAMILIES
 from vl_jax.interop.language import NAMES, Names, language_rules, read_language
 from vl_jax.interop.rules import Rule
 from vl_jax.interop.safetensors import Entry
+from vl_jax.interop.vision import CONTRASTIVE, contrastive_rules, read_contrastive
 from vl_jax.interop.vision_language import FAMILIES as VISION_LANGUAGE
 from vl_jax.interop.vision_language import (
     IGNORED,
@@ -44,6 +49,7 @@ from vl_jax.interop.vision_language import (
     vision_language_rules,
     vision_language_stacks,
 )
+from vl_jax.joint import JointConfig
 from vl_jax.layout import Layout, plan_layout, put_batch
 from vl_jax.model import LANGUAGE, VisionLanguage, VisionLanguageConfig
 from vl_jax.moe import stacks
@@ -59,6 +65,7 @@ SIDE_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.md", "LICENSE*")
 
 
 Fields = Mapping[str, Any]
+PublishedConfig = VisionLanguageConfig | JointConfig
 AnyProcessor = Processor | PictureTextProcessor | TextProcessor
 
 
@@ -66,10 +73,14 @@ AnyProcessor = Processor | PictureTextProcessor | TextProcessor
 class Family:
     """How checkpoints that share a ``model_type`` are read."""
 
-    config: Callable[[Fields], VisionLanguageConfig]
-    rules: Callable[[VisionLanguageConfig, Fields, Weights], tuple[Rule, ...]]
+    config: Callable[[Fields], Any]  # a ``PublishedConfig``, which the others get
+    rules: Callable[[Any, Fields, Weights], tuple[Rule, ...]]
     # What a folder holds, read for the model; None where there is none.
-    processor: Callable[[Path, Fields, VisionLanguageConfig], AnyProcessor | None] = lambda *_: None
+    processor: Callable[[Path, Fields, Any], AnyProcessor | None] = lambda *_: None
+    # How pictures become tiles in training; None where the folder does not say.
+    tiling: Callable[[Path, Any], TilingConfig | None] = lambda *_: None
+    # The layers each stack of parameters or state holds, for ``rules.plan``, where it is not all in one.
+    stacks: Callable[[Any], dict[str, tuple[int, ...]]] = vision_language_stacks
 
 
 def _language_config(fields: Fields) -> VisionLanguageConfig:
@@ -89,9 +100,32 @@ def _deepseek_vl2_processor(folder: Path, *_: Any) -> Processor | None:
     return Processor.load(folder) if (folder / "processor_config.json").is_file() else None
 
 
+def _deepseek_vl2_tiling(folder: Path, _: VisionLanguageConfig) -> TilingConfig | None:
+    processor = _deepseek_vl2_processor(folder)
+    return None if processor is None else processor.config.tiling(processor.views)
+
+
+def _contrastive_tiling(folder: Path, config: JointConfig) -> TilingConfig | None:
+    file = folder / "preprocessor_config.json"
+    if not file.is_file():
+        return None
+    (view,), (image, _) = load_image_processor(folder).views, config.towers
+    levels = {name: np.broadcast_to(getattr(image.encoder, f"pixel_{name}"), 3) for name in ("mean", "std")}
+    for name, ours in levels.items():
+        if not np.array_equal(getattr(view, name), ours):
+            raise ValueError(f"{file}: image_{name}={getattr(view, name)}: must be {tuple(ours.tolist())}")
+    try:
+        return as_tiling(view)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
 FAMILIES: dict[str, Family] = {
     "deepseek_vl_v2": Family(
-        read_deepseek_vl2, lambda config, *_: deepseek_vl2_rules(config), _deepseek_vl2_processor
+        read_deepseek_vl2,
+        lambda config, *_: deepseek_vl2_rules(config),
+        _deepseek_vl2_processor,
+        _deepseek_vl2_tiling,
     ),
     **dict.fromkeys(TEXT_FAMILIES, Family(_language_config, _language_rules, _language_processor)),
     **dict.fromkeys(
@@ -100,6 +134,15 @@ FAMILIES: dict[str, Family] = {
             read_vision_language,
             lambda _, fields, weights: vision_language_rules(fields, weights),
             load_processor,
+        ),
+    ),
+    **dict.fromkeys(
+        CONTRASTIVE,
+        Family(
+            read_contrastive,
+            lambda _, fields, __: contrastive_rules(fields["model_type"]),
+            tiling=_contrastive_tiling,
+            stacks=lambda _: {},
         ),
     ),
 }
@@ -111,9 +154,23 @@ class Published:
 
     folder: Path
     fields: Mapping[str, Any]  # its config.json
-    config: VisionLanguageConfig
+    config: PublishedConfig
     rules: tuple[Rule, ...]
     weights: Weights
+
+    @property
+    def family(self) -> Family:
+        """How checkpoints of its kind are read."""
+        return FAMILIES[self.fields["model_type"]]
+
+    @property
+    def tiling(self) -> TilingConfig | None:
+        """How its pictures become tiles; None where the folder does not say.
+
+        Raises:
+          ValueError: it says what tiles cannot be, or is malformed.
+        """
+        return self.family.tiling(self.folder, self.config)
 
     def as_run_by(self, config: Any) -> Published:
         """The checkpoint, for a model that stacks its layers in another way (``scan_layers``)."""
@@ -122,7 +179,7 @@ class Published:
     def plan(self, tree: Any) -> rules.Plan:
         """Which tensors make up which leaf of a tree of parameters and state."""
         shapes = {path: tuple(leaf.shape) for path, leaf in params_lib.flatten(tree).items()}
-        return rules.plan(self.rules, shapes, vision_language_stacks(self.config))
+        return rules.plan(self.rules, shapes, self.family.stacks(self.config))
 
 
 def read_published(folder: str | Path) -> Published:
@@ -149,16 +206,48 @@ def read_published(folder: str | Path) -> Published:
 MOE_SETTINGS = ("balance", "limit", "execution")
 
 
-def run_as(published: VisionLanguageConfig, ours: Any) -> VisionLanguageConfig:
+def run_as(published: PublishedConfig, ours: Any) -> PublishedConfig:
     """The published model, run and trained as ours is.
 
-    Of ours stay compute dtype, rematerialisation, ``scan_layers`` and ``MOE_SETTINGS``.
+    Of ours stay compute dtype and rematerialisation, of a language model ``scan_layers`` and
+    ``MOE_SETTINGS``, of a joint model what tells pictures apart (``Pairs.identity``).
 
     Raises:
-      ValueError: ours is a model of another class.
+      ValueError: ours is a model of another class, or a joint model with other parts.
     """
-    if not isinstance(ours, VisionLanguageConfig):
-        raise ValueError(f"config.init: a published checkpoint cannot begin a {type(ours).__name__}")
+    if isinstance(published, VisionLanguageConfig) and isinstance(ours, VisionLanguageConfig):
+        return _run_vision_language(published, ours)
+    if isinstance(published, JointConfig) and isinstance(ours, JointConfig):
+        return _run_joint(published, ours)
+    raise ValueError(
+        f"config.init: a published {type(published).__name__} cannot begin a {type(ours).__name__}"
+    )
+
+
+def _run_joint(published: JointConfig, ours: JointConfig) -> JointConfig:
+    theirs, mine = (
+        {
+            "towers": [(tower.name, tower.input) for tower in config.towers],
+            "fusion": config.fusion,
+            "heads": [(head.name, type(head).__name__) for head in config.heads],
+        }
+        for config in (published, ours)
+    )
+    for part, expected in theirs.items():
+        if mine[part] != expected:
+            raise ValueError(
+                f"config.model.{part}: has {mine[part]}, the checkpoint of config.init {expected}"
+            )
+    heads = tuple(
+        dataclasses.replace(head, identity=own.identity)
+        if isinstance(head, Pairs) and isinstance(own, Pairs)
+        else head
+        for head, own in zip(published.heads, ours.heads, strict=True)
+    )
+    return dataclasses.replace(published, heads=heads, dtype=ours.dtype, remat=ours.remat)
+
+
+def _run_vision_language(published: VisionLanguageConfig, ours: VisionLanguageConfig) -> VisionLanguageConfig:
     language = dataclasses.replace(
         published.language, remat=ours.language.remat, scan_layers=ours.language.scan_layers
     )
@@ -343,9 +432,14 @@ def from_pretrained(
       scan_layers: whether layers share a program, which compiles faster and decodes slower on a CPU.
 
     Raises:
-      ValueError: see ``read_published`` and ``load_params``.
+      ValueError: see ``read_published`` and ``load_params``; or the model writes no text.
     """
     published = read_published(folder)
+    if not isinstance(published.config, VisionLanguageConfig):
+        kind = type(published.config).__name__
+        raise ValueError(
+            f"{folder}: its model is a {kind}, which writes no text; `evaluate` says what it can"
+        )
     language = dataclasses.replace(published.config.language, scan_layers=scan_layers)
     config = dataclasses.replace(published.config, dtype=dtype, language=language)  # pyright: ignore[reportArgumentType]
     mesh = mesh or make_mesh(MeshConfig(data=1, fsdp=-1))
@@ -355,5 +449,5 @@ def from_pretrained(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=leaf.sharding), layout.params
     )
     params, state = load_params(published, dataclasses.replace(layout, params=stored))
-    processor = FAMILIES[published.fields["model_type"]].processor(published.folder, published.fields, config)
+    processor = published.family.processor(published.folder, published.fields, config)
     return Pretrained(layout, params, state, processor)

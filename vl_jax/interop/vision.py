@@ -11,10 +11,11 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from vl_jax.encoders.contrastive import ContrastiveConfig
 from vl_jax.encoders.text import TextEncoderConfig
 from vl_jax.encoders.vit import OUTPUTS, ViTConfig
+from vl_jax.heads.pairs import Pairs
 from vl_jax.interop.rules import Rule
+from vl_jax.joint import TILES, TOKENS, JointConfig, Tower
 from vl_jax.kernels.activation import FUNCTIONS
 
 Fields = Mapping[str, Any]
@@ -107,6 +108,7 @@ DEFAULTS: dict[str, Fields] = {
     "siglip": {},
     "clip": {"projection_dim": 512, "logit_scale_init_value": 2.6592},
 }
+CONTRASTIVE = ("siglip", "clip")  # pairs of an image and a text encoder
 
 
 def _with_defaults(config: Fields, known: Iterable[str], model_type: str = "") -> Fields:
@@ -171,27 +173,27 @@ def _deepseek_vl2(c: Fields) -> ViTConfig:
     )
 
 
-def read_contrastive(config: Fields) -> ContrastiveConfig:
-    """Our configuration of a published pair of encoders.
+def read_contrastive(config: Fields) -> JointConfig:
+    """Our configuration of a published pair of encoders: two towers, and a head that compares them.
 
     Raises:
       ValueError: the model type is not known, an option is not supported, or the encoders do not match.
     """
-    c = _with_defaults(config, ("siglip", "clip"))
+    c = _with_defaults(config, CONTRASTIVE)
     kind = c["model_type"]
     vision = _part(c, "vision_config", f"{kind}_vision_model")
     text = _part(c, "text_config", f"{kind}_text_model")
+    image, words = read_vision(vision), _read_text(text)
     if kind == "siglip":
-        return ContrastiveConfig(
-            read_vision(vision), _read_text(text), loss="sigmoid", initial_scale=math.log(10)
+        if image.pooling == "none":
+            raise ValueError("vision_config.vision_use_head=False: without its head an image has no vector")
+        head = Pairs(dim=None, initial_scale=math.log(10), bias=True)
+    else:
+        image, words = (
+            dataclasses.replace(part, projection_dim=c["projection_dim"]) for part in (image, words)
         )
-    dim = c["projection_dim"]
-    return ContrastiveConfig(
-        dataclasses.replace(read_vision(vision), projection_dim=dim),
-        dataclasses.replace(_read_text(text), projection_dim=dim),
-        loss="softmax",
-        initial_scale=c["logit_scale_init_value"],
-    )
+        head = Pairs(dim=None, initial_scale=c["logit_scale_init_value"])
+    return JointConfig(towers=(Tower("image", image, TILES), Tower("text", words, TOKENS)), heads=(head,))
 
 
 def _part(c: Fields, name: str, kind: str) -> Fields:
@@ -215,7 +217,12 @@ def _read_text(c: Fields) -> TextEncoderConfig:
     if c["model_type"] == "siglip_text_model":
         width = c["projection_size"] or c["hidden_size"]
         return TextEncoderConfig(
-            **common, causal=False, pooling="last", projection_dim=width, projection_bias=True
+            **common,
+            causal=False,
+            pooling="last",
+            sees_padding=True,
+            projection_dim=width,
+            projection_bias=True,
         )
     # Configs from before the end-of-text token was written down say 2, and mean the largest id.
     end = c["eos_token_id"]
@@ -402,15 +409,15 @@ def vision_rules(model_type: str, *, source: str = "", target: str = "") -> tupl
 def contrastive_rules(model_type: str) -> tuple[Rule, ...]:
     """Where the tensors of a published pair of encoders go."""
     text = _TEXT_TABLE.rules("text_model.", "text/")
-    vision = vision_rules(f"{model_type}_vision_model", source="vision_model.", target="vision/")
+    vision = vision_rules(f"{model_type}_vision_model", source="vision_model.", target="image/")
     if model_type == "siglip":
-        ends = (Rule("logit_scale", "logit_scale", "1 ->"), Rule("logit_bias", "logit_bias", "1 ->"))
+        ends = (Rule("logit_scale", "pairs/scale", "1 ->"), Rule("logit_bias", "pairs/bias", "1 ->"))
         return (*text, *vision, *ends)
     text = tuple(rule for rule in text if not rule.source.startswith("text_model.head."))
     ends = (
         Rule("text_projection.weight", "text/projection/kernel", "f d -> d f"),
-        Rule("visual_projection.weight", "vision/projection/kernel", "f d -> d f"),
-        Rule("logit_scale", "logit_scale", "->"),
+        Rule("visual_projection.weight", "image/projection/kernel", "f d -> d f"),
+        Rule("logit_scale", "pairs/scale", "->"),
     )
     return (*text, *vision, *ends)
 

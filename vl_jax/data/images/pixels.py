@@ -20,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image as PilImage
 
+from vl_jax.data.images.tiling import TilingConfig
 from vl_jax.data.sample import to_rgb
 
 _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -186,10 +187,11 @@ def read_image_processor(settings: Mapping[str, Any]) -> ImageProcessor:
     Raises:
       ValueError: the type of processor is not known here, or a value is out of range.
     """
-    kind = str(settings.get("image_processor_type", "")).removesuffix("Pil").removesuffix("Fast")
+    said = settings.get("image_processor_type", settings.get("feature_extractor_type"))
+    kind = str(said).removesuffix("Pil").removesuffix("Fast").replace("FeatureExtractor", "ImageProcessor")
     if kind not in _READERS:
         known = ", ".join(sorted(_READERS))
-        raise ValueError(f"image_processor_type={settings.get('image_processor_type')!r}: known are {known}")
+        raise ValueError(f"image_processor_type={said!r}: known are {known}")
     read, defaults = _READERS[kind]
     given = {key: value for key, value in settings.items() if value is not None}
     merged = {**_COMMON, **defaults, **given}
@@ -197,6 +199,21 @@ def read_image_processor(settings: Mapping[str, Any]) -> ImageProcessor:
         return ImageProcessor(read(merged), convert_rgb=merged["do_convert_rgb"])
     except (TypeError, KeyError) as error:
         raise ValueError(f"{kind}: settings cannot be read: {error}") from None
+
+
+def as_tiling(view: ViewConfig) -> TilingConfig:
+    """Pictures of one tile, with the grey levels of a view; rescaling and normalisation are not part of it.
+
+    Raises:
+      ValueError: tiles are made in no such way.
+    """
+    resize, crop = view.resize, view.crop
+    if view.pad == "none" and resize is not None and (side := resize.shortest_edge or resize.height):
+        if (resize, crop) == (Resize(shortest_edge=side), (side, side)):
+            return TilingConfig(tile_size=side, views="global", fit="crop")
+        if resize == Resize(height=side, width=side) and crop in (None, (side, side)):
+            return TilingConfig(tile_size=side, views="global", fit="stretch")
+    raise ValueError(f"pad={view.pad!r}, resize={resize}, crop={crop}: no tiles are made so, set data.tiling")
 
 
 def _read_deepseek_vl(settings: Mapping[str, Any]) -> tuple[ViewConfig, ...]:

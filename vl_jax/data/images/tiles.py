@@ -88,7 +88,8 @@ def _decode(image: Image, count: int, tiling: TilingConfig, quick: bool) -> tupl
     grid = best_grid(width, height, tiling, num_images=count)
     if reducible is not None:
         side = tiling.tile_size  # The finest view is fitted into its tiles.
-        scale = min(grid[0] * side / width, grid[1] * side / height)
+        scales = grid[0] * side / width, grid[1] * side / height
+        scale = min(scales) if tiling.fit == "pad" else max(scales)
         picture = reducible.at_least(math.ceil(width * scale), math.ceil(height * scale))
     assert picture is not None
     return picture, grid

@@ -24,6 +24,7 @@ from PIL import ImageOps
 
 Grid = tuple[int, int]  # tiles across, tiles down
 Views = Literal["global_local", "local_global", "global"]  # what a picture shows, in reading order
+Fit = Literal["pad", "crop", "stretch"]  # how a picture of another shape becomes a view
 
 # The order decides exact ties only; it is that of the published processor.
 DEFAULT_GRIDS: tuple[Grid, ...] = (
@@ -41,6 +42,7 @@ class TilingConfig:
     max_tiled_images: int = 2  # a sample with more images keeps each in a single tile
     views: Views = "global_local"
     padding_colour: tuple[int, int, int] = (127, 127, 127)  # int(255 * mean of the normalisation)
+    fit: Fit = "pad"  # whole with a margin; cut around its centre (CLIP); or out of proportion (SigLIP)
 
     def __post_init__(self):
         if self.tile_size < 1:
@@ -84,7 +86,7 @@ def num_views_tiles(grid: Grid, views: Views) -> int:
 def make_tiles(image: PilImage.Image, *, grid: Grid, config: TilingConfig, quick: bool = False) -> np.ndarray:
     """The tiles of an RGB picture, global view first, then the grid row by row: ``u8[m, tile, tile, 3]``.
 
-    Each view is the picture resized (bicubic) to fit, centred on ``padding_colour``.
+    Each view is the picture resized (bicubic) to fit as ``config.fit`` says; margins are ``padding_colour``.
 
     Args:
       quick: where the grid is as wide as high, the global view is made from the local one, by averages (which
@@ -92,13 +94,13 @@ def make_tiles(image: PilImage.Image, *, grid: Grid, config: TilingConfig, quick
     """
     size = config.tile_size
     if config.views == "global":
-        return np.asarray(_fit(image, (size, size), config.padding_colour))[None]
+        return np.asarray(_fit(image, (size, size), config))[None]
     across, down = grid
-    mosaic = _fit(image, (across * size, down * size), config.padding_colour)
+    mosaic = _fit(image, (across * size, down * size), config)
     if quick and across == down:
         overview = mosaic.reduce(across) if across > 1 else mosaic
     else:
-        overview = _fit(image, (size, size), config.padding_colour)
+        overview = _fit(image, (size, size), config)
     local = np.asarray(mosaic).reshape(down, size, across, size, 3).swapaxes(1, 2)
     return np.concatenate([np.asarray(overview)[None], local.reshape(-1, size, size, 3)])
 
@@ -156,10 +158,22 @@ def max_visual_tokens(config: TilingConfig, *, tile_tokens_side: int, max_tiles:
     return most[max_tiles]
 
 
-def _fit(image: PilImage.Image, size: tuple[int, int], colour: tuple[int, int, int]) -> PilImage.Image:
+def _fit(image: PilImage.Image, size: tuple[int, int], config: TilingConfig) -> PilImage.Image:
+    resample = PilImage.Resampling.BICUBIC
     if image.size == size:
         return image
-    return ImageOps.pad(image, size, method=PilImage.Resampling.BICUBIC, color=colour)
+    if config.fit == "pad":
+        return ImageOps.pad(image, size, method=resample, color=config.padding_colour)
+    if config.fit == "stretch":
+        return image.resize(size, resample)
+    (width, height), (across, down) = image.size, size
+    # The side that is shorter for this shape fits, the other is rounded down, as published processors do.
+    if across * height >= down * width:
+        image = image.resize((across, across * height // width), resample)
+    else:
+        image = image.resize((down * width // height, down), resample)
+    left, top = (image.width - across) // 2, (image.height - down) // 2
+    return image.crop((left, top, left + across, top + down))
 
 
 def _end_rows(rows: np.ndarray, newline: int) -> np.ndarray:

@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tokenizers
 
@@ -26,6 +26,8 @@ USER = "<|User|>"
 ASSISTANT = "<|Assistant|>"
 GROUNDING = ("<|ref|>", "<|/ref|>", "<|det|>", "<|/det|>", "<|grounding|>")
 SPECIAL = (BOS, EOS, PAD, IMAGE, *GROUNDING, USER, ASSISTANT)
+# What a model reads: dialogues, whose marks these tokens are, or texts alone, which need an end and padding.
+Reads = Literal["dialogue", "text"]
 
 _CACHED_TEXTS, _CACHED_CHARACTERS = 1 << 14, 64
 _SHIPPED = Path(__file__).with_name("tokenizer.json")
@@ -34,11 +36,21 @@ _SHIPPED = Path(__file__).with_name("tokenizer.json")
 class Tokenizer:
     """Text to ids and back; special ids never arise from text unless the caller allows them by name.
 
-    ``pad`` names the padding token where it is not the usual one.
+    ``eos`` and ``pad`` name the end and the padding where they are not the usual ones. A vocabulary that
+    ``reads`` texts alone needs no other special token; the marks of dialogues are then -1.
     """
 
-    def __init__(self, text: str, *, source: str = "tokenizer.json", pad: str = PAD):
-        special = tuple(pad if s == PAD else s for s in SPECIAL)
+    def __init__(
+        self,
+        text: str,
+        *,
+        source: str = "tokenizer.json",
+        eos: str = EOS,
+        pad: str = PAD,
+        reads: Reads = "dialogue",
+    ):
+        named = {EOS: eos, PAD: pad}
+        special = tuple(named.get(s, s) for s in (SPECIAL if reads == "dialogue" else named))
         try:
             description = json.loads(text)
             for token in description.get("added_tokens", []):
@@ -53,8 +65,17 @@ class Tokenizer:
         self.plain.encode_special_tokens = True
         self._cached = functools.lru_cache(maxsize=_CACHED_TEXTS)(self._encode)
         self._ids = {s: self.token_id(s) for s in special}
-        self.bos, self.eos, self.pad = self._ids[BOS], self._ids[EOS], self._ids[pad]
-        self.image, self.user, self.assistant = self._ids[IMAGE], self._ids[USER], self._ids[ASSISTANT]
+        self.eos, self.pad = self._ids[eos], self._ids[pad]
+        marks = (self._ids.get(s, -1) for s in (BOS, IMAGE, USER, ASSISTANT))  # no token is -1
+        self.bos, self.image, self.user, self.assistant = marks
+
+    @functools.cached_property
+    def around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What stands before and after a text that is read alone: what the file puts there, and an EOS."""
+        bare, whole = (self.plain.encode("a", add_special_tokens=added).ids for added in (False, True))
+        first = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+        before, after = tuple(whole[:first]), tuple(whole[first + len(bare) :])
+        return before, after if self.eos in after else (*after, self.eos)
 
     @property
     def fingerprint(self) -> str:
@@ -124,15 +145,18 @@ def _splitter(allowed: tuple[str, ...]) -> re.Pattern[str]:
     return re.compile("(" + "|".join(re.escape(s) for s in allowed) + ")")
 
 
-def load_tokenizer(path: str = "") -> Tokenizer:
+def load_tokenizer(path: str = "", *, reads: Reads = "dialogue") -> Tokenizer:
     """Loads a ``tokenizer.json`` or the folder of a published checkpoint; empty means the shipped vocabulary.
+
+    Args:
+      reads: "text" takes a published vocabulary as it is, with end, padding and all else of its own.
 
     Raises:
       ValueError: the file is missing, malformed, or lacks a special token.
     """
     file = Path(path) if path else _SHIPPED
     if file.is_dir():
-        return load_published_tokenizer(file)
+        return load_published_tokenizer(file) if reads == "dialogue" else _load_for_texts(file)
     if not file.is_file():
         raise ValueError(f"tokenizer={path!r}: no such file {file}")
     return Tokenizer(file.read_text(encoding="utf-8"), source=str(file))
@@ -147,15 +171,7 @@ def load_published_tokenizer(folder: str | Path) -> Tokenizer:
     Raises:
       ValueError: a file is missing or malformed, or sequences begin or end with another token than ours.
     """
-    file, config_file = Path(folder) / "tokenizer.json", Path(folder) / "tokenizer_config.json"
-    if not file.is_file():
-        raise ValueError(f"tokenizer={str(folder)!r}: no such file {file}")
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
-        named = {name: config.get(f"{name}_token") for name in ("bos", "eos", "pad")}
-        named = {k: v["content"] if isinstance(v, dict) else v for k, v in named.items()}
-    except (ValueError, KeyError, AttributeError):
-        raise ValueError(f"{config_file}: not a tokenizer config") from None
+    file, config_file, named = _named_tokens(folder)
     for name, ours in (("bos", BOS), ("eos", EOS)):
         if named[name] not in (None, ours):
             raise ValueError(f"{config_file}: {name}_token={named[name]!r}: must be {ours!r}")
@@ -167,3 +183,35 @@ def load_published_tokenizer(folder: str | Path) -> Tokenizer:
     marks = [pad] * (named["pad"] is None) + [IMAGE, *GROUNDING, USER, ASSISTANT]
     published.add_special_tokens([tokenizers.AddedToken(m, normalized=False) for m in marks])
     return Tokenizer(published.to_str(), source=str(file), pad=pad)
+
+
+def _load_for_texts(folder: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint that reads texts alone; without a padding token, the end is padding too.
+
+    Raises:
+      ValueError: a file is missing or malformed, or names no end token.
+    """
+    file, config_file, named = _named_tokens(folder)
+    eos = named["eos"]
+    if eos is None:
+        raise ValueError(f"{config_file}: names no eos_token, with which a text would end")
+    text = file.read_text(encoding="utf-8")
+    return Tokenizer(text, source=str(file), eos=eos, pad=named["pad"] or eos, reads="text")
+
+
+def _named_tokens(folder: str | Path) -> tuple[Path, Path, dict[str, str | None]]:
+    """Both files of a published tokenizer, and how it calls its special tokens.
+
+    Raises:
+      ValueError: the vocabulary is missing, or the config malformed.
+    """
+    file, config_file = Path(folder) / "tokenizer.json", Path(folder) / "tokenizer_config.json"
+    if not file.is_file():
+        raise ValueError(f"tokenizer={str(folder)!r}: no such file {file}")
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+        named = {name: config.get(f"{name}_token") for name in ("bos", "eos", "pad")}
+        named = {k: v["content"] if isinstance(v, dict) else v for k, v in named.items()}
+    except (ValueError, KeyError, AttributeError):
+        raise ValueError(f"{config_file}: not a tokenizer config") from None
+    return file, config_file, named

@@ -24,14 +24,18 @@ def written(sample: Sample) -> str:
 
 
 def encode_written(sample: Sample, tokenizer: Tokenizer, *, max_tokens: int) -> Dialogue:
-    """Encodes what was written, and EOS; nothing is a target, and no special token comes from the text.
+    """Encodes what was written, and what the tokenizer puts around it, EOS at least.
+
+    Nothing is a target, and no special token comes from the text.
 
     The images stand beside the text, seen from its first token on: they take no place of the sequence.
 
     Args:
       max_tokens: a longer text is cut at its end, before the EOS (as CLIP does).
     """
-    ids = [*tokenizer.encode(written(sample))[: max_tokens - 1], tokenizer.eos]
+    before, after = tokenizer.around
+    room = max(max_tokens - len(before) - len(after), 0)
+    ids = [*before, *tokenizer.encode(written(sample))[:room], *after]
     nothing = np.zeros(len(ids), np.int32)
     return Dialogue(
         tokens=np.array(ids, np.int32),
