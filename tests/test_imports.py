@@ -137,7 +137,7 @@ def test_no_class_has_the_name_of_another():
 
 
 # Models as they were published have the fields they have.
-PUBLISHED = ("ViTConfig", "SAMConfig")
+PUBLISHED = ("ViTConfig", "SAMConfig", "TextEncoderConfig")
 
 
 def test_functions_and_classes_stay_small():
