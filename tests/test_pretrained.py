@@ -216,7 +216,7 @@ def test_a_conversation_that_does_not_fit_is_refused_in_one_line(
 def test_a_config_of_another_architecture_is_refused(oracles, tmp_path):
     folder = tmp_path / "other"
     write_folder(folder, {"model_type": "mamba"}, {}, [])
-    with pytest.raises(ValueError, match="model_type='mamba': known are deepseek_v2"):
+    with pytest.raises(ValueError, match="model_type='mamba': known are clip, deepseek_v2"):
         pretrained.read_published(folder)
 
 
