@@ -152,7 +152,9 @@ def test_a_run_saves_them_hands_them_on_and_resumes_with_the_same_bits(layout, t
     assert chosen["language"].shape == (2, 4, 24, 2)
 
 
-@pytest.mark.parametrize("recorded", [True, False], ids=["with load", "without"])
+@pytest.mark.parametrize(
+    "recorded", [pytest.param(True, marks=pytest.mark.slow), False], ids=["with load", "without"]
+)
 def test_a_checkpoint_from_before_there_were_stacks_is_restored(tmp_path, recorded):
     """Its routing state was bare, its running load a list, and there were no collections."""
     layout, stages = tiny.layout_of(BASE), (STAGES[0],)

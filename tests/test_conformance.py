@@ -16,10 +16,13 @@ EXAMPLE = f"{Path(__file__).resolve().parent.parent / 'experiments' / 'my_router
 EVERY = (*SCHEMES, EXAMPLE)
 NAMES = (*SCHEMES, "my_router")
 NOTHING_DROPPED = ("soft_moe", "smear")
-WHOLE = NOTHING_DROPPED  # one scheme of each kind of assignment that test_exchange.py does not cover
 # A kernel sees an assignment, not the scheme: choices in equal and in differing number, and those of experts.
 ALL_KERNELS = ("top_k", "top_p", "expert_choice", *NOTHING_DROPPED)
-TWINS = ("top_k_softmax", "switch", "modality_bias", "gshard", "v_moe")  # each is close to another scheme
+# Each is close to another scheme.
+TWINS = (
+    *("top_k_softmax", "switch", "modality_bias", "gshard", "v_moe", "noisy_top_k"),
+    *("remoe", "null_experts", "modality_expert_choice", "expert_threshold"),
+)
 
 
 def failures(results: list[conformance.Result]) -> list[str]:
@@ -33,14 +36,14 @@ def every_scheme(*slow: str):
     )
 
 
-@every_scheme(*WHOLE, *TWINS)
+@every_scheme(*TWINS)
 def test_every_scheme_conforms(scheme):
     results = conformance.check(scheme, properties=conformance.PROPERTIES)
     assert not failures(results)
     assert len(results) == 1 + len(conformance.PROPERTIES)
 
 
-@every_scheme(*(name for name in NAMES if name not in WHOLE))
+@every_scheme(*NAMES)
 def test_kernels_capacity_and_devices_change_nothing(scheme, monkeypatch):
     if scheme not in ALL_KERNELS:
         monkeypatch.setattr(conformance, "KERNELS", ("reference", "blocked"))

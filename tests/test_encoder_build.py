@@ -117,6 +117,7 @@ def test_every_kind_gives_the_tokens_that_its_config_says(kind: str):
             _ = config.grid
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sam", "resnet"])
 def test_grey_levels_are_normalised_by_the_config_and_cells_stand_row_by_row(kind: str):
     config: Any = KINDS[kind]
@@ -134,6 +135,7 @@ def test_grey_levels_are_normalised_by_the_config_and_cells_stand_row_by_row(kin
     np.testing.assert_allclose(encoded.pooled, grid.mean((1, 2)), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_moving_statistics_count_used_images_alone_and_stand_still_in_evaluation():
     config = dataclasses.replace(RESNET, statistics="moving")
     variables, pixels = init(config), inputs_of(config, 3)
@@ -215,6 +217,7 @@ def test_each_sparse_block_has_its_own_state():
     assert load[0] < 32 and load[1] == 32
 
 
+@pytest.mark.slow
 def test_noise_differs_between_sparse_blocks_and_only_with_a_key():
     config = dataclasses.replace(
         SPARSE, moe=dataclasses.replace(MOE, scheme="noisy_top_k"), sparse_layers=(0, 1)
@@ -230,6 +233,7 @@ def test_noise_differs_between_sparse_blocks_and_only_with_a_key():
     assert quiet.shape[0] == 2 and np.all(np.any(loud != quiet, axis=(1, 2, 3)))
 
 
+@pytest.mark.slow
 def test_rematerialisation_changes_neither_output_nor_gradient():
     pixels, state, params = inputs_of(SPARSE), state_of(SPARSE), sparse_variables()["params"]
 
@@ -272,6 +276,7 @@ def test_a_tile_is_used_if_a_visual_token_comes_from_it():
     np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sam", "resnet"])
 def test_any_encoder_of_images_stands_before_the_language_model(kind: str):
     encoder: Any = KINDS[kind]
@@ -307,6 +312,7 @@ def test_any_encoder_of_images_stands_before_the_language_model(kind: str):
     assert np.any(jax.tree.leaves(gradient["encoder"]["stem"])[0])
 
 
+@pytest.mark.slow
 def test_the_model_reports_the_sparse_layers_of_its_encoder_and_hands_them_their_state():
     config = model_with(dataclasses.replace(SPARSE, num_layers=2, sparse_layers=(1,)))
     stack = config.stacks[ENCODER]

@@ -80,6 +80,7 @@ def test_two_objectives_add_up_by_their_weights_and_are_logged_by_name():
     assert both[1]["a/accuracy"] == alone[1]["accuracy"]
 
 
+@pytest.mark.slow
 def test_micro_batches_change_no_objective():
     both = Together((Part("a", weight=0.5), Part("b", weight=2.0)))
     for path, grad in found(both)[0].items():

@@ -195,6 +195,7 @@ def test_images_do_not_see_one_another():
     assert_close(alone.pooled, together.pooled[:1])
 
 
+@pytest.mark.slow
 def test_remat_changes_neither_features_nor_gradients():
     config = dataclasses.replace(CLIP, feature_layers=(1, -1))
 
