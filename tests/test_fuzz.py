@@ -289,7 +289,7 @@ def label_studio(folder: Path, random: random.Random):
 CONTAINERS = {f.__name__: f for f in (llava, webdataset, coco, meta, records, parquet, label_studio)}
 
 
-@pytest.mark.parametrize("count", [30, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [30, pytest.param(400, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("container", CONTAINERS)
 def test_damaged_files_are_read_counted_or_refused(tmp_path, container, count):
     if container == "records":
@@ -328,7 +328,7 @@ def misled(data: bytes, random: random.Random) -> bytes:
     return bytes(result)
 
 
-@pytest.mark.parametrize("count", [100, pytest.param(400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.slow)])
 def test_a_tar_file_that_misleads_is_read_or_refused(tmp_path, count):
     ends, file = Counter(), tmp_path / "d.tar"
     for seed in range(count):
@@ -368,7 +368,7 @@ def whole_coco(folder: Path):
     return CocoConfig("x", "d.json")
 
 
-@pytest.mark.parametrize("count", [100, pytest.param(400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [100, pytest.param(600, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("make", [whole_tar, whole_list, whole_coco])
 def test_a_kept_index_that_misleads_points_into_the_file_or_is_made_anew(tmp_path, monkeypatch, make, count):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -395,7 +395,7 @@ def test_a_kept_index_that_misleads_points_into_the_file_or_is_made_anew(tmp_pat
     assert ends[True] and ends[False]
 
 
-@pytest.mark.parametrize("count", [200, pytest.param(400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [200, pytest.param(600, marks=pytest.mark.slow)])
 def test_damaged_pictures_are_decoded_or_corrupt(tmp_path, count):
     ends = Counter()
     (tmp_path / "d.json").write_text(json.dumps([{"question": "What?", "answer": "It.", "image": "a.png"}]))

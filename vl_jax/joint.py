@@ -25,7 +25,6 @@ from vl_jax.data.config import DataConfig, ModelSpec, check_packing
 from vl_jax.data.sample import BadSample, Sample
 from vl_jax.encoders.adapter import used_tiles
 from vl_jax.encoders.build import AnyEncoder
-from vl_jax.encoders.text import TextEncoderConfig
 from vl_jax.fusion.build import AnyFusion, Apart
 from vl_jax.fusion.streams import Stream
 from vl_jax.heads.build import AnyHead
@@ -168,16 +167,15 @@ class JointConfig:
             if tower.input == TILES and tower.encoder.input_shape[:2] != (side, side):
                 shape = "x".join(map(str, tower.encoder.input_shape[:2]))
                 raise ValueError(f"data.tiling.tile_size={side} differs from the {shape} pixels of {where}")
-            if tower.input == TOKENS and length > tower.encoder.input_shape[0]:
+            if tower.input != TOKENS:
+                continue
+            most = tower.encoder.input_shape[0]
+            if length > most:
+                raise ValueError(f"data.max_tokens={length} is more than the {most} of {where}")
+            if getattr(tower.encoder, "sees_padding", False) and length != most:
                 raise ValueError(
-                    f"data.max_tokens={length} is more than the {tower.encoder.input_shape[0]} of {where}"
+                    f"data.max_tokens={length} differs from the {most} of {where}, which sees padding too"
                 )
-            if isinstance(tower.encoder, TextEncoderConfig) and tower.encoder.sees_padding:
-                if length != tower.encoder.max_length:
-                    raise ValueError(
-                        f"data.max_tokens={length} differs from the {tower.encoder.max_length} of {where}, "
-                        "which sees padding too"
-                    )
         check_packing(data, self.spec())
 
     def build(self) -> Joint:

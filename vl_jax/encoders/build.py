@@ -28,6 +28,7 @@ from vl_jax.schema import Open
 class EncoderConfig(Protocol):
     """The config of an encoder, a frozen dataclass.
 
+    One of texts that reads padding like any token says so by a field ``sees_padding``.
     ``isinstance`` reads all properties, so it raises where ``grid`` does.
     """
 
