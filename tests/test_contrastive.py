@@ -151,10 +151,9 @@ def start(loss: str) -> Any:
 
 
 def pairs(count: int) -> Batch:
-    numbers = np.random.default_rng(1)
-    tokens = numbers.integers(10, 32, (count, 6))
+    tokens = np.random.default_rng(1).integers(10, 32, (count, 6))
     tokens[:, -1] = 9
-    pixels = numbers.normal(size=(count, 3, 8, 8)).astype(np.float32)
+    pixels = np.random.default_rng(0).normal(size=(count, 8, 8, 3)).astype(np.float32).transpose(0, 3, 1, 2)
     arrays = {"in_input_ids": tokens, "in_pixel_values": pixels}
     ids = np.arange(count, dtype=np.int32)
     return pair_batch(SOFTMAX, arrays).replace(labels={"pairs": Given(ids, np.ones(count, bool))})
@@ -218,11 +217,7 @@ def test_loss_and_gradients_are_those_of_one_device_when_the_batch_is_spread(los
     params = jax.device_put(start(loss), jax.tree.map(lambda leaf: leaf.sharding, layout.params))
     with sharding.use_mesh(layout.mesh, layout.rules):
         found = value(params, put_batch(pairs(8), layout))
-
-    def close(a: jax.Array, b: jax.Array) -> None:  # where terms cancel, the error is that of the terms
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * max(float(jnp.max(jnp.abs(b))), 20.0))
-
-    jax.tree.map(close, found, expected)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-5), found, expected)
 
 
 @pytest.mark.slow
