@@ -25,6 +25,7 @@ for flag, value in XLA_FLAGS.items():
 import jax  # noqa: E402
 import pytest  # noqa: E402
 from absl import flags  # noqa: E402
+from hypothesis import settings  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
 pytest_plugins = ["parity"]  # prints the table of test_parity.py
@@ -37,6 +38,10 @@ CACHE = Path(tempfile.gettempdir()) / f"vl_jax_test_cache_{os.getuid()}"
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+# How long an example takes depends on the machine, and on what else it does.
+settings.register_profile("vl_jax", deadline=None)
+settings.load_profile("vl_jax")
 
 # grain reads absl flags when its worker processes start, and refuses if nobody parsed them.
 flags.FLAGS.mark_as_parsed()

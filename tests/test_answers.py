@@ -6,7 +6,7 @@ import pytest
 
 from vl_jax.data.text.normalize import normalize
 from vl_jax.evaluate.metrics.exact_match import ExactMatch
-from vl_jax.evaluate.task import Grouped
+from vl_jax.evaluate.task import Compared, Grouped
 from vl_jax.evaluate.tasks.answers import Answers, Prior
 
 
@@ -66,7 +66,7 @@ ANSWERS = [
 
 
 def scores(answers) -> dict[str, float]:
-    metric = ExactMatch(BASELINES)
+    metric = Compared((ExactMatch(),), BASELINES)
     for _, _, truth, prediction, blind, prior in answers:
         metric.update(truth, prediction, blind=blind, prior=prior)
     return metric.compute()
@@ -82,7 +82,7 @@ def test_scores_are_shares_of_exact_matches():
 
 
 def test_groups_are_by_kind_and_language_and_leave_out_the_unnamed():
-    grouped = Grouped(lambda: ExactMatch(BASELINES), ("kind", "language"))
+    grouped = Grouped(lambda: Compared((ExactMatch(),), BASELINES), ("kind", "language"))
     for kind, language, truth, prediction, blind, prior in ANSWERS:
         record = {"kind": kind, "language": language}
         grouped.update(record, truth, prediction, blind=blind, prior=prior)

@@ -1,19 +1,22 @@
 """Parts of an experiment in files of one's own, named ``path/to/file.py:Name``.
 
 A routing scheme, an encoder, a head, an objective, a metric: wherever a built-in part can be named, a part in
-a user's file can be named too. The file is run once as a module; no file of the package is touched.
+a user's file can be named too. The file is run once as a module; no file of the package is touched. It may
+import its neighbours, as a Python script may.
 """
 
 from __future__ import annotations
 
 import difflib
 import importlib.util
+import io
 import os
+import pickle
 import sys
 import traceback
 from collections.abc import Iterable
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 _PREFIX = "vl_jax_file:"  # of the names under which files are in ``sys.modules``
@@ -52,7 +55,7 @@ def load_file(path: Path, *, where: str) -> ModuleType:
       ValueError: the file raises an error; one line with its place.
     """
     path = path.resolve()
-    before = sys.modules.get(f"{_PREFIX}{path}")
+    before = sys.modules.get(f"{_PREFIX}{path}") or _imported(path)
     if before is not None:
         return before
     try:
@@ -66,6 +69,9 @@ def load_file(path: Path, *, where: str) -> ModuleType:
 def run_file(path: Path) -> ModuleType:
     """Runs a file as a module that ``spec_of`` and ``find`` know; raises whatever the file raises."""
     name = f"{_PREFIX}{path.resolve()}"
+    folder = str(path.resolve().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)  # behind all others: its neighbours hide nothing
     found = importlib.util.spec_from_file_location(name, path)
     assert found is not None and found.loader is not None
     before = sys.modules.get(name)
@@ -81,17 +87,65 @@ def run_file(path: Path) -> ModuleType:
     return module
 
 
+def _imported(path: Path) -> ModuleType | None:
+    """The module that another file has imported from this one by its plain name."""
+    name = str(path)
+    return next((m for m in list(sys.modules.values()) if getattr(m, "__file__", None) == name), None)
+
+
 def spec_of(part: Any) -> str:
     """The name of a built-in class or function; ``path/to/file.py:Name`` of one in a user's file.
 
     The path is relative to the current folder where the file lies in it.
     """
     module = part.__module__
-    if not module.startswith(_PREFIX):
+    if module.startswith(_PREFIX):
+        path = module.removeprefix(_PREFIX)
+    elif module.partition(".")[0] == __name__.partition(".")[0]:
         return part.__qualname__
-    path = module.removeprefix(_PREFIX)
+    else:
+        path = getattr(sys.modules.get(module), "__file__", None)
+        if path is None:  # of a notebook
+            return part.__qualname__
     here = os.path.relpath(path)
     return f"{path if here.startswith('..') else here}:{part.__qualname__}"
+
+
+class Portable:
+    """A value on its way to another process, which first runs the files that the value needs.
+
+    Pickle knows a class by its module, and a process that has just begun has none of a user's files.
+    """
+
+    def __init__(self, value: Any):
+        """Takes the value, which is ``.value`` on the other side too."""
+        self.value = value
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        buffer = io.BytesIO()
+        noting = _NotingFiles(buffer)
+        noting.dump(self.value)
+        return _arrive, (tuple(sorted(noting.files)), buffer.getvalue())
+
+
+class _NotingFiles(pickle.Pickler):
+    """Notes the users' files in which what it writes is defined."""
+
+    def __init__(self, buffer: io.BytesIO):
+        super().__init__(buffer)
+        self.files: set[str] = set()
+
+    def reducer_override(self, obj: Any) -> Any:
+        module = getattr(obj, "__module__", None)
+        if isinstance(obj, type | FunctionType) and isinstance(module, str) and module.startswith(_PREFIX):
+            self.files.add(module.removeprefix(_PREFIX))
+        return NotImplemented
+
+
+def _arrive(files: tuple[str, ...], pickled: bytes) -> Portable:
+    for file in files:
+        load_file(Path(file), where=file)
+    return Portable(pickle.loads(pickled))
 
 
 def near(name: str, known: Iterable[str]) -> str:

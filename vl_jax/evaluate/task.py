@@ -132,6 +132,20 @@ class Metric(Protocol):
 
 
 @runtime_checkable
+class AnswerMetric(Protocol):
+    """The config of a metric of answers, a frozen dataclass: how far texts agree with the truth."""
+
+    @property
+    def name(self) -> str:
+        """Of its score, which is a share of one."""
+        ...
+
+    def start(self) -> Metric:
+        """A metric that has seen nothing: ``update(truth, prediction)`` takes the texts of one question."""
+        ...
+
+
+@runtime_checkable
 class Task(Protocol):
     """What a task has to have; every process of a run calls ``run`` alike."""
 
@@ -143,6 +157,36 @@ class Task(Protocol):
     def run(self, examinee: Examinee) -> Generator[Record, None, Findings]:
         """Yields a record of every sample and returns the findings."""
         ...
+
+
+class Compared:
+    """Metrics of a model's answers, and of baselines that answer the same questions.
+
+    Args:
+      metrics: of answers.
+      baselines: their names; the score of each is ``<baseline>_<score>``.
+    """
+
+    def __init__(self, metrics: Sequence[AnswerMetric], baselines: Sequence[str] = ()):
+        self._count = 0
+        self._by_answerer = {name: [m.start() for m in metrics] for name in ("", *baselines)}
+
+    def update(self, truth: str, prediction: str, **baselines: str) -> None:
+        """Takes one question: its truth, what the model says, and what each baseline says."""
+        self._count += 1
+        for name, text in {"": prediction, **baselines}.items():
+            for metric in self._by_answerer[name]:
+                metric.update(truth, text)
+
+    def compute(self) -> dict[str, SupportsFloat]:
+        """All scores, and ``count``."""
+        scores = {
+            f"{name}_{score}" if name else score: value
+            for name, metrics in self._by_answerer.items()
+            for metric in metrics
+            for score, value in metric.compute().items()
+        }
+        return {**scores, "count": self._count}
 
 
 class Grouped:

@@ -56,6 +56,10 @@ class ArrayRecordConfig:
     def __post_init__(self):
         check_fields(self.name, self.file, (ENDING,), self.max_pixels)
 
+    def open(self, root: str) -> ArrayRecordSource:
+        """The source; files are relative to ``root``."""
+        return ArrayRecordSource(self, root=root)
+
 
 class ArrayRecordSource:
     """Random access to converted samples.

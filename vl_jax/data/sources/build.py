@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Annotated, Protocol, runtime_checkable
 
 from vl_jax.data.sample import BadSample, Box, Image, Sample, Source, Turn
-from vl_jax.data.sources.array_records import ArrayRecordConfig, ArrayRecordSource
-from vl_jax.data.sources.coco import CocoConfig, CocoSource
-from vl_jax.data.sources.label_studio import LabelStudioConfig, LabelStudioSource
-from vl_jax.data.sources.llava import LlavaConfig, LlavaSource
-from vl_jax.data.sources.meta import MetaConfig, MetaSource
-from vl_jax.data.sources.parquet import ParquetConfig, ParquetSource
-from vl_jax.data.sources.records import RecordsConfig, RecordsSource
-from vl_jax.data.sources.scenes import ScenesConfig, ScenesSource
-from vl_jax.data.sources.tfds import TfdsConfig, TfdsSource
-from vl_jax.data.sources.webdataset import WebDatasetConfig, WebDatasetSource
+from vl_jax.data.sources.array_records import ArrayRecordConfig
+from vl_jax.data.sources.coco import CocoConfig
+from vl_jax.data.sources.label_studio import LabelStudioConfig
+from vl_jax.data.sources.llava import LlavaConfig
+from vl_jax.data.sources.meta import MetaConfig
+from vl_jax.data.sources.parquet import ParquetConfig
+from vl_jax.data.sources.records import RecordsConfig
+from vl_jax.data.sources.scenes import ScenesConfig
+from vl_jax.data.sources.tfds import TfdsConfig
+from vl_jax.data.sources.webdataset import WebDatasetConfig
+from vl_jax.schema import Open
 
 __all__ = [
     "ArrayRecordConfig",
@@ -39,7 +40,26 @@ __all__ = [
     "stamp_of",
 ]
 
-SourceConfig = (
+
+@runtime_checkable
+class OwnSourceConfig(Protocol):
+    """The config of a source in a file of one's own, a frozen dataclass."""
+
+    @property
+    def name(self) -> str:
+        """Of the source, for stages and messages."""
+        ...
+
+    def open(self, root: str) -> Source:
+        """The source; ``root`` is the folder that file names in the config are relative to.
+
+        Raises:
+          ValueError: the source cannot be read at all; one line naming the file.
+        """
+        ...
+
+
+SourceConfig = Annotated[
     ScenesConfig
     | LlavaConfig
     | MetaConfig
@@ -50,20 +70,9 @@ SourceConfig = (
     | TfdsConfig
     | ArrayRecordConfig
     | RecordsConfig
-)
-
-
-_FILES: dict[type, Any] = {
-    LlavaConfig: LlavaSource,
-    MetaConfig: MetaSource,
-    CocoConfig: CocoSource,
-    LabelStudioConfig: LabelStudioSource,
-    WebDatasetConfig: WebDatasetSource,
-    ParquetConfig: ParquetSource,
-    TfdsConfig: TfdsSource,
-    ArrayRecordConfig: ArrayRecordSource,
-    RecordsConfig: RecordsSource,
-}
+    | OwnSourceConfig,
+    Open("source", ("name", "open")),
+]
 
 
 def open_source(config: SourceConfig, *, root: str = ".") -> Source:
@@ -72,9 +81,7 @@ def open_source(config: SourceConfig, *, root: str = ".") -> Source:
     Raises:
       ValueError: the source cannot be read at all; one line naming the file.
     """
-    if isinstance(config, ScenesConfig):
-        return ScenesSource(config)
-    return _FILES[type(config)](config, root=root)
+    return config.open(root)
 
 
 def stamp_of(source: Source) -> str:

@@ -43,6 +43,10 @@ class CocoConfig:
     def __post_init__(self):
         check_fields(self.name, self.file, (".json",), self.max_pixels)
 
+    def open(self, root: str) -> CocoSource:
+        """The source; files are relative to ``root``."""
+        return CocoSource(self, root=root)
+
 
 class CocoSource:
     """Random access to the pictures of an annotation file.

@@ -60,6 +60,10 @@ class LabelStudioConfig:
     def __post_init__(self):
         check_fields(self.name, self.file, (".json",), self.max_pixels)
 
+    def open(self, root: str) -> LabelStudioSource:
+        """The source; files are relative to ``root``."""
+        return LabelStudioSource(self, root=root)
+
 
 class LabelStudioSource:
     """Random access to the tasks of an export.

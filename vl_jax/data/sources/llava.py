@@ -40,6 +40,10 @@ class LlavaConfig:
             raise ValueError(f"max_frames={self.max_frames} of source {self.name!r}: must be at least 1")
         check_fields(self.name, self.file, (".json", ".jsonl"), self.max_pixels)
 
+    def open(self, root: str) -> LlavaSource:
+        """The source; files are relative to ``root``."""
+        return LlavaSource(self, root=root)
+
 
 class LlavaSource:
     """Random access to the records of one conversation file.

@@ -33,6 +33,10 @@ class MetaConfig:
     def __post_init__(self):
         check_fields(self.name, self.file, (".json",), self.max_pixels)
 
+    def open(self, root: str) -> MetaSource:
+        """The source; files are relative to ``root``."""
+        return MetaSource(self, root=root)
+
 
 class MetaSource:
     """Random access to the records of all files of a meta file, repetitions behind one another.

@@ -40,6 +40,10 @@ class ParquetConfig:
     def __post_init__(self):
         check_fields(self.name, self.file, (".parquet",), self.max_pixels)
 
+    def open(self, root: str) -> ParquetSource:
+        """The source; files are relative to ``root``."""
+        return ParquetSource(self, root=root)
+
 
 class ParquetSource:
     """Random access to the rows of Parquet files; quick where rows of one group are read together.

@@ -51,6 +51,10 @@ class RecordsConfig:
         single = (self.image, self.sound, self.text, self.language, self.identity)
         return tuple(dict.fromkeys(name for name in (*single, *self.labels) if name))
 
+    def open(self, root: str) -> RecordsSource:
+        """The source; files are relative to ``root``."""
+        return RecordsSource(self, root=root)
+
 
 class _Json:
     """Records that are read when they are asked for."""

@@ -98,6 +98,10 @@ class ScenesConfig:
                 f"word_rate={self.word_rate} of source {self.name!r}: must be 1 when kinds is ('word',)"
             )
 
+    def open(self, root: str) -> ScenesSource:
+        """The source; it reads no file."""
+        return ScenesSource(self)
+
 
 class ScenesSource:
     """Random access to procedural samples."""

@@ -60,6 +60,10 @@ class TfdsConfig:
         if self.max_pixels < 1:
             raise ValueError(f"max_pixels={self.max_pixels} of source {self.name!r}: must be at least 1")
 
+    def open(self, root: str) -> TfdsSource:
+        """The source; files are relative to ``root``."""
+        return TfdsSource(self, root=root)
+
 
 class TfdsSource:
     """Random access to a prepared data set; nothing is downloaded.

@@ -45,6 +45,10 @@ class WebDatasetConfig:
     def __post_init__(self):
         check_fields(self.name, self.file, (".tar",), self.max_pixels)
 
+    def open(self, root: str) -> WebDatasetSource:
+        """The source; files are relative to ``root``."""
+        return WebDatasetSource(self, root=root)
+
 
 class _Group(NamedTuple):
     """Where the members of one sample are in their file: (ending, offset, size)."""

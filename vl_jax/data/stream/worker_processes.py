@@ -29,6 +29,7 @@ import numpy as np
 
 from vl_jax.data.example import Example
 from vl_jax.data.sample import BadSample
+from vl_jax.parts import Portable
 
 Task = TypeVar("Task")
 Read = Callable[[Sequence[Task]], list[Example | BadSample]]
@@ -101,7 +102,7 @@ class _Worker:
     def __init__(self, context: SpawnContext, make: Callable, room: int):
         self._memory, self._named = SharedMemory(create=True, size=room), True
         self._pipe, theirs = context.Pipe()
-        arguments = (theirs, make, self._memory.name)
+        arguments = (theirs, Portable(make), self._memory.name)
         self._process = context.Process(target=_serve, args=arguments, name="data worker", daemon=True)
         self._process.start()
         theirs.close()  # So that reading fails when the worker is dead.
@@ -167,7 +168,7 @@ def _check_room(count: int, room: int) -> None:
             )
 
 
-def _serve(pipe: Connection, make: Callable[[], Read[Task]], memory_name: str) -> None:
+def _serve(pipe: Connection, make: Portable, memory_name: str) -> None:
     """What a worker does until its pipe ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other process decides when to stop
     memory = SharedMemory(memory_name)
@@ -178,7 +179,7 @@ def _serve(pipe: Connection, make: Callable[[], Read[Task]], memory_name: str) -
             tasks = pipe.recv()
             try:
                 if read is None:
-                    read = make()
+                    read = make.value()
                     gc.freeze()  # What is here now stays; there is no need to look through it.
                 answer = _pack(read(tasks), _buffer(memory))
             except (ValueError, OSError) as error:

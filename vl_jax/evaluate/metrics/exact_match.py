@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
 
 from vl_jax.data.text.normalize import normalize
 
@@ -12,26 +12,32 @@ def is_match(truth: str, prediction: str) -> bool:
     return normalize(truth) == normalize(prediction)
 
 
+@dataclasses.dataclass(frozen=True)
 class ExactMatch:
-    """The share of exact matches of a model, and of baselines that answer the same questions.
+    """The share of exact matches."""
+
+    name: str = "exact_match"
+
+    def start(self) -> Matches:
+        """A count of no answers yet."""
+        return Matches(self.name)
+
+
+class Matches:
+    """Counts answers, and those that match.
 
     Args:
-      baselines: their names; the score of each is ``<name>_exact_match``.
+      name: of the score.
     """
 
-    def __init__(self, baselines: Sequence[str] = ()):
-        self.names = ("exact_match", *(f"{name}_exact_match" for name in baselines))
-        self._right = dict.fromkeys(self.names, 0)
-        self._count = 0
+    def __init__(self, name: str = "exact_match"):
+        self._name, self._right, self._count = name, 0, 0
 
-    def update(self, truth: str, prediction: str, **baselines: str) -> None:
-        """Counts one question: its truth, what the model says, and what each baseline says."""
+    def update(self, truth: str, prediction: str) -> None:
+        """Counts one question: its truth, and what was answered."""
         self._count += 1
-        self._right["exact_match"] += is_match(truth, prediction)
-        for name, text in baselines.items():
-            self._right[f"{name}_exact_match"] += is_match(truth, text)
+        self._right += is_match(truth, prediction)
 
     def compute(self) -> dict[str, float]:
-        """The shares, and ``count``; without a question every share is 0."""
-        shares = {name: right / max(1, self._count) for name, right in self._right.items()}
-        return {**shares, "count": self._count}
+        """The share, which is 0 without a question."""
+        return {self._name: self._right / max(1, self._count)}

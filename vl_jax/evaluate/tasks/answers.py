@@ -10,7 +10,7 @@ import collections
 import dataclasses
 import itertools
 from collections.abc import Generator, Iterable, Iterator
-from typing import Any
+from typing import Annotated, Any
 
 from jax.experimental import multihost_utils
 from rich.console import Console
@@ -24,11 +24,12 @@ from vl_jax.data.sources.build import open_source
 from vl_jax.data.text.normalize import normalize
 from vl_jax.data.text.tokenizer import Tokenizer, load_tokenizer
 from vl_jax.evaluate.metrics.exact_match import ExactMatch, is_match
-from vl_jax.evaluate.task import Examinee, Findings, Grouped, Record
+from vl_jax.evaluate.task import AnswerMetric, Compared, Examinee, Findings, Grouped, Record
 from vl_jax.generation.choice import GenerationConfig
 from vl_jax.generation.decode import warn_if_not_causal
 from vl_jax.generation.generate import answer_ids, generate
 from vl_jax.layout import put_batch
+from vl_jax.schema import Open
 
 _BASELINES = ("blind", "prior")
 _GROUPS = ("kind", "language")
@@ -38,19 +39,27 @@ _GROUPS = ("kind", "language")
 class Answers:
     """Every question of the source, answered greedily; by kind of question and by language."""
 
-    headline: str = "exact_match"
+    headline: str = "exact_match"  # the score that is shown first, one of those of ``metrics``
+    metrics: tuple[Annotated[ExactMatch | AnswerMetric, Open("metric", ("name", "start"))], ...] = (
+        ExactMatch(),
+    )
 
     def __post_init__(self):
-        names = ExactMatch(_BASELINES).names
-        if self.headline not in names:
-            raise ValueError(f"headline={self.headline!r}: expected one of {', '.join(names)}")
+        if self.headline not in self._shares:
+            raise ValueError(f"headline={self.headline!r}: expected one of {', '.join(self._shares)}")
+
+    @property
+    def _shares(self) -> tuple[str, ...]:
+        """The names of the scores: those of the model, then those of every baseline."""
+        own = tuple(metric.name for metric in self.metrics)
+        return (*own, *(f"{baseline}_{name}" for baseline in _BASELINES for name in own))
 
     def run(self, examinee: Examinee) -> Generator[Record, None, Findings]:
         """Answers everything without the image first, then with it."""
         warn_if_not_causal(examinee.layout.model)
         prior = Prior(training_turns(examinee.data, examinee.extent.prior_samples))
         blind = {record["id"]: text for record, text in answered(examinee, with_image=False)}
-        grouped = Grouped(lambda: ExactMatch(_BASELINES), _GROUPS)
+        grouped = Grouped(lambda: Compared(self.metrics, _BASELINES), _GROUPS)
         for record, text in answered(examinee):
             guesses = {
                 "blind": blind.get(record["id"], ""),
@@ -65,7 +74,7 @@ class Answers:
                 "image": record["image"],
                 "boxes": [dataclasses.asdict(box) for box in record["boxes"]],
             }
-        return grouped.findings(shares=ExactMatch(_BASELINES).names)
+        return grouped.findings(shares=self._shares)
 
 
 class Prior:
