@@ -17,8 +17,9 @@ import traceback
 from collections.abc import Iterable
 from pathlib import Path
 from types import FunctionType, ModuleType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
+T = TypeVar("T")
 _PREFIX = "vl_jax_file:"  # of the names under which files are in ``sys.modules``
 
 
@@ -111,13 +112,13 @@ def spec_of(part: Any) -> str:
     return f"{path if here.startswith('..') else here}:{part.__qualname__}"
 
 
-class Portable:
+class Portable(Generic[T]):
     """A value on its way to another process, which first runs the files that the value needs.
 
     Pickle knows a class by its module, and a process that has just begun has none of a user's files.
     """
 
-    def __init__(self, value: Any):
+    def __init__(self, value: T):
         """Takes the value, which is ``.value`` on the other side too."""
         self.value = value
 
@@ -142,7 +143,7 @@ class _NotingFiles(pickle.Pickler):
         return NotImplemented
 
 
-def _arrive(files: tuple[str, ...], pickled: bytes) -> Portable:
+def _arrive(files: tuple[str, ...], pickled: bytes) -> Portable[Any]:
     for file in files:
         load_file(Path(file), where=file)
     return Portable(pickle.loads(pickled))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated, Protocol, runtime_checkable
+from typing import Annotated, Any, ClassVar, Protocol, runtime_checkable
 
 from vl_jax.data.sample import BadSample, Box, Image, Sample, Source, Turn
 from vl_jax.data.sources.array_records import ArrayRecordConfig
@@ -44,6 +44,8 @@ __all__ = [
 @runtime_checkable
 class OwnSourceConfig(Protocol):
     """The config of a source in a file of one's own, a frozen dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
     def name(self) -> str:

@@ -168,7 +168,7 @@ def _check_room(count: int, room: int) -> None:
             )
 
 
-def _serve(pipe: Connection, make: Portable, memory_name: str) -> None:
+def _serve(pipe: Connection, make: Portable[Callable[[], Read[Task]]], memory_name: str) -> None:
     """What a worker does until its pipe ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other process decides when to stop
     memory = SharedMemory(memory_name)
