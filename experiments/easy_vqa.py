@@ -6,7 +6,6 @@
 Any folder of that format works: ``train.json``, ``val.json`` and the images they name.
 """
 
-
 from vl_jax import config
 from vl_jax.data.config import ConversationConfig, DataConfig
 from vl_jax.data.images.tiling import TilingConfig

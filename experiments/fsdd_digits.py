@@ -7,7 +7,6 @@ A picture is 64 bands of mel high and 64 columns of 12 ms wide; the few recordin
 squeezed into it.
 """
 
-
 from vl_jax import config
 from vl_jax.data.config import DataConfig
 from vl_jax.data.images.audio import AudioConfig
