@@ -226,7 +226,9 @@ def _named_part(hint: Any, text: str, path: str) -> Any:
     try:
         return (cls(),) if several else cls()
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{path}={text}: {error}") from None
+        raise ConfigError(f"{path}={text}: {error}") from error
+    except Exception as error:  # a rule of the part that is wrong itself
+        raise ConfigError(f"{path}={text}: {errors.described(error)}") from error
 
 
 def _placeholder_type(hint: Any) -> type | None:
