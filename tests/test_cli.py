@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import random
 import shlex
 import shutil
 import subprocess
@@ -17,10 +18,10 @@ from vl_jax import cli, runs
 from vl_jax.commands import completion
 from vl_jax.commands import inspect as inspect_command
 from vl_jax.commands.table import COMMANDS
-from vl_jax.config import load
+from vl_jax.config import load, replace, view
 from vl_jax.data.tools import examination
-from vl_jax.runtime import shipped
-from vl_jax.schema import to_json
+from vl_jax.runtime import errors, shipped
+from vl_jax.schema import TYPE_KEY, to_json
 
 pytest.importorskip("ml_collections")  # experiment files return its ConfigDict
 
@@ -499,3 +500,117 @@ def test_a_name_that_is_no_file_is_answered_with_what_there_is(capsys, tmp_path,
     (tmp_path / "mine.py").touch()
     assert "did you mean 'quickstart'?" in refused(capsys, "inspect", "config", "--config=quikstart")
     assert "did you mean mine.py?" in refused(capsys, "inspect", "config", "--config=mne.py")
+
+
+WORDS = (
+    *COMMANDS,
+    *(
+        f"--{name}"
+        for name in ("config", "workdir", "image", "json", "help", "traceback", "samples", "x", "")
+    ),
+    *(
+        "=",
+        "-",
+        "--",
+        "-1",
+        "--config.",
+        "--config..=",
+        "--config=",
+        "--config.seed",
+        "--config.a.b=1",
+        "\0",
+        "é",
+        "",
+    ),
+    *(
+        "--config.seed=\n",
+        "--workdir=a b",
+        "--workdir=\0",
+        "a.py:b",
+        "--repeats=x",
+        "-h",
+        "-x=3",
+        "--config.seed=--x",
+    ),
+)
+
+
+def test_command_lines_of_any_words_are_read_or_answered_in_one_line(capsys):
+    chosen = random.Random(0)
+    for _ in range(700):
+        words = [chosen.choice(WORDS) for _ in range(chosen.randint(1, 5))]
+        if chosen.random() < 0.7:
+            words = [chosen.choice(tuple(COMMANDS)), *words]
+        try:
+            cli._parse(words)
+        except SystemExit as exit_:
+            shown = capsys.readouterr()
+            assert exit_.code == 0 or (exit_.code == 2 and len(shown.err.splitlines()) == 1), (words, shown)
+
+
+VALUES = (
+    *(
+        "",
+        "0",
+        "-1",
+        "1e999",
+        "nan",
+        "None",
+        "True",
+        "((((",
+        "[]",
+        "{[]:1}",
+        "()",
+        "('a',)",
+        "\0",
+        "9" * 50,
+        "(" * 500,
+    ),
+    *(
+        "'",
+        "x.py:Y",
+        "/tmp",
+        ":",
+        "1j",
+        "b'a'",
+        "...",
+        "Labels",
+        "Apart",
+        "((1,2),(3,))",
+        "(('a', 1),)",
+        "('[',)",
+    ),
+)
+
+
+def paths_of(node, prefix: str = "") -> list[str]:
+    """All dotted paths of a view."""
+    names = [name for name in node.keys() if name != TYPE_KEY] if hasattr(node, "keys") else []
+    return [path for name in names for path in (prefix + name, *paths_of(node[name], f"{prefix}{name}."))]
+
+
+def test_overrides_with_any_value_are_taken_or_answered_in_one_line():
+    experiment, chosen = load(TINY), random.Random(0)
+    paths = paths_of(view(experiment))
+    for _ in range(80):
+        path = chosen.choice(paths)
+        path = chosen.choice((path, path, path, f"{path}.x", f"{path}.", path[:-1], path.replace(".", "..")))
+        pair = (path, chosen.choice(VALUES))
+        try:
+            assert isinstance(replace(experiment, [pair]), type(experiment))
+        except ValueError as error:
+            assert errors.one_line(error), pair
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.encoder.mlp_dim=-1", "config.model: no model can be built of these sizes: TypeError: "),
+        (
+            "model.adapter.num_layers=9" + "9" * 40,
+            "config.model: no model can be built of these sizes: Overflow",
+        ),
+    ],
+)
+def test_sizes_of_which_no_model_can_be_built_are_the_user_s_mistake(capsys, override, message):
+    assert refused(capsys, "inspect", "params", CONFIG, f"--config.{override}").startswith(message)

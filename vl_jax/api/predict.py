@@ -174,7 +174,14 @@ def _nearest(
         for name, found in _held_out(run, head.name, side):
             names.append(name)
             vectors.append(getattr(found, side))
-    near = np.stack(vectors) @ np.asarray(getattr(prediction, "image" if by_text else "text"))
+    return ranked(names, np.stack(vectors), np.asarray(getattr(prediction, "image" if by_text else "text")))
+
+
+def ranked(
+    names: Sequence[dict[str, Any]], vectors: Float[np.ndarray, "N E"], query: Float[np.ndarray, " E"]
+) -> list[dict[str, Any]]:
+    """The few that are nearest to a query, the nearest first, each with its similarity: the cosine."""
+    near = vectors @ query
     order = np.argsort(-near, kind="stable")[:_NEAREST]
     return [{**names[i], "similarity": round(float(near[i]), 4)} for i in order]
 
