@@ -174,6 +174,8 @@ def _nearest(
         for name, found in _held_out(run, head.name, side):
             names.append(name)
             vectors.append(getattr(found, side))
+    if not vectors:
+        raise UserError(f"no sample of {run.experiment.data.evaluation[0].name!r} has a {side} to compare with")
     return ranked(names, np.stack(vectors), np.asarray(getattr(prediction, "image" if by_text else "text")))
 
 
