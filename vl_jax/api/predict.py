@@ -175,7 +175,9 @@ def _nearest(
             names.append(name)
             vectors.append(getattr(found, side))
     if not vectors:
-        raise UserError(f"no sample of {run.experiment.data.evaluation[0].name!r} has a {side} to compare with")
+        raise UserError(
+            f"no sample of {run.experiment.data.evaluation[0].name!r} has a {side} to compare with"
+        )
     return ranked(names, np.stack(vectors), np.asarray(getattr(prediction, "image" if by_text else "text")))
 
 
