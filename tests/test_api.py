@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import runpy
 import subprocess
 import sys
 import threading
@@ -208,3 +209,20 @@ def test_a_notebook_trains_predicts_and_evaluates(tmp_path, where):
         vl_jax.predict(found["run"])
     with pytest.raises(vl_jax.UserError, match="another configuration"):
         vl_jax.train(dataclasses.replace(found["run"].experiment, seed=9), tmp_path / "run")
+
+
+def test_a_wheel_holds_every_file_of_the_package_and_the_experiments(monkeypatch):
+    setuptools = pytest.importorskip("setuptools")
+    root, given = TINY.parent.parent, {}
+    monkeypatch.chdir(root)
+    monkeypatch.setattr(setuptools, "setup", lambda **options: given.update(options))
+    runpy.run_path("setup.py")
+    folders = {path.parent for path in (root / "vl_jax").rglob("*.py")}
+    packages = {folder.relative_to(root).as_posix().replace("/", ".") for folder in folders}
+    assert set(given["packages"]) == {*packages, "vl_jax.experiments"}
+    assert given["package_dir"] == {"vl_jax.experiments": "experiments"}
+    others = {
+        path for path in (root / "vl_jax").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")
+    }
+    held = {path for pattern in given["package_data"]["vl_jax"] for path in (root / "vl_jax").glob(pattern)}
+    assert others == held
