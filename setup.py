@@ -53,8 +53,6 @@ EXTRAS = {
     "audio": ["soundfile>=0.13.1"],
     "parquet": ["pyarrow>=25"],
     "benchmark": ["torch>=2.9", "transformers>=5.0"],
-    "export": ["flatbuffers>=25.12", "jax2onnx>=0.17.1", "onnxruntime>=1.31.1"],
-    "serve": ["starlette>=1.10", "uvicorn>=0.54"],
     "gpu": ["jax[cuda13]>=0.10.2,<0.13"],
     "tpu": ["jax[tpu]>=0.10.2,<0.13"],
 }
@@ -68,8 +66,10 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=find_packages(include=["vl_jax", "vl_jax.*"]),
-    package_data={"vl_jax": ["report/*.css", "data/text/*.json"]},
+    # The experiments lie beside the package in a checkout, and inside it in a wheel (runtime/shipped.py).
+    packages=[*find_packages(include=["vl_jax", "vl_jax.*"]), "vl_jax.experiments"],
+    package_dir={"vl_jax.experiments": "experiments"},
+    package_data={"vl_jax": ["py.typed", "report/*.css", "data/text/*.json"]},
     install_requires=REQUIRED,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["vl_jax=vl_jax.cli:main"]},

@@ -6,8 +6,6 @@
 Any folder of that format works: ``train.json``, ``val.json`` and the images they name.
 """
 
-from pathlib import Path
-
 from vl_jax import config
 from vl_jax.data.config import ConversationConfig, DataConfig
 from vl_jax.data.images.tiling import TilingConfig
@@ -18,7 +16,7 @@ from vl_jax.train.loop import LoopConfig
 from vl_jax.train.optimizer import OptimizerConfig
 from vl_jax.train.stages import Stage
 
-QUICKSTART = config.load(str(Path(__file__).with_name("quickstart.py")))
+QUICKSTART = config.load("quickstart")
 
 
 def get_config():

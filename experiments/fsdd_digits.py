@@ -7,8 +7,6 @@ A picture is 64 bands of mel high and 64 columns of 12 ms wide; the few recordin
 squeezed into it.
 """
 
-from pathlib import Path
-
 from vl_jax import config
 from vl_jax.data.config import DataConfig
 from vl_jax.data.images.audio import AudioConfig
@@ -21,7 +19,7 @@ from vl_jax.train.loop import LoopConfig
 from vl_jax.train.optimizer import OptimizerConfig
 from vl_jax.train.stages import Stage
 
-QUICKSTART = config.load(str(Path(__file__).with_name("quickstart.py")))
+QUICKSTART = config.load("quickstart")
 AUDIO = AudioConfig(
     sample_rate=8000, window_ms=32, hop_ms=12, num_bands=64, floor_db=-100, min_seconds=0.768, max_seconds=5
 )

@@ -8,7 +8,6 @@ far the expert's share of the load, averaged over steps, is above an even one.
 """
 
 import dataclasses
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +48,7 @@ def sweep_baselines():
 
 def get_config():
     """The quickstart with ``my_router`` in every sparse layer."""
-    experiment = config.load(str(Path(__file__).with_name("quickstart.py")))
+    experiment = config.load("quickstart")
     moe = dataclasses.replace(experiment.model.moe, scheme=f"{__file__}:my_router")
     model = dataclasses.replace(experiment.model, moe=moe)
     return config.view(dataclasses.replace(experiment, name="my_router", model=model))

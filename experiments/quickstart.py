@@ -4,8 +4,8 @@
 
 The stages of DeepSeek-VL: alignment with the language model frozen; pretraining of everything on pairs of
 objects, from which it learns *which* object a question means; then questions of every kind about scenes of
-one or two objects, and more about how two objects lie to each other. The figures measured are in README.md
-beside this file.
+one or two objects, and more about how two objects lie to each other. The figures measured are in
+experiments/README.md.
 """
 
 import dataclasses

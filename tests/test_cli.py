@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import json
 import logging
+import random
+import shlex
+import shutil
+import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
 
+import vl_jax
 from vl_jax import cli, runs
-from vl_jax.config import load
+from vl_jax.commands import completion
+from vl_jax.commands import inspect as inspect_command
+from vl_jax.commands.table import COMMANDS
+from vl_jax.config import load, replace, view
 from vl_jax.data.tools import examination
-from vl_jax.schema import to_json
+from vl_jax.runtime import errors, shipped
+from vl_jax.schema import TYPE_KEY, to_json
 
 pytest.importorskip("ml_collections")  # experiment files return its ConfigDict
 
@@ -169,9 +179,7 @@ def test_a_bad_command_line_exits_2_and_says_why(capsys, argv, message):
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize(
-    "command", ["train", "inspect", "evaluate", "report", "generate", "convert", "tokenizer"]
-)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_shows_an_example(capsys, command):
     with pytest.raises(SystemExit) as exit_:
         cli.main([command, "--help"])
@@ -263,3 +271,346 @@ def test_inspect_data_prints_samples_and_writes_the_page(capsys, tmp_path):
     out = capsys.readouterr().out
     assert "scenes" in out and "heldout" in out
     assert "<html" in page.read_text(encoding="utf-8")
+
+
+def mistaken(capsys, *argv: str) -> str:
+    """The one line of a command line that cannot be read."""
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(list(argv))
+    assert exit_.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["train", "--confg=x.py"], "unknown argument '--confg'; did you mean '--config'?"),
+        (["train", "-workdir=x"], "unknown argument '-workdir'; did you mean '--workdir'?"),
+        (["generate", "--max-tokens=3"], "did you mean '--max-new-tokens'?"),
+        (["train", CONFIG, "--model.moe.top_k=4"], "did you mean '--config.model.moe.top_k'?"),
+        (["train", CONFIG, "--confg.seed=4"], "did you mean '--config.seed'?"),
+        (["tran", CONFIG], "did you mean 'train'?"),
+        ([CONFIG, "train"], "the command comes first"),
+        (["inspect", "parms", CONFIG], "invalid choice: 'parms'"),
+    ],
+)
+def test_a_word_that_is_nearly_right_is_answered_with_the_right_one(capsys, argv, message):
+    assert message in mistaken(capsys, *argv)
+
+
+REFUSES = {
+    "report": ["--workdir=x"],
+    "tokenizer": ["--input", "x", "--out=y"],
+    "generate": ["--workdir=x", "--prompt=y"],
+    "predict": ["--workdir=x"],
+    "convert": ["--from=x", "--to=y"],
+    "conformance": ["top_k"],
+    "new": ["x.py"],
+    "completion": ["bash"],
+}
+
+
+def test_commands_that_read_no_experiment_refuse_overrides_with_the_reason(capsys):
+    assert REFUSES.keys() == {name for name, command in COMMANDS.items() if command.no_overrides}
+    for name, options in REFUSES.items():
+        message = mistaken(capsys, name, *options, "--config.seed=1")
+        assert f"{name} takes no overrides such as --config.seed: {COMMANDS[name].no_overrides}" in message
+
+
+def test_without_a_command_there_is_help_and_the_version_is_told(capsys):
+    assert cli.main([]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in COMMANDS) and "example: " in shown
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["--version"])
+    assert exit_.value.code == 0 and f"vl_jax {vl_jax.__version__} (jax " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("what", ["config", "params", "data", "routing"])
+def test_inspect_refuses_an_option_that_it_would_not_read(capsys, what):
+    option = CONFIG if what == "routing" else "--workdir=x"
+    assert f"inspect {what} does not read --{option[2:].split('=')[0]}; it reads" in refused(
+        capsys, "inspect", what, option
+    )
+
+
+@pytest.mark.parametrize("content", [{}, {"config.json": '{"model_type": "clip"}'}, {"notes.txt": "x"}])
+def test_a_report_of_a_folder_that_holds_no_run_is_refused_and_nothing_written(capsys, tmp_path, content):
+    for name, text in content.items():
+        (tmp_path / name).write_text(text)
+    assert f"--workdir={tmp_path} holds no run" in refused(capsys, "report", f"--workdir={tmp_path}")
+    assert {path.name for path in tmp_path.iterdir()} == content.keys()
+
+
+def test_a_report_of_an_unfinished_run_is_written(capsys, tmp_path):
+    (tmp_path / "config.json").write_text(to_json(load(TINY)))
+    assert cli.main(["report", f"--workdir={tmp_path}"]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "report.html")
+
+
+# Where the error is -> the file, and what is said; line numbers are those of the file.
+FAULTY = {
+    "in get_config": (
+        "def get_config():\n    layers = 4\n    return layers / 0\n",
+        "mine.py:3: ZeroDivision",
+    ),
+    "at the top": ("import dataclasses\nassert dataclasses is None, 'no'\n", "mine.py:2: AssertionError: no"),
+    "syntax": ("def get_config():\n    return (\n", "mine.py:2: SyntaxError"),
+    "in the package": (
+        "from vl_jax.train.stages import Stage\n\n\ndef get_config():\n    return Stage('a', steps=0)\n",
+        "mine.py:5: ValueError: steps=0",
+    ),
+    "in the library": ("import json\n\njson.loads('{')\n", "mine.py:3: JSONDecodeError"),
+    "in another file": ("import cli_helper\n", "cli_helper.py:4: KeyError: 'x'"),
+    "exit": ("import sys\nsys.exit('away')\n", "mine.py:2: SystemExit: away"),
+}
+
+
+@pytest.mark.parametrize("way", ["relative", "absolute", "link"])
+@pytest.mark.parametrize("kind", FAULTY)
+def test_an_error_in_an_experiment_file_names_its_line(capsys, tmp_path, monkeypatch, kind, way):
+    source, message = FAULTY[kind]
+    (tmp_path / "mine.py").write_text(source)
+    (tmp_path / "cli_helper.py").write_text("\n\ndef f(d):\n    return d['x']\nf({})\n")
+    (tmp_path / "link").symlink_to(tmp_path, target_is_directory=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    path = {"relative": "mine.py", "absolute": tmp_path / "mine.py", "link": "link/mine.py"}[way]
+    error = refused(capsys, "inspect", "config", f"--config={path}")
+    assert error.startswith(f"--config={path}:") and message in error
+
+
+OWN_ENCODER = """
+import dataclasses
+import flax.linen as nn
+import jax.numpy as jnp
+from vl_jax.encoders.transformer import Encoded
+
+class Broken(nn.Module):
+    @nn.compact
+    def __call__(self, pixels, valid=None, routing_state=None):
+        return {call}
+
+@dataclasses.dataclass(frozen=True)
+class Own:
+    width: int = 8
+    output_dim = property(lambda self: self.width)
+    num_tokens = 16
+    num_features = 8
+    grid = 4
+    input_shape = (32, 32, 3)
+    stack = None
+
+    def __post_init__(self):
+        {rule}
+
+    def build(self, dtype, *, remat):
+        return Broken()
+"""
+
+
+@pytest.mark.parametrize(
+    ("call", "rule", "message"),
+    [
+        ("missing", "pass", "encoder.py:10: NameError: name 'missing'"),
+        ("jnp.ones((2, 3)) @ jnp.ones((4, 5))", "pass", "encoder.py:10: TypeError: "),
+        ("nn.Dense(-1)(pixels)", "pass", "encoder.py:10: "),
+        (
+            "0",
+            "raise ValueError('width too small')",
+            "encoder.py:23: config.model.encoder=encoder.py:Own: width too small",
+        ),
+        ("0", "self.nothing", "encoder.py:23: config.model.encoder=encoder.py:Own: AttributeError: "),
+    ],
+)
+def test_an_error_in_an_encoder_of_ones_own_names_its_line(
+    capsys, tmp_path, monkeypatch, call, rule, message
+):
+    (tmp_path / "encoder.py").write_text(OWN_ENCODER.format(call=call, rule=rule))
+    monkeypatch.chdir(tmp_path)
+    error = refused(capsys, "inspect", "params", CONFIG, "--config.model.encoder=encoder.py:Own")
+    assert message in error
+
+
+def test_a_fault_of_the_package_is_one_line_and_its_traceback_a_file(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(inspect_command, "load_experiment", None)
+    assert cli.main(["inspect", "config", CONFIG]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    (file,) = tmp_path.iterdir()
+    assert line.startswith("error: TypeError: ") and str(file) in line
+    assert "Traceback" in file.read_text()
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_inspect_params_fits_the_screen_and_names_every_parameter_whole(capsys, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    options = ("--config.mesh.data=1", "--config.mesh.fsdp=4", "--config.mesh.tensor=2")
+    assert cli.main(["inspect", "params", CONFIG, *options, "--config.model.encoder.mlp_dim=33"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= width
+    first = next(n for n, line in enumerate(lines) if line.startswith("language/moe_layers/moe/w_in "))
+    assert lines[first].endswith(f" {4 * 16 * 2 * 8 * 4 // 8:,}")
+    assert "4 (experts > expert), 16 (embed > fsdp), 2, 8 (mlp > tensor)" in lines[first + 1]
+    assert any("not divided: mlp=33" in line for line in lines)
+
+
+def test_bash_completes_commands_options_and_choices():
+    def complete(*words: str) -> list[str]:
+        lines = [
+            completion.script("bash"),
+            f"COMP_WORDS=({' '.join(map(shlex.quote, words))}); COMP_CWORD={len(words) - 1}; _vl_jax",
+            'printf "%s\\n" "${COMPREPLY[@]}"',
+        ]
+        shown = subprocess.run(
+            ["bash", "-c", "\n".join(lines)], capture_output=True, text=True, check=True, timeout=20
+        )
+        return shown.stdout.split()
+
+    assert complete("vl_jax", "con") == ["convert", "conformance", "convert-data"]
+    assert complete("vl_jax", "train", "--w") == ["--workdir="]
+    assert complete("vl_jax", "inspect", "p") == ["params"]
+    assert complete("vl_jax", "train", "--config", "=", "ex") == []  # which leaves it to files
+
+
+def test_zsh_is_told_of_every_command_and_option():
+    script = completion.script("zsh")
+    assert script.startswith("#compdef vl_jax") and all(f"\n    {name}) " in script for name in COMMANDS)
+    assert "--workdir=[folder of the run]:value:_files" in script
+    if shutil.which("zsh"):
+        subprocess.run(["zsh", "-n"], input=script, text=True, check=True, timeout=20)
+
+
+def test_new_copies_an_experiment_that_stands_by_itself(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in shipped.names():
+        assert cli.main(["new", f"mine/{name}.py", f"--from={name}"]) == 0
+        assert f"train --config=mine/{name}.py" in capsys.readouterr().out
+        text = (tmp_path / "mine" / f"{name}.py").read_text()
+        assert f"experiments/{name}.py" not in text and "__file__)" not in text
+    assert refused(capsys, "new", "mine/quickstart.py").startswith("mine/quickstart.py exists already")
+    assert "call it mine.txt.py" in refused(capsys, "new", "mine.txt")
+    mine, theirs = load("mine/easy_vqa.py"), load("easy_vqa")
+    assert mine == theirs and load("mine/quickstart.py") == load("quickstart")
+
+
+def test_a_name_that_is_no_file_is_answered_with_what_there_is(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").touch()
+    assert "did you mean 'quickstart'?" in refused(capsys, "inspect", "config", "--config=quikstart")
+    assert "did you mean mine.py?" in refused(capsys, "inspect", "config", "--config=mne.py")
+
+
+WORDS = (
+    *COMMANDS,
+    *(
+        f"--{name}"
+        for name in ("config", "workdir", "image", "json", "help", "traceback", "samples", "x", "")
+    ),
+    *(
+        "=",
+        "-",
+        "--",
+        "-1",
+        "--config.",
+        "--config..=",
+        "--config=",
+        "--config.seed",
+        "--config.a.b=1",
+        "\0",
+        "é",
+        "",
+    ),
+    *(
+        "--config.seed=\n",
+        "--workdir=a b",
+        "--workdir=\0",
+        "a.py:b",
+        "--repeats=x",
+        "-h",
+        "-x=3",
+        "--config.seed=--x",
+    ),
+)
+
+
+def test_command_lines_of_any_words_are_read_or_answered_in_one_line(capsys):
+    chosen = random.Random(0)
+    for _ in range(700):
+        words = [chosen.choice(WORDS) for _ in range(chosen.randint(1, 5))]
+        if chosen.random() < 0.7:
+            words = [chosen.choice(tuple(COMMANDS)), *words]
+        try:
+            cli._parse(words)
+        except SystemExit as exit_:
+            shown = capsys.readouterr()
+            assert exit_.code == 0 or (exit_.code == 2 and len(shown.err.splitlines()) == 1), (words, shown)
+
+
+VALUES = (
+    *(
+        "",
+        "0",
+        "-1",
+        "1e999",
+        "nan",
+        "None",
+        "True",
+        "((((",
+        "[]",
+        "{[]:1}",
+        "()",
+        "('a',)",
+        "\0",
+        "9" * 50,
+        "(" * 500,
+    ),
+    *(
+        "'",
+        "x.py:Y",
+        "/tmp",
+        ":",
+        "1j",
+        "b'a'",
+        "...",
+        "Labels",
+        "Apart",
+        "((1,2),(3,))",
+        "(('a', 1),)",
+        "('[',)",
+    ),
+)
+
+
+def paths_of(node, prefix: str = "") -> list[str]:
+    """All dotted paths of a view."""
+    names = [name for name in node.keys() if name != TYPE_KEY] if hasattr(node, "keys") else []
+    return [path for name in names for path in (prefix + name, *paths_of(node[name], f"{prefix}{name}."))]
+
+
+def test_overrides_with_any_value_are_taken_or_answered_in_one_line():
+    experiment, chosen = load(TINY), random.Random(0)
+    paths = paths_of(view(experiment))
+    for _ in range(80):
+        path = chosen.choice(paths)
+        path = chosen.choice((path, path, path, f"{path}.x", f"{path}.", path[:-1], path.replace(".", "..")))
+        pair = (path, chosen.choice(VALUES))
+        try:
+            assert isinstance(replace(experiment, [pair]), type(experiment))
+        except ValueError as error:
+            assert errors.one_line(error), pair
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.encoder.mlp_dim=-1", "config.model: no model can be built of these sizes: TypeError: "),
+        (
+            "model.adapter.num_layers=9" + "9" * 40,
+            "config.model: no model can be built of these sizes: Overflow",
+        ),
+    ],
+)
+def test_sizes_of_which_no_model_can_be_built_are_the_user_s_mistake(capsys, override, message):
+    assert refused(capsys, "inspect", "params", CONFIG, f"--config.{override}").startswith(message)

@@ -26,6 +26,7 @@ LEVELS = (
     "experiment",
     "runs report benchmarks",
     "sweep ask",
+    "api",
     "commands",
     "cli",
     "__main__",

@@ -79,7 +79,7 @@ def test_the_log_has_every_step_of_both_stages_once(uninterrupted):
     assert (uninterrupted / "eval" / "heldout" / f"{STEPS}.json").exists()
 
 
-class Crash(RuntimeError):
+class Crash(BaseException):
     """Stands for whatever may end a process."""
 
 

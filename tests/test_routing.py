@@ -372,8 +372,8 @@ def test_a_scheme_of_ones_own_file_survives_json_and_view(tmp_path):
     [
         (OWN, "missing", "expected a Scheme or a route function, found nothing of that name"),
         (OWN, "number", "expected a Scheme or a route function, found int"),
-        ("x = 1\n1 / 0\n", "mine", "line 2: ZeroDivisionError: division by zero"),
-        ("def mine(:\n", "mine", "line 1: SyntaxError: "),
+        ("x = 1\n1 / 0\n", "mine", "own.py:2: ZeroDivisionError: division by zero"),
+        ("def mine(:\n", "mine", "own.py:1: SyntaxError: "),
     ],
 )
 def test_a_file_without_the_scheme_is_one_line_with_the_place(tmp_path, source, name, message):

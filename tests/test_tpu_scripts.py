@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import subprocess
@@ -146,6 +147,29 @@ def test_manifest_is_filled_in_completely(tmp_path: Path):
     ):
         assert line in text
     assert '"--config=experiments/x.py", "--workdir=runs/a b"' in text
+
+
+def test_manifest_passes_overrides_on(tmp_path: Path):
+    words = ["--config.seed=3", r'--config.name=a "b" \ c', "--config.data.root=/x & y"]
+    text = _dry("launch_gke.sh", *words, folder=tmp_path)
+    line = next(line for line in text.splitlines() if "command:" in line)
+    command = json.loads(line.partition("command:")[2])
+    assert command == [
+        "python",
+        "-m",
+        "vl_jax",
+        "train",
+        "--config=experiments/x.py",
+        "--workdir=runs/a b",
+        *words,
+    ]
+
+
+def test_image_holds_all_that_the_package_is_made_of():
+    lines = (FOLDER / "Dockerfile").read_text().splitlines()
+    copied = {word for line in lines if line.startswith("COPY") for word in line.split()[1:-1]}
+    assert copied == {"setup.py", "pyproject.toml", "README.md", "LICENSE", "vl_jax", "experiments"}
+    assert all((FOLDER.parent / name).exists() for name in copied)
 
 
 def test_slurm_runs_one_trainer_per_node(tmp_path: Path):

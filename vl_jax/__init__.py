@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vl_jax.api.calls import evaluate, load_experiment, load_run, train
+    from vl_jax.api.predict import predict
+    from vl_jax.api.run import Run
+    from vl_jax.fusion.gate import CrossModalGate
+    from vl_jax.interop.pretrained import from_pretrained
+    from vl_jax.model import VisionLanguage
+    from vl_jax.moe.layer import DynamicMoE
+    from vl_jax.runtime.errors import UserError
 
 __version__ = "0.1.0"
 
@@ -11,13 +21,33 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "CrossModalGate": "vl_jax.fusion.gate",
     "DynamicMoE": "vl_jax.moe.layer",
+    "Run": "vl_jax.api.run",
+    "UserError": "vl_jax.runtime.errors",
     "VisionLanguage": "vl_jax.model",
     "from_pretrained": "vl_jax.interop.pretrained",
+    "load_experiment": "vl_jax.api.calls",
+    "load_run": "vl_jax.api.calls",
+    "predict": "vl_jax.api.predict",
 }
-__all__ = ["CrossModalGate", "DynamicMoE", "VisionLanguage", "from_pretrained"]  # pyright: ignore[reportUnsupportedDunderAll]
+_ROOMS = ("evaluate", "train")  # folders that can be called, see runtime/callable_module.py
+__all__ = [
+    "CrossModalGate",
+    "DynamicMoE",
+    "Run",
+    "UserError",
+    "VisionLanguage",
+    "evaluate",
+    "from_pretrained",
+    "load_experiment",
+    "load_run",
+    "predict",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_PUBLIC[name]), name)

@@ -92,7 +92,7 @@ class AskedRun:
         """See ``Asked``."""
         layout, tokenizer = self.layout, self.encoder.tokenizer
         pictures: list[Any] = [FileImage(image, where="--image")] if image else []
-        pictures += [SoundImage(audio, "--audio", _hearing(self.experiment))] if audio else []
+        pictures += [SoundImage(audio, "--audio", hearing(self.experiment))] if audio else []
         question = f"{IMAGE_PLACEHOLDER}\n" * len(pictures) + prompt
         name = str(image or audio or "prompt")
         sample = Sample(id=name, turns=(Turn(question, ""),), images=tuple(pictures))
@@ -125,7 +125,7 @@ class AskedCheckpoint:
         yield from self.model.stream([message], [image] if image else [], max_new_tokens=max_new_tokens)
 
 
-def _hearing(experiment: Experiment) -> AudioConfig:
+def hearing(experiment: Experiment) -> AudioConfig:
     """How the sounds of the experiment's sources become pictures."""
     for source in experiment.data.sources:
         if isinstance(source, LlavaConfig | MetaConfig | RecordsConfig):

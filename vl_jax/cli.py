@@ -3,66 +3,57 @@
 from __future__ import annotations
 
 import argparse
-import importlib
+import importlib.metadata
+import os
+import platform
+import re
 import sys
-from collections.abc import Sequence
+import tempfile
+import traceback
+from collections.abc import Iterable, Sequence
 
-EXAMPLE = "python -m vl_jax train --config=experiments/quickstart.py --workdir=runs/quickstart"
+import vl_jax
+from vl_jax import parts
+from vl_jax.commands.parsing import OneLineParser, command_parser, options_of
+from vl_jax.commands.table import COMMANDS
+from vl_jax.runtime import errors
 
-# Every command, a file of its name in ``commands``: what it does, and an example.
-COMMANDS = {
-    "train": (
-        "Train the stages of an experiment, evaluate, write report.html; resumes the run of the folder.",
-        "train --config=experiments/quickstart.py --workdir=runs/quickstart --config.seed=1",
-    ),
-    "inspect": (
-        "Show without training what would run: config, parameters, samples; or a run's routing.",
-        "inspect params --config=experiments/quickstart.py",
-    ),
-    "sweep": (
-        "Train every variant that the sweeps of an experiment file name, and compare them on one page.",
-        "sweep --config=experiments/quickstart.py --sweep=scheme --workdir=runs/schemes",
-    ),
-    "evaluate": (
-        "Answer held-out questions with the newest checkpoint of a run or a published one; print the scores.",
-        "evaluate --workdir=runs/quickstart --task=heldout --config.evaluation.limit=100",
-    ),
-    "report": (
-        "Write the page of a run, or of several, anew from their files.",
-        "report --workdir=runs/quickstart",
-    ),
-    "generate": (
-        "Answer a prompt about an image, with the newest checkpoint of a run or a published one.",
-        "generate --workdir=runs/quickstart --image=scene.png --prompt='what colour is the circle?'",
-    ),
-    "convert": (
-        "Convert a published folder (safetensors) to a checkpoint; or back, or a fine-tuned run.",
-        "convert --from=deepseek-vl2-tiny --to=checkpoints/tiny",
-    ),
-    "conformance": (
-        "Check a routing scheme of one's own: gradients, equivariance, masking, causality, kernels, devices.",
-        "conformance experiments/my_router.py:my_router",
-    ),
-    "benchmark": (
-        "Time a training step or decoding (beside transformers), routed experts (beside other ways), or an "
-        "experiment's loader (beside Pillow and torch's DataLoader) or packed rows (beside a sample a row).",
-        "benchmark step --json=step.json",
-    ),
-    "convert-data": (
-        "Convert a source of an experiment to ArrayRecord files, images and all, and report what was "
-        "left out; goes on where it was interrupted; with config.data.packing.index, measure lengths.",
-        "convert-data --config=experiments/easy_vqa.py --source=train --to=data/easy_vqa",
-    ),
-    "tokenizer": (
-        "Train a byte-level BPE vocabulary; the same input always gives the same file.",
-        "tokenizer --input corpus.jsonl --vocab-size=2048 --out=tokenizer.json",
-    ),
-}
+EXAMPLE = "python -m vl_jax train --config=quickstart --workdir=runs/quickstart"
+_NUMBER = re.compile(r"-\.?\d")  # what begins so is a value, not an option
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status."""
-    arguments = _parse(list(sys.argv[1:] if argv is None else argv))
+    """Runs one command; returns the exit status: 0, 2 for a user's mistake, 1 for a fault of the package."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    if not given:
+        _parser().print_help()
+        return 0
+    arguments = _parse(given)
+    try:
+        status = _light(arguments) if COMMANDS[arguments.command].light else _compute(arguments)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
+    except Exception as error:
+        if arguments.traceback:
+            raise
+        text = errors.one_line(error)
+        print(f"error: {_unforeseen(error) if text is None else text}", file=sys.stderr)
+        return 1 if text is None else 2
+
+
+def _light(arguments: argparse.Namespace) -> int:
+    """Runs a command that computes nothing: jax is not even imported."""
+    arguments.run(arguments)
+    return 0
+
+
+def _compute(arguments: argparse.Namespace) -> int:
+    """Runs a command with devices and caches set up."""
     from vl_jax.runtime import start
     from vl_jax.train.loop import Stopped
 
@@ -72,35 +63,87 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return 128 + stopped.number
-    except KeyboardInterrupt:
-        return 130
-    except (ValueError, OSError) as error:
-        if arguments.traceback:
-            raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
     return 0
 
 
+def _unforeseen(error: Exception) -> str:
+    """One line about a fault of the package, whose traceback goes to a file."""
+    lines = "".join(traceback.format_exception(error))
+    with tempfile.NamedTemporaryFile("w", prefix="vl_jax_", suffix=".txt", delete=False) as file:
+        file.write(lines)
+    if os.environ.get("VL_JAX_DISTRIBUTED"):  # the files of a host may go with it; its output stays
+        print(lines, file=sys.stderr)
+    return f"{errors.described(error)}; this is a fault of vl_jax, please report it with {file.name}"
+
+
+def _parser() -> OneLineParser:
+    """The parser of the first word, with a list of all commands."""
+    parser = OneLineParser(
+        prog="vl_jax",
+        description=vl_jax.__doc__,
+        epilog=f"example: {EXAMPLE}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="vl_jax COMMAND [options]",
+    )
+    parser.add_argument("--version", action="version", version=_version())
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        commands.add_parser(name, help=command.purpose)
+    return parser
+
+
+def _version() -> str:
+    jax = importlib.metadata.version("jax")
+    return f"vl_jax {vl_jax.__version__} (jax {jax}, Python {platform.python_version()})"
+
+
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="vl_jax", description=__doc__, epilog=f"example: {EXAMPLE}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (purpose, example) in COMMANDS.items():
-        command = commands.add_parser(
-            name,
-            help=purpose,
-            description=purpose,
-            epilog=f"example: python -m vl_jax {example}",
-            allow_abbrev=False,
-        )
-        command.add_argument("--traceback", action="store_true", help="show the full traceback of an error")
-        if name in argv:  # the options of a command are in its file, which need not be read for another one
-            module = importlib.import_module(f"vl_jax.commands.{name.replace('-', '_')}")
-            module.add_arguments(command)
-            command.set_defaults(run=module.run)
-    arguments, rest = parser.parse_known_args(argv)
-    arguments.overrides = _overrides(parser, rest)
+    name, *rest = argv
+    if name not in COMMANDS:
+        parser = _parser()
+        if not name.startswith("-"):
+            parser.error(f"invalid choice: {name!r} is no command; {parts.near(name, COMMANDS)}")
+        if name not in ("-h", "--help", "--version"):
+            parser.error(f"the command comes first, before {name}: {', '.join(COMMANDS)}")
+        parser.parse_args(argv)  # which exits
+    parser = command_parser(name)
+    _check_options(parser, rest)
+    arguments, others = parser.parse_known_args(rest)
+    arguments.command = name
+    arguments.overrides = _overrides(parser, others)
+    refused = COMMANDS[name].no_overrides
+    if refused and arguments.overrides:
+        path, _ = arguments.overrides[0]
+        parser.error(f"{name} takes no overrides such as --config.{path}: {refused}")
     return arguments
+
+
+def _check_options(parser: argparse.ArgumentParser, words: Iterable[str]) -> None:
+    """Refuses an option that the command does not have, before any that is missing is asked for."""
+    known = options_of(parser)
+    for word in words:
+        if word == "--":
+            return
+        name = word.partition("=")[0]
+        is_option = word.startswith("-") and word != "-" and not _NUMBER.match(word)
+        if is_option and name not in known and not word.startswith("--config."):
+            parser.error(f"unknown argument {name!r}; {_nearest(name, known)}")
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """What a word that is no option was perhaps meant to be."""
+    first, dot, path = name.lstrip("-").partition(".")
+    if dot:  # an override, by whatever name
+        return (
+            f"overrides look like --config.model.moe.top_k=4; did you mean '--config.{_tail(first, path)}'?"
+        )
+    found = parts.near(f"--{first}", [option for option in known if option.startswith("--")])
+    return f"{found}; overrides look like --config.model.moe.top_k=4"
+
+
+def _tail(first: str, path: str) -> str:
+    """``confg.seed`` means ``config.seed``, and ``model.dtype`` means ``config.model.dtype``."""
+    return path if parts.near(first, ["config"]).startswith("did you mean") else f"{first}.{path}"
 
 
 def _overrides(parser: argparse.ArgumentParser, rest: list[str]) -> tuple[tuple[str, str], ...]:

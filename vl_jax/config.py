@@ -18,7 +18,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
-import traceback
+import difflib
 import types
 import typing
 from collections.abc import Iterable, Iterator
@@ -27,6 +27,7 @@ from types import ModuleType
 from typing import Any
 
 from vl_jax import parts
+from vl_jax.runtime import errors, shipped
 from vl_jax.schema import (
     TYPE_KEY,
     ConfigError,
@@ -108,23 +109,25 @@ def override(config_view: Any, path: str, text: str) -> None:
 
 
 def load(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> Any:
-    """Loads ``file.py`` or ``file.py:argument``, applies dotted overrides, and rebuilds the dataclass.
+    """Loads an experiment file, applies dotted overrides, and rebuilds the dataclass.
 
     Args:
-      spec: path of a Python file with ``get_config(argument="")``, optionally followed by ``:argument``.
+      spec: ``file.py`` or ``file.py:argument``, a Python file with ``get_config(argument="")``; or the name
+        of an experiment that comes with the package, such as ``quickstart``.
       overrides: pairs of dotted path (without the leading ``config.``) and text.
 
     Raises:
       ConfigError: the file is missing or fails, or a value breaks a rule; always one line.
     """
     file, _, argument = spec.partition(":")
-    path, module = Path(file), _execute(Path(file))
+    path = _file_of(spec)
+    module = _execute(path)
     if not hasattr(module, "get_config"):
         raise ConfigError(f"--config={file}: the file defines no get_config()")
     with _errors_of(path):
         result = module.get_config(argument) if argument else module.get_config()
-    config_view = view(result) if dataclasses.is_dataclass(result) else result
-    if not hasattr(config_view, "keys"):
+        config_view = view(result) if dataclasses.is_dataclass(result) else result
+    if not hasattr(config_view, "is_locked"):  # a dict is no view either
         raise ConfigError(f"--config={file}: get_config() gave {type(result).__name__}, not a config")
     return _overridden(config_view, overrides)
 
@@ -137,7 +140,7 @@ def sweep(spec: str, names: Iterable[str]) -> list[dict[str, str]]:
     Raises:
       ConfigError: the file is missing or fails, or it has no sweep of that name.
     """
-    path = Path(spec.partition(":")[0])
+    path = _file_of(spec)
     module, result = _execute(path), [{}]
     known = [name.removeprefix("sweep_") for name in vars(module) if name.startswith("sweep_")]
     for name in names:
@@ -149,10 +152,30 @@ def sweep(spec: str, names: Iterable[str]) -> list[dict[str, str]]:
     return result
 
 
+def _file_of(spec: str) -> Path:
+    """The file that a spec names.
+
+    Raises:
+      ConfigError: there is no such file and no such experiment.
+    """
+    name = spec.partition(":")[0]
+    path, known = Path(name), shipped.names()
+    if path.is_file():
+        return path
+    if name in known:
+        return shipped.path_of(name)
+    if path.suffix == ".py":
+        beside = [file.name for file in path.parent.glob("*.py")] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, beside, n=1)
+        hint = f"; did you mean {path.with_name(near[0])}?" if near else ""
+        raise ConfigError(f"--config={name}: no such file{hint}")
+    raise ConfigError(
+        f"--config={name}: no such file, nor an experiment of the package; {parts.near(name, known)}"
+    )
+
+
 def _execute(path: Path) -> ModuleType:
     """An experiment file as a module, run anew: what it names may have changed."""
-    if not path.is_file():
-        raise ConfigError(f"--config={path}: no such file")
     with _errors_of(path):
         return parts.run_file(path)
 
@@ -173,16 +196,14 @@ def _errors_of(path: Path) -> Iterator[None]:
     """Turns whatever an experiment file raises into one line with the place in the file."""
     try:
         yield
-    except Exception as error:
-        places = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
-        line = error.lineno if isinstance(error, SyntaxError) else (places[-1] if places else None)
-        where = str(path) if line is None else f"{path}:{line}"
-        raise ConfigError(f"--config={where}: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"--config={errors.in_file(path, error, name=str(path))}") from error
 
 
 def _element(hint: Any) -> Any:
     """The type of the parts of a tuple; None for anything else."""
-    return typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else None
+    arguments = typing.get_args(hint)
+    return arguments[0] if typing.get_origin(hint) is tuple and arguments else None
 
 
 def _named_part(hint: Any, text: str, path: str) -> Any:
@@ -205,7 +226,9 @@ def _named_part(hint: Any, text: str, path: str) -> Any:
     try:
         return (cls(),) if several else cls()
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{path}={text}: {error}") from None
+        raise ConfigError(f"{path}={text}: {error}") from error
+    except Exception as error:  # a rule of the part that is wrong itself
+        raise ConfigError(f"{path}={text}: {errors.described(error)}") from error
 
 
 def _placeholder_type(hint: Any) -> type | None:
@@ -241,7 +264,7 @@ def _parse(text: str, node: Any, key: str) -> Any:
         return text.lower() == "true"
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # no literal of Python
         return text
     if kind is int and isinstance(value, float) and value.is_integer():
         return int(value)

@@ -21,6 +21,7 @@ from vl_jax.interop import pretrained
 from vl_jax.joint import JointConfig
 from vl_jax.layout import Layout, ModelConfig, Variables, init_variables, plan_layout
 from vl_jax.model import VisionLanguageConfig
+from vl_jax.runtime import errors
 from vl_jax.schema import Open
 from vl_jax.sharding import MeshConfig
 from vl_jax.train import loop
@@ -114,7 +115,14 @@ def plan(experiment: Experiment) -> Layout:
                 f"config.{name}={whole}: {part} rows do not divide by the {rows} batch shards of the mesh "
                 f"({experiment.mesh.describe()})"
             )
-    layout = plan_layout(experiment.model, example_batch(experiment, rows), mesh)
+    try:
+        layout = plan_layout(experiment.model, example_batch(experiment, rows), mesh)
+    except Exception as error:
+        if isinstance(error, ValueError) or errors.place_of(error):  # it says enough itself
+            raise
+        raise ValueError(
+            f"config.model: no model can be built of these sizes: {errors.described(error)}"
+        ) from error
     for stage in experiment.stages:
         trainable_paths(stage, layout.params)
         adapter_shapes(stage, layout.params, layout.roles)

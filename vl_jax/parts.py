@@ -13,11 +13,12 @@ import io
 import os
 import pickle
 import sys
-import traceback
 from collections.abc import Iterable
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any, Generic, TypeVar
+
+from vl_jax.runtime import errors
 
 T = TypeVar("T")
 _PREFIX = "vl_jax_file:"  # of the names under which files are in ``sys.modules``
@@ -61,10 +62,8 @@ def load_file(path: Path, *, where: str) -> ModuleType:
         return before
     try:
         return run_file(path)
-    except Exception as error:
-        places = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
-        line = error.lineno if isinstance(error, SyntaxError) else (places or [0])[-1]
-        raise ValueError(f"{where}: line {line}: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{where}: {errors.in_file(path, error, name=errors.shown(path))}") from error
 
 
 def run_file(path: Path) -> ModuleType:

@@ -19,11 +19,12 @@ from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from vl_jax import parts
+from vl_jax.runtime.errors import UserError, described
 
 TYPE_KEY = "_type"
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A configuration value that breaks a rule; the message is one line naming path, value and rule."""
 
 
@@ -80,7 +81,21 @@ def _is_part(value: Any) -> bool:
 def hints_of(tree: Any) -> dict[str, Any]:
     """Types of the fields of a tree's class; empty for a mapping of named parts."""
     cls = tree.get(TYPE_KEY)
-    return typing.get_type_hints(cls, include_extras=True) if isinstance(cls, type) else {}
+    return _types_of(cls) if isinstance(cls, type) else {}
+
+
+def _types_of(cls: type) -> dict[str, Any]:
+    """The types of a class's fields.
+
+    Raises:
+      ConfigError: one of them cannot be read, which happens to a class in a user's file.
+    """
+    try:
+        return typing.get_type_hints(cls, include_extras=True)
+    except Exception as error:  # whatever an annotation can raise
+        raise ConfigError(
+            f"class {cls.__name__}: a type of its fields cannot be read: {described(error)}"
+        ) from None
 
 
 def options_of(hint: Any) -> tuple[list[Any], Open | None]:
@@ -186,9 +201,19 @@ def _build(value: Any, hint: Any, path: str) -> Any:
         return tuple(_build(v, h, f"{path}[{i}]") for i, (v, h) in enumerate(zip(value, inner, strict=True)))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if hint is int and isinstance(value, bool) or not isinstance(value, hint):
+    if hint is int and isinstance(value, bool) or not _is_of(value, hint, path):
         raise ConfigError(f"{path}={value!r}: expected {hint.__name__}")
     return value
+
+
+def _is_of(value: Any, hint: Any, path: str) -> bool:
+    try:
+        return isinstance(value, hint)
+    except TypeError:
+        raise ConfigError(
+            f"{path}: a field of type {hint} cannot be configured; use bool, int, float, str, Literal, a "
+            "frozen dataclass, a tuple of these, or one of these or None"
+        ) from None
 
 
 def _build_union(value: Any, hint: Any, path: str) -> Any:
@@ -213,7 +238,7 @@ def _build_union(value: Any, hint: Any, path: str) -> Any:
 def _build_dataclass(value: Any, cls: Any, path: str) -> Any:
     if not hasattr(value, "keys"):
         raise ConfigError(f"{path}={value!r}: expected the fields of {cls.__name__}")
-    hints = typing.get_type_hints(cls, include_extras=True)
+    hints = _types_of(cls)
     names = [f.name for f in dataclasses.fields(cls)]
     value = _with_moved(value, cls, path)
     for key in value.keys():
@@ -225,4 +250,6 @@ def _build_dataclass(value: Any, cls: Any, path: str) -> Any:
     except ConfigError:
         raise
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"{path}: {error}") from None
+        raise ConfigError(f"{path}: {error}") from error
+    except Exception as error:  # a rule that is wrong itself, most likely one of the user's own
+        raise ConfigError(f"{path}: {described(error)}") from error

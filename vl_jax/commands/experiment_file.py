@@ -14,7 +14,12 @@ if TYPE_CHECKING:
 
 def add_config(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Adds ``--config`` to a command, and shows overrides in its usage."""
-    parser.add_argument("--config", required=required, metavar="FILE[:ARG]", help="experiment file")
+    parser.add_argument(
+        "--config",
+        required=required,
+        metavar="FILE[:ARG]",
+        help="experiment file, or the name of one of the package, such as quickstart",
+    )
     parser.usage = f"{parser.prog} --config=FILE [--config.a.b=value ...] [options]"
 
 

@@ -8,45 +8,62 @@ from pathlib import Path
 from vl_jax.commands.experiment_file import add_config, load_experiment
 from vl_jax.schema import ConfigError
 
+# Which of the options each kind reads.
+_READS = {
+    "config": ("config",),
+    "params": ("config",),
+    "data": ("config", "html", "examine", "samples"),
+    "routing": ("workdir", "batches"),
+}
+_OPTIONS = ("config", "workdir", "batches", "html", "examine", "samples")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     add_config(parser, required=False)
-    parser.add_argument("what", choices=("config", "params", "data", "routing"))
+    parser.add_argument("what", choices=tuple(_READS))
     parser.add_argument("--workdir", type=Path, help="with routing, in place of --config: folder of a run")
-    parser.add_argument("--batches", type=int, default=4, help="with routing: held-out batches to look at")
+    parser.add_argument("--batches", type=int, help="with routing: held-out batches to look at (4)")
     parser.add_argument("--html", type=Path, help="with data: also write all of it as a page")
     parser.add_argument(
         "--examine",
         type=int,
-        default=1000,
-        help="with data: records examined of every source, and draws whose padding is counted",
+        help="with data: records examined of every source, and draws whose padding is counted (1000)",
     )
-    parser.add_argument("--samples", type=int, default=3, help="with data: samples per source")
+    parser.add_argument("--samples", type=int, help="with data: samples per source (3)")
+    parser.usage = (
+        f"{parser.prog} config|params|data --config=FILE [--config.a.b=value ...] [options]\n"
+        f"       {parser.prog} routing --workdir=DIR [--config.data.a=value ...] [options]"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints what was asked for.
 
     Raises:
-      ConfigError: the option that names what to look at is missing.
+      ConfigError: the option that names what to look at is missing, or one is given that is not read.
     """
-    if arguments.what == "routing":
+    what = arguments.what
+    for name in _OPTIONS:
+        if getattr(arguments, name) is not None and name not in _READS[what]:
+            reads = ", ".join(f"--{read}" for read in _READS[what])
+            raise ConfigError(f"inspect {what} does not read --{name}; it reads {reads}")
+    if what == "routing":
         from vl_jax.report.routing import write_routing
 
         if arguments.workdir is None:
             raise ConfigError("inspect routing needs --workdir, the folder of a run")
-        overrides = arguments.overrides
-        print(write_routing(arguments.workdir, num_batches=arguments.batches, overrides=overrides))
+        batches = 4 if arguments.batches is None else arguments.batches
+        print(write_routing(arguments.workdir, num_batches=batches, overrides=arguments.overrides))
         return
     from vl_jax.report import inspection
 
     if arguments.config is None:
-        raise ConfigError(f"inspect {arguments.what} needs --config, an experiment file")
+        raise ConfigError(f"inspect {what} needs --config, an experiment file")
     inspection.show(
         load_experiment(arguments),
-        arguments.what,
-        samples=arguments.samples,
-        examine=arguments.examine,
+        what,
+        samples=3 if arguments.samples is None else arguments.samples,
+        examine=1000 if arguments.examine is None else arguments.examine,
         html=arguments.html,
     )

@@ -1,1 +1,9 @@
-"""Evaluation: metrics on generated answers."""
+"""Evaluation: tasks and metrics. ``vl_jax.evaluate(run)`` evaluates a run: see api/calls.py."""
+
+from __future__ import annotations
+
+import sys
+
+from vl_jax.runtime.callable_module import CallableModule
+
+sys.modules[__name__].__class__ = CallableModule

@@ -22,7 +22,8 @@ class HeadConfig(Protocol):
 
     A head whose rows do not act on one another may have a loss of its own, which ``Heads`` trains:
     ``sums(prediction, label) -> (loss, metrics)``, each summed over the rows that have a label. One whose
-    prediction can be said has ``decode(prediction of a row) -> JSON value``. One whose streams have to fit
+    prediction can be said has ``decode(prediction of a row) -> JSON value``, and one of classes
+    ``probabilities(prediction of a row) -> {class: share}`` too. One whose streams have to fit
     one another has ``check_widths(widths of the pooled vectors by stream)``, which raises ``ValueError``.
     """
 

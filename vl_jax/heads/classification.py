@@ -88,6 +88,12 @@ class Classification:
         hits = jnp.sum(jnp.where(right, weights, 0.0))
         return loss, {"accuracy": hits}
 
+    def probabilities(self, prediction: Float[np.ndarray, " K"]) -> dict[str, float]:
+        """How likely each class is, the likeliest first."""
+        shares = np.exp(prediction - np.max(prediction))
+        shares = shares / shares.sum()
+        return {self.classes[i]: float(shares[i]) for i in np.argsort(-shares, kind="stable")}
+
     def decode(self, prediction: Float[np.ndarray, " K"]) -> str:
         """The likeliest class."""
         return self.classes[int(np.argmax(prediction))]

@@ -27,6 +27,7 @@ from vl_jax.moe.assignment import Assignment, ExpertChoice, RoutingContext, Soft
 from vl_jax.moe.config import SharedExpertsConfig
 from vl_jax.moe.layer import DynamicMoE, MoEOutput
 from vl_jax.moe.routing import MoEConfig
+from vl_jax.runtime import errors
 from vl_jax.sharding import MeshConfig, make_mesh, use_mesh
 
 GROUPS, LENGTH, WIDTH = 4, 8, 8
@@ -179,7 +180,9 @@ def _verdict(name: str, verify: Callable[[], None]) -> Result:
         return Result(name, None, str(reason))
     except Exception as error:  # whatever a scheme does wrong is a finding
         kind = "" if isinstance(error, (AssertionError, ValueError)) else f"{type(error).__name__}: "
-        return Result(name, False, kind + " ".join(str(error).split()))
+        place = errors.place_of(error)  # in the file of the scheme
+        where = f"{errors.shown(place[0])}:{place[1]}: " if place else ""
+        return Result(name, False, where + kind + " ".join(str(error).split()))
     return Result(name, True)
 
 

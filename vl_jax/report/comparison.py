@@ -16,7 +16,7 @@ from typing import Any
 from vl_jax.metrics import objective_metrics
 from vl_jax.report.charts import Series, line_chart, number, percent
 from vl_jax.report.results import is_share, label, others
-from vl_jax.report.run import RunFiles, page, read_run
+from vl_jax.report.run import RunFiles, is_run, page, read_run
 
 COMPARISON_FILE, TABLE_FILE = "comparison.html", "comparison.csv"
 # Plotted after loss and what the objectives measure: field of the log, title.
@@ -26,7 +26,7 @@ _LAST_LINES = 10  # the log's end, over which noisy values are averaged
 
 def is_collection(folder: Path) -> bool:
     """Whether a folder holds runs and is none itself."""
-    return not (folder / "config.json").is_file() and bool(_runs(folder))
+    return not is_run(folder) and bool(_runs(folder))
 
 
 def write_comparison(folder: Path) -> Path:
@@ -52,7 +52,7 @@ def write_comparison(folder: Path) -> Path:
 
 
 def _runs(folder: Path) -> list[Path]:
-    return sorted(path.parent for path in folder.glob("*/config.json"))
+    return sorted(path.parent for path in folder.glob("*/config.json") if is_run(path.parent))
 
 
 def row(run: RunFiles) -> dict[str, Any]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import statistics
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import track
 from rich.table import Table
 
@@ -29,33 +33,102 @@ def show(experiment: Experiment, what: str, *, samples: int, examine: int, html:
     if what == "config":
         console.print_json(schema.to_json(experiment))
     elif what == "params":
-        console.print(parameter_table(experiment))
+        rows, totals = parameter_rows(experiment)
+        table = parameter_table(rows, totals)
+        if _natural_width(table, console) <= console.width:
+            console.print(table)
+        else:
+            console.print(parameter_list(rows, totals, width=console.width), markup=False, highlight=False)
     else:
         show_data(experiment, console, samples=samples, examine=examine, html=html)
 
 
-def parameter_table(experiment: Experiment) -> Table:
-    """One row per parameter: shape, logical axes, mesh axes, bytes on one device, stages that train it."""
+@dataclasses.dataclass(frozen=True)
+class ParameterRow:
+    """What is said of one parameter, or of all of them."""
+
+    path: str
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]  # logical names; "" for none
+    spec: tuple[str, ...]  # axes of the mesh; "" for none
+    whole: tuple[str, ...]  # what does not divide, and is kept whole
+    size: int  # bytes on one device
+    trained: str  # the stages that train it
+
+
+def parameter_rows(experiment: Experiment) -> tuple[list[ParameterRow], tuple[str, str, str]]:
+    """A row for every parameter; and of all of them the number, the mesh, and the bytes on one device."""
     layout = plan(experiment)
     trains = {stage.name: trainable_paths(stage, layout.params) for stage in experiment.stages}
     for stage in experiment.stages:
         adapters = params_lib.flatten(adapter_shapes(stage, layout.params, layout.roles))
-        trains[f"{stage.name} (adapter)"] = {path.rpartition("/")[0] for path in adapters}
-    table = Table("parameter", "shape", "logical axes", "mesh axes", "bytes/device", "trained in")
-    total = on_device = 0
+        if adapters:
+            trains[f"{stage.name} (adapter)"] = {path.rpartition("/")[0] for path in adapters}
+    rows, total = [], 0
     for path, leaf in params_lib.flatten(layout.params).items():
         placement = layout.placements[path]
-        size = _bytes_on_device(leaf)
-        total, on_device = total + leaf.size, on_device + size
+        total += leaf.size
         stages = [name for name, paths in trains.items() if path in paths]
-        axes = ", ".join(str(a) if a else "-" for a in placement.spec)
-        whole = f" [red]not divided: {', '.join(placement.whole)}[/red]" if placement.whole else ""
-        names = ", ".join(n or "-" for n in placement.names)
-        shape = " x ".join(map(str, leaf.shape))
-        table.add_row(path, shape, names, axes + whole, f"{size:,}", ", ".join(stages) or "never")
+        rows.append(
+            ParameterRow(
+                path,
+                leaf.shape,
+                axes=tuple(name or "" for name in placement.names),
+                spec=tuple(str(axis) if axis else "" for axis in placement.spec),
+                whole=tuple(placement.whole),
+                size=_bytes_on_device(leaf),
+                trained=", ".join(stages) or "never",
+            )
+        )
+    on_device = f"{sum(row.size for row in rows):,}"
+    return rows, (f"{total:,} parameters", experiment.mesh.describe(), on_device)
+
+
+def parameter_table(rows: Sequence[ParameterRow], totals: tuple[str, str, str]) -> Table:
+    """One line per parameter: shape, logical axes, mesh axes, bytes on one device, stages that train it."""
+    table = Table("parameter", "shape", "logical axes", "mesh axes", "bytes/device", "trained in")
+    for row in rows:
+        axes = ", ".join(axis or "-" for axis in row.spec)
+        whole = f" [red]not divided: {', '.join(row.whole)}[/red]" if row.whole else ""
+        names, shape = ", ".join(name or "-" for name in row.axes), " x ".join(map(str, row.shape))
+        table.add_row(row.path, shape, names, axes + whole, f"{row.size:,}", row.trained)
+    number, mesh, on_device = totals
     table.add_section()
-    table.add_row("total", f"{total:,} parameters", "", experiment.mesh.describe(), f"{on_device:,}", "")
+    table.add_row("total", number, "", mesh, on_device, "")
     return table
+
+
+def parameter_list(rows: Sequence[ParameterRow], totals: tuple[str, str, str], *, width: int) -> str:
+    """The table for a narrow screen, a file or a pipe: the path first, and below it what is said of it."""
+    number, mesh, on_device = totals
+    lines = [
+        "PARAMETER, bytes per device",
+        "    size (logical axis > mesh axis) of each dimension; trained in",
+    ]
+    for row in rows:
+        lines.append(_two_sides(row.path, f"{row.size:,}", width))
+        sizes = (
+            ", ".join(map(_dimension, row.shape, row.axes, (*row.spec, *[""] * len(row.shape)))) or "scalar"
+        )
+        said = [f"{sizes}; {row.trained}", *(f"not divided: {name}" for name in row.whole)]
+        for text in said:
+            lines += textwrap.wrap(text, width, initial_indent=" " * 4, subsequent_indent=" " * 6)
+    return "\n".join([*lines, _two_sides(f"total: {number}", on_device, width), f"    mesh: {mesh}"])
+
+
+def _dimension(size: int, axis: str, mesh: str) -> str:
+    names = " > ".join(name for name in (axis, mesh) if name)
+    return f"{size} ({names})" if names else str(size)
+
+
+def _natural_width(table: Table, console: Console) -> int:
+    """How wide a table is when nothing in it is wrapped."""
+    return Measurement.get(console, console.options.update(width=10_000), table).maximum
+
+
+def _two_sides(left: str, right: str, width: int) -> str:
+    """Two texts at the ends of a line."""
+    return f"{left}{right:>{max(width - len(left), len(right) + 1)}}"
 
 
 def _bytes_on_device(leaf) -> int:

@@ -33,6 +33,7 @@ from vl_jax.report.load import (
     logged_stacks,
 )
 from vl_jax.report.matrices import matrix_card
+from vl_jax.schema import TYPE_KEY
 
 REPORT_FILE = "report.html"
 
@@ -59,6 +60,16 @@ def write_report(workdir: str | Path) -> Path:
     path = run.folder / REPORT_FILE
     path.write_text(render(run), encoding="utf-8")
     return path
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds any file that a run leaves; the config.json of a published model is none."""
+    if any((folder / name).exists() for name in (METRICS_FILE, "run.json")) or any(
+        folder.glob("eval/*/*.json")
+    ):
+        return True
+    config = folder / "config.json"
+    return config.is_file() and f'"{TYPE_KEY}"' in config.read_text(encoding="utf-8", errors="replace")
 
 
 def read_run(workdir: str | Path) -> RunFiles:

@@ -39,11 +39,16 @@ def give_threads() -> None:
 
 
 def set_up() -> None:
-    """Logging, threads, other processes of a pod, and a compilation cache: the next start takes seconds."""
+    """Logging, threads, other processes of a pod, and a compilation cache: the next start takes seconds.
+
+    A second call changes nothing.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("vl_jax").setLevel(logging.INFO)
     give_threads()
-    if os.environ.get("VL_JAX_DISTRIBUTED"):  # set by the launchers in tpu_scripts
+    if (
+        os.environ.get("VL_JAX_DISTRIBUTED") and not jax.distributed.is_initialized()
+    ):  # set by the launchers in tpu_scripts
         jax.distributed.initialize()
     if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder("xla")))

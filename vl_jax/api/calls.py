@@ -1,0 +1,109 @@
+"""Training, evaluating and opening runs from Python: in a script, a notebook or any thread.
+
+    import vl_jax
+    experiment = vl_jax.load_experiment("quickstart", {"stages.sft.steps": 400})
+    run = vl_jax.train(experiment, "runs/mine")
+    print(run.results["heldout"]["scores"])
+    print(vl_jax.predict(run, image="scene.png", text="what colour is the circle?"))
+
+Whatever a user can put right is raised as ``vl_jax.UserError``, with the line that the command line prints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+from vl_jax import config, runs
+from vl_jax.api.run import Run
+from vl_jax.experiment import Experiment, resolve
+from vl_jax.runtime import errors, start
+
+
+def load_experiment(file: str | PathLike[str], overrides: Mapping[str, Any] | None = None) -> Experiment:
+    """The experiment of a file, or one that comes with the package, with some values changed.
+
+    Args:
+      file: ``my_experiment.py``, ``my_experiment.py:argument``, or a name such as ``quickstart``.
+      overrides: values by dotted path, as on the command line: ``{"model.moe.top_k": 1}``.
+
+    Raises:
+      UserError: the file is wrong, or a value breaks a rule.
+    """
+    pairs = [(path, str(value)) for path, value in (overrides or {}).items()]
+    with errors.told():
+        return _checked(config.load(fspath(file), pairs), fspath(file))
+
+
+def train(
+    experiment: Experiment | str | PathLike[str],
+    workdir: str | PathLike[str],
+    overrides: Mapping[str, Any] | None = None,
+) -> Run:
+    """Trains an experiment in a folder, evaluates it and writes ``report.html``; resumes a run begun there.
+
+    An interrupt (Ctrl-C, or the stop button of a notebook) saves the state first. In a thread that is not the
+    main one there are no signals; such a run ends with its process, and the next call resumes it.
+
+    Args:
+      experiment: the experiment itself, or what ``load_experiment`` takes.
+      overrides: as for ``load_experiment``.
+
+    Raises:
+      UserError: the configuration does not fit the machine, the data, or an earlier run of the folder.
+    """
+    start.set_up()
+    folder = Path(workdir)
+    if isinstance(experiment, Experiment):
+        with errors.told():
+            pairs = [(path, str(value)) for path, value in (overrides or {}).items()]
+            chosen = config.replace(experiment, pairs) if pairs else experiment
+    else:
+        chosen = load_experiment(experiment, overrides)
+    with errors.told():
+        runs.run(resolve(chosen), folder)
+    return load_run(folder)
+
+
+def load_run(workdir: str | PathLike[str]) -> Run:
+    """Opens the newest sound checkpoint of a run, finished or not.
+
+    Raises:
+      UserError: the folder holds no run, or no checkpoint that can be used.
+    """
+    start.set_up()
+    folder = Path(workdir)
+    with errors.told():
+        experiment, layout, state, step = runs.restore(folder)
+    return Run(folder, experiment, layout, state, step)
+
+
+def evaluate(
+    run: Run | str | PathLike[str],
+    tasks: str | Sequence[str] = (),
+    overrides: Mapping[str, Any] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Evaluates the newest checkpoint of a run anew; gives what ``eval/<task>/<step>.json`` then holds.
+
+    Args:
+      run: an open run, or its folder.
+      tasks: names in the experiment's ``data.evaluation``; none: all of them.
+      overrides: changes to the run's ``evaluation`` and ``data``: ``{"evaluation.limit": 100}``.
+
+    Raises:
+      UserError: there is no such run or task, or an override concerns what was trained.
+    """
+    start.set_up()
+    folder = run.workdir if isinstance(run, Run) else Path(run)
+    names = (tasks,) if isinstance(tasks, str) else tuple(tasks)
+    pairs = [(path, str(value)) for path, value in (overrides or {}).items()]
+    with errors.told():
+        return runs.evaluate_run(folder, names, pairs)
+
+
+def _checked(found: Any, file: str) -> Experiment:
+    if not isinstance(found, Experiment):
+        raise errors.UserError(f"{file}: get_config() gave {type(found).__name__}, not an Experiment")
+    return found

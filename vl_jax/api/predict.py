@@ -1,0 +1,257 @@
+"""Predicting: what a run's model says of one picture, sound or text, head by head.
+
+a model that writes text    {"answer": "a red circle"}
+a head of classes           {"label": {"shirt": 0.91, "dress": 0.05, ...}}, the likeliest first
+a head of pairs             {"pairs": [{"text": "a small cat", "similarity": 0.83}, ...]}, the nearest first
+any other head              {its name: what its ``decode`` gives}
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from vl_jax import ask, sharding
+from vl_jax.api.calls import load_run
+from vl_jax.api.run import Run
+from vl_jax.batch import Batch
+from vl_jax.data.images.audio import SoundImage
+from vl_jax.data.sample import TEXT, FileImage, Sample, Turn
+from vl_jax.evaluate.task import Examinee
+from vl_jax.experiment import model_spec
+from vl_jax.fusion.build import Apart
+from vl_jax.heads.pairs import PairVectors
+from vl_jax.joint import TILES, TOKENS, Joint
+from vl_jax.model import VisionLanguage
+from vl_jax.moe.stacks import RoutingState
+from vl_jax.runtime import errors, start
+from vl_jax.runtime.errors import UserError
+
+ANSWER = "answer"  # the name under which a model that writes text says it
+_NEAREST = 5
+_POOL = 2000  # held-out samples that are looked through, where no candidates are given
+
+
+def predict(
+    run: Run | str | PathLike[str],
+    *,
+    image: str | PathLike[str] | None = None,
+    audio: str | PathLike[str] | None = None,
+    text: str = "",
+    heads: str | Sequence[str] = (),
+    candidates: Sequence[str] = (),
+    max_new_tokens: int = 32,
+) -> dict[str, Any]:
+    """What a run's model says, by head, as values that JSON can hold.
+
+    Args:
+      run: an open run (see ``load_run``), or its folder.
+      image: file of a picture.
+      audio: file of a sound, for a run that was trained on some.
+      text: the question, for a model that answers; what is written, for a tower that reads text.
+      heads: names of those to ask; none: all that can say something of what is given.
+      candidates: of a head of pairs, the texts that are compared with the picture; none: those of the
+        experiment's first held-out source.
+      max_new_tokens: of an answer.
+
+    Raises:
+      UserError: the folder holds no run, there is no such head, or the model needs something else.
+    """
+    start.set_up()
+    opened = run if isinstance(run, Run) else load_run(run)
+    given = _Given(None if image is None else Path(image), None if audio is None else Path(audio), text)
+    names = (heads,) if isinstance(heads, str) else tuple(heads)
+    with errors.told():
+        model = opened.layout.model
+        if isinstance(model, VisionLanguage):
+            return {ANSWER: _answer(opened, given, names, max_new_tokens)}
+        if not isinstance(model, Joint):
+            kind = type(opened.experiment.model).__name__
+            raise UserError(
+                f"{opened.workdir}: its model is a {kind}; only models with heads or text can say"
+            )
+        return _say(opened, given, names, tuple(candidates))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Given:
+    """What is to be looked at."""
+
+    image: Path | None
+    audio: Path | None
+    text: str
+
+    def sample(self, run: Run) -> Sample:
+        """It as a sample of the run's data."""
+        images: list[Any] = [FileImage(self.image, where="--image")] if self.image else []
+        if self.audio:
+            images.append(SoundImage(self.audio, "--audio", ask.hearing(run.experiment)))
+        return Sample("prediction", (Turn("", self.text, kind=TEXT),), tuple(images))
+
+    def has(self, kind: str) -> bool:
+        """Whether there is something for a tower that reads tiles or tokens."""
+        return bool(self.image or self.audio) if kind == TILES else kind == TOKENS and bool(self.text)
+
+
+def _answer(run: Run, given: _Given, names: Sequence[str], max_new_tokens: int) -> str:
+    unknown = [name for name in names if name != ANSWER]
+    if unknown:
+        raise UserError(f"--head={unknown[0]}: the model writes text, it has no heads but {ANSWER!r}")
+    if not given.text:
+        raise UserError("the model answers a question: give one, with --text")
+    asked = ask.AskedRun(run.experiment, run.layout, run.state, run.encoder)
+    pieces = asked.stream(given.text, image=given.image, audio=given.audio, max_new_tokens=max_new_tokens)
+    return "".join(pieces)
+
+
+def _say(run: Run, given: _Given, names: Sequence[str], candidates: Sequence[str]) -> dict[str, Any]:
+    """What the heads of a joint model say."""
+    model: Any = run.layout.model.config
+    asked = [model.head(name) for name in names] or list(model.heads)
+    lacking = {head.name: _lacks(model, head, given) for head in asked}
+    able = [head for head in asked if not lacking[head.name]]
+    if names and len(able) < len(asked) or not able:
+        name = next(name for name, reason in lacking.items() if reason)
+        raise UserError(f"head {name!r} {lacking[name]}")
+    sample = given.sample(run)
+    (found,) = _predictions(run, [sample])
+    result = {}
+    for head in able:
+        prediction = found[head.name]
+        if isinstance(prediction, PairVectors):
+            result[head.name] = _nearest(run, head, prediction, given, candidates)
+        elif hasattr(head, "probabilities"):
+            result[head.name] = head.probabilities(prediction)
+        elif hasattr(head, "decode"):
+            result[head.name] = head.decode(prediction)
+        elif names:
+            raise UserError(
+                f"head {head.name!r}: a {type(head).__name__} has no decode(), so it says nothing"
+            )
+    if not result:
+        raise UserError(f"no head of {run.workdir} has decode(), so none says anything")
+    return result
+
+
+def _lacks(model: Any, head: Any, given: _Given) -> str:
+    """What a head needs that is not given; empty if nothing."""
+    apart = isinstance(model.fusion, Apart)
+    needed = {t.input for t in model.towers if not apart or t.name in head.inputs}
+    missing = sorted(kind for kind in needed if not given.has(kind))
+    if hasattr(head, "image") and hasattr(head, "text") and len(missing) < len(needed):
+        return ""  # one side is compared with many of the other
+    if not missing:
+        return ""
+    options = {TILES: "a picture: give --image (or --audio)", TOKENS: "text: give --text"}
+    return "reads " + " and ".join(
+        options.get(kind, f"{kind!r}, which cannot be given here") for kind in missing
+    )
+
+
+def _nearest(
+    run: Run, head: Any, prediction: PairVectors, given: _Given, candidates: Sequence[str]
+) -> list[dict[str, Any]]:
+    """The texts nearest to a picture, or the pictures nearest to a text."""
+    by_text = given.has(TILES)
+    side = "text" if by_text else "image"
+    names, vectors = [], []
+    if candidates:
+        if not by_text:
+            raise UserError("candidates are texts, to be compared with a picture: give --image")
+        names = [{"text": text} for text in candidates]
+        samples = [Sample(text, (Turn("", text, kind=TEXT),)) for text in candidates]
+        vectors = [getattr(found[head.name], side) for found in _predictions(run, samples)]
+    else:
+        for name, found in _held_out(run, head.name, side):
+            names.append(name)
+            vectors.append(getattr(found, side))
+    if not vectors:
+        raise UserError(
+            f"no sample of {run.experiment.data.evaluation[0].name!r} has a {side} to compare with"
+        )
+    return ranked(names, np.stack(vectors), np.asarray(getattr(prediction, "image" if by_text else "text")))
+
+
+def ranked(
+    names: Sequence[dict[str, Any]], vectors: Float[np.ndarray, "N E"], query: Float[np.ndarray, " E"]
+) -> list[dict[str, Any]]:
+    """The few that are nearest to a query, the nearest first, each with its similarity: the cosine."""
+    near = vectors @ query
+    order = np.argsort(-near, kind="stable")[:_NEAREST]
+    return [{**names[i], "similarity": round(float(near[i]), 4)} for i in order]
+
+
+def _held_out(run: Run, head: str, side: str) -> Iterator[tuple[dict[str, Any], PairVectors]]:
+    """Texts or pictures of the first held-out source, each once, and their vectors."""
+    data = run.experiment.data
+    if not data.evaluation:
+        raise UserError(
+            "the experiment has no held-out source to compare with: give candidates (--candidates)"
+        )
+    seen: set[Any] = set()
+    examinee = _examinee(run, data.evaluation[0].name)
+    for records, batch in examinee.samples():
+        found = examinee.apply(_compiled(run.layout.model), batch)[head]
+        for row, record in enumerate(records):
+            key = record["question"] if side == "text" else int(batch.labels[head].values[row])
+            if key in seen or not key:
+                continue
+            seen.add(key)
+            yield {"text": record["question"], "id": record["id"]}, _row(found, row)
+
+
+def _predictions(run: Run, samples: Sequence[Sample]) -> list[dict[str, Any]]:
+    """What the heads give for every sample, one row each."""
+    examinee, result = _examinee(run, ""), []
+    size = sharding.batch_axes(run.layout.mesh)
+    for begin in range(0, len(samples), size):
+        rows = [[run.encoder.prompt(sample)] for sample in samples[begin : begin + size]]
+        batch = run.encoder.collate([*rows, *[rows[-1]] * (size - len(rows))])
+        found = examinee.apply(_compiled(run.layout.model), batch)
+        result += [{name: _row(value, row) for name, value in found.items()} for row in range(len(rows))]
+    return result
+
+
+def _examinee(run: Run, source: str) -> Examinee:
+    extent = run.experiment.evaluation
+    extent = dataclasses.replace(extent, limit=extent.limit or _POOL)
+    state, spec = run.state, model_spec(run.experiment)
+    return Examinee(
+        run.layout,
+        state.params,
+        state.routing,
+        run.experiment.data,
+        spec,
+        source,
+        extent,
+        collections=state.collections,
+    )
+
+
+def _row(prediction: Any, row: int) -> Any:
+    """One row of a prediction; what all rows share stays."""
+
+    def pick(leaf: Float[np.ndarray, "..."]) -> Any:
+        return leaf[row] if np.ndim(leaf) else leaf
+
+    return jax.tree.map(pick, prediction)
+
+
+@functools.cache
+def _compiled(model: nn.Module) -> Any:
+    """What all heads give for a batch."""
+
+    def run(variables: Any, state: RoutingState, batch: Batch) -> dict[str, Any]:
+        output: Any = model.apply(variables, batch, state)
+        return output.predictions
+
+    return jax.jit(run)
