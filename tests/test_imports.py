@@ -32,6 +32,8 @@ LEVELS = (
 )
 # The same inside ``data``.
 DATA_LEVELS = (
+    "levels",
+    "picture",
     "sample",
     "files",
     "text",

@@ -21,7 +21,7 @@ from vl_jax import config as config_lib
 from vl_jax import params as params_lib
 from vl_jax import schema
 from vl_jax.checkpoint import CHECKPOINTS, Checkpointer
-from vl_jax.data.sources.build import open_source
+from vl_jax.data.config import opened
 from vl_jax.evaluate.runner import evaluate
 from vl_jax.experiment import (
     Experiment,
@@ -56,7 +56,7 @@ def run(experiment: Experiment, workdir: Path) -> dict[str, Any]:
     allocator.keep_freed_memory()
     start, experiment = time.time(), resolve(experiment)
     for source in (*experiment.data.sources, *experiment.data.evaluation):
-        open_source(source, root=experiment.data.root)
+        opened(experiment.data, source)
     layout = plan(experiment)
     _claim(experiment, workdir)
 

@@ -15,6 +15,9 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import numpy as np
 from PIL import Image as PilImage
 
+from vl_jax.data.levels import LevelsError
+from vl_jax.data.picture import Orientation, PictureFrame, decode, decode_reduced, read_frame
+
 IMAGE_PLACEHOLDER = "<image>"
 DEFAULT_MAX_PIXELS = 64_000_000
 TEXT = "text"  # the kind of a turn without a question: its answer is read as it is, no mark before it
@@ -76,6 +79,17 @@ class BadSample(ValueError):
         return f"{self._message} [{self.reason}]"
 
 
+@dataclass(frozen=True)
+class Note:
+    """What is odd about a record that can be used; counters group by ``reason``."""
+
+    reason: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.message} [{self.reason}]"
+
+
 def each(function: Callable[..., T], *columns: Sequence[Any]) -> list[T | BadSample]:
     """What a function gives for every row of the columns; a bad sample in a row, or raised, is the result.
 
@@ -121,6 +135,7 @@ class Sample:
     system: str = ""
     labels: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # as the source has them, by name
     media: Mapping[str, Media] = dataclasses.field(default_factory=dict)  # inputs of other kinds, by name
+    notes: tuple[Note, ...] = ()  # what is odd about a record that can be used
 
     def select(self, indices: list[int]) -> Sample:
         """The conversation made of some of the turns, in the given order, still opened by the images."""
@@ -179,38 +194,53 @@ def opening(sample: Sample) -> str:
     return lead
 
 
+class _PictureFile:
+    """What images share that are files, or lie in one: they are opened when they are called."""
+
+    max_pixels: int
+    orientation: Orientation
+
+    def __call__(self) -> PilImage.Image:
+        """Decodes to RGB, see ``picture.decode``; transparent pixels become white.
+
+        Raises:
+          BadSample: the file is missing, its header promises too many pixels, or it cannot be decoded.
+        """
+        return self._open(lambda picture: decode(picture, self.orientation))
+
+    def frame(self) -> PictureFrame:
+        """How its pixels lie, and how they are read; from the file's header.
+
+        Raises:
+          BadSample: the file is missing, its header cannot be read or promises too many pixels.
+        """
+        return self._open(lambda picture: read_frame(picture, self.orientation))
+
+    def size(self) -> tuple[int, int]:
+        """Width and height of the picture as it is read; raises as ``frame``."""
+        return self.frame().size
+
+    def at_least(self, width: int, height: int) -> PilImage.Image:
+        """Decodes to RGB, no smaller than that where the file is not, but quicker where the format can."""
+        return self._open(lambda picture: decode_reduced(picture, self.orientation, width, height))
+
+    def _open(self, use: Callable[[PilImage.Image], T]) -> T:
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class FileImage:
+class FileImage(_PictureFile):
     """An image file, checked by its header before any pixel is decoded."""
 
     path: Path
     where: str  # "sample ID (FILE, record N)", for messages
     max_pixels: int = DEFAULT_MAX_PIXELS
+    orientation: Orientation = "shown"
 
     @property
-    def key(self) -> tuple[str, int]:
+    def key(self) -> tuple[str, int, Orientation]:
         """See ``image_key``."""
-        return str(self.path), self.max_pixels
-
-    def __call__(self) -> PilImage.Image:
-        """Decodes to RGB; transparent pixels become white.
-
-        Raises:
-          BadSample: the file is missing, its header promises too many pixels, or it cannot be decoded.
-        """
-        return self._open(to_rgb)
-
-    def size(self) -> tuple[int, int]:
-        """Width and height as the file's header has them.
-
-        Raises:
-          BadSample: the file is missing, its header cannot be read or promises too many pixels.
-        """
-        return self._open(lambda picture: picture.size)
-
-    def at_least(self, width: int, height: int) -> PilImage.Image:
-        """Decodes to RGB, no smaller than that where the file is not, but quicker where the format can."""
-        return self._open(lambda picture: _reduced(picture, width, height))
+        return str(self.path), self.max_pixels, self.orientation
 
     def encoded(self) -> bytes:
         """The file as it is."""
@@ -223,34 +253,24 @@ class FileImage:
 
 
 @dataclass(frozen=True)
-class EncodedImage:
+class EncodedImage(_PictureFile):
     """An image file inside another file, read when it is asked for; otherwise like ``FileImage``."""
 
     encoded: Callable[[], bytes]
     label: str  # what messages call it
     where: str
     max_pixels: int = DEFAULT_MAX_PIXELS
+    orientation: Orientation = "shown"
 
-    def __call__(self) -> PilImage.Image:
-        """Decodes to RGB; raises as ``FileImage``."""
-        return _open(io.BytesIO(self.encoded()), self.label, self.where, self.max_pixels, to_rgb)
-
-    def at_least(self, width: int, height: int) -> PilImage.Image:
-        """Decodes as ``FileImage`` does."""
-        data = io.BytesIO(self.encoded())
-        return _open(
-            data, self.label, self.where, self.max_pixels, lambda picture: _reduced(picture, width, height)
-        )
-
-    def size(self) -> tuple[int, int]:
-        """Width and height as the header has them; raises as ``FileImage``."""
-        data = io.BytesIO(self.encoded())
-        return _open(data, self.label, self.where, self.max_pixels, lambda picture: picture.size)
+    def _open(self, use: Callable[[PilImage.Image], T]) -> T:
+        return _open(io.BytesIO(self.encoded()), self.label, self.where, self.max_pixels, use)
 
 
-def image_in(folder: Path, name: str, where: str, max_pixels: int) -> FileImage:
+def image_in(
+    folder: Path, name: str, where: str, max_pixels: int, orientation: Orientation = "shown"
+) -> FileImage:
     """The image file of that name; raises as ``path_in``."""
-    return FileImage(path_in(folder, name, where, kind="image"), where, max_pixels)
+    return FileImage(path_in(folder, name, where, kind="image"), where, max_pixels, orientation)
 
 
 def path_in(folder: Path, name: str, where: str, *, kind: str) -> Path:
@@ -263,6 +283,9 @@ def path_in(folder: Path, name: str, where: str, *, kind: str) -> Path:
       BadSample: it does not, or this is no name of a file.
     """
     try:
+        os.fsencode(name)  # half a surrogate pair is in no name
+        if "\0" in name:
+            raise ValueError("embedded null character")
         head, tail = os.path.split(os.path.join(folder, name))
         path = os.path.join(_real_folder(head), tail)
         if tail in ("", "..") or os.path.islink(path):
@@ -294,24 +317,14 @@ def _open(
         raise BadSample("image_too_large", f"{where}: {label}: {error}") from None
     except BadSample:
         raise
+    except LevelsError as error:
+        raise BadSample("unknown_levels", f"{where}: {label}: {error}") from None
+    except PilImage.UnidentifiedImageError as error:
+        message = f"{where}: cannot decode {label}: {error}; if other programs show it, save it as PNG"
+        raise BadSample("corrupt_image", message) from None
     except Exception as error:  # Decoders of hostile files raise almost anything.
         message = f"{where}: cannot decode {label}: {error or type(error).__name__}"
         raise BadSample("corrupt_image", message) from None
-
-
-def _reduced(picture: PilImage.Image, width: int, height: int) -> PilImage.Image:
-    """An RGB copy; a JPEG comes at 1/2, 1/4 or 1/8 of its size if that is still no smaller than asked for."""
-    picture.draft("RGB", (width, height))
-    return to_rgb(picture)
-
-
-def to_rgb(picture: PilImage.Image) -> PilImage.Image:
-    """An RGB copy; where the picture is transparent, white shows through."""
-    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-        layer = picture.convert("RGBA")
-        white = PilImage.new("RGBA", layer.size, (255, 255, 255, 255))
-        return PilImage.alpha_composite(white, layer).convert("RGB")
-    return picture.convert("RGB")
 
 
 def _lead(question: str, num_turns: int) -> tuple[str, str]:

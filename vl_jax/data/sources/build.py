@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from vl_jax.data.picture import Orientation
 from vl_jax.data.sample import BadSample, Box, Image, Sample, Source, Turn
 from vl_jax.data.sources.array_records import ArrayRecordConfig, ArrayRecordSource
 from vl_jax.data.sources.coco import CocoConfig, CocoSource
@@ -66,15 +67,19 @@ _FILES: dict[type, Any] = {
 }
 
 
-def open_source(config: SourceConfig, *, root: str = ".") -> Source:
-    """Opens a source; ``root`` is the folder that file names in the config are relative to.
+def open_source(config: SourceConfig, *, root: str = ".", orientation: Orientation = "shown") -> Source:
+    """Opens a source.
+
+    Args:
+      root: the folder that file names in the config are relative to.
+      orientation: which way up its pictures are read, see ``TilingConfig``.
 
     Raises:
       ValueError: the source cannot be read at all; one line naming the file.
     """
     if isinstance(config, ScenesConfig):
         return ScenesSource(config)
-    return _FILES[type(config)](config, root=root)
+    return _FILES[type(config)](config, root=root, orientation=orientation)
 
 
 def stamp_of(source: Source) -> str:

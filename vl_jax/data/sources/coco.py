@@ -24,6 +24,8 @@ from vl_jax.data.files.index_cache import Arrays, Done, keep
 from vl_jax.data.files.json_reader import JsonReader
 from vl_jax.data.files.shards import check_fields, file_and_folder
 from vl_jax.data.files.spans import Spans, map_file, read_places, spans_lie_in
+from vl_jax.data.images.frames import DeclaredFrame, declared_frame
+from vl_jax.data.picture import Orientation
 from vl_jax.data.sample import DEFAULT_MAX_PIXELS, IMAGE_PLACEHOLDER, BadSample, Box, Sample, Turn, image_in
 from vl_jax.data.sources.llava import parse_line
 from vl_jax.data.text import grounding
@@ -51,8 +53,9 @@ class CocoSource:
       ValueError: the file is unusable, or an entry is not what it must be; one line with the position.
     """
 
-    def __init__(self, config: CocoConfig, *, root: str = "."):
+    def __init__(self, config: CocoConfig, *, root: str = ".", orientation: Orientation = "shown"):
         self._config = config
+        self._orientation: Orientation = orientation
         self._file, self._folder = file_and_folder(root, config.file, config.root, config.name)
         self.files = [self._file]
         data = map_file(self._file)
@@ -82,14 +85,15 @@ class CocoSource:
         name, size = entry.get("file_name"), (entry.get("width"), entry.get("height"))
         if not isinstance(name, str) or not all(isinstance(n, int) and 0 < n < 10**6 for n in size):
             raise BadSample("bad_image_field", f"{where}: needs file_name, width and height")
-        width, height = int(size[0] or 0), int(size[1] or 0)
-        boxes = [self._box(a, width, height, where) for a in self._annotations_of(index, entry, where)]
+        image = image_in(self._folder, name, where, self._config.max_pixels, self._orientation)
+        frame = declared_frame((int(size[0] or 0), int(size[1] or 0)), [image.frame()], where)
+        boxes = [self._box(a, frame, where) for a in self._annotations_of(index, entry, where)]
         if not boxes:
             raise BadSample("no_boxes", f"{where}: no annotation of it has a box")
-        first, *others = turns_about(boxes, width, height)
+        first, *others = turns_about(boxes, *frame.size)
         first = dataclasses.replace(first, question=f"{IMAGE_PLACEHOLDER}\n{first.question}")
-        image = image_in(self._folder, name, where, self._config.max_pixels)
-        return Sample(f"{self._config.name}-{entry.get('id')}", (first, *others), (image,))
+        identity = f"{self._config.name}-{entry.get('id')}"
+        return Sample(identity, (first, *others), (image,), notes=frame.notes(where))
 
     def _annotations_of(self, index: int, entry: dict[str, Any], where: str) -> list[dict[str, Any]]:
         of = self._index
@@ -98,7 +102,8 @@ class CocoSource:
         # The index goes by hashes of ids, which may be the same by chance.
         return [a for a in found if _key(a.get("image_id")) == _key(entry.get("id"))]
 
-    def _box(self, annotation: dict[str, Any], width: int, height: int, where: str) -> Box:
+    def _box(self, annotation: dict[str, Any], frame: DeclaredFrame, where: str) -> Box:
+        width, height = frame.declared
         label = self._names.get(_key(annotation.get("category_id")))
         found = annotation.get("bbox")
         numbers = found if isinstance(found, list) and all(type(v) in (int, float) for v in found) else []
@@ -110,7 +115,7 @@ class CocoSource:
             raise BadSample("bad_box", f"{where}: bbox {numbers} has no area in {width}x{height}")
         if any(mark in label for mark in grounding.SPECIAL):
             raise BadSample("bad_box", f"{where}: category {label[:80]!r} holds a special mark")
-        return Box(label, corners)
+        return Box(label, frame.place(corners))
 
 
 def turns_about(boxes: Sequence[Box], width: int, height: int) -> list[Turn]:

@@ -8,20 +8,23 @@
 
 Beside these may stand ``id``, ``image`` or ``images`` (paths) or ``frames`` (see ``clips``), ``audio`` or
 ``audios`` (paths of sounds, marked by ``<audio>``: see ``audio``), ``lang``, and ``boxes``, which ``<box:0>``
-in an answer refers to: ``[{"label": "cat", "bbox": [x0, y0, x1, y1]}]`` in pixels of ``width`` x ``height``.
+in an answer refers to: ``[{"label": "cat", "bbox": [x0, y0, x1, y1]}]`` in pixels of ``width`` x ``height``,
+which say whether the picture was turned as EXIF says when they were drawn (see ``frames``).
 Fields that a source's config names become labels.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 from vl_jax.data.images.clips import mark_frames
-from vl_jax.data.sample import IMAGE_PLACEHOLDER, TEXT, BadSample, Box, Turn
-from vl_jax.data.text.grounding import to_grid
+from vl_jax.data.images.frames import DeclaredFrame, declared_frame, frame_of
+from vl_jax.data.picture import turn_corners
+from vl_jax.data.sample import IMAGE_PLACEHOLDER, TEXT, BadSample, Box, Image, Note, Turn
+from vl_jax.data.text.grounding import GRID, Corners, rewrite, to_grid
 
 Kind = Literal["image", "audio"]
 
@@ -45,6 +48,7 @@ _PARTS: dict[str, Kind] = {
     "input_audio": "audio",
 }
 _BOX_MARK = re.compile(r"<box:(\d{1,6})>")
+_WRITTEN = "<|det|>"  # begins boxes that are written on the grid already
 ANSWER = "answer"  # the label that is what the first turn answers, whether or not a field is called so
 _DIALECTS = ("conversations", "messages", "question", "text")
 
@@ -68,6 +72,7 @@ class Conversation:
     media: tuple[Medium, ...]
     system: str = ""
     labels: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[Note, ...] = ()
 
 
 def parse(
@@ -78,6 +83,7 @@ def parse(
     num_images: int | None = None,
     labels: Sequence[str] = (),
     caption: bool = False,
+    images: Callable[[Sequence[Medium], str], Sequence[Image]] = lambda media, where: (),
 ) -> Conversation:
     """Reads a record.
 
@@ -87,6 +93,8 @@ def parse(
       num_images: how many images come with the record where it does not name them.
       labels: fields that are kept as labels; ``answer`` is the answer of the first turn.
       caption: the only answer is kept as a text about the pictures, and its question is not.
+      images: opens the pictures of a record, which are asked for their size where boxes are on them; with
+        the place for messages.
 
     Raises:
       BadSample: the record breaks a rule; one line that says where, and which.
@@ -114,15 +122,17 @@ def parse(
     if count["audio"]:
         pairs, media = _in_order(pairs, media)
     boxes = _boxes(record, where)
+    pictures = [medium for medium in media if medium.kind == "image"]
+    frame, notes = _frame(record, [text for _, text in pairs], lambda: images(pictures, where), where)
     language = record.get("lang")
     language = language if isinstance(language, str) else ""
     turns = [
-        _turn(question, answer, language, boxes, record, where)
+        _turn(_turned(question, frame), _turned(answer, frame), language, boxes, frame, where)
         for (_, question), (_, answer) in zip(pairs[::2], pairs[1::2], strict=True)
     ]
     known = labels_of({**record, ANSWER: turns[0].answer}, labels, where) if labels else {}
     turns = [_captioned(turns, where)] if caption else turns
-    return Conversation(identity, tuple(turns), tuple(media), system, known)
+    return Conversation(identity, tuple(turns), tuple(media), system, known, notes)
 
 
 def labels_of(record: Mapping[str, Any], names: Sequence[str], where: str) -> dict[str, Any]:
@@ -263,8 +273,41 @@ def checked_text(value: Any, where: str, *, reason: str = "bad_conversation") ->
     return value
 
 
+def _frame(
+    record: dict[str, Any], texts: Sequence[str], pictures: Callable[[], Sequence[Image]], where: str
+) -> tuple[DeclaredFrame | None, tuple[Note, ...]]:
+    """The frame that a record's boxes are in, and what is odd about it; None where boxes need no change."""
+    size = [record.get(name) for name in ("width", "height")]
+    whole = [n for n in size if isinstance(n, int) and 0 < n < 10**6]
+    declared = (whole[0], whole[1]) if len(whole) == 2 else None
+    marked = declared is not None and any(_BOX_MARK.search(text) for text in texts)
+    if not marked and not any(_WRITTEN in text for text in texts):
+        return None, ()
+    frames = [frame_of(image) for image in pictures()]
+    if not frames:
+        return (None if declared is None else DeclaredFrame(declared, declared)), ()
+    try:
+        frame = declared_frame(declared, frames, where)
+    except BadSample as error:
+        if marked or error.reason != "wrong_size":
+            raise
+        return None, (Note(error.reason, str(error)),)  # the grid that texts are on has no size
+    return frame, frame.notes(where) if marked else ()
+
+
+def _turned(text: str, frame: DeclaredFrame | None) -> str:
+    """A text whose boxes, where it has some on the grid, are on the picture as it is read."""
+    if frame is None or frame.turn == 1 or _WRITTEN not in text:
+        return text
+
+    def move(corners: Corners) -> Corners:
+        return to_grid(turn_corners(corners, frame.turn, (GRID, GRID)), GRID, GRID)
+
+    return rewrite(text, move)
+
+
 def _turn(
-    question: str, answer: str, language: str, boxes: list[Box], record: dict[str, Any], where: str
+    question: str, answer: str, language: str, boxes: list[Box], frame: DeclaredFrame | None, where: str
 ) -> Turn:
     """A turn; ``<box:i>`` in the answer becomes the box on the grid of 0..999."""
     kind = "yes/no" if answer.strip().rstrip(".。!！").lower() in _YES_NO else "open"
@@ -272,25 +315,23 @@ def _turn(
     numbers = [int(n) for n in _BOX_MARK.findall(answer)] if "<box:" in answer else []
     if not numbers:
         return Turn(question, answer, kind=kind, language=language)
-    size = (record.get("width"), record.get("height"))
-    if not all(isinstance(n, int) and 0 < n < 10**6 for n in size) or max(numbers) >= len(boxes):
-        message = (
-            f"{where}: <box:{max(numbers)}> of {len(boxes)} boxes, in a picture of {size[0]!r} x {size[1]!r}"
-        )
+    if frame is None or max(numbers) >= len(boxes):
+        size = "no width and height" if frame is None else f"{frame.declared[0]}x{frame.declared[1]}"
+        message = f"{where}: <box:{max(numbers)}> of {len(boxes)} boxes, in a picture of {size}"
         raise BadSample("bad_box", message)
-    width, height = int(size[0] or 0), int(size[1] or 0)
+    width, height = frame.declared
 
     def written(match: re.Match[str]) -> str:
-        corners = to_grid(boxes[int(match[1])].corners, width, height)
+        corners = to_grid(frame.place(boxes[int(match[1])].corners), *frame.size)
         return f"<|det|>[[{', '.join(map(str, corners))}]]<|/det|>"
 
-    named = tuple(boxes[n] for n in numbers)
-    for box in named:
+    for box in (boxes[n] for n in numbers):
         x0, y0, x1, y1 = box.corners
         if not (x0 <= width and y0 <= height and x1 >= 0 and y1 >= 0):
             raise BadSample(
                 "bad_box", f"{where}: a box at {box.corners} is outside its {width}x{height} picture"
             )
+    named = tuple(Box(boxes[n].label, frame.place(boxes[n].corners)) for n in numbers)
     return Turn(question, _BOX_MARK.sub(written, answer), kind="grounding", language=language, boxes=named)
 
 

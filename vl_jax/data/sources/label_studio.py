@@ -20,6 +20,7 @@ There a text may be a label or one of the task's data: it answers if its name is
 
 from __future__ import annotations
 
+import os
 import urllib.parse
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from typing import Any
 
 from vl_jax.data.files.shards import check_fields, file_and_folder
 from vl_jax.data.files.spans import json_items
+from vl_jax.data.picture import Orientation, PictureFrame
 from vl_jax.data.sample import (
     DEFAULT_MAX_PIXELS,
     IMAGE_PLACEHOLDER,
@@ -68,8 +70,9 @@ class LabelStudioSource:
       ValueError: the whole file is unusable; one line with the file and the position.
     """
 
-    def __init__(self, config: LabelStudioConfig, *, root: str = "."):
+    def __init__(self, config: LabelStudioConfig, *, root: str = ".", orientation: Orientation = "shown"):
         self._config = config
+        self._orientation: Orientation = orientation
         self._file, self._folder = file_and_folder(root, config.file, config.root, config.name)
         self.files = [self._file]
         self._tasks = json_items(self._file)
@@ -98,7 +101,9 @@ class LabelStudioSource:
         results = list(self._minimal(task, image)) if minimal else _results(task, where)
         question = data.get("question")
         question = checked_text(question, where) if question is not None else ""
-        turns = [*_boxes_and_texts(results, where), *_answers(results, question, where)]
+        drawn = [result for result in results if result.get("type") in DRAWN]
+        frame = image.frame() if drawn else None
+        turns = [*_boxes_and_texts(results, where, frame), *_answers(results, question, where)]
         if not turns:
             raise BadSample("no_labels", f"{where}: no region, choice or text that could be asked for")
         if any(IMAGE_PLACEHOLDER in text for turn in turns for text in (turn.question, turn.answer)):
@@ -107,7 +112,8 @@ class LabelStudioSource:
         turns[0] = Turn(
             f"{IMAGE_PLACEHOLDER}\n{first.question}", first.answer, first.kind, first.language, first.boxes
         )
-        return Sample(identity, tuple(turns), (image,))
+        notes = dict.fromkeys(n for result in drawn for n in read_region(result, where, frame).notes)
+        return Sample(identity, tuple(turns), (image,), notes=tuple(notes))
 
     def _minimal(self, task: dict[str, Any], image: FileImage) -> Iterator[dict[str, Any]]:
         """The results of a task of JSON-MIN, as they are in JSON."""
@@ -135,11 +141,12 @@ class LabelStudioSource:
             if name.startswith(start):
                 name = urllib.parse.unquote(name.removeprefix(start))
                 break
-        found = image_in(self._folder, name, where, self._config.max_pixels)
-        if found.path.is_file():
+        limit, orientation = self._config.max_pixels, self._orientation
+        found = image_in(self._folder, name, where, limit, orientation)
+        if os.path.isfile(found.path):  # raises nothing, even for a name that is too long
             return found
         # Exports with pictures have them side by side.
-        return image_in(self._folder, name.rpartition("/")[2], where, self._config.max_pixels)
+        return image_in(self._folder, name.rpartition("/")[2], where, limit, orientation)
 
 
 def _results(task: dict[str, Any], where: str) -> list[dict[str, Any]]:
@@ -169,9 +176,11 @@ def _kind(value: dict[str, Any]) -> str:
     return "choices" if "choices" in value else "textarea" if "text" in value else ""
 
 
-def _boxes_and_texts(results: list[dict[str, Any]], where: str) -> list[Turn]:
-    """What is on the picture and where, and what is written where."""
-    regions = {str(r.get("id")): read_region(r, where) for r in results if r.get("type") in DRAWN}
+def _boxes_and_texts(
+    results: list[dict[str, Any]], where: str, frame: PictureFrame | None = None
+) -> list[Turn]:
+    """What is on the picture and where, and what is written where; ``frame`` is the picture's."""
+    regions = {str(r.get("id")): read_region(r, where, frame) for r in results if r.get("type") in DRAWN}
     written: dict[str, Turn] = {}
     for result in results:
         identity = str(result.get("id"))

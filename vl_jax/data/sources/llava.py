@@ -10,6 +10,7 @@ Sounds (``"audio": "a.wav"``) become pictures, their spectrograms, which an imag
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from vl_jax.data.files.shards import check_fields, file_and_folder
 from vl_jax.data.files.spans import json_items, lines
 from vl_jax.data.images.audio import AudioConfig, sound_in
 from vl_jax.data.images.clips import frame_names
+from vl_jax.data.picture import Orientation
 from vl_jax.data.sample import DEFAULT_MAX_PIXELS, BadSample, Image, Sample, image_in
 from vl_jax.data.sources.conversation import Medium, parse
 
@@ -48,8 +50,9 @@ class LlavaSource:
       ValueError: the whole file is unusable; one line with the file and the position.
     """
 
-    def __init__(self, config: LlavaConfig, *, root: str = "."):
+    def __init__(self, config: LlavaConfig, *, root: str = ".", orientation: Orientation = "shown"):
         self._config = config
+        self._orientation: Orientation = orientation
         self._file, self._folder = file_and_folder(root, config.file, config.root, config.name)
         self.files = [self._file]
         by_line = self._file.suffix == ".jsonl"
@@ -75,16 +78,24 @@ class LlavaSource:
             record = {**record, "image": names}
         identity = f"{self._config.name}-{index}"
         found = parse(
-            record, where, default_id=identity, labels=self._config.labels, caption=self._config.caption
+            record,
+            where,
+            default_id=identity,
+            labels=self._config.labels,
+            caption=self._config.caption,
+            images=self._open,
         )
-        where = f"sample {found.id} ({where})"
-        images = tuple(self._open(medium, where) for medium in found.media)
-        return Sample(found.id, found.turns, images, found.system, found.labels)
+        images = self._open(found.media, f"sample {found.id} ({where})")
+        return Sample(found.id, found.turns, images, found.system, found.labels, notes=found.notes)
 
-    def _open(self, medium: Medium, where: str) -> Image:
-        if medium.kind == "audio":
-            return sound_in(self._folder, medium.name, where, self._config.audio)
-        return image_in(self._folder, medium.name, where, self._config.max_pixels)
+    def _open(self, media: Sequence[Medium], where: str) -> tuple[Image, ...]:
+        config = self._config
+        return tuple(
+            sound_in(self._folder, medium.name, where, config.audio)
+            if medium.kind == "audio"
+            else image_in(self._folder, medium.name, where, config.max_pixels, self._orientation)
+            for medium in media
+        )
 
 
 def read_json(file: Path) -> Any:

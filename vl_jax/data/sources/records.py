@@ -19,6 +19,7 @@ from typing import Any
 from vl_jax.data.files.shards import check_fields, file_and_folder
 from vl_jax.data.files.spans import Spans, json_items, lines
 from vl_jax.data.images.audio import AudioConfig, sound_in
+from vl_jax.data.picture import Orientation
 from vl_jax.data.sample import DEFAULT_MAX_PIXELS, IMAGE_PLACEHOLDER, TEXT, BadSample, Sample, Turn, image_in
 from vl_jax.data.sources.conversation import checked_text, labels_of
 from vl_jax.data.sources.llava import parse_line
@@ -113,8 +114,9 @@ class RecordsSource:
       ValueError: the whole file is unusable, or a field is in no record; one line.
     """
 
-    def __init__(self, config: RecordsConfig, *, root: str = "."):
+    def __init__(self, config: RecordsConfig, *, root: str = ".", orientation: Orientation = "shown"):
         self._config = config
+        self._orientation: Orientation = orientation
         self._file, self._folder = file_and_folder(root, config.file, config.root, config.name)
         self.files = [self._file]
         self._records: _Json | _Table
@@ -149,7 +151,7 @@ class RecordsSource:
         labels_of(record, config.fields, where)  # None is missing.
         images = []
         if name := self._path(record, config.image, "image", where):
-            images.append(image_in(self._folder, name, where, config.max_pixels))
+            images.append(image_in(self._folder, name, where, config.max_pixels, self._orientation))
         if name := self._path(record, config.sound, "audio", where):
             images.append(sound_in(self._folder, name, where, config.audio))
         turn = Turn(

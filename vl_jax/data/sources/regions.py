@@ -17,7 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from vl_jax.data.sample import BadSample
+from vl_jax.data.images.frames import DeclaredFrame, declared_frame
+from vl_jax.data.picture import PictureFrame
+from vl_jax.data.sample import BadSample, Note
 from vl_jax.data.sources.conversation import checked_text
 from vl_jax.data.text import grounding
 
@@ -38,13 +40,18 @@ class DrawnRegion:
     width: int
     height: int
     labels: list[str]
+    notes: tuple[Note, ...] = ()
 
 
-def read_region(result: dict[str, Any], where: str) -> DrawnRegion:
+def read_region(result: dict[str, Any], where: str, frame: PictureFrame | None = None) -> DrawnRegion:
     """The region of a result whose type is among ``DRAWN``.
 
+    Args:
+      frame: of the picture; None takes its size from the result.
+
     Raises:
-      BadSample: numbers are missing or absurd, nothing of it is in the picture, or a mask cannot be decoded.
+      BadSample: numbers are missing or absurd, nothing of it is in the picture, a mask cannot be decoded, or
+        the size that the result declares is not the picture's.
     """
     size = (result.get("original_width"), result.get("original_height"))
     if not all(isinstance(n, int) and 0 < n < 10**6 for n in size):
@@ -67,7 +74,10 @@ def read_region(result: dict[str, Any], where: str) -> DrawnRegion:
     labels = [checked_text(label, where) for label in (found if isinstance(found, list) else [found])]
     if any(mark in label for label in labels for mark in grounding.SPECIAL):
         raise BadSample("bad_box", f"{where}: a label holds a special mark")
-    return DrawnRegion((left, top, right, bottom), width, height, labels)
+    size = (width, height)
+    declared = DeclaredFrame(size, size) if frame is None else declared_frame(size, [frame], where)
+    corners = declared.place((left, top, right, bottom))
+    return DrawnRegion(corners, *declared.size, labels, declared.notes(where))
 
 
 def _numbers(values: Sequence[Any]) -> bool:

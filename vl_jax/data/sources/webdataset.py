@@ -22,6 +22,7 @@ import numpy as np
 from vl_jax.data.files.index_cache import Arrays, Done, keep
 from vl_jax.data.files.shards import Places, check_fields, find_files
 from vl_jax.data.files.tar import walk
+from vl_jax.data.picture import Orientation
 from vl_jax.data.sample import DEFAULT_MAX_PIXELS, BadSample, EncodedImage, Sample
 from vl_jax.data.sources.conversation import parse
 from vl_jax.data.sources.llava import parse_line
@@ -78,8 +79,9 @@ class WebDatasetSource:
       ValueError: there is no file, or one is no tar; with the position where it stops being one.
     """
 
-    def __init__(self, config: WebDatasetConfig, *, root: str = "."):
+    def __init__(self, config: WebDatasetConfig, *, root: str = ".", orientation: Orientation = "shown"):
         self._config = config
+        self._orientation: Orientation = orientation
         self.files = find_files(root, config.file, config.name)
         lengths = [file.stat().st_size for file in self.files]
         make, sound = functools.partial(_index, self.files), functools.partial(_is_sound, lengths)
@@ -112,14 +114,15 @@ class WebDatasetSource:
             num_images=len(images),
             labels=self._config.labels,
             caption=self._config.caption,
+            images=lambda _, where: self._images(file, images, where),
         )
-        where = f"sample {found.id} ({where})"
         return Sample(
             id=found.id,
             turns=found.turns,
-            images=tuple(self._image(file, member, where) for member in images),
+            images=self._images(file, images, f"sample {found.id} ({where})"),
             system=found.system,
             labels=found.labels,
+            notes=found.notes,
         )
 
     def _record(self, file: Path, group: _Group, where: str) -> Any:
@@ -136,10 +139,15 @@ class WebDatasetSource:
             "no_record", f"sample ? ({where}): neither .json nor .txt beside {endings or 'nothing'}"
         )
 
-    def _image(self, file: Path, member: tuple[str, int, int], where: str) -> EncodedImage:
-        ending, offset, size = member
-        read = functools.partial(_read, file, offset, size, where)
-        return EncodedImage(read, f".{ending}", where, self._config.max_pixels)
+    def _images(
+        self, file: Path, members: Sequence[tuple[str, int, int]], where: str
+    ) -> tuple[EncodedImage, ...]:
+        limit, orientation = self._config.max_pixels, self._orientation
+        reads = [functools.partial(_read, file, offset, size, where) for _, offset, size in members]
+        return tuple(
+            EncodedImage(read, f".{ending}", where, limit, orientation)
+            for read, (ending, _, _) in zip(reads, members, strict=True)
+        )
 
 
 def _index(files: Sequence[Path], done: Done) -> Arrays:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vl_jax.data.picture import Orientation
 from vl_jax.data.sample import BadSample, Sample, Source
 from vl_jax.data.sources import array_records
 from vl_jax.data.sources.build import SourceConfig, stamp_of
@@ -62,6 +63,7 @@ def convert(
     num_threads: int = 2,
     split: Split | None = None,
     merge_turns: int = 1,
+    orientation: Orientation = "shown",
     progress: Callable[[int, int], None] = lambda done, total: None,
     comparing: Callable[[int, int], None] = lambda done, total: None,
 ) -> Report:
@@ -70,6 +72,7 @@ def convert(
     Args:
       split: makes one or more samples of each; None leaves them whole.
       merge_turns: most turns of records about the same pictures that become one; 1 leaves them apart.
+      orientation: which way up the source reads its pictures.
       progress: called with the number of records that are done and of all.
       comparing: called like it while pictures are compared, which comes first.
 
@@ -78,6 +81,7 @@ def convert(
     """
     facts = {"source": repr(config), "stamp": stamp_of(source), "length": len(source), "per_file": per_file}
     facts |= {"split_texts": split is not None, "merge_turns": merge_turns if merge_turns > 1 else False}
+    facts["orientation"] = orientation != "shown" and orientation
     if target.exists():
         return _finished(target, config, facts)
     folder = target.with_name(f"{target.name}.partial")

@@ -14,10 +14,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from PIL import Image as PilImage
 
-from vl_jax.data.config import DataConfig, ModelSpec, PackingConfig, find_source
+from vl_jax.data.config import DataConfig, ModelSpec, PackingConfig, find_source, opened
 from vl_jax.data.encode import Encoder, make_encoder
 from vl_jax.data.sample import BadSample, Box, Sample, pixels_digest
-from vl_jax.data.sources.build import open_source
 from vl_jax.data.stream import packed
 from vl_jax.data.stream import padding as padding_lib
 from vl_jax.data.stream.lengths import Measure, read
@@ -110,7 +109,7 @@ def examine(
     """
     if limit < 1:
         raise ValueError(f"examine={limit}: must be at least 1")
-    source = open_source(find_source(config, source_name), root=config.root)
+    source = opened(config, find_source(config, source_name))
     encoder = make_encoder(config, spec)
     measure = Measure(encoder, config.conversation.turns, targets)
     records = np.unique(np.linspace(0, len(source) - 1, min(limit, len(source))).round().astype(int)).tolist()
@@ -177,6 +176,8 @@ def _look(
         digest = pixels_digest(image)
         if pictures.setdefault(digest, sample.id) != sample.id:
             notes.add(REPEATED_PICTURE, f"{sample.id} and {pictures[digest]}")
+    for note in sample.notes:
+        notes.add(note.reason.replace("_", " "), str(note))
     for turn in sample.turns:
         if not turn.answer.strip():
             notes.add("empty answer", f"{sample.id}: {turn.question!r}")
