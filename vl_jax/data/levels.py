@@ -46,7 +46,7 @@ def to_grey(picture: PilImage.Image) -> PilImage.Image:
     if picture.mode == "I" and (_first(tags.get(_BITS)), _first(tags.get(_FORMAT, 1))) == (32, 1):
         values = values.view(np.uint32)  # Pillow has no such mode
     if stated is None and type_range is None:
-        found = f"values {_number(values.min())}..{_number(values.max())}"
+        found = f"values {values.min().item():g}..{values.max().item():g}"
         raise LevelsError(f"{found} of mode {picture.mode}, and no range is stated; {_REMEDY}")
     grey = scale(values, stated or type_range or (0, 1))
     if inverted:
@@ -64,10 +64,10 @@ def scale(values: Shaped[np.ndarray, "h w"], limits: Range) -> UInt8[np.ndarray,
       LevelsError: a value lies outside, or is no number.
     """
     low, high = limits
-    least, most = values.min(), values.max()
+    least, most = values.min().item(), values.max().item()
     if not (low <= least and most <= high):  # NaN is neither
-        found = f"values {_number(least)}..{_number(most)}"
-        raise LevelsError(f"{found} where {_number(low)}..{_number(high)} are black and white; {_REMEDY}")
+        found = f"values {least:g}..{most:g}"
+        raise LevelsError(f"{found} where {low:g}..{high:g} are black and white; {_REMEDY}")
     bits = int(high + 1).bit_length() - 1
     if values.dtype.kind in "iu" and low == 0 and high + 1 == 2**bits and 8 <= bits <= 16:
         return (values >> (bits - 8)).astype(np.uint8)  # the high byte, as of colours
@@ -98,7 +98,3 @@ def _range_of_type(picture: PilImage.Image) -> Range | None:
         return 0, 2 ** _first(getattr(picture, "tag_v2", {}).get(_BITS, 16)) - 1
     # Of PGM files Pillow makes numbers up to 65535, whatever their own limit is.
     return (0, 2**16 - 1) if picture.format == "PPM" else None
-
-
-def _number(value: float) -> str:
-    return f"{float(value):g}"

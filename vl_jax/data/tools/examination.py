@@ -16,6 +16,8 @@ from PIL import Image as PilImage
 
 from vl_jax.data.config import DataConfig, ModelSpec, PackingConfig, find_source, opened
 from vl_jax.data.encode import Encoder, make_encoder
+from vl_jax.data.images.audio import SoundImage
+from vl_jax.data.images.resolution import MOST, coarse, describe
 from vl_jax.data.sample import BadSample, Box, Sample, pixels_digest
 from vl_jax.data.stream import packed
 from vl_jax.data.stream import padding as padding_lib
@@ -27,6 +29,7 @@ from vl_jax.data.text.normalize import normalize
 # Examples that are kept of every finding, and the questions that are named as guessable.
 _EXAMPLES, _QUESTIONS = 3, 8
 _JOIN = "convert-data can join both: config.data.conversation.merge_turns"
+COARSE_PICTURE = f"picture that loses more than {MOST:g}x of its resolution (see data.tiling)"
 REPEATED_PICTURE = f"picture that an earlier record has ({_JOIN})"
 
 # A question tells how well it is guessed if it was asked so often; and is guessable from this share on.
@@ -122,6 +125,8 @@ def examine(
             if isinstance(sample, BadSample):
                 raise sample
             images = [image() for image in sample.images]
+            both = zip(sample.images, images, strict=True)
+            sizes = [picture.size for image, picture in both if not isinstance(image, SoundImage)]
             sample = replace(sample, images=tuple(lambda p=p: p for p in images))  # decoded once is enough
             _use(encoder, sample, config, targets)
         except BadSample as error:
@@ -133,6 +138,8 @@ def examine(
         turns.append(len(sample.turns))
         if tokens[-1] > config.max_tokens and config.conversation.max_turns is None:
             notes.add(f"longer than max_tokens={config.max_tokens}: its last turns are left out", sample.id)
+        for size in coarse(sizes, config.tiling, num_images=len(images)):
+            notes.add(COARSE_PICTURE, f"{sample.id}: {describe(size, config.tiling)}")
         _look(sample, images, notes, pictures, ids)
         for turn in sample.turns:
             answers[normalize(turn.question.replace("<image>", ""))][normalize(turn.answer)] += 1
