@@ -41,7 +41,7 @@ def sample(identity: str, *turns: Turn, seed: int = 0) -> Sample:
 
 
 def examine(monkeypatch, samples: list[Sample], **options) -> examination_lib.Examination:
-    monkeypatch.setattr(examination_lib, "open_source", lambda config, root: samples)
+    monkeypatch.setattr(examination_lib, "opened", lambda config, source: samples)
     return examination_lib.examine(CONFIG, SPEC, "scenes", **options)
 
 
@@ -207,7 +207,7 @@ def test_padding_is_that_of_the_config_or_of_rows_that_suit_the_data():
 def test_the_page_shows_findings_escaped_and_boxes(monkeypatch):
     bad = sample("<b>a</b>", Turn("where?", "", boxes=(Box("it", (1, 1, 9, 9)),)))
     examination = examine(monkeypatch, [bad, sample("b", Turn("what?", "that, of several words"), seed=1)])
-    monkeypatch.setattr(preview, "open_source", lambda config, root: [bad])
+    monkeypatch.setattr(preview, "opened", lambda config, source: [bad])
     shown = {"scenes": preview.render_samples(CONFIG, SPEC, "scenes", count=1)}
     padding = {
         "sft": examination_lib.padding(CONFIG, SPEC, sources={"scenes": 1.0}, targets="answers", window=64)

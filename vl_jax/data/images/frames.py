@@ -46,14 +46,16 @@ class DeclaredFrame:
         return turn_corners(corners, self.turn, self.fitting)
 
 
-def frame_of(image: Image) -> PictureFrame:
-    """The frames of an image; one that is no file has only one.
-
-    Raises:
-      BadSample: the image cannot be used.
-    """
-    found = getattr(image, "frame", None)
-    return PictureFrame(image_size(image)) if found is None else found()
+def frames_of(images: Sequence[Image]) -> list[PictureFrame]:
+    """The frames of those images that can be opened: of the others, opening them says what is wrong."""
+    found = []
+    for image in images:
+        frame = getattr(image, "frame", None)  # only files have two
+        try:
+            found.append(PictureFrame(image_size(image)) if frame is None else frame())
+        except BadSample:
+            continue
+    return found
 
 
 def declared_frame(declared: Size | None, frames: Sequence[PictureFrame], where: str) -> DeclaredFrame:
@@ -61,10 +63,15 @@ def declared_frame(declared: Size | None, frames: Sequence[PictureFrame], where:
 
     Args:
       declared: width and height; None, if nobody declares them, is the first picture as it is shown.
+      frames: of the pictures; without any, boxes stay as they are.
 
     Raises:
-      BadSample: the size fits no picture.
+      BadSample: the size fits no picture, or there is neither.
     """
+    if not frames:
+        if declared is None:
+            raise BadSample("bad_box", f"{where}: boxes without a picture, nor a width and height")
+        return DeclaredFrame(declared, declared)
     if declared is None:
         declared = frames[0].shown
     for fits in (_is_equal, _is_same_shape):

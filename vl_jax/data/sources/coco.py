@@ -24,7 +24,7 @@ from vl_jax.data.files.index_cache import Arrays, Done, keep
 from vl_jax.data.files.json_reader import JsonReader
 from vl_jax.data.files.shards import check_fields, file_and_folder
 from vl_jax.data.files.spans import Spans, map_file, read_places, spans_lie_in
-from vl_jax.data.images.frames import DeclaredFrame, declared_frame
+from vl_jax.data.images.frames import DeclaredFrame, declared_frame, frames_of
 from vl_jax.data.picture import Orientation
 from vl_jax.data.sample import DEFAULT_MAX_PIXELS, IMAGE_PLACEHOLDER, BadSample, Box, Sample, Turn, image_in
 from vl_jax.data.sources.llava import parse_line
@@ -86,7 +86,7 @@ class CocoSource:
         if not isinstance(name, str) or not all(isinstance(n, int) and 0 < n < 10**6 for n in size):
             raise BadSample("bad_image_field", f"{where}: needs file_name, width and height")
         image = image_in(self._folder, name, where, self._config.max_pixels, self._orientation)
-        frame = declared_frame((int(size[0] or 0), int(size[1] or 0)), [image.frame()], where)
+        frame = declared_frame((int(size[0] or 0), int(size[1] or 0)), frames_of([image]), where)
         boxes = [self._box(a, frame, where) for a in self._annotations_of(index, entry, where)]
         if not boxes:
             raise BadSample("no_boxes", f"{where}: no annotation of it has a box")

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 from vl_jax.data.images.clips import mark_frames
-from vl_jax.data.images.frames import DeclaredFrame, declared_frame, frame_of
+from vl_jax.data.images.frames import DeclaredFrame, declared_frame, frames_of
 from vl_jax.data.picture import turn_corners
 from vl_jax.data.sample import IMAGE_PLACEHOLDER, TEXT, BadSample, Box, Image, Note, Turn
 from vl_jax.data.text.grounding import GRID, Corners, rewrite, to_grid
@@ -283,9 +283,9 @@ def _frame(
     marked = declared is not None and any(_BOX_MARK.search(text) for text in texts)
     if not marked and not any(_WRITTEN in text for text in texts):
         return None, ()
-    frames = [frame_of(image) for image in pictures()]
-    if not frames:
-        return (None if declared is None else DeclaredFrame(declared, declared)), ()
+    frames = frames_of(pictures())
+    if declared is None and not frames:
+        return None, ()
     try:
         frame = declared_frame(declared, frames, where)
     except BadSample as error:

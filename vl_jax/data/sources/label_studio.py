@@ -22,12 +22,13 @@ from __future__ import annotations
 
 import os
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vl_jax.data.files.shards import check_fields, file_and_folder
 from vl_jax.data.files.spans import json_items
+from vl_jax.data.images.frames import frames_of
 from vl_jax.data.picture import Orientation, PictureFrame
 from vl_jax.data.sample import (
     DEFAULT_MAX_PIXELS,
@@ -102,8 +103,8 @@ class LabelStudioSource:
         question = data.get("question")
         question = checked_text(question, where) if question is not None else ""
         drawn = [result for result in results if result.get("type") in DRAWN]
-        frame = image.frame() if drawn else None
-        turns = [*_boxes_and_texts(results, where, frame), *_answers(results, question, where)]
+        frames = frames_of([image] if drawn else [])
+        turns = [*_boxes_and_texts(results, where, frames), *_answers(results, question, where)]
         if not turns:
             raise BadSample("no_labels", f"{where}: no region, choice or text that could be asked for")
         if any(IMAGE_PLACEHOLDER in text for turn in turns for text in (turn.question, turn.answer)):
@@ -112,7 +113,7 @@ class LabelStudioSource:
         turns[0] = Turn(
             f"{IMAGE_PLACEHOLDER}\n{first.question}", first.answer, first.kind, first.language, first.boxes
         )
-        notes = dict.fromkeys(n for result in drawn for n in read_region(result, where, frame).notes)
+        notes = dict.fromkeys(n for result in drawn for n in read_region(result, where, frames).notes)
         return Sample(identity, tuple(turns), (image,), notes=tuple(notes))
 
     def _minimal(self, task: dict[str, Any], image: FileImage) -> Iterator[dict[str, Any]]:
@@ -177,10 +178,10 @@ def _kind(value: dict[str, Any]) -> str:
 
 
 def _boxes_and_texts(
-    results: list[dict[str, Any]], where: str, frame: PictureFrame | None = None
+    results: list[dict[str, Any]], where: str, frames: Sequence[PictureFrame] = ()
 ) -> list[Turn]:
-    """What is on the picture and where, and what is written where; ``frame`` is the picture's."""
-    regions = {str(r.get("id")): read_region(r, where, frame) for r in results if r.get("type") in DRAWN}
+    """What is on the picture and where, and what is written where; for ``frames`` see ``read_region``."""
+    regions = {str(r.get("id")): read_region(r, where, frames) for r in results if r.get("type") in DRAWN}
     written: dict[str, Turn] = {}
     for result in results:
         identity = str(result.get("id"))

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from vl_jax.data.images.frames import DeclaredFrame, declared_frame
+from vl_jax.data.images.frames import declared_frame
 from vl_jax.data.picture import PictureFrame
 from vl_jax.data.sample import BadSample, Note
 from vl_jax.data.sources.conversation import checked_text
@@ -43,11 +43,11 @@ class DrawnRegion:
     notes: tuple[Note, ...] = ()
 
 
-def read_region(result: dict[str, Any], where: str, frame: PictureFrame | None = None) -> DrawnRegion:
+def read_region(result: dict[str, Any], where: str, frames: Sequence[PictureFrame] = ()) -> DrawnRegion:
     """The region of a result whose type is among ``DRAWN``.
 
     Args:
-      frame: of the picture; None takes its size from the result.
+      frames: that of the picture; without it, the result says how large the picture is.
 
     Raises:
       BadSample: numbers are missing or absurd, nothing of it is in the picture, a mask cannot be decoded, or
@@ -75,7 +75,7 @@ def read_region(result: dict[str, Any], where: str, frame: PictureFrame | None =
     if any(mark in label for label in labels for mark in grounding.SPECIAL):
         raise BadSample("bad_box", f"{where}: a label holds a special mark")
     size = (width, height)
-    declared = DeclaredFrame(size, size) if frame is None else declared_frame(size, [frame], where)
+    declared = declared_frame(size, frames, where)
     corners = declared.place((left, top, right, bottom))
     return DrawnRegion(corners, *declared.size, labels, declared.notes(where))
 
