@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import struct
+import tarfile
 import zlib
 from pathlib import Path
 
@@ -30,7 +31,10 @@ from vl_jax.data.sources.build import (
     CocoConfig,
     LabelStudioConfig,
     LlavaConfig,
+    MetaConfig,
+    ParquetConfig,
     RecordsConfig,
+    WebDatasetConfig,
     open_source,
 )
 from vl_jax.data.text import grounding
@@ -205,7 +209,36 @@ def write_llava(folder: Path, size, box) -> LlavaConfig:
     return LlavaConfig("l", "l.json")
 
 
-WRITERS = [write_coco, write_label_studio, write_llava]
+def write_tar(folder: Path, size, box) -> WebDatasetConfig:
+    write_llava(folder, size, box)
+    (record,) = json.loads((folder / "l.json").read_text())
+    with tarfile.open(folder / "t.tar", "w") as tar:
+        for name, data in (
+            ("a.png", (folder / "a.png").read_bytes()),
+            ("a.json", json.dumps(record).encode()),
+        ):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return WebDatasetConfig("t", "t.tar")
+
+
+def write_meta(folder: Path, size, box) -> MetaConfig:
+    write_llava(folder, size, box)
+    (folder / "m.json").write_text(json.dumps({"l": {"annotation": "l.json"}}))
+    return MetaConfig("m", "m.json")
+
+
+def write_parquet(folder: Path, size, box) -> ParquetConfig:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    write_llava(folder, size, box)
+    (record,) = json.loads((folder / "l.json").read_text())
+    row = {**record, "image": {"bytes": (folder / "a.png").read_bytes(), "path": "a.png"}}
+    parquet.write_table(pyarrow.Table.from_pylist([row]), folder / "p.parquet")
+    return ParquetConfig("p", "p.parquet")
+
+
+WRITERS = [write_coco, write_label_studio, write_llava, write_tar, write_meta, write_parquet]
 
 
 @pytest.mark.parametrize("write", WRITERS)
