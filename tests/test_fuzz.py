@@ -403,7 +403,11 @@ def test_damaged_pictures_are_decoded_or_corrupt(tmp_path, count):
         chance = random.Random(seed)
         (tmp_path / "a.png").write_bytes(damaged(picture(chance), chance))
         ends.update(outcomes(LlavaConfig("x", "d.json", max_pixels=10_000), tmp_path))
-    assert ends.keys() <= {"ok", "corrupt_image", "image_too_large"} and ends["ok"] and ends["corrupt_image"]
+    assert (
+        ends.keys() <= {"ok", "corrupt_image", "image_too_large", "unknown_levels"}
+        and ends["ok"]
+        and ends["corrupt_image"]
+    )
 
 
 def test_deep_and_long_json_is_refused(tmp_path):
