@@ -79,7 +79,7 @@ class LlavaSource:
         )
         where = f"sample {found.id} ({where})"
         images = tuple(self._open(medium, where) for medium in found.media)
-        return Sample(found.id, found.turns, images, found.system, found.labels)
+        return Sample(found.id, found.turns, images, found.system, found.labels, notes=found.notes)
 
     def _open(self, medium: Medium, where: str) -> Image:
         if medium.kind == "audio":

@@ -98,7 +98,7 @@ class ParquetSource:
             EncodedImage(functools.partial(bytes, d), f"image {n}", where, self._config.max_pixels)
             for n, d in enumerate(data)
         )
-        return Sample(found.id, found.turns, images, found.system, found.labels)
+        return Sample(found.id, found.turns, images, found.system, found.labels, notes=found.notes)
 
     def _read_group(self, group: int) -> Any:
         file, number = self._groups[group]

@@ -135,6 +135,8 @@ def examine(
         if tokens[-1] > config.max_tokens and config.conversation.max_turns is None:
             notes.add(f"longer than max_tokens={config.max_tokens}: its last turns are left out", sample.id)
         _look(sample, images, notes, pictures, ids)
+        for note in sample.notes:
+            notes.add(f"left out: {note.reason.replace('_', ' ')}", str(note))
         for turn in sample.turns:
             answers[normalize(turn.question.replace("<image>", ""))][normalize(turn.answer)] += 1
     repeated = {q: found for q, found in answers.items() if found.total() >= _OFTEN}
