@@ -32,7 +32,7 @@ LEVELS = (
 )
 # The same inside ``data``.
 DATA_LEVELS = (
-    "sample",
+    "sample reasons",
     "files",
     "text",
     "images",

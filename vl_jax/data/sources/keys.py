@@ -18,7 +18,8 @@ _DESCRIPTIVE = frozenset(
     "domain file_name file_path filename hash idx image_id img_id index key lang language length license "
     "fps meta metadata model name num_turns num_images original_height original_width question_id "
     "question_type answer_type sha256 score size source source_id source_url split subset tag tags task "
-    "task_type timestamp title topic type uid unique_id url uuid version height width image_size duration".split()
+    "task_type timestamp title topic type uid unique_id url uuid version height width image_size "
+    "duration".split()
 )
 # Keys that common formats give a meaning that is not followed here, and what is done without it.
 _MEANT = {

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vl_jax.data.files.encoding import to_text
 from vl_jax.data.files.shards import check_fields, file_and_folder
 from vl_jax.data.files.spans import json_items, lines
 from vl_jax.data.images.audio import AudioConfig, sound_in
@@ -108,8 +109,10 @@ def parse_line(line: bytes, where: str) -> Any:
       BadSample: it is not JSON, or not UTF-8.
     """
     try:
-        return json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise BadSample("not_utf8", f"sample ? ({where}): not UTF-8 at byte {error.start}") from None
+        text = to_text(line)
+    except ValueError as error:
+        raise BadSample("not_utf8", f"sample ? ({where}): {error}") from None
+    try:
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise BadSample("not_json", f"sample ? ({where}): {error}") from None

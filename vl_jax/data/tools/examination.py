@@ -228,8 +228,8 @@ def padding(
 
     def predict(row: PackingConfig) -> WasteReport:
         packing = replace(config, packing=row)
-        planner, _ = packed.open_planner(packing, spec, sources=sources, targets=targets)
-        return padding_lib.predict(planner, packing)
+        planner, reader = packed.open_planner(packing, spec, sources=sources, targets=targets)
+        return padding_lib.predict(planner, packing, sources=reader.sources)
 
     if config.packing is not None:
         return config.packing, predict(config.packing)
