@@ -1,4 +1,4 @@
-"""Why records cannot be used, in words: what the short reason that counters group by means, and what to do."""
+"""Why records cannot be used, in words: what the reason that counters group by means, and what to do."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _WORDS = {
     "missing_image": "a picture is not where the record says; names are relative to the folder of the record "
     "file, or to root of the source",
     "bad_image_field": "image must be the path of a file; nothing is fetched",
-    "outside_root": "a path leaves the folder of the pictures; name it relative to that folder, or set root of "
-    "the source",
+    "outside_root": "a path leaves the folder of the pictures; name it relative to that folder, or set root "
+    "of the source",
     "corrupt_image": "a picture cannot be decoded",
     "image_too_large": "a picture has more pixels than max_pixels of the source",
     "too_long": "not even the first question and its answer fit; raise data.max_tokens",
     "too_many_targets": "an answer is longer than data.max_answer_tokens",
-    "too_many_tiles": "the pictures of a record need more tiles than there is room for; raise data.max_tiles, "
-    "or lower data.tiling.max_tiles",
+    "too_many_tiles": "the pictures of a record need more tiles than there is room for; raise "
+    "data.max_tiles, or lower data.tiling.max_tiles",
     "image_in_later_turn": "a later question brings its own picture; set data.conversation.turns='dialogue'",
     "not_json": "the record is not JSON",
     "not_utf8": "the text is not UTF-8; save it as UTF-8",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+from pathlib import Path
 
 # The longer marks first: that of UTF-32 begins like that of UTF-16.
 _MARKS = (
@@ -30,3 +31,14 @@ def to_text(data: bytes) -> str:
         return data[start:].decode(name)
     except UnicodeDecodeError as error:
         raise ValueError(f"not {name.upper()} at byte {start + error.start}: save it as UTF-8") from None
+
+
+def check_encoding(file: Path, beginning: bytes) -> None:
+    """Makes sure that a file does not say of itself that it is anything but UTF-8.
+
+    Raises:
+      ValueError: it does.
+    """
+    name, _ = marked_encoding(beginning)
+    if name != "utf-8":
+        raise ValueError(f"{file}: a text in {name.upper()}: save it as UTF-8")

@@ -64,7 +64,7 @@ def annotated(results: Sequence[Any], question: str, where: str) -> Annotated:
     Args:
       question: of the whole task; empty: answers are asked for by the names of their controls.
     """
-    reader = _Reader(where)
+    reader = _Results(where)
     reader.read(results)
     located = [region for region in reader.regions if region.labels or region.answers]
     for region in reader.regions:
@@ -75,7 +75,7 @@ def annotated(results: Sequence[Any], question: str, where: str) -> Annotated:
     return Annotated(turns, reader.notes)
 
 
-class _Reader:
+class _Results:
     """Goes through results and puts together what belongs together."""
 
     def __init__(self, where: str):
@@ -227,7 +227,7 @@ def _words(result: dict[str, Any], where: str) -> str:
     return text
 
 
-def _about_labels(located: Sequence[_Region], reader: _Reader) -> list[Turn]:
+def _about_labels(located: Sequence[_Region], reader: _Results) -> list[Turn]:
     """What is on the picture, and where."""
     labelled = [region for region in located if region.labels]
     if not labelled:
@@ -263,7 +263,7 @@ def _about_regions(located: Sequence[_Region]) -> Iterator[Turn]:
             yield Turn(question, "\n".join(words), "open", "", (box,))
 
 
-def _about_all(reader: _Reader, question: str) -> Iterator[Turn]:
+def _about_all(reader: _Results, question: str) -> Iterator[Turn]:
     """Choices and texts about the whole picture; of several controls, that called answer has the question."""
     said: dict[tuple[str, bool], list[str]] = defaultdict(list)
     for name, is_text, words in reader.answers:

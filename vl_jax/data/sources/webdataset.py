@@ -29,7 +29,7 @@ from vl_jax.data.files.tar import walk
 from vl_jax.data.sample import DEFAULT_MAX_PIXELS, BadSample, EncodedImage, Note, Sample, in_one_line
 from vl_jax.data.sources.conversation import parse
 from vl_jax.data.sources.keys import meant
-from vl_jax.data.sources.llava import parse_line
+from vl_jax.data.sources.llava import parse_text
 from vl_jax.data.sources.messages import dialect_of
 
 _IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
@@ -174,7 +174,7 @@ class WebDatasetSource:
     ) -> tuple[Any, Note | None]:
         """The JSON of a member, or a note of why it cannot be read where there is something else to read."""
         try:
-            record = parse_line(self._bytes(file, member, where), where)
+            record = parse_text(self._text(file, member, where), where)
         except BadSample as error:
             if needed or self._config.labels:
                 raise

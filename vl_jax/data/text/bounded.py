@@ -16,9 +16,9 @@ _CHARACTERS = 64  # of a token: far more than it usually has
 
 
 def bounded(sample: Sample, tokenizer: Tokenizer, most: int) -> Sample:
-    """The sample itself, or one whose texts of far more than ``most`` tokens are cut; marks of images stay."""
-    texts = (sample.system, *(text for turn in sample.turns for text in (turn.question, turn.answer)))
-    if max(map(len, texts)) <= _CHARACTERS * most:
+    """The sample itself, or one whose texts of far more than ``most`` tokens are cut; image marks stay."""
+    turns = (text for turn in sample.turns for text in (turn.question, turn.answer))
+    if max(map(len, (sample.system, *turns))) <= _CHARACTERS * most:
         return sample
 
     def cut(text: str) -> str:
