@@ -544,3 +544,19 @@ def test_decoded_row_groups_are_mapped_and_follow_their_file(tmp_path):
     os.utime(tmp_path / plain.file, ns=(1, 1))
     read(config)
     assert len(list((tmp_path / "decoded").iterdir())) == 2 * len(files)
+
+
+def test_conversion_tells_what_is_left_out_of_records_that_are_kept_and_keeps_weights(tmp_path):
+    pytest.importorskip("array_record")
+    talks = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "It.", "weight": 0.5}]
+    records = [{"conversations": talks, **extra} for extra in ({}, {"tools": "[1]"})]
+    (tmp_path / "d.json").write_text(json.dumps(records))
+    config = LlavaConfig("d", "d.json")
+    report = convert(config, open_source(config, root=str(tmp_path)), tmp_path / "out")
+    assert "1 are kept without a part of theirs" in str(report)
+    assert list(report.partial) == ["1"] and "tools_not_read" in report.partial["1"][0]
+    written = json.loads((tmp_path / "out" / convert_lib.REPORT).read_text())
+    assert written["partial"] == report.partial
+    assert convert(config, open_source(config, root=str(tmp_path)), tmp_path / "out") == report
+    source = open_source(ArrayRecordConfig("a", "out/*.arrayrecord"), root=str(tmp_path))
+    assert [source[i].turns[0].weight for i in range(2)] == [0.5, 0.5]

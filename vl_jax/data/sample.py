@@ -73,6 +73,8 @@ class BadSample(ValueError):
 
     def __init__(self, reason: str, message: str):
         message = in_one_line(message)
+        if len(message) > _LONGEST:
+            message = f"{message[: _LONGEST // 2]} ... {message[-_LONGEST // 2 :]}"
         super().__init__(reason, message)  # as they were given: so it may go from one process to another
         self.reason, self._message = reason, message
 
@@ -91,6 +93,7 @@ class Note:
         return f"{in_one_line(self.message)} [{self.reason}]"
 
 
+_LONGEST = 2000  # characters of a message
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029\ud800-\udfff]+")
 
 

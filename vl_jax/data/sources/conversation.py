@@ -111,6 +111,8 @@ def parse(
     talk = read_messages(record, dialect, where, _count(named, num_images))
     pairs, weights, notes = talk.pairs, talk.weights, talk.notes
     media = _together(named, talk.media, where)
+    if num_images is not None:  # Names in the record are those that its pictures had elsewhere.
+        media = [medium for medium in media if medium.kind != "image"]
     count = _count(media, num_images)
     if num_images is not None and count["audio"]:
         raise BadSample("bad_audio_field", f"{where}: sounds are read beside JSON and JSONL files only")

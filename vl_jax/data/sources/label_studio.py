@@ -24,6 +24,7 @@ There a text may be a label or one of the task's data: it answers if its name is
 from __future__ import annotations
 
 import dataclasses
+import os
 import urllib.parse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -154,7 +155,7 @@ class LabelStudioSource:
                 name = urllib.parse.unquote(name.removeprefix(start))
                 break
         found = image_in(self._folder, name, where, self._config.max_pixels)
-        if found.path.is_file() or not uploaded:
+        if not uploaded or os.path.isfile(found.path):
             return found
         # Exports with pictures have what was uploaded side by side.
         return image_in(self._folder, name.rpartition("/")[2], where, self._config.max_pixels)
