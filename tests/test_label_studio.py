@@ -325,6 +325,13 @@ def test_answers_about_a_region_name_its_place(read):
     assert questions == ["What is the words", "What is the translation"]
 
 
+def test_an_answer_that_tells_its_place_is_about_that_place_though_nothing_was_drawn(read):
+    lone = {**rectangle(""), "type": "choices", "from_name": "quality"}
+    lone["value"] = {**lone["value"], "choices": ["bad"]}
+    (turn,) = read(task(lone))[0].turns
+    assert turn.question == "<image>\nWhat is the quality at <|det|>[[100, 200, 400, 599]]<|/det|>?"
+
+
 def test_results_of_other_kinds_are_answers_too(read):
     taxonomy = {"type": "taxonomy", "from_name": "kind", "value": {"taxonomy": [["animal", "cat"], ["pet"]]}}
     rating = {"type": "rating", "from_name": "rating", "value": {"rating": 4}}
@@ -366,6 +373,14 @@ def test_a_label_that_may_be_of_several_regions_is_noted(read):
     sample = read(task(*both, labels("cat"), labels("dog", x=50, y=0, width=10, height=10), lone))[0]
     assert set(located(sample)) == {"cat", "dog"}
     assert [note.reason for note in sample.notes] == ["result_not_read"]
+
+
+def test_what_belongs_to_a_region_that_cannot_be_read_goes_to_no_other(read):
+    good, bad = rectangle("", identity="r"), rectangle("", x=200, identity="r")
+    results = [good, bad, labels("cat", identity="r"), labels("dog", x=200, identity="r")]
+    sample = read(task(*results, {**choices(), "id": "r"}))[0]
+    assert located(sample) == {"cat": {(20, 20, 80, 60)}}
+    assert [n.reason for n in sample.notes] == ["bad_box", "result_not_read", "result_not_read"]
 
 
 def test_annotations_that_do_not_count_are_noted(read):

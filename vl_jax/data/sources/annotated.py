@@ -101,7 +101,8 @@ class _Results:
             if not isinstance(result, dict) or not isinstance(result.get("value"), dict):
                 self.note("result_not_read", f"{where}: a result of type {str(kind)[:40]!r} without a value")
             elif isinstance(kind, str) and kind in DRAWN:
-                self._caught(where, result, self._draw)
+                if not self._caught(where, result, self._draw):
+                    self._lost |= {_identity(result)} - {""}
             else:
                 others.append((where, result))
         for where, result in others:
@@ -112,15 +113,18 @@ class _Results:
                 message = f"{where}: results of type {str(kind)[:40]!r} are not read"
                 self.note("result_not_read", message)
 
-    def _caught(self, where: str, result: dict[str, Any], use: Callable[[str, dict[str, Any]], None]) -> None:
-        """Uses a result; one that breaks a rule is noted, and the others are read."""
+    def _caught(
+        self, where: str, result: dict[str, Any], use: Callable[[str, dict[str, Any]], object]
+    ) -> bool:
+        """Uses a result; says whether that went well. If it breaks a rule that is noted."""
         try:
             use(where, result)
         except BadSample as error:
-            self._lost |= {_identity(result)} - {""}
             self.note(error.reason, str(error).removesuffix(f" [{error.reason}]"))
+            return False
+        return True
 
-    def _draw(self, where: str, result: dict[str, Any]) -> None:
+    def _draw(self, where: str, result: dict[str, Any]) -> _Region:
         identity, place = _identity(result), _place(result["value"])
         found = self._by_place.get((identity, place))
         labels = read_labels(result, where)
@@ -130,30 +134,27 @@ class _Results:
             self._by_id[identity].append(found)
             self._at[place].append(found)
         found.labels += [label for label in labels if label not in found.labels]
+        return found
 
     def _attach(self, where: str, result: dict[str, Any]) -> None:
-        kind, value = result["type"], result["value"]
-        region = self._region_of(result, where)
-        if kind == "labels":
-            labels = read_labels(result, where)
-            if region is not None:
-                region.labels += [label for label in labels if label not in region.labels]
-            elif shape := next((shape for key, shape in _SHAPES.items() if key in value), None):
-                named = {**value, f"{shape}labels": labels}
-                self._draw(where, {**result, "type": f"{shape}labels", "value": named})
-            else:
-                self.note("result_not_read", f"{where}: labels that belong to no region of the picture")
-            return
+        kind, value, identity = result["type"], result["value"], _identity(result)
+        if identity in self._lost and (identity, _place(value)) not in self._by_place:
+            raise BadSample("result_not_read", f"{where}: the {kind} of a region that cannot be read")
+        labels = read_labels(result, where) if kind == "labels" else []
         name = in_one_line(str(result.get("from_name") or "")[:80]).replace("_", " ").strip()
-        answer = (name, kind == "textarea", _words(result, where))
-        if region is not None:
-            region.answers.append(answer)
-        elif _identity(result) in self._lost or _place(value) is not None:
-            self.note(
-                "result_not_read", f"{where}: the {kind} of a region that is not there or cannot be read"
-            )
+        words = "" if kind == "labels" else _words(result, where)
+        region = self._region_of(result, where)
+        if region is None and _place(value) is not None:  # It tells its place itself.
+            shape = next(shape for key, shape in _SHAPES.items() if key in value)
+            region = self._draw(where, {**result, "type": shape})
+        if kind == "labels" and region is None:
+            raise BadSample("result_not_read", f"{where}: labels that belong to no region of the picture")
+        if region is None:
+            self.answers.append((name, kind == "textarea", words))
+        elif kind == "labels":
+            region.labels += [label for label in labels if label not in region.labels]
         else:
-            self.answers.append(answer)
+            region.answers.append((name, kind == "textarea", words))
 
     def _region_of(self, result: dict[str, Any], where: str) -> _Region | None:
         """The region that a result belongs to.
