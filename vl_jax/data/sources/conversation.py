@@ -203,7 +203,7 @@ def _named(record: dict[str, Any], kind: Kind, where: str) -> list[Medium]:
     if len(lists) == 2 and lists[0] != lists[1]:
         message = f"{where}: {kind} and {kind}s name other files: leave one of them out"
         raise BadSample(f"bad_{kind}_field", message)
-    return [Medium(kind, name) for name in (lists[0] if lists else [])]
+    return [Medium(kind, str(name)) for name in (lists[0] if lists else [])]
 
 
 def _count(media: Sequence[Medium], num_images: int | None) -> dict[str, int]:

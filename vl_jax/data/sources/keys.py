@@ -41,14 +41,15 @@ _MAX_WEIGHT = 100.0
 
 def number(value: Any) -> float | None:
     """The number that a value is, or that a text says; None if there is none below a million."""
+    found: Any = value
     if isinstance(value, str) and len(value) <= 40:
         try:
-            value = float(value)
+            found = float(value)
         except ValueError:
             return None
-    if type(value) not in (int, float) or not abs(value) < 1e6:  # NaN is not less
+    if type(found) not in (int, float) or not abs(found) < 1e6:  # NaN is not less
         return None
-    return float(value)
+    return float(found)
 
 
 def weight_of(holder: Mapping[str, Any], names: Sequence[str], where: str) -> tuple[float, list[Note]]:
