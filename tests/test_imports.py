@@ -34,7 +34,7 @@ LEVELS = (
 DATA_LEVELS = (
     "levels",
     "picture",
-    "sample",
+    "sample reasons",
     "files",
     "text",
     "images",

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import io
 import os
+import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from vl_jax.data.picture import Orientation, PictureFrame, decode, decode_reduce
 
 IMAGE_PLACEHOLDER = "<image>"
 DEFAULT_MAX_PIXELS = 64_000_000
+# How names begin that are no paths.
+REMOTE = ("http", "https", "data", "file", "s3", "gs", "hdfs", "ftp")
 TEXT = "text"  # the kind of a turn without a question: its answer is read as it is, no mark before it
 
 T = TypeVar("T")
@@ -72,6 +75,9 @@ class BadSample(ValueError):
     """One record that cannot be used; ``reason`` is a short snake_case word that counters group by."""
 
     def __init__(self, reason: str, message: str):
+        message = in_one_line(message)
+        if len(message) > _LONGEST:
+            message = f"{message[: _LONGEST // 2]} ... {message[-_LONGEST // 2 :]}"
         super().__init__(reason, message)  # as they were given: so it may go from one process to another
         self.reason, self._message = reason, message
 
@@ -81,13 +87,22 @@ class BadSample(ValueError):
 
 @dataclass(frozen=True)
 class Note:
-    """What is odd about a record that can be used; counters group by ``reason``."""
+    """What of a record is left out or odd while it is used; counters group by ``reason``."""
 
     reason: str
     message: str
 
     def __str__(self) -> str:
-        return f"{self.message} [{self.reason}]"
+        return f"{in_one_line(self.message)} [{self.reason}]"
+
+
+_LONGEST = 2000  # characters of a message
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029\ud800-\udfff]+")
+
+
+def in_one_line(text: str) -> str:
+    """A text that can be printed in a line: what breaks lines, and half a surrogate pair, becomes a mark."""
+    return _UNPRINTABLE.sub("\ufffd", text)
 
 
 def each(function: Callable[..., T], *columns: Sequence[Any]) -> list[T | BadSample]:
@@ -123,6 +138,7 @@ class Turn:
     kind: str = ""
     language: str = ""
     boxes: tuple[Box, ...] = ()
+    weight: float = 1.0  # of the answer in the loss; 0: it is read, and nothing is learnt from it
 
 
 @dataclass(frozen=True)
@@ -135,7 +151,7 @@ class Sample:
     system: str = ""
     labels: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # as the source has them, by name
     media: Mapping[str, Media] = dataclasses.field(default_factory=dict)  # inputs of other kinds, by name
-    notes: tuple[Note, ...] = ()  # what is odd about a record that can be used
+    notes: tuple[Note, ...] = ()  # what of the record is not in it
 
     def select(self, indices: list[int]) -> Sample:
         """The conversation made of some of the turns, in the given order, still opened by the images."""
@@ -149,7 +165,7 @@ class Sample:
             bare[0] = questions[0][len(_lead(self.turns[0].question, len(self.turns))[0]) :]
         asked = [questions[i] if rank == 0 else bare[i] for rank, i in enumerate(indices)]
         turns = tuple(
-            t if q is t.question else Turn(q, t.answer, t.kind, t.language, t.boxes)
+            t if q is t.question else dataclasses.replace(t, question=q)
             for q, t in zip(asked, (self.turns[i] for i in indices), strict=True)
         )
         return dataclasses.replace(self, turns=turns)
@@ -248,7 +264,8 @@ class FileImage(_PictureFile):
 
     def _open(self, use: Callable[[PilImage.Image], T]) -> T:
         if not os.path.isfile(self.path):
-            raise BadSample("missing_image", f"{self.where}: no image file {self.path}")
+            rule = "names are relative to the folder of the record file, or to root of the source"
+            raise BadSample("missing_image", f"{self.where}: no image file {self.path} ({rule})")
         return _open(self.path, str(self.path), self.where, self.max_pixels, use)
 
 
@@ -282,18 +299,26 @@ def path_in(folder: Path, name: str, where: str, *, kind: str) -> Path:
     Raises:
       BadSample: it does not, or this is no name of a file.
     """
+    if name.partition(":")[0].lower() in REMOTE:
+        message = f"{where}: {name[:80]!r} is an address, and nothing is fetched: save the {kind} as a file"
+        raise BadSample(f"bad_{kind}_field", f"{message}, and name its path inside {folder}")
     try:
-        os.fsencode(name)  # half a surrogate pair is in no name
-        if "\0" in name:
-            raise ValueError("embedded null character")
+        if b"\0" in os.fsencode(name):
+            raise ValueError("embedded null byte")
         head, tail = os.path.split(os.path.join(folder, name))
         path = os.path.join(_real_folder(head), tail)
         if tail in ("", "..") or os.path.islink(path):
             path = os.path.realpath(path)
     except (OSError, ValueError) as error:
-        raise BadSample(f"missing_{kind}", f"{where}: bad path {name!r}: {error}") from None
-    if os.path.isabs(name) or not path.startswith(os.path.join(folder, "")):
-        raise BadSample("outside_root", f"{where}: {name!r} leaves the {kind} folder {folder}")
+        raise BadSample(f"missing_{kind}", f"{where}: bad path {name[:80]!r}: {error}") from None
+    inside = os.path.join(folder, "")
+    if os.path.isabs(name) and path.startswith(inside):
+        message = f"{where}: {name!r} is absolute; paths are relative: write {path.removeprefix(inside)!r}"
+        raise BadSample("outside_root", message)
+    if os.path.isabs(name) or not path.startswith(inside):
+        rule = "name it relative to that folder, or set root of the source to a folder that has it"
+        how = " by a link" if os.path.islink(os.path.join(folder, name)) else ""
+        raise BadSample("outside_root", f"{where}: {name!r} leaves the {kind} folder {folder}{how}: {rule}")
     return Path(path)
 
 

@@ -1,7 +1,7 @@
 """Samples in ArrayRecord files, the format that ``convert-data`` writes: random access, images and all.
 
 record    length of the head (u32, little-endian) | head (JSON) | image 0 | image 1 | ...
-head      {"id", "system", "turns": [[question, answer, kind, language, boxes], ...],
+head      {"id", "system", "turns": [[question, answer, kind, language, boxes, weight if not 1], ...],
            "images": [bytes of each], "labels": {...}}         boxes: [[label, x0, y0, x1, y1], ...]
 
 With boxes, ``orientation`` says which way up the pictures have to be read for them: "shown" or "stored" (see
@@ -135,6 +135,7 @@ def encode(sample: Sample) -> bytes:
     images = [_encoded(image) for image in sample.images]
     turns = [
         [t.question, t.answer, t.kind, t.language, [[b.label, *b.corners] for b in t.boxes]]
+        + ([t.weight] if t.weight != 1 else [])
         for t in sample.turns
     ]
     head: dict[str, Any] = {"id": sample.id, "system": sample.system, "turns": turns}
@@ -195,12 +196,16 @@ def _has_boxes(turns: Iterable[Turn]) -> bool:
     return any(turn.boxes or "<|det|>" in turn.question + turn.answer for turn in turns)
 
 
-def _turn(question: str, answer: str, kind: str, language: str, boxes: list[list[Any]]) -> Turn:
+def _turn(
+    question: str, answer: str, kind: str, language: str, boxes: list[list[Any]], weight: float = 1.0
+) -> Turn:
+    if type(weight) not in (int, float) or not 0 <= weight < 1e6:
+        raise ValueError("a weight must be a number that is not negative")
     if not all(isinstance(text, str) for text in (question, answer, kind, language)):
         raise ValueError("a turn needs texts")
     f"{question}{answer}".encode()  # Half a surrogate pair is no text.
     found = tuple(_box(*box) for box in boxes)
-    return Turn(question, answer, kind, language, found)
+    return Turn(question, answer, kind, language, found, float(weight))
 
 
 def _box(label: str, x0: float, y0: float, x1: float, y1: float) -> Box:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vl_jax.data.files.shards import check_fields, file_and_folder
-from vl_jax.data.files.spans import json_items, lines
+from vl_jax.data.files.spans import Spans, json_items, lines
 from vl_jax.data.images.audio import AudioConfig, sound_in
 from vl_jax.data.images.clips import frame_names
 from vl_jax.data.picture import Orientation
@@ -57,6 +57,7 @@ class LlavaSource:
         self.files = [self._file]
         by_line = self._file.suffix == ".jsonl"
         self._records = lines(self._file) if by_line else json_items(self._file)
+        self._hint = list_hint(self._records) if by_line else ""
 
     def __len__(self) -> int:
         return len(self._records)
@@ -70,7 +71,7 @@ class LlavaSource:
         Raises:
           BadSample: this record breaks a rule; the message names the sample, the file and the record.
         """
-        where = f"{self._file}, record {index}"
+        where = f"{self._file}, record {index}{self._hint}"
         record = parse_line(self._records[index], where)
         if isinstance(record, dict) and "frames" in record:
             most = self._config.max_frames
@@ -98,6 +99,12 @@ class LlavaSource:
         )
 
 
+def list_hint(records: Spans) -> str:
+    """What to say of a file of lines that looks as if it were a JSON list."""
+    is_list = bool(len(records)) and records[0].lstrip()[:1] == b"["
+    return ", in a file that begins with '[': a JSON list is named .json" if is_list else ""
+
+
 def read_json(file: Path) -> Any:
     """What a JSON file holds.
 
@@ -119,8 +126,20 @@ def parse_line(line: bytes, where: str) -> Any:
       BadSample: it is not JSON, or not UTF-8.
     """
     try:
-        return json.loads(line.decode("utf-8"))
+        text = line.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise BadSample("not_utf8", f"sample ? ({where}): not UTF-8 at byte {error.start}") from None
+        message = f"sample ? ({where}): not UTF-8 at byte {error.start}: save it as UTF-8"
+        raise BadSample("not_utf8", message) from None
+    return parse_text(text, where)
+
+
+def parse_text(text: str, where: str) -> Any:
+    """The JSON of one record.
+
+    Raises:
+      BadSample: it is not JSON.
+    """
+    try:
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise BadSample("not_json", f"sample ? ({where}): {error}") from None

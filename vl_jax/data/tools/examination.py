@@ -141,6 +141,8 @@ def examine(
         for size in coarse(sizes, config.tiling, num_images=len(images)):
             notes.add(COARSE_PICTURE, f"{sample.id}: {describe(size, config.tiling)}")
         _look(sample, images, notes, pictures, ids)
+        for note in sample.notes:
+            notes.add(f"left out: {note.reason.replace('_', ' ')}", str(note))
         for turn in sample.turns:
             answers[normalize(turn.question.replace("<image>", ""))][normalize(turn.answer)] += 1
     repeated = {q: found for q, found in answers.items() if found.total() >= _OFTEN}
@@ -183,8 +185,6 @@ def _look(
         digest = pixels_digest(image)
         if pictures.setdefault(digest, sample.id) != sample.id:
             notes.add(REPEATED_PICTURE, f"{sample.id} and {pictures[digest]}")
-    for note in sample.notes:
-        notes.add(note.reason.replace("_", " "), str(note))
     for turn in sample.turns:
         if not turn.answer.strip():
             notes.add("empty answer", f"{sample.id}: {turn.question!r}")
@@ -234,8 +234,8 @@ def padding(
 
     def predict(row: PackingConfig) -> WasteReport:
         packing = replace(config, packing=row)
-        planner, _ = packed.open_planner(packing, spec, sources=sources, targets=targets)
-        return padding_lib.predict(planner, packing)
+        planner, reader = packed.open_planner(packing, spec, sources=sources, targets=targets)
+        return padding_lib.predict(planner, packing, sources=reader.sources)
 
     if config.packing is not None:
         return config.packing, predict(config.packing)
