@@ -14,6 +14,7 @@ from PIL import Image as PilImage
 
 from vl_jax.data.images.tiling import TilingConfig, best_grid, num_visual_tokens
 from vl_jax.data.sample import BadSample, FileImage, Sample, Turn, standalone_questions
+from vl_jax.data.text.bounded import bounded
 from vl_jax.data.text.chat import encode_dialogue, encode_prompt, encode_text
 from vl_jax.data.text.tokenizer import load_tokenizer
 
@@ -243,3 +244,47 @@ def test_ids_labels_and_image_masks_of_the_reference_processor(oracles):
             mask[run.start : run.start + run.length] = True
         np.testing.assert_array_equal(mask, arrays["images_seq_mask"])
     assert kinds == {True, False}
+
+
+@pytest.mark.parametrize("targets", ["answers", "all", "text"])
+@pytest.mark.parametrize("turns", ["dialogue", "independent"])
+def test_answers_count_with_their_weight(turns, targets):
+    weights = (1.0, 0.0, 0.5)
+    plain = Sample("s", tuple(Turn(f"What is {i}?", f"It is {i}.") for i in range(3)))
+    weighted = dataclasses.replace(
+        plain,
+        turns=tuple(dataclasses.replace(t, weight=w) for t, w in zip(plain.turns, weights, strict=True)),
+    )
+    options = {"image_lengths": [], "turns": turns, "targets": targets}
+    before, after = (encode_dialogue(s, TOKENIZER, **options) for s in (plain, weighted))
+    assert after.tokens.tolist() == before.tokens.tolist()
+    expected = before.loss_weights.copy()
+    for run, weight in zip(before.answer_runs, weights, strict=True):
+        expected[run.start - 1 : run.stop - 1] *= weight
+    assert after.loss_weights.tolist() == expected.tolist()
+    assert ((after.targets != 0) <= (expected > 0)).all()
+
+
+LIMIT = 20
+
+
+@pytest.mark.parametrize("place", ["question", "answer", "system"])
+def test_a_text_that_cannot_fit_is_cut_before_it_is_encoded(monkeypatch, place):
+    tokenizer = load_tokenizer("")
+    long = "a red cat and a blue dog, " * 100_000
+    turn = Turn("<image>\nWhat?", "A")
+    turn = dataclasses.replace(turn, **{place: long + "<image>"}) if place != "system" else turn
+    sample = Sample("s", (turn,), system=long if place == "system" else "")
+    asked, encode = [], tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", lambda text, **o: asked.append(len(text)) or encode(text, **o))
+    cut = bounded(sample, tokenizer, LIMIT)
+    texts = (cut.system, cut.turns[0].question, cut.turns[0].answer)
+    assert sum(asked) < 10_000 and max(map(len, texts)) < 10_000
+    assert max(len(encode(text)) for text in texts) > 2 * LIMIT
+    assert cut.turns[0].question.count("<image>") == 1
+
+
+@given(st.text(max_size=400), st.text(max_size=400))
+def test_a_text_that_may_fit_is_not_cut(question, answer):
+    sample = Sample("s", (Turn(question, answer),))
+    assert bounded(sample, TOKENIZER, LIMIT) is sample

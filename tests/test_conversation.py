@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -155,3 +156,143 @@ def test_a_line_that_is_not_utf8_spoils_only_itself(tmp_path):
     assert [source[i].turns[0].answer for i in (0, 2)] == ["one", "two"]
     with pytest.raises(BadSample, match="record 1.*not UTF-8 at byte 0"):
         source[1]
+
+
+TALK = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A"}]
+
+
+def read(record, **options):
+    return parse(record, "f, record 0", default_id="x", **options)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"system": "Be brief.", "conversations": TALK},
+        {"system_prompt": "Be brief.", "conversations": TALK, "tools": "", "history": None},
+        {"conversations": [{"from": "system", "value": "Be brief."}, *TALK]},
+        {"conversations": [{"role": "developer", "content": "Be brief."}, *TALK], "source": "web"},
+        {"messages": [{"role": "developer", "content": "Be brief."}, *TALK], "system": "Be brief. "},
+        {"instruction": "What?", "input": "", "output": "A", "system": "Be brief.", "history": []},
+    ],
+)
+def test_a_system_text_is_read_wherever_it_stands(record):
+    found = read(record)
+    assert (found.system, [t.answer for t in found.turns], found.notes) == ("Be brief.", ["A"], ())
+
+
+def test_instructions_come_behind_what_was_said_before():
+    record = {"instruction": "And now?", "input": "2", "output": "B", "history": [["What?", "A"]]}
+    found = read({**record, "image": "a.png"})
+    assert [(t.question, t.answer) for t in found.turns] == [("<image>\nWhat?", "A"), ("And now?\n2", "B")]
+    for wrong in ([["What?"]], "What?", [[1, 2]]):
+        with pytest.raises(BadSample, match="f, record 0"):
+            read({**record, "history": wrong})
+
+
+@pytest.mark.parametrize(
+    ("extra", "reason"),
+    [
+        ({"tools": "[{}]"}, "tools_not_read"),
+        ({"functions": [{}]}, "functions_not_read"),
+        ({"rejected": {"from": "gpt", "value": "B"}}, "rejected_not_read"),
+        ({"knowledge": "It is A."}, "field_not_read"),
+        ({"question": "What else?"}, "field_not_read"),
+        ({"system": "Be brief."}, "system_not_read"),
+        ({"weight": "12 kg"}, "weight_not_read"),
+    ],
+)
+def test_a_key_that_changes_the_meaning_is_noted_with_its_place(extra, reason):
+    found = read({"conversations": [{"from": "system", "value": "Be long."}, *TALK], **extra})
+    (note,) = found.notes
+    assert note.reason == reason and "f, record 0" in note.message and next(iter(extra)) in note.message
+
+
+def test_a_key_of_a_message_that_changes_its_meaning_is_noted():
+    talk = [TALK[0], {**TALK[1], "tool_calls": [{}], "id": 3, "mood": "glad"}]
+    notes = read({"conversations": talk}).notes
+    assert [n.reason for n in notes] == ["tool_calls_not_read", "field_not_read"]
+    assert all("conversations[1]" in n.message for n in notes)
+
+
+def test_labels_and_what_describes_a_record_are_no_keys_to_be_noted():
+    record = {"text": "A", "mood": "glad", "weight": 80, "url": "u", "split": "train", "tools": []}
+    assert not read(record, labels=("mood", "weight")).notes
+
+
+WEIGHTS = [({}, 1), ({"weight": 0}, 0), ({"weight": 1.0}, 1), ({"weight": "0.5"}, 0.5), ({"train": False}, 0)]
+WEIGHTS += [({"training": True}, 1), ({"loss": False}, 0), ({"weight": None}, 1), ({"weight": -1}, 1)]
+
+
+@given(st.lists(st.sampled_from(WEIGHTS), min_size=1, max_size=4), st.sampled_from([1, 2, None]))
+def test_answers_have_the_weight_of_their_record_and_their_own(weights, whole):
+    talk = [m for extra, _ in weights for m in (TALK[0], {**TALK[1], **extra})]
+    record = {"conversations": talk, "weight": whole}
+    expected = [weight * (whole or 1) for _, weight in weights]
+    if not any(expected):
+        with pytest.raises(BadSample, match="nothing is learnt"):
+            read(record)
+        return
+    found = read(record)
+    assert [t.weight for t in found.turns] == expected
+    assert bool(found.notes) == any(extra.get("weight") == -1 for extra, _ in weights)
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({"conversation": TALK}, "found the keys 'conversation'; rename 'conversation' to 'conversations'"),
+        ({"Messages": TALK}, "rename 'Messages' to 'messages'"),
+        ({"id": 1, "prompt": "What?"}, "expected one of conversations, .*; found the keys 'id', 'prompt'$"),
+        ({"question": "<image>What?", "answer": "A", "img": "a"}, "rename 'img' to 'image'"),
+        ({"question": "<image>What?", "answer": "A", "imges": "a"}, "rename 'imges' to 'images'"),
+        ({"question": "<image>", "answer": "A", "image": ["a", "b"]}, "write <image> into a question once"),
+        ({"conversations": TALK, "image": "a.png"}, "0 <image> placeholders .* 1 images: write <image>"),
+        ({"conversations": TALK[:1]}, "a user first and an assistant last; found user"),
+        ({"conversations": [{"from": "bot", "value": ""}]}, r"conversations\[0\]: .*found 'bot'"),
+        ({"text": "A", "image": "a", "images": ["b"]}, "name other files: leave one of them out"),
+        ({**messages(PARTS), "image": ["a", "b"]}, "1 <image> placeholders"),
+        (
+            {**messages([{"type": "image", "image": "b"}, PARTS[1]]), "image": ["a"]},
+            "beside the messages and in them",
+        ),
+    ],
+)
+def test_a_record_that_is_nearly_right_is_told_what_was_found_and_what_to_do(record, words):
+    with pytest.raises(BadSample) as caught:
+        read(record)
+    message = str(caught.value).rpartition(" [")[0]
+    assert re.search(words, message) and "\n" not in message
+
+
+def test_files_that_are_named_twice_are_one():
+    found = read({**messages([{"type": "image", "image": "a"}, PARTS[1]]), "images": [{"path": "a"}]})
+    assert [m.name for m in found.media] == ["a"]
+
+
+def test_an_id_and_a_message_can_be_printed_in_a_line():
+    found = read({"id": "a\nb\ud83d", "text": "A"})
+    assert found.id == "a\ufffdb\ufffd"
+    assert str(BadSample("x", "a\nb")) == "a\ufffdb [x]"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "problem"),
+    [
+        ("f.json", b'{"a": 1}\n{"a": 2}\n', "a file with one record a line is named .jsonl"),
+        ("f.json", b'{"images": [], "annotations": []}', "found dict with the keys 'images', 'annotations'"),
+        ("f.json", "[]".encode("utf-16"), "a text in UTF-16-LE: save it as UTF-8"),
+        ("f.jsonl", "{}".encode("utf-16"), "a text in UTF-16-LE: save it as UTF-8"),
+        ("g.json", b"[]", "no such file .*f.json; .*--config.data.root"),
+    ],
+)
+def test_a_file_that_is_nearly_right_is_told_what_to_do(tmp_path, name, text, problem):
+    (tmp_path / name).write_bytes(text)
+    with pytest.raises(ValueError, match=problem):
+        open_source(LlavaConfig("t", name.replace("g", "f")), root=str(tmp_path))
+
+
+def test_a_list_in_a_file_of_lines_is_told_its_name(tmp_path):
+    (tmp_path / "f.jsonl").write_text(json.dumps([{"text": "A"}], indent=1))
+    with pytest.raises(BadSample, match="a JSON list is named .json"):
+        open_source(LlavaConfig("t", "f.jsonl"), root=str(tmp_path))[0]

@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vl_jax.data.config import DataConfig, ModelSpec, PackingConfig
+from vl_jax.data.config import DataConfig, ModelSpec, PackingConfig, open_sources
+from vl_jax.data.encode import make_encoder
 from vl_jax.data.images.tiling import TilingConfig
 from vl_jax.data.sample import Box, Sample, Turn
 from vl_jax.data.sources.llava import LlavaConfig
 from vl_jax.data.sources.parquet import ParquetConfig
 from vl_jax.data.sources.scenes import ScenesConfig
 from vl_jax.data.sources.webdataset import WebDatasetConfig
+from vl_jax.data.stream.readers import Place, SampleReader
 from vl_jax.data.tools import examination as examination_lib
 from vl_jax.data.tools import preview
 from vl_jax.report import data as data_page
@@ -41,7 +43,7 @@ def sample(identity: str, *turns: Turn, seed: int = 0) -> Sample:
 
 
 def examine(monkeypatch, samples: list[Sample], **options) -> examination_lib.Examination:
-    monkeypatch.setattr(examination_lib, "open_source", lambda config, root: samples)
+    monkeypatch.setattr(examination_lib, "opened", lambda config, source: samples)
     return examination_lib.examine(CONFIG, SPEC, "scenes", **options)
 
 
@@ -207,7 +209,7 @@ def test_padding_is_that_of_the_config_or_of_rows_that_suit_the_data():
 def test_the_page_shows_findings_escaped_and_boxes(monkeypatch):
     bad = sample("<b>a</b>", Turn("where?", "", boxes=(Box("it", (1, 1, 9, 9)),)))
     examination = examine(monkeypatch, [bad, sample("b", Turn("what?", "that, of several words"), seed=1)])
-    monkeypatch.setattr(preview, "open_source", lambda config, root: [bad])
+    monkeypatch.setattr(preview, "opened", lambda config, source: [bad])
     shown = {"scenes": preview.render_samples(CONFIG, SPEC, "scenes", count=1)}
     padding = {
         "sft": examination_lib.padding(CONFIG, SPEC, sources={"scenes": 1.0}, targets="answers", window=64)
@@ -216,3 +218,29 @@ def test_the_page_shows_findings_escaped_and_boxes(monkeypatch):
     assert "empty answer" in page and "&lt;b&gt;a&lt;/b&gt;" in page and "<b>a</b>" not in page
     assert 'alt="boxes"' in page and "http" not in page.replace("http-equiv", "")
     assert "tokens of a sample" in page and "every sample has 1 tile." in page
+
+
+def test_what_is_left_out_of_a_record_is_counted(tmp_path, caplog):
+    records = [{"id": i, "question": "what?", "answer": "this", "tools": "[1]"} for i in range(3)]
+    (tmp_path / "train.json").write_text(json.dumps(records))
+    config = dataclasses.replace(CONFIG, root=str(tmp_path), sources=(LlavaConfig("files", "train.json"),))
+    examination = examination_lib.examine(config, SPEC, "files")
+    (finding,) = examination.findings
+    assert (finding.what, finding.count, examination.num_usable) == ("left out: tools not read", 3, 3)
+    assert "sample 0" in finding.examples[0] and "record 0" in finding.examples[0]
+    sources, _ = open_sources(config, None)
+    reader = SampleReader(sources, make_encoder(config, SPEC), config, "answers", 0)
+    reader([Place(i, "files", i) for i in range(3)])
+    assert caplog.text.count("left out") == 1 and "tools is not read" in caplog.text
+
+
+def test_nothing_that_can_be_used_is_said_in_words(tmp_path):
+    talk = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "this"}]
+    (tmp_path / "train.json").write_text(json.dumps([{"image": "a.png", "conversations": talk}] * 9))
+    config = dataclasses.replace(CONFIG, root=str(tmp_path), sources=(LlavaConfig("files", "train.json"),))
+    with pytest.raises(ValueError) as caught:
+        examination_lib.padding(config, SPEC, sources={"files": 1.0}, targets="answers", window=18)
+    message = str(caught.value)
+    assert message.startswith("none of 18 records can be used: 18 x placeholder mismatch: the questions have")
+    assert "for example record" in message and "sample files-" in message and "write <image>" in message
+    assert "{" not in message and "window" not in message and "\n" not in message

@@ -89,6 +89,10 @@ def test_the_model_is_the_published_one_but_for_how_it_runs_and_trains(published
     assert found.stages == given.stages
     assert found.data.tokenizer == str(published)
     assert found.data.tiling.tile_size == expected.encoder.image_size == 76
+    assert found.data.tiling.orientation == "shown"  # what one chooses oneself stays, the rest is filled in
+    stored = dataclasses.replace(given.data, tiling=TilingConfig(orientation="stored"))
+    tiling = resolve(dataclasses.replace(given, data=stored)).data.tiling
+    assert tiling == dataclasses.replace(found.data.tiling, orientation="stored")
     assert resolve(found) == found and from_json(to_json(found), Experiment) == found
 
 

@@ -403,7 +403,11 @@ def test_damaged_pictures_are_decoded_or_corrupt(tmp_path, count):
         chance = random.Random(seed)
         (tmp_path / "a.png").write_bytes(damaged(picture(chance), chance))
         ends.update(outcomes(LlavaConfig("x", "d.json", max_pixels=10_000), tmp_path))
-    assert ends.keys() <= {"ok", "corrupt_image", "image_too_large"} and ends["ok"] and ends["corrupt_image"]
+    assert (
+        ends.keys() <= {"ok", "corrupt_image", "image_too_large", "unknown_levels"}
+        and ends["ok"]
+        and ends["corrupt_image"]
+    )
 
 
 def test_deep_and_long_json_is_refused(tmp_path):
@@ -413,3 +417,123 @@ def test_deep_and_long_json_is_refused(tmp_path):
         assert outcomes(LlavaConfig("x", "d.json"), tmp_path) in ({"refused": 1}, {"not_an_object": 1})
         found = outcomes(LlavaConfig("x", "d.jsonl"), tmp_path)
         assert found.keys() <= {"not_json", "not_an_object"} and found
+
+
+TALK = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "It.", "weight": 1}]
+CHAT = [{"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "What?"}]}]
+PLACE = {"x": 10, "y": 10, "width": 20, "height": 20, "rotation": 0}
+ELLIPSE = {"x": 5, "y": 5, "radiusX": 2, "radiusY": 2}
+DRAWN = {"id": "r", "original_width": 9, "original_height": 9, "to_name": "image", "from_name": "l"}
+GOOD_RECORDS = (
+    {"id": "1", "image": "a.png", "conversations": TALK, "system": "Be brief.", "tools": "[]", "weight": 0.5},
+    {"messages": [*CHAT, {"role": "assistant", "content": "It."}], "source": "web"},
+    {"instruction": "What?", "input": "x", "output": "It.", "history": [["Hi", "Ho"]], "images": ["a.png"]},
+    {"question": "Where?", "answer": "<box:0>", "boxes": [{"label": "x", "bbox": [0, 0, 3, 3]}], "width": 9},
+    {"caption": "It.", "image": "a.png", "frames": ["a.png"], "lang": "en"},
+)
+GOOD_TASK = {
+    "id": 1,
+    "data": {"image": "a.png", "question": "What?"},
+    "annotations": [
+        {
+            "result": [
+                {**DRAWN, "type": "rectangle", "value": PLACE},
+                {**DRAWN, "type": "labels", "value": {**PLACE, "labels": ["cat"]}},
+                {**DRAWN, "type": "choices", "value": {"choices": ["good"]}},
+                {**DRAWN, "id": "e", "type": "ellipse", "value": ELLIPSE},
+                {**DRAWN, "id": "t", "type": "textarea", "value": {"text": ["It."]}},
+            ]
+        }
+    ],
+}
+HOSTILE: list = [None, True, 0, -1, 1e308, float("nan"), 10**400, "", "\0", "\ud83d", "a\nb", "<image>"]
+HOSTILE += ["../a.png", "<|ref|>"]
+HOSTILE += [
+    "https://x/a.png",
+    "/etc/passwd",
+    "x" * 100_000,
+    "1e400",
+    [],
+    {},
+    [[]],
+    {"a": []},
+    "<|det|>",
+    "None",
+]
+
+
+def malformed(value, random: random.Random):
+    """A copy of which some part is another value, another key, gone, or there twice."""
+    if random.random() < 0.15 or not isinstance(value, dict | list) or not value:
+        return random.choice(HOSTILE)
+    if isinstance(value, list):
+        place = random.randrange(len(value))
+        inner = [malformed(value[place], random)] * random.choice([1, 1, 1, 0, 2])
+        return [*value[:place], *inner, *value[place + 1 :]]
+    key, way = random.choice(list(value)), random.random()
+    rest = {k: v for k, v in value.items() if k != key}
+    if way < 0.1:
+        return rest
+    if way < 0.2:
+        return {**rest, random.choice([key.upper(), key[:-1], "\ud83d", "x" * 5000]): value[key]}
+    return {**value, key: malformed(value[key], random)}
+
+
+def malformed_tar(folder: Path, rng: random.Random, count: int) -> WebDatasetConfig:
+    data = {"jpg": picture(rng), "txt": b"It.", "json": json.dumps(GOOD_RECORDS[0]).encode(), "cls": b"1"}
+    with tarfile.open(folder / "d.tar", "w") as out:
+        for number in range(count):
+            for ending in rng.sample(sorted(data), rng.randint(1, 4)):
+                record = json.dumps(malformed(GOOD_RECORDS[number % 5], rng)).encode()
+                content = record if ending == "json" else damaged(data[ending], rng)
+                member = tarfile.TarInfo(f"{rng.randrange(count)}.{ending}")
+                member.size = len(content)
+                out.addfile(member, io.BytesIO(content))
+    return WebDatasetConfig("x", "d.tar")
+
+
+def malformed_file(folder: Path, kind: str, rng: random.Random, count: int):
+    if kind == "tar":
+        return malformed_tar(folder, rng, count)
+    if kind == "coco":
+        image = {"id": 1, "file_name": "a.png", "width": 9, "height": 9}
+        box = {"image_id": 1, "category_id": 1, "bbox": [0, 0, 3, 3], "iscrowd": 0}
+        content: dict = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "cat"}]}
+        for number in range(count):
+            own, boxes = {**image, "id": number}, [{**box, "image_id": number}]
+            wrong = malformed(own, rng) if rng.random() < 0.3 else own
+            content["images"].append(wrong if isinstance(wrong, dict) else {})
+            wrong = malformed(boxes[0], rng)
+            content["annotations"] += boxes * rng.randint(0, 2) + [wrong if isinstance(wrong, dict) else {}]
+        (folder / "d.json").write_text(json.dumps(content))
+        return CocoConfig("x", "d.json")
+    good = [GOOD_TASK] if kind == "label_studio" else list(GOOD_RECORDS)
+    wrong = [malformed(good[number % len(good)], rng) for number in range(count)]
+    (folder / "d.json").write_text(json.dumps(wrong))
+    return LabelStudioConfig("x", "d.json") if kind == "label_studio" else LlavaConfig("x", "d.json")
+
+
+@pytest.mark.parametrize("count", [120, pytest.param(600, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["records", "label_studio", "coco", "tar"])
+def test_malformed_records_are_read_noted_or_counted_in_one_line_each(tmp_path, kind, count):
+    rng = random.Random(f"malformed/{kind}")
+    (tmp_path / "a.png").write_bytes(picture(rng))
+    start, before = own_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    source, ends = open_source(malformed_file(tmp_path, kind, rng, count), root=str(tmp_path)), Counter()
+    for index in range(len(source)):
+        said: list = []
+        try:
+            sample = source[index]
+            check(sample)
+            said = [*sample.notes, sample.id]
+            ends["noted" if sample.notes else "ok"] += 1
+            for image in sample.images:
+                image()
+        except BadSample as error:
+            said.append(error)
+            ends[error.reason] += 1
+        for text in map(str, said):
+            assert text.encode() and len(text.splitlines()) == 1, text
+    assert ends["noted"] and len(ends) > 4, ends
+    assert own_time() - start < 4 * TOO_LONG
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500 << 10  # KiB

@@ -33,7 +33,9 @@ LEVELS = (
 )
 # The same inside ``data``.
 DATA_LEVELS = (
-    "sample",
+    "levels",
+    "picture",
+    "sample reasons",
     "files",
     "text",
     "images",

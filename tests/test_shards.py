@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import io
+import itertools
 import json
 import os
 import tarfile
 import tracemalloc
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image as PilImage
 
 from vl_jax.data.files import index_cache
@@ -102,6 +107,117 @@ def test_a_caption_and_several_images_of_a_tar(tmp_path):
     with pytest.raises(BadSample, match="no_record"):
         source[1]
     assert [image().getpixel((0, 0))[0] for image in source[2].images] == [3, 4]
+
+
+METADATA = {"caption": "from json", "url": "https://x/1.jpg", "key": "0", "status": "success", "width": 8}
+MEMBERS = {"jpg": png(1), "txt": b"a red field", "json": json.dumps(METADATA).encode()}
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(MEMBERS)))
+@pytest.mark.parametrize(
+    ("text", "without", "answer"),
+    [
+        ("", "", "a red field"),
+        ("", "txt", "from json"),
+        ("caption", "", "from json"),
+        ("txt", "json", "a red field"),
+        ("url", "", "https://x/1.jpg"),
+    ],
+)
+def test_a_caption_beside_metadata_is_read_in_whatever_order(tmp_path, order, text, without, answer):
+    members = [(f"0.{ending}", MEMBERS[ending]) for ending in order if ending != without]
+    write_tar(tmp_path / "s.tar", members)
+    sample = open_source(WebDatasetConfig("w", "s.tar", text=text), root=str(tmp_path))[0]
+    assert [t.answer for t in sample.turns] == [answer] and len(sample.images) == 1 and not sample.notes
+    assert sample.id == "0"
+
+
+def test_a_caption_that_is_not_there_is_told_with_what_is(tmp_path):
+    write_tar(tmp_path / "s.tar", [(f"0.{ending}", data) for ending, data in MEMBERS.items()])
+    source = open_source(WebDatasetConfig("w", "s.tar", text="captions"), root=str(tmp_path))
+    with pytest.raises(BadSample, match="no member or field 'captions'.*rename 'caption' to 'captions'"):
+        source[0]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("ending", ["txt", "json"])
+def test_texts_are_read_in_the_encoding_that_they_tell(tmp_path, encoding, ending):
+    text = json.dumps({"text": "ein Bär 熊"}, ensure_ascii=False) if ending == "json" else "ein Bär 熊"
+    data = text.encode(encoding)
+    data = codecs.BOM_UTF16_BE + data if encoding == "utf-16-be" else data
+    write_tar(tmp_path / "s.tar", [("0.jpg", png(1)), (f"0.{ending}", data)])
+    source = open_source(WebDatasetConfig("w", "s.tar"), root=str(tmp_path))
+    assert source[0].turns[0].answer == "ein Bär 熊"
+
+
+def test_a_text_of_another_encoding_is_counted_and_not_garbled(tmp_path):
+    write_tar(tmp_path / "s.tar", [("0.jpg", png(1)), ("0.txt", "ein Bär".encode("latin-1"))])
+    with pytest.raises(BadSample, match="not UTF-8 at byte 5: save it as UTF-8") as caught:
+        open_source(WebDatasetConfig("w", "s.tar"), root=str(tmp_path))[0]
+    assert caught.value.reason == "not_utf8"
+
+
+def pairs(*names: str) -> list[tuple[str, bytes]]:
+    """Members of those names; each picture and text says which of its name it is."""
+    times: Counter[str] = Counter()
+    members = []
+    for name in names:
+        times[name] += 1
+        members.append((name, png(times[name]) if name.lower().endswith("jpg") else b"%d" % times[name]))
+    return members
+
+
+def read_tar(folder: Path, *names: str) -> tuple[list[tuple], list[str]]:
+    """(id, answer, picture) of every sample, and the reasons of those that cannot be used."""
+    write_tar(folder / "s.tar", [*pairs(*names)])
+    source = open_source(WebDatasetConfig("w", "s.tar"), root=str(folder))
+    found, reasons = [], []
+    for index in range(len(source)):
+        try:
+            sample = source[index]
+            found.append((sample.id, sample.turns[0].answer, sample.images[0]().getpixel((0, 0))[0]))
+        except BadSample as error:
+            reasons.append(error.reason)
+    return found, reasons
+
+
+def test_members_find_their_sample_wherever_they_are(tmp_path):
+    expected = [("a", "1", 1), ("b", "1", 1), ("c", "1", 1)]
+    apart = ("a.jpg", "b.jpg", "c.jpg", "a.txt", "b.txt", "c.txt")
+    assert read_tar(tmp_path, *apart) == (expected, [])
+    assert read_tar(tmp_path, "a.txt", "a.jpg", "b.jpg", "b.txt", "c.txt", "c.jpg") == (expected, [])
+
+
+def test_a_name_that_comes_again_is_another_sample(tmp_path):
+    twice = [("a", "1", 1), ("a", "2", 2)]
+    assert read_tar(tmp_path, "a.jpg", "a.txt", "a.jpg", "a.txt") == (twice, [])
+    assert read_tar(tmp_path, "a.jpg", "a.jpg", "a.txt", "a.txt") == (twice, [])
+    assert read_tar(tmp_path, "a.jpg", "a.txt", "b.jpg", "b.txt", "a.jpg", "a.txt")[0] == [
+        twice[0], ("b", "1", 1), twice[1],
+    ]  # fmt: skip
+    assert read_tar(tmp_path, "a.jpg", "a.txt", "a.txt") == (twice[:1], ["member_twice"])
+    assert read_tar(tmp_path, "a.jpg", "a.jpg", "a.txt") == (twice[:1], ["no_record"])
+    assert read_tar(tmp_path, "a.JPG", "a.jpg", "a.txt") == (twice[:1], ["no_record"])
+
+
+def test_pictures_of_a_sample_are_in_the_order_of_their_numbers(tmp_path):
+    order = [10, 2, 0]
+    marks = {"text": "x"}
+    members = [(f"a.{n}.png", png(n)) for n in order] + [("a.json", json.dumps(marks).encode())]
+    write_tar(tmp_path / "s.tar", members)
+    sample = open_source(WebDatasetConfig("w", "s.tar"), root=str(tmp_path))[0]
+    assert [image().getpixel((0, 0))[0] for image in sample.images] == sorted(order)
+
+
+def test_members_that_are_not_read_are_noted(tmp_path):
+    talk_of = json.dumps(talk(7) | {"image": "x"}).encode()
+    members = [("a.jpg", png(1)), ("a.cls", b"3"), ("a.txt", b"fine"), ("a.json", b"{")]
+    write_tar(tmp_path / "s.tar", [*members, ("b.jpg", png(1)), ("b.txt", b"?"), ("b.json", talk_of)])
+    source = open_source(WebDatasetConfig("w", "s.tar"), root=str(tmp_path))
+    assert source[0].turns[0].answer == "fine"
+    assert [note.reason for note in source[0].notes] == ["member_not_read", "not_json"]
+    assert source[1].turns[0].answer == "It is 7."
+    assert [note.reason for note in source[1].notes] == ["member_not_read"]
 
 
 def test_links_in_a_tar_are_never_followed(tmp_path):
@@ -210,6 +326,9 @@ def test_boxes_of_coco_become_questions_about_places(tmp_path):
         ({"file_name": "../secret.png"}, "outside_root"),
         ({"width": 0}, "bad_image_field"),
         ({"id": 7}, "no_boxes"),
+        ({"width": "8 px"}, "bad_image_field"),
+        ({"width": 7.5}, "bad_image_field"),
+        ({"id": 6}, "id_twice"),
     ],
 )
 def test_a_bad_picture_of_coco_has_a_reason(tmp_path, change, reason):
@@ -217,6 +336,50 @@ def test_a_bad_picture_of_coco_has_a_reason(tmp_path, change, reason):
     with pytest.raises(BadSample) as caught:
         source[0]
     assert caught.value.reason == reason
+
+
+def coco_of(folder: Path, annotations: list, images: list | None = None):
+    """The first picture of a COCO file with these annotations."""
+    (folder / "a.png").write_bytes(png(7))
+    content = {
+        "images": images or [{"id": 5, "file_name": "a.png", "width": 8, "height": 6}],
+        "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}, {"id": 3}],
+        "annotations": annotations,
+    }
+    (folder / "coco.json").write_text(json.dumps(content))
+    return open_source(CocoConfig("c", "coco.json"), root=str(folder))[0]
+
+
+written = st.sampled_from([lambda n: n, float, str, lambda n: str(float(n))])
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(written, min_size=9, max_size=9), st.sampled_from([None, 0, False, "0", 0.0, "false"]))
+def test_numbers_of_coco_may_be_texts_and_floats(tmp_path, ways, crowd):
+    numbers = [way(n) for way, n in zip(ways, (5, 8, 6, 5, 1, 2, 1, 4, 3), strict=True)]
+    image = {"id": numbers[0], "file_name": "a.png", "width": numbers[1], "height": numbers[2]}
+    box = {"image_id": numbers[3], "category_id": numbers[4], "bbox": numbers[5:], "iscrowd": crowd}
+    (turn,) = coco_of(tmp_path, [box], [image]).turns[1:]
+    assert [(b.label, b.corners) for b in turn.boxes] == [("cat", (2, 1, 6, 4))]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"bbox": [0, 0, 0, 0]}, "bad_box"),
+        ({"bbox": ["x", 0, 1, 1]}, "bad_box"),
+        ({"bbox": None}, "bad_box"),
+        ({"bbox": [0, 0, float("inf"), 1]}, "bad_box"),
+        ({"category_id": 9}, "unknown_category"),
+        ({"category_id": 3}, "unknown_category"),  # It has no name.
+    ],
+)
+def test_an_annotation_of_coco_that_cannot_be_read_is_noted_and_the_others_are_kept(tmp_path, change, reason):
+    good = {"image_id": 5, "category_id": 1, "bbox": [2, 1, 4, 3]}
+    sample = coco_of(tmp_path, [good, {**good, **change}, {**good, "category_id": 2}])
+    assert sample.turns[0].answer == "cat, dog"
+    (note,) = sample.notes
+    assert note.reason == reason and "annotations[1]" in note.message
 
 
 @pytest.mark.parametrize("kept_before", [False, True])
@@ -381,3 +544,19 @@ def test_decoded_row_groups_are_mapped_and_follow_their_file(tmp_path):
     os.utime(tmp_path / plain.file, ns=(1, 1))
     read(config)
     assert len(list((tmp_path / "decoded").iterdir())) == 2 * len(files)
+
+
+def test_conversion_tells_what_is_left_out_of_records_that_are_kept_and_keeps_weights(tmp_path):
+    pytest.importorskip("array_record")
+    talks = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "It.", "weight": 0.5}]
+    records = [{"conversations": talks, **extra} for extra in ({}, {"tools": "[1]"})]
+    (tmp_path / "d.json").write_text(json.dumps(records))
+    config = LlavaConfig("d", "d.json")
+    report = convert(config, open_source(config, root=str(tmp_path)), tmp_path / "out")
+    assert "1 are kept without a part of theirs" in str(report)
+    assert list(report.partial) == ["1"] and "tools_not_read" in report.partial["1"][0]
+    written = json.loads((tmp_path / "out" / convert_lib.REPORT).read_text())
+    assert written["partial"] == report.partial
+    assert convert(config, open_source(config, root=str(tmp_path)), tmp_path / "out") == report
+    source = open_source(ArrayRecordConfig("a", "out/*.arrayrecord"), root=str(tmp_path))
+    assert [source[i].turns[0].weight for i in range(2)] == [0.5, 0.5]

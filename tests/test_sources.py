@@ -229,3 +229,33 @@ def test_a_reduced_jpeg_gives_nearly_the_same_tiles(tmp_path):
         a, b = (encoder.example(sample) for encoder in (whole, reduced))
         assert a.grids == b.grids == ((2, 1),)
         assert np.abs(a.tiles.astype(int) - b.tiles.astype(int)).mean() <= most
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("https://x/a.png", "is an address, and nothing is fetched"),
+        ("s3://x/a.png", "save the image as a file"),
+        ("/etc/hostname", "leaves the image folder .*set root of the source"),
+        ("../a.png", "name it relative to that folder"),
+        ("b.png", "no image file .*b.png .names are relative"),
+        ("a\ud83d.png", "bad path"),
+    ],
+)
+def test_a_path_that_cannot_be_used_is_told_what_to_write(tmp_path, name, words):
+    source = open_source(write(tmp_path, [talk(image=name)]), root=str(tmp_path))
+    with pytest.raises(BadSample, match=words):
+        source[0].images[0]()
+
+
+def test_an_absolute_path_inside_the_folder_is_told_its_relative_one(tmp_path):
+    source = open_source(write(tmp_path, [talk(image=str(tmp_path / "a.png"))]), root=str(tmp_path))
+    with pytest.raises(BadSample, match="paths are relative: write 'a.png'"):
+        source[0]
+
+
+def test_a_folder_of_frames_that_is_no_name_spoils_only_its_record(tmp_path):
+    source = open_source(write(tmp_path, [talk(frames="\0"), talk()]), root=str(tmp_path))
+    with pytest.raises(BadSample, match="null byte"):
+        source[0]
+    assert source[1].images

@@ -15,6 +15,7 @@ from vl_jax import sharding
 from vl_jax.checkpoint import CHECKPOINTS
 from vl_jax.data.encode import Encoder, make_encoder
 from vl_jax.data.images.audio import AudioConfig, SoundImage
+from vl_jax.data.picture import Orientation
 from vl_jax.data.sample import IMAGE_PLACEHOLDER, FileImage, Sample, Turn
 from vl_jax.data.sources.llava import LlavaConfig
 from vl_jax.data.sources.meta import MetaConfig
@@ -32,6 +33,11 @@ from vl_jax.train.step import TrainState
 @runtime_checkable
 class Asked(Protocol):
     """A model that can be asked."""
+
+    @property
+    def orientation(self) -> Orientation:
+        """Which way up it sees picture files."""
+        ...
 
     def stream(
         self, prompt: str, *, image: Path | None = None, audio: Path | None = None, max_new_tokens: int = 32
@@ -86,12 +92,19 @@ class AskedRun:
     state: TrainState
     encoder: Encoder
 
+    @property
+    def orientation(self) -> Orientation:
+        """As in training."""
+        return self.encoder.tiling.orientation
+
     def stream(
         self, prompt: str, *, image: Path | None = None, audio: Path | None = None, max_new_tokens: int = 32
     ) -> Iterator[str]:
         """See ``Asked``."""
         layout, tokenizer = self.layout, self.encoder.tokenizer
-        pictures: list[Any] = [FileImage(image, where="--image")] if image else []
+        pictures: list[Any] = []
+        if image:
+            pictures.append(FileImage(image, where="--image", orientation=self.orientation))
         pictures += [SoundImage(audio, "--audio", hearing(self.experiment))] if audio else []
         question = f"{IMAGE_PLACEHOLDER}\n" * len(pictures) + prompt
         name = str(image or audio or "prompt")
@@ -114,6 +127,11 @@ class AskedCheckpoint:
     """A published checkpoint, asked through its processor."""
 
     model: Pretrained
+
+    @property
+    def orientation(self) -> Orientation:
+        """As the published processor reads them."""
+        return getattr(self.model.processor, "orientation", "shown")
 
     def stream(
         self, prompt: str, *, image: Path | None = None, audio: Path | None = None, max_new_tokens: int = 32

@@ -79,8 +79,9 @@ def resolve(experiment: Experiment) -> Experiment:
     model = pretrained.run_as(published.config, ours)
     if not data.tokenizer:
         data = dataclasses.replace(data, tokenizer=str(folder))
-    if data.tiling == TilingConfig() and (tiling := published.tiling) is not None:
-        data = dataclasses.replace(data, tiling=tiling)
+    way = data.tiling.orientation
+    if data.tiling == TilingConfig(orientation=way) and (tiling := published.tiling) is not None:
+        data = dataclasses.replace(data, tiling=dataclasses.replace(tiling, orientation=way))
     model.check_data(data)
     return dataclasses.replace(experiment, model=model, data=data)
 

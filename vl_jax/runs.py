@@ -21,7 +21,8 @@ from vl_jax import config as config_lib
 from vl_jax import params as params_lib
 from vl_jax import schema
 from vl_jax.checkpoint import CHECKPOINTS, Checkpointer
-from vl_jax.data.sources.build import open_source
+from vl_jax.data.config import opened
+from vl_jax.data.images.resolution import resolution_warning
 from vl_jax.evaluate.runner import evaluate
 from vl_jax.experiment import (
     Experiment,
@@ -55,8 +56,12 @@ def run(experiment: Experiment, workdir: Path) -> dict[str, Any]:
     """
     allocator.keep_freed_memory()
     start, experiment = time.time(), resolve(experiment)
-    for source in (*experiment.data.sources, *experiment.data.evaluation):
-        open_source(source, root=experiment.data.root)
+    data = experiment.data
+    sources = {source.name: opened(data, source) for source in data.sources}
+    for source in data.evaluation:
+        opened(data, source)
+    if jax.process_index() == 0 and (warning := resolution_warning(sources, data.tiling)):
+        logger.warning(warning)
     layout = plan(experiment)
     _claim(experiment, workdir)
 

@@ -12,10 +12,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
-from vl_jax.data.config import find_source
+from vl_jax.data.config import find_source, opened
 from vl_jax.data.encode import make_encoder
 from vl_jax.data.sources.array_records import ENDING, ArrayRecordConfig
-from vl_jax.data.sources.build import open_source
 from vl_jax.data.stream import packed
 from vl_jax.data.tools import long_text
 from vl_jax.data.tools.convert import REPORT, Split, convert
@@ -31,7 +30,7 @@ def run(experiment: Experiment, name: str, target: Path) -> ArrayRecordConfig:
     """
     console, data = Console(), experiment.data
     config = find_source(data, name)
-    source = open_source(config, root=data.root)
+    source = opened(data, config)
     labels = [f"compare pictures of {name}"] if data.conversation.merge_turns > 1 else []
     with _bars(console, *labels, f"convert {name}") as bars:
         report = convert(
@@ -41,6 +40,7 @@ def run(experiment: Experiment, name: str, target: Path) -> ArrayRecordConfig:
             num_threads=data.loading.num_threads,
             split=_splitter(experiment) if data.conversation.long_text == "split" else None,
             merge_turns=data.conversation.merge_turns,
+            orientation=data.tiling.orientation,
             progress=bars[-1],
             comparing=bars[0],
         )

@@ -5,8 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from vl_jax.schema import ConfigError
+
+if TYPE_CHECKING:
+    from vl_jax.ask import Asked
+    from vl_jax.data.picture import Orientation
+else:
+    Asked = Orientation = Any  # a command says what it can do without loading what does it
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,17 +38,25 @@ def run(arguments: argparse.Namespace) -> None:
         raise ConfigError("--draw needs --image, on which it draws")
     if arguments.model is not None and arguments.audio is not None:
         raise ConfigError("--audio is for --workdir: a run says how its model hears")
-    text = _stream(arguments)
+    model = _open(arguments)
+    text = _stream(model, arguments)
     if arguments.draw is not None:
-        _draw(text, arguments.image, arguments.draw)
+        _draw(text, arguments.image, arguments.draw, model.orientation)
 
 
-def _draw(text: str, image: Path, target: Path) -> None:
-    """Writes the image with the boxes of an answer, and says how many there are."""
+def _open(arguments: argparse.Namespace) -> Asked:
+    from vl_jax import ask
+
+    return ask.of_run(arguments.workdir) if arguments.workdir else ask.of_published(arguments.model)
+
+
+def _draw(text: str, image: Path, target: Path, orientation: Orientation = "shown") -> None:
+    """Writes the image, as the model saw it, with the boxes of an answer, and says how many there are."""
     from vl_jax.data.sample import FileImage
     from vl_jax.data.text import grounding
 
-    found, picture = grounding.parse(text), FileImage(image, where="--image")()
+    picture = FileImage(image, where="--image", orientation=orientation)()
+    found = grounding.parse(text)
     boxes = found.boxes(*picture.size)
     drawing = grounding.draw(picture, boxes)
     drawing.picture.save(target)
@@ -50,11 +65,8 @@ def _draw(text: str, image: Path, target: Path) -> None:
         print(f"{target}: {number} stands for {label!r}, which no font here can write", file=sys.stderr)
 
 
-def _stream(arguments: argparse.Namespace) -> str:
+def _stream(model: Asked, arguments: argparse.Namespace) -> str:
     """Prints the answer as it grows, and returns it."""
-    from vl_jax import ask
-
-    model = ask.of_run(arguments.workdir) if arguments.workdir else ask.of_published(arguments.model)
     pieces = []
     for piece in model.stream(
         arguments.prompt,

@@ -285,7 +285,16 @@ def open_sources(
     for name in weights:
         if name not in known:
             raise ValueError(f"source {name!r}: not in the config; known: {', '.join(known)}")
-    return {name: open_source(known[name], root=config.root) for name in weights}, weights
+    return {name: opened(config, known[name]) for name in weights}, weights
+
+
+def opened(config: DataConfig, source: SourceConfig) -> Source:
+    """A source of the config, read as the config says.
+
+    Raises:
+      ValueError: the source cannot be read at all; one line naming the file.
+    """
+    return open_source(source, root=config.root, orientation=config.tiling.orientation)
 
 
 def find_source(config: DataConfig, name: str) -> SourceConfig:

@@ -26,6 +26,7 @@ from vl_jax.data.images.tiling import (
 )
 from vl_jax.data.sample import BadSample, Sample, each
 from vl_jax.data.text import chat
+from vl_jax.data.text.bounded import bounded
 from vl_jax.data.text.tokenizer import GROUNDING, Tokenizer, load_tokenizer
 from vl_jax.data.text.written import encode_written
 
@@ -90,6 +91,7 @@ class Encoder:
 
         def dialogue(sample: Sample, pictures: Pictures) -> chat.Dialogue:
             lengths, most = self._image_lengths(pictures), self.max_tokens
+            sample = bounded(sample, self.tokenizer, most)
             if self.spec.reads == "text":
                 return encode_written(sample, self.tokenizer, max_tokens=most)
             return chat.encode_dialogue(
@@ -115,6 +117,7 @@ class Encoder:
 
         def dialogue(sample: Sample, pictures: Pictures, chosen: Sequence[int]) -> chat.Dialogue:
             lengths = self._image_lengths(pictures)
+            sample = bounded(sample, self.tokenizer, self.max_tokens)
             whole = chat.encode_dialogue(
                 sample, self.tokenizer, image_lengths=lengths, turns=turns, targets=targets
             )
@@ -150,6 +153,7 @@ class Encoder:
             return self.example(sample)
         pictures = self._pictures(sample)
         lengths = self._image_lengths(pictures)
+        sample = bounded(sample, self.tokenizer, self.max_tokens)
         dialogue = chat.encode_prompt(sample, self.tokenizer, image_lengths=lengths)
         return self._assemble(sample, self._fitting(sample, dialogue), pictures)
 
@@ -160,6 +164,7 @@ class Encoder:
           BadSample: an image cannot be used, or the text does not fit.
         """
         pictures = self._pictures(sample)
+        sample = bounded(sample, self.tokenizer, self.max_tokens)
         dialogue = chat.encode_text(
             sample,
             self.tokenizer,
@@ -197,7 +202,8 @@ class Encoder:
     def _fitting(self, sample: Sample, dialogue: chat.Dialogue) -> chat.Dialogue:
         if len(dialogue.tokens) > self.max_tokens:
             message = (
-                f"sample {sample.id}: a prompt of {len(dialogue.tokens)} tokens, limit {self.max_tokens}"
+                f"sample {sample.id}: a prompt of {len(dialogue.tokens)} tokens or more, limit "
+                f"{self.max_tokens}"
             )
             raise BadSample("too_long", message)
         return dialogue

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import io
 import os
+import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,13 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import numpy as np
 from PIL import Image as PilImage
 
+from vl_jax.data.levels import LevelsError
+from vl_jax.data.picture import Orientation, PictureFrame, decode, decode_reduced, read_frame
+
 IMAGE_PLACEHOLDER = "<image>"
 DEFAULT_MAX_PIXELS = 64_000_000
+# How names begin that are no paths.
+REMOTE = ("http", "https", "data", "file", "s3", "gs", "hdfs", "ftp")
 TEXT = "text"  # the kind of a turn without a question: its answer is read as it is, no mark before it
 
 T = TypeVar("T")
@@ -69,11 +75,34 @@ class BadSample(ValueError):
     """One record that cannot be used; ``reason`` is a short snake_case word that counters group by."""
 
     def __init__(self, reason: str, message: str):
+        message = in_one_line(message)
+        if len(message) > _LONGEST:
+            message = f"{message[: _LONGEST // 2]} ... {message[-_LONGEST // 2 :]}"
         super().__init__(reason, message)  # as they were given: so it may go from one process to another
         self.reason, self._message = reason, message
 
     def __str__(self) -> str:
         return f"{self._message} [{self.reason}]"
+
+
+@dataclass(frozen=True)
+class Note:
+    """What of a record is left out or odd while it is used; counters group by ``reason``."""
+
+    reason: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{in_one_line(self.message)} [{self.reason}]"
+
+
+_LONGEST = 2000  # characters of a message
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029\ud800-\udfff]+")
+
+
+def in_one_line(text: str) -> str:
+    """A text that can be printed in a line: what breaks lines, and half a surrogate pair, becomes a mark."""
+    return _UNPRINTABLE.sub("\ufffd", text)
 
 
 def each(function: Callable[..., T], *columns: Sequence[Any]) -> list[T | BadSample]:
@@ -109,6 +138,7 @@ class Turn:
     kind: str = ""
     language: str = ""
     boxes: tuple[Box, ...] = ()
+    weight: float = 1.0  # of the answer in the loss; 0: it is read, and nothing is learnt from it
 
 
 @dataclass(frozen=True)
@@ -121,6 +151,7 @@ class Sample:
     system: str = ""
     labels: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # as the source has them, by name
     media: Mapping[str, Media] = dataclasses.field(default_factory=dict)  # inputs of other kinds, by name
+    notes: tuple[Note, ...] = ()  # what of the record is not in it
 
     def select(self, indices: list[int]) -> Sample:
         """The conversation made of some of the turns, in the given order, still opened by the images."""
@@ -134,7 +165,7 @@ class Sample:
             bare[0] = questions[0][len(_lead(self.turns[0].question, len(self.turns))[0]) :]
         asked = [questions[i] if rank == 0 else bare[i] for rank, i in enumerate(indices)]
         turns = tuple(
-            t if q is t.question else Turn(q, t.answer, t.kind, t.language, t.boxes)
+            t if q is t.question else dataclasses.replace(t, question=q)
             for q, t in zip(asked, (self.turns[i] for i in indices), strict=True)
         )
         return dataclasses.replace(self, turns=turns)
@@ -179,38 +210,53 @@ def opening(sample: Sample) -> str:
     return lead
 
 
+class _PictureFile:
+    """What images share that are files, or lie in one: they are opened when they are called."""
+
+    max_pixels: int
+    orientation: Orientation
+
+    def __call__(self) -> PilImage.Image:
+        """Decodes to RGB, see ``picture.decode``; transparent pixels become white.
+
+        Raises:
+          BadSample: the file is missing, its header promises too many pixels, or it cannot be decoded.
+        """
+        return self._open(lambda picture: decode(picture, self.orientation))
+
+    def frame(self) -> PictureFrame:
+        """How its pixels lie, and how they are read; from the file's header.
+
+        Raises:
+          BadSample: the file is missing, its header cannot be read or promises too many pixels.
+        """
+        return self._open(lambda picture: read_frame(picture, self.orientation))
+
+    def size(self) -> tuple[int, int]:
+        """Width and height of the picture as it is read; raises as ``frame``."""
+        return self.frame().size
+
+    def at_least(self, width: int, height: int) -> PilImage.Image:
+        """Decodes to RGB, no smaller than that where the file is not, but quicker where the format can."""
+        return self._open(lambda picture: decode_reduced(picture, self.orientation, width, height))
+
+    def _open(self, use: Callable[[PilImage.Image], T]) -> T:
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class FileImage:
+class FileImage(_PictureFile):
     """An image file, checked by its header before any pixel is decoded."""
 
     path: Path
     where: str  # "sample ID (FILE, record N)", for messages
     max_pixels: int = DEFAULT_MAX_PIXELS
+    orientation: Orientation = "shown"
 
     @property
-    def key(self) -> tuple[str, int]:
+    def key(self) -> tuple[str, int, Orientation]:
         """See ``image_key``."""
-        return str(self.path), self.max_pixels
-
-    def __call__(self) -> PilImage.Image:
-        """Decodes to RGB; transparent pixels become white.
-
-        Raises:
-          BadSample: the file is missing, its header promises too many pixels, or it cannot be decoded.
-        """
-        return self._open(to_rgb)
-
-    def size(self) -> tuple[int, int]:
-        """Width and height as the file's header has them.
-
-        Raises:
-          BadSample: the file is missing, its header cannot be read or promises too many pixels.
-        """
-        return self._open(lambda picture: picture.size)
-
-    def at_least(self, width: int, height: int) -> PilImage.Image:
-        """Decodes to RGB, no smaller than that where the file is not, but quicker where the format can."""
-        return self._open(lambda picture: _reduced(picture, width, height))
+        return str(self.path), self.max_pixels, self.orientation
 
     def encoded(self) -> bytes:
         """The file as it is."""
@@ -218,39 +264,30 @@ class FileImage:
 
     def _open(self, use: Callable[[PilImage.Image], T]) -> T:
         if not os.path.isfile(self.path):
-            raise BadSample("missing_image", f"{self.where}: no image file {self.path}")
+            rule = "names are relative to the folder of the record file, or to root of the source"
+            raise BadSample("missing_image", f"{self.where}: no image file {self.path} ({rule})")
         return _open(self.path, str(self.path), self.where, self.max_pixels, use)
 
 
 @dataclass(frozen=True)
-class EncodedImage:
+class EncodedImage(_PictureFile):
     """An image file inside another file, read when it is asked for; otherwise like ``FileImage``."""
 
     encoded: Callable[[], bytes]
     label: str  # what messages call it
     where: str
     max_pixels: int = DEFAULT_MAX_PIXELS
+    orientation: Orientation = "shown"
 
-    def __call__(self) -> PilImage.Image:
-        """Decodes to RGB; raises as ``FileImage``."""
-        return _open(io.BytesIO(self.encoded()), self.label, self.where, self.max_pixels, to_rgb)
-
-    def at_least(self, width: int, height: int) -> PilImage.Image:
-        """Decodes as ``FileImage`` does."""
-        data = io.BytesIO(self.encoded())
-        return _open(
-            data, self.label, self.where, self.max_pixels, lambda picture: _reduced(picture, width, height)
-        )
-
-    def size(self) -> tuple[int, int]:
-        """Width and height as the header has them; raises as ``FileImage``."""
-        data = io.BytesIO(self.encoded())
-        return _open(data, self.label, self.where, self.max_pixels, lambda picture: picture.size)
+    def _open(self, use: Callable[[PilImage.Image], T]) -> T:
+        return _open(io.BytesIO(self.encoded()), self.label, self.where, self.max_pixels, use)
 
 
-def image_in(folder: Path, name: str, where: str, max_pixels: int) -> FileImage:
+def image_in(
+    folder: Path, name: str, where: str, max_pixels: int, orientation: Orientation = "shown"
+) -> FileImage:
     """The image file of that name; raises as ``path_in``."""
-    return FileImage(path_in(folder, name, where, kind="image"), where, max_pixels)
+    return FileImage(path_in(folder, name, where, kind="image"), where, max_pixels, orientation)
 
 
 def path_in(folder: Path, name: str, where: str, *, kind: str) -> Path:
@@ -262,15 +299,26 @@ def path_in(folder: Path, name: str, where: str, *, kind: str) -> Path:
     Raises:
       BadSample: it does not, or this is no name of a file.
     """
+    if name.partition(":")[0].lower() in REMOTE:
+        message = f"{where}: {name[:80]!r} is an address, and nothing is fetched: save the {kind} as a file"
+        raise BadSample(f"bad_{kind}_field", f"{message}, and name its path inside {folder}")
     try:
+        if b"\0" in os.fsencode(name):
+            raise ValueError("embedded null byte")
         head, tail = os.path.split(os.path.join(folder, name))
         path = os.path.join(_real_folder(head), tail)
         if tail in ("", "..") or os.path.islink(path):
             path = os.path.realpath(path)
     except (OSError, ValueError) as error:
-        raise BadSample(f"missing_{kind}", f"{where}: bad path {name!r}: {error}") from None
-    if os.path.isabs(name) or not path.startswith(os.path.join(folder, "")):
-        raise BadSample("outside_root", f"{where}: {name!r} leaves the {kind} folder {folder}")
+        raise BadSample(f"missing_{kind}", f"{where}: bad path {name[:80]!r}: {error}") from None
+    inside = os.path.join(folder, "")
+    if os.path.isabs(name) and path.startswith(inside):
+        message = f"{where}: {name!r} is absolute; paths are relative: write {path.removeprefix(inside)!r}"
+        raise BadSample("outside_root", message)
+    if os.path.isabs(name) or not path.startswith(inside):
+        rule = "name it relative to that folder, or set root of the source to a folder that has it"
+        how = " by a link" if os.path.islink(os.path.join(folder, name)) else ""
+        raise BadSample("outside_root", f"{where}: {name!r} leaves the {kind} folder {folder}{how}: {rule}")
     return Path(path)
 
 
@@ -294,24 +342,14 @@ def _open(
         raise BadSample("image_too_large", f"{where}: {label}: {error}") from None
     except BadSample:
         raise
+    except LevelsError as error:
+        raise BadSample("unknown_levels", f"{where}: {label}: {error}") from None
+    except PilImage.UnidentifiedImageError as error:
+        message = f"{where}: cannot decode {label}: {error}; if other programs show it, save it as PNG"
+        raise BadSample("corrupt_image", message) from None
     except Exception as error:  # Decoders of hostile files raise almost anything.
         message = f"{where}: cannot decode {label}: {error or type(error).__name__}"
         raise BadSample("corrupt_image", message) from None
-
-
-def _reduced(picture: PilImage.Image, width: int, height: int) -> PilImage.Image:
-    """An RGB copy; a JPEG comes at 1/2, 1/4 or 1/8 of its size if that is still no smaller than asked for."""
-    picture.draft("RGB", (width, height))
-    return to_rgb(picture)
-
-
-def to_rgb(picture: PilImage.Image) -> PilImage.Image:
-    """An RGB copy; where the picture is transparent, white shows through."""
-    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-        layer = picture.convert("RGBA")
-        white = PilImage.new("RGBA", layer.size, (255, 255, 255, 255))
-        return PilImage.alpha_composite(white, layer).convert("RGB")
-    return picture.convert("RGB")
 
 
 def _lead(question: str, num_turns: int) -> tuple[str, str]:

@@ -36,7 +36,7 @@ def file_and_folder(root: str, file: str, folder: str, name: str) -> tuple[Path,
     """
     place = Path(root) / file
     if not place.is_file():
-        raise ValueError(f"source {name!r}: no such file {place}")
+        raise ValueError(f"source {name!r}: no such file {place}; {_from_where(root)}")
     return place, (Path(root) / folder if folder else place.parent).resolve()
 
 
@@ -53,8 +53,12 @@ def find_files(root: str, pattern: str, name: str) -> list[Path]:
     else:
         found = [whole] if whole.is_file() else []
     if not found:
-        raise ValueError(f"source {name!r}: no such file {whole}")
+        raise ValueError(f"source {name!r}: no such file {whole}; {_from_where(root)}")
     return found
+
+
+def _from_where(root: str) -> str:
+    return f"files of sources are looked for from data.root={root!r} on: set --config.data.root=FOLDER"
 
 
 def temporary_name(file: Path) -> Path:

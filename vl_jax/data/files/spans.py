@@ -6,6 +6,7 @@ So a file of millions of records costs no memory of the process, and no time of 
 from __future__ import annotations
 
 import mmap
+import os
 from array import array
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from vl_jax.data.files.encoding import check_encoding
 from vl_jax.data.files.index_cache import Arrays, Done, keep
 from vl_jax.data.files.json_reader import BYTE_ORDER_MARK, JsonReader
 
@@ -63,8 +65,16 @@ def json_items(path: Path) -> Spans:
     def make(done: Done) -> Arrays:
         reader = JsonReader(path, data)
         if reader.peek() != "[":
-            found = type(reader.value().value).__name__
-            reader.end()
+            value = reader.value().value
+            try:
+                reader.end()
+            except ValueError as error:
+                rule = "a file with one record a line is named .jsonl"
+                raise ValueError(f"{error}: {rule}" if isinstance(value, dict) else str(error)) from None
+            found = type(value).__name__
+            if isinstance(value, dict):
+                keys = [repr(key[:40]) for key in value][:8]
+                found += f" with the keys {', '.join(keys) or 'none'}{', ...' if len(value) > 8 else ''}"
             raise ValueError(f"{path}: expected a list of records, found {found}")
         places = read_places(reader, done)
         reader.end()
@@ -101,13 +111,14 @@ def map_file(path: Path) -> mmap.mmap | bytes:
     """What is in a file, mapped.
 
     Raises:
-      ValueError: there is no such file.
+      ValueError: there is no such file, or it is a text that is not UTF-8.
     """
     if not path.is_file():
         raise ValueError(f"no such file {path}")
     if not path.stat().st_size:  # An empty file cannot be mapped.
         return b""
     with path.open("rb") as file:
+        check_encoding(path, os.pread(file.fileno(), 4, 0))
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 

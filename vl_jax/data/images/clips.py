@@ -34,7 +34,7 @@ def frame_names(frames: Any, folder: Path, where: str, *, most: int) -> list[str
         place = path_in(folder, frames, where, kind="image")
         try:
             found = [f.name for f in place.iterdir() if f.suffix.lower() in _ENDINGS]
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise BadSample("missing_image", f"{where}: no folder of frames {place}: {error}") from None
         frames = [f"{frames}/{name}" for name in sorted(found, key=_natural)]
     if not isinstance(frames, list) or not frames or not all(isinstance(name, str) for name in frames):

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image as PilImage
 
 from vl_jax.data.images.tiling import TilingConfig
-from vl_jax.data.sample import to_rgb
+from vl_jax.data.picture import to_rgb
 
 _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _HALF = (0.5, 0.5, 0.5)

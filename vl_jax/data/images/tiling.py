@@ -22,6 +22,8 @@ import numpy as np
 from PIL import Image as PilImage
 from PIL import ImageOps
 
+from vl_jax.data.picture import Orientation
+
 Grid = tuple[int, int]  # tiles across, tiles down
 Views = Literal["global_local", "local_global", "global"]  # what a picture shows, in reading order
 Fit = Literal["pad", "crop", "stretch"]  # how a picture of another shape becomes a view
@@ -35,7 +37,7 @@ DEFAULT_GRIDS: tuple[Grid, ...] = (
 
 @dataclass(frozen=True)
 class TilingConfig:
-    """How a picture is cut into square tiles."""
+    """How a picture becomes square tiles."""
 
     tile_size: int = 384  # pixels
     candidates: tuple[tuple[int, int], ...] = DEFAULT_GRIDS  # grids (across, down)
@@ -43,6 +45,7 @@ class TilingConfig:
     views: Views = "global_local"
     padding_colour: tuple[int, int, int] = (127, 127, 127)  # int(255 * mean of the normalisation)
     fit: Fit = "pad"  # whole with a margin; cut around its centre (CLIP); or out of proportion (SigLIP)
+    orientation: Orientation = "shown"  # as EXIF turns it and people see it; or as its pixels are stored
 
     def __post_init__(self):
         if self.tile_size < 1:
@@ -51,6 +54,8 @@ class TilingConfig:
             raise ValueError(f"candidates={self.candidates}: needs pairs of at least (1, 1)")
         if self.max_tiled_images < 0:
             raise ValueError(f"max_tiled_images={self.max_tiled_images}: must not be negative")
+        if self.orientation not in ("shown", "stored"):
+            raise ValueError(f"orientation={self.orientation!r}: must be 'shown' or 'stored'")
         if any(not 0 <= level <= 255 for level in self.padding_colour):
             raise ValueError(f"padding_colour={self.padding_colour}: grey levels must lie in 0..255")
 

@@ -20,6 +20,7 @@ import tokenizers
 
 from vl_jax.batch import Batch
 from vl_jax.data.images.pixels import ImageProcessor, load_image_processor
+from vl_jax.data.picture import Orientation
 from vl_jax.data.published.request import Message, Picture, Request, to_sample
 from vl_jax.data.sample import IMAGE_PLACEHOLDER, Sample
 
@@ -105,6 +106,7 @@ class PictureTextProcessor:
     image_tokens: int  # how many of them stand for a picture
     shapes: Mapping[str, tuple[int, int, int]]  # what the model takes of each view of a picture: h, w, c
     max_tokens: int  # the context
+    orientation: Orientation = "shown"  # of picture files: the published code loads them so
 
     def __post_init__(self):
         made = {view.name for view in self.images.views}
@@ -141,7 +143,7 @@ class PictureTextProcessor:
           ValueError: the conversation is malformed (roles, turns, images), or longer than the context.
         """
         request = Request(conversations, prompt, images, inference)
-        sample = to_sample(request, name="conversation")
+        sample = to_sample(request, name="conversation", orientation=self.orientation)
         text = prompt if prompt is not None else self._text(sample, inference=inference)
         mark = self.tokenizer.text_of(self.image_token)
         tokens = np.array(self._encode(text, mark), np.int32)

@@ -29,6 +29,7 @@ from vl_jax.data.config import ModelSpec
 from vl_jax.data.encode import Encoder
 from vl_jax.data.example import Example
 from vl_jax.data.images import tiling as tiles_lib
+from vl_jax.data.picture import Orientation
 from vl_jax.data.published.request import Message, Picture, Request, display_text, to_sample
 from vl_jax.data.sample import IMAGE_PLACEHOLDER, Sample
 from vl_jax.data.text.tokenizer import Tokenizer, load_published_tokenizer
@@ -54,6 +55,7 @@ class ProcessorConfig:
     ignore_id: int = IGNORED
     image_token: str = IMAGE_PLACEHOLDER
     sft_format: str = "deepseek"
+    orientation: Orientation = "stored"  # the published code does not turn pictures as EXIF says
 
     def __post_init__(self):
         for name, allowed in (("image_token", IMAGE_PLACEHOLDER), ("sft_format", "deepseek")):
@@ -86,6 +88,7 @@ class ProcessorConfig:
             candidates=tuple((w // side, h // side) for w, h in self.candidate_resolutions),
             views=views,
             padding_colour=(red, green, blue),
+            orientation=self.orientation,
         )
 
 
@@ -202,7 +205,8 @@ class Processor:
           ValueError: a conversation is malformed (roles, turns, images, see ``Request``), longer than the
             context, or does not fit ``length`` or ``max_tiles``.
         """
-        samples = [to_sample(r, name=f"conversation {i}") for i, r in enumerate(requests)]
+        way = self.config.orientation
+        samples = [to_sample(r, name=f"conversation {i}", orientation=way) for i, r in enumerate(requests)]
         tiles = max([self._smallest, *(self._num_tiles(sample) for sample in samples)])
         if max_tiles and max_tiles < tiles:
             raise ValueError(f"max_tiles={max_tiles}: the pictures need {tiles}")
@@ -223,7 +227,7 @@ class Processor:
           ValueError: as ``batch``.
         """
         c = self.config
-        sample = to_sample(request, name="conversation")
+        sample = to_sample(request, name="conversation", orientation=c.orientation)
         encoder = self.encoder(max_tiles=max(self._smallest, self._num_tiles(sample)))
         example = self._example(encoder, sample, request)
         visual = example.visual_slot >= 0
@@ -276,6 +280,11 @@ class Processor:
             seq_lens=np.array(lengths, np.int64),
             sft_format=tuple(r.sft_format for r in records),
         )
+
+    @property
+    def orientation(self) -> Orientation:
+        """Which way up it reads picture files."""
+        return self.config.orientation
 
     def encoder(self, *, max_tiles: int) -> Encoder:
         """An encoder for this checkpoint that limits nothing but the tiles of a row."""

@@ -10,7 +10,9 @@ from typing import Any
 
 from PIL import Image as PilImage
 
-from vl_jax.data.sample import IMAGE_PLACEHOLDER, FileImage, Image, Sample, Turn, to_rgb
+from vl_jax.data.levels import LevelsError
+from vl_jax.data.picture import Orientation, to_rgb
+from vl_jax.data.sample import IMAGE_PLACEHOLDER, FileImage, Image, Sample, Turn
 from vl_jax.data.text.tokenizer import ASSISTANT, EOS, USER
 
 _log = logging.getLogger(__name__)
@@ -46,8 +48,12 @@ class Request:
     system_prompt: str = ""
 
 
-def to_sample(request: Request, *, name: str) -> Sample:
+def to_sample(request: Request, *, name: str, orientation: Orientation = "shown") -> Sample:
     """The sample of a request.
+
+    Args:
+      name: what messages call it.
+      orientation: which way up picture files are read; a picture that is open already stays as it is.
 
     Raises:
       ValueError: roles, turns, images or their marks break a rule; the message begins with ``name``.
@@ -69,7 +75,7 @@ def to_sample(request: Request, *, name: str) -> Sample:
     marks = sum(turn.question.count(IMAGE_PLACEHOLDER) for turn in turns)
     if marks != len(pictures):
         raise ValueError(f"{name}: {marks} {IMAGE_PLACEHOLDER} marks for {len(pictures)} images")
-    return Sample(name, turns, tuple(_open(picture, name) for picture in pictures), system)
+    return Sample(name, turns, tuple(_open(picture, name, orientation) for picture in pictures), system)
 
 
 def _turns(request: Request, name: str) -> tuple[str, tuple[Turn, ...]]:
@@ -100,9 +106,15 @@ def _turns(request: Request, name: str) -> tuple[str, tuple[Turn, ...]]:
     return system, turns
 
 
-def _open(picture: Picture, name: str) -> Image:
+def _open(picture: Picture, name: str, orientation: Orientation) -> Image:
     """The picture as a function; a file is decoded once."""
-    decoded = to_rgb(picture) if isinstance(picture, PilImage.Image) else FileImage(Path(picture), name)()
+    if isinstance(picture, PilImage.Image):
+        try:
+            decoded = to_rgb(picture)
+        except LevelsError as error:
+            raise ValueError(f"{name}: a picture: {error}") from None
+    else:
+        decoded = FileImage(Path(picture), name, orientation=orientation)()
     return lambda: decoded
 
 

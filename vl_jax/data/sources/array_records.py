@@ -1,8 +1,11 @@
 """Samples in ArrayRecord files, the format that ``convert-data`` writes: random access, images and all.
 
 record    length of the head (u32, little-endian) | head (JSON) | image 0 | image 1 | ...
-head      {"id", "system", "turns": [[question, answer, kind, language, boxes], ...],
+head      {"id", "system", "turns": [[question, answer, kind, language, boxes, weight if not 1], ...],
            "images": [bytes of each], "labels": {...}}         boxes: [[label, x0, y0, x1, y1], ...]
+
+With boxes, ``orientation`` says which way up the pictures have to be read for them: "shown" or "stored" (see
+``picture``). Earlier versions did not write it, and read pictures as they are stored.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from vl_jax.data.files.shards import Places, check_fields, find_files
+from vl_jax.data.picture import Orientation
 from vl_jax.data.sample import (
     DEFAULT_MAX_PIXELS,
     IMAGE_PLACEHOLDER,
@@ -56,9 +60,9 @@ class ArrayRecordConfig:
     def __post_init__(self):
         check_fields(self.name, self.file, (ENDING,), self.max_pixels)
 
-    def open(self, root: str) -> ArrayRecordSource:
+    def open(self, root: str, *, orientation: Orientation = "shown") -> ArrayRecordSource:
         """The source; files are relative to ``root``."""
-        return ArrayRecordSource(self, root=root)
+        return ArrayRecordSource(self, root=root, orientation=orientation)
 
 
 class ArrayRecordSource:
@@ -68,8 +72,9 @@ class ArrayRecordSource:
       ValueError: there is no file, or one is no ArrayRecord file.
     """
 
-    def __init__(self, config: ArrayRecordConfig, *, root: str = "."):
+    def __init__(self, config: ArrayRecordConfig, *, root: str = ".", orientation: Orientation = "shown"):
         self._config = config
+        self._orientation: Orientation = orientation
         self.files = find_files(root, config.file, config.name)
         self._readers = [_Reader(file) for file in self.files]
         self._places = Places([reader.count for reader in self._readers])
@@ -89,7 +94,8 @@ class ArrayRecordSource:
         file, place = self._places[index]
         where = f"{self.files[file]}, record {index}"
         try:
-            return decode(self._readers[file].read(place), where, max_pixels=self._config.max_pixels)
+            data, limit = self._readers[file].read(place), self._config.max_pixels
+            return decode(data, where, max_pixels=limit, orientation=self._orientation)
         except BadSample:
             raise
         except _HOSTILE as error:
@@ -133,10 +139,13 @@ def encode(sample: Sample) -> bytes:
     images = [_encoded(image) for image in sample.images]
     turns = [
         [t.question, t.answer, t.kind, t.language, [[b.label, *b.corners] for b in t.boxes]]
+        + ([t.weight] if t.weight != 1 else [])
         for t in sample.turns
     ]
     head: dict[str, Any] = {"id": sample.id, "system": sample.system, "turns": turns}
     head["images"] = [len(data) for data in images]
+    if images and _has_boxes(sample.turns):
+        head["orientation"] = getattr(sample.images[0], "orientation", "shown")
     if sample.labels:
         head["labels"] = dict(sample.labels)
     try:
@@ -146,8 +155,17 @@ def encode(sample: Sample) -> bytes:
     return b"".join([_LENGTH.pack(len(text)), text, *images])
 
 
-def decode(record: bytes, where: str, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Sample:
+def decode(
+    record: bytes,
+    where: str,
+    *,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    orientation: Orientation = "shown",
+) -> Sample:
     """The sample of a record; its images stay encoded until they are called.
+
+    Args:
+      orientation: of the pictures of a record without boxes.
 
     Raises:
       BadSample: these are not the bytes of a sample.
@@ -156,14 +174,18 @@ def decode(record: bytes, where: str, *, max_pixels: int = DEFAULT_MAX_PIXELS) -
     start = _LENGTH.size + length
     head = json.loads(record[_LENGTH.size : start])
     where = f"sample {str(head['id'])[:80]} ({where})"
+    turns = tuple(_turn(*turn) for turn in head["turns"])
+    if _has_boxes(turns):
+        orientation = head.get("orientation", "stored")
+        if orientation not in ("shown", "stored"):
+            raise BadSample("bad_record", f"{where}: orientation is {str(orientation)[:20]!r}")
     images = []
     for number, size in enumerate(head["images"]):
         data = record[start : start + size]
         if not isinstance(size, int) or size < 0 or len(data) != size:
             raise BadSample("cut_off", f"{where}: image {number} is not whole")
-        images.append(EncodedImage(_Bytes(data), f"image {number}", where, max_pixels))
+        images.append(EncodedImage(_Bytes(data), f"image {number}", where, max_pixels, orientation))
         start += size
-    turns = tuple(_turn(*turn) for turn in head["turns"])
     if not turns or not isinstance(head["id"], str) or not isinstance(head["system"], str):
         raise BadSample("bad_record", f"{where}: needs an id, a system text and turns")
     placeholders = sum(turn.question.count(IMAGE_PLACEHOLDER) for turn in turns)
@@ -173,12 +195,21 @@ def decode(record: bytes, where: str, *, max_pixels: int = DEFAULT_MAX_PIXELS) -
     return Sample(head["id"], turns, tuple(images), head["system"], dict(head.get("labels", {})))
 
 
-def _turn(question: str, answer: str, kind: str, language: str, boxes: list[list[Any]]) -> Turn:
+def _has_boxes(turns: Iterable[Turn]) -> bool:
+    """Whether turns have boxes, beside their texts or in them."""
+    return any(turn.boxes or "<|det|>" in turn.question + turn.answer for turn in turns)
+
+
+def _turn(
+    question: str, answer: str, kind: str, language: str, boxes: list[list[Any]], weight: float = 1.0
+) -> Turn:
+    if type(weight) not in (int, float) or not 0 <= weight < 1e6:
+        raise ValueError("a weight must be a number that is not negative")
     if not all(isinstance(text, str) for text in (question, answer, kind, language)):
         raise ValueError("a turn needs texts")
     f"{question}{answer}".encode()  # Half a surrogate pair is no text.
     found = tuple(_box(*box) for box in boxes)
-    return Turn(question, answer, kind, language, found)
+    return Turn(question, answer, kind, language, found, float(weight))
 
 
 def _box(label: str, x0: float, y0: float, x1: float, y1: float) -> Box:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Annotated, Any, ClassVar, Protocol, runtime_checkable
 
+from vl_jax.data.picture import Orientation
 from vl_jax.data.sample import BadSample, Box, Image, Sample, Source, Turn
 from vl_jax.data.sources.array_records import ArrayRecordConfig
 from vl_jax.data.sources.coco import CocoConfig
@@ -52,8 +53,12 @@ class OwnSourceConfig(Protocol):
         """Of the source, for stages and messages."""
         ...
 
-    def open(self, root: str) -> Source:
-        """The source; ``root`` is the folder that file names in the config are relative to.
+    def open(self, root: str, *, orientation: Orientation = "shown") -> Source:
+        """The source.
+
+        Args:
+          root: the folder that file names in the config are relative to.
+          orientation: which way up its pictures are read, see ``TilingConfig``.
 
         Raises:
           ValueError: the source cannot be read at all; one line naming the file.
@@ -77,13 +82,17 @@ SourceConfig = Annotated[
 ]
 
 
-def open_source(config: SourceConfig, *, root: str = ".") -> Source:
-    """Opens a source; ``root`` is the folder that file names in the config are relative to.
+def open_source(config: SourceConfig, *, root: str = ".", orientation: Orientation = "shown") -> Source:
+    """Opens a source.
+
+    Args:
+      root: the folder that file names in the config are relative to.
+      orientation: which way up its pictures are read, see ``TilingConfig``.
 
     Raises:
       ValueError: the source cannot be read at all; one line naming the file.
     """
-    return config.open(root)
+    return config.open(root, orientation=orientation)
 
 
 def stamp_of(source: Source) -> str:

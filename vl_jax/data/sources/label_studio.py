@@ -7,10 +7,13 @@
         {"type": "textarea", "id": "r1", "value": {"text": ["STOP"]}},       what is written in the rectangle
         {"type": "choices", "from_name": "quality", "value": {"choices": ["good"]}}]}]}]   an answer
 
-Places are in per cent of the picture; polygons and brushes are taken for the rectangles around them (see
-``regions``). A transcript belongs to the region whose id it has; other texts and choices answer the task's
-``question``, or are asked for by the name of their control. The first annotation that was not cancelled
-counts; predictions and other kinds of result are passed over. JSON-MIN has the values by their controls:
+Places are in per cent of the picture; polygons, ellipses and brushes are taken for the rectangles around them
+(see ``regions``). Results that belong together are put together (see ``annotated``); texts and choices about
+the whole picture answer the task's ``question``, or are asked for by the name of their control. The first
+annotation that is called the truth counts, else the first that was not cancelled. A note says what is not
+read: other annotations, regions of another picture of the task, and results of kinds that are not known.
+
+JSON-MIN has the values by their controls:
 
     [{"id": 7, "image": "/data/upload/1/a.jpg", "label": [{"x": 10, ..., "rectanglelabels": ["cat"]}],
       "quality": "good"}]
@@ -20,29 +23,37 @@ There a text may be a label or one of the task's data: it answers if its name is
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vl_jax.data.files.shards import check_fields, file_and_folder
 from vl_jax.data.files.spans import json_items
+from vl_jax.data.images.frames import frames_of
+from vl_jax.data.picture import Orientation
 from vl_jax.data.sample import (
     DEFAULT_MAX_PIXELS,
     IMAGE_PLACEHOLDER,
+    REMOTE,
     BadSample,
-    Box,
     FileImage,
+    Note,
     Sample,
-    Turn,
     image_in,
+    in_one_line,
 )
-from vl_jax.data.sources.coco import turns_about
-from vl_jax.data.sources.conversation import REMOTE, checked_text
+from vl_jax.data.sources.annotated import annotated
+from vl_jax.data.sources.keys import meant
 from vl_jax.data.sources.llava import parse_line
-from vl_jax.data.sources.regions import DRAWN, read_region
-from vl_jax.data.text import grounding
+from vl_jax.data.sources.messages import checked_text
+from vl_jax.data.sources.regions import DRAWN
 
+_TASK = ("data", "annotations")
+_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+_UPLOADED = "/data/upload/", "upload/"
 _OWN_PATHS = "/data/local-files/?d=", "/data/"  # what Label Studio writes before a file's place
 
 
@@ -56,13 +67,14 @@ class LabelStudioConfig:
     image: str = "image"  # the picture's name in the data of a task
     answers: tuple[str, ...] = ()  # of JSON-MIN, the controls of choices and texts
     max_pixels: int = DEFAULT_MAX_PIXELS
+    to_name: str = ""  # how the labelling setup calls the picture; needed where a task has several
 
     def __post_init__(self):
         check_fields(self.name, self.file, (".json",), self.max_pixels)
 
-    def open(self, root: str) -> LabelStudioSource:
+    def open(self, root: str, *, orientation: Orientation = "shown") -> LabelStudioSource:
         """The source; files are relative to ``root``."""
-        return LabelStudioSource(self, root=root)
+        return LabelStudioSource(self, root=root, orientation=orientation)
 
 
 class LabelStudioSource:
@@ -72,8 +84,9 @@ class LabelStudioSource:
       ValueError: the whole file is unusable; one line with the file and the position.
     """
 
-    def __init__(self, config: LabelStudioConfig, *, root: str = "."):
+    def __init__(self, config: LabelStudioConfig, *, root: str = ".", orientation: Orientation = "shown"):
         self._config = config
+        self._orientation: Orientation = orientation
         self._file, self._folder = file_and_folder(root, config.file, config.root, config.name)
         self.files = [self._file]
         self._tasks = json_items(self._file)
@@ -96,22 +109,25 @@ class LabelStudioSource:
         data = task if minimal else task.get("data") if isinstance(task, dict) else None
         if not isinstance(data, dict):
             raise BadSample("not_an_object", f"sample ? ({where}): expected a task with data")
-        identity = f"{self._config.name}-{str(task.get('id', index))[:80]}"
+        identity = in_one_line(f"{self._config.name}-{str(task.get('id', index))[:80]}")
         where = f"sample {identity} ({where})"
         image = self._image(data, where)
-        results = list(self._minimal(task, image)) if minimal else _results(task, where)
+        notes: list[Note] = []
+        results = list(self._minimal(task, image)) if minimal else _chosen(task, where, notes)
+        results = _of_picture(results, data, self._config, where, notes)
         question = data.get("question")
         question = checked_text(question, where) if question is not None else ""
-        turns = [*_boxes_and_texts(results, where), *_answers(results, question, where)]
-        if not turns:
+        if IMAGE_PLACEHOLDER in question:
+            raise BadSample("placeholder_mismatch", f"{where}: {IMAGE_PLACEHOLDER} in the question")
+        found = annotated(results, question, where, frames_of([image]))
+        notes += found.notes
+        if not found.turns:
+            if notes:  # What was left out is why there is nothing.
+                raise BadSample(notes[0].reason, notes[0].message)
             raise BadSample("no_labels", f"{where}: no region, choice or text that could be asked for")
-        if any(IMAGE_PLACEHOLDER in text for turn in turns for text in (turn.question, turn.answer)):
-            raise BadSample("placeholder_mismatch", f"{where}: {IMAGE_PLACEHOLDER} in a text")
-        first = turns[0]
-        turns[0] = Turn(
-            f"{IMAGE_PLACEHOLDER}\n{first.question}", first.answer, first.kind, first.language, first.boxes
-        )
-        return Sample(identity, tuple(turns), (image,))
+        first, *others = found.turns
+        first = dataclasses.replace(first, question=f"{IMAGE_PLACEHOLDER}\n{first.question}")
+        return Sample(identity, (first, *others), (image,), notes=tuple(notes))
 
     def _minimal(self, task: dict[str, Any], image: FileImage) -> Iterator[dict[str, Any]]:
         """The results of a task of JSON-MIN, as they are in JSON."""
@@ -120,42 +136,106 @@ class LabelStudioSource:
             if control in self._config.answers and isinstance(plain, list) and _are_texts(plain):
                 yield {"type": "choices", "from_name": control, "value": {"choices": plain}}
                 continue
-            for number, item in enumerate(value if isinstance(value, list) else [value]):
+            for item in value if isinstance(value, list) else [value]:
                 if not isinstance(item, dict):
                     continue
                 kind = _kind(item)
-                result = {"type": kind, "id": f"{control}/{number}", "from_name": control, "value": item}
-                if kind in DRAWN:
+                result = {"type": kind, "from_name": control, "value": item}
+                if kind in DRAWN or kind == "labels":
                     sides = zip(("original_width", "original_height"), image.size(), strict=True)
                     result |= {name: item.get(name, side) for name, side in sides}
-                yield result
+                if kind:
+                    yield result
 
     def _image(self, data: dict[str, Any], where: str) -> FileImage:
         name = data.get(self._config.image)
+        if isinstance(name, list) and len(name) == 1:  # a list of pages
+            name = name[0]
         if not isinstance(name, str) or name.partition(":")[0] in REMOTE:
             message = f"{where}: data.{self._config.image} must be a path, not {str(name)[:40]!r}"
-            raise BadSample("bad_image_field", message)
+            rule = "nothing is fetched, save it as a file"
+            rule = rule if isinstance(name, str) else meant(data, (self._config.image,))
+            raise BadSample("bad_image_field", f"{message}; {rule}")
+        uploaded = name.startswith(_UPLOADED)
         for start in _OWN_PATHS:
             if name.startswith(start):
                 name = urllib.parse.unquote(name.removeprefix(start))
                 break
-        found = image_in(self._folder, name, where, self._config.max_pixels)
-        if found.path.is_file():
+        limit, orientation = self._config.max_pixels, self._orientation
+        found = image_in(self._folder, name, where, limit, orientation)
+        if not uploaded or os.path.isfile(found.path):
             return found
-        # Exports with pictures have them side by side.
-        return image_in(self._folder, name.rpartition("/")[2], where, self._config.max_pixels)
+        # Exports with pictures have what was uploaded side by side.
+        return image_in(self._folder, name.rpartition("/")[2], where, limit, orientation)
 
 
-def _results(task: dict[str, Any], where: str) -> list[dict[str, Any]]:
-    """What the first annotation that counts consists of."""
+def _chosen(task: dict[str, Any], where: str, notes: list[Note]) -> list[Any]:
+    """What the annotation that counts consists of; the others are noted."""
     annotations = task.get("annotations")
     if not isinstance(annotations, list):
-        raise BadSample("bad_record", f"{where}: needs annotations beside its data")
+        raise BadSample("bad_record", f"{where}: needs annotations beside its data; {meant(task, _TASK)}")
+    usable, cancelled = [], 0
     for annotation in annotations:
         results = annotation.get("result") if isinstance(annotation, dict) else None
-        if isinstance(results, list) and results and not annotation.get("was_cancelled"):
-            return [r for r in results if isinstance(r, dict) and isinstance(r.get("value"), dict)]
-    raise BadSample("no_labels", f"{where}: nobody has labelled it")
+        if isinstance(results, list) and results:
+            cancelled += bool(annotation.get("was_cancelled"))
+            usable += [] if annotation.get("was_cancelled") else [annotation]
+    if not usable:
+        beside = " that was not cancelled" if cancelled else ""
+        raise BadSample("no_labels", f"{where}: nobody has labelled it, there is no annotation{beside}")
+    chosen = next((a for a in usable if a.get("ground_truth")), usable[0])
+    if len(usable) > 1:
+        rule = "the first, or the one marked as ground truth, counts"
+        message = f"{where}: {len(usable) - 1} of {len(usable)} annotations are not read: {rule}"
+        notes.append(Note("annotation_not_read", message))
+    if cancelled:
+        message = f"{where}: {cancelled} annotations that were cancelled are not read"
+        notes.append(Note("annotation_cancelled", message))
+    return chosen["result"]
+
+
+def _of_picture(
+    results: Sequence[Any], data: dict[str, Any], config: LabelStudioConfig, where: str, notes: list[Note]
+) -> list[Any]:
+    """The results about the config's picture; those about other pictures of the task are noted."""
+    drawn = {_name(r) for r in results if isinstance(r, dict) and str(r.get("type")) in DRAWN} - {""}
+    others = {key for key, value in data.items() if key != config.image and _is_picture(value)}
+    if config.to_name:
+        own = {config.to_name}
+    elif config.image in drawn or not drawn or not (others or len(drawn) > 1):
+        own = {config.image} if config.image in drawn else drawn
+    else:  # Pictures whose tags are called as their data tell which they are.
+        own = {config.image} if drawn <= others else set()
+    foreign = (drawn | others) - own
+    rule = f"of another picture than data.{config.image}"
+    if drawn and not own:
+        tags = ", ".join(sorted(drawn))
+        rule = f"one of several ({tags[:80]}): name that of data.{config.image} as to_name of the source"
+    kept = []
+    for number, result in enumerate(results):
+        name, page = (_name(result), result.get("item_index")) if isinstance(result, dict) else ("", None)
+        placed = isinstance(result, dict) and isinstance(result.get("type"), str) and result["type"] in DRAWN
+        unnamed = placed and not name and (others or config.to_name)
+        if name in foreign or unnamed or page not in (None, 0):
+            message = f"{where}, result {number}: to_name {name[:40]!r} is {rule}"
+            if page not in (None, 0):
+                page = str(page)[:40]
+                message = f"{where}, result {number}: page {page} of a picture, of which the first is read"
+            notes.append(Note("other_picture", message))
+        else:
+            kept.append(result)
+    return kept
+
+
+def _name(result: dict[str, Any]) -> str:
+    """What a result calls the tag it is about."""
+    name = result.get("to_name")
+    return name if isinstance(name, str) else ""
+
+
+def _is_picture(value: Any) -> bool:
+    """Whether a value of a task's data names a picture."""
+    return isinstance(value, str) and value.partition("?")[0].lower().endswith(_PICTURES)
 
 
 def _are_texts(value: list[Any]) -> bool:
@@ -164,57 +244,15 @@ def _are_texts(value: list[Any]) -> bool:
 
 def _kind(value: dict[str, Any]) -> str:
     """The type of a result that does not say it; empty for those that are passed over."""
+    for kind in ("choices", "taxonomy", "labels"):
+        if kind in value:
+            return kind
+    if "text" in value and "start" not in value:
+        return "textarea"
     if "points" in value:
         return "polygonlabels"
     if "rle" in value:
         return "brushlabels"
-    if {"x", "y", "width", "height"} <= value.keys():
-        return "rectanglelabels"
-    return "choices" if "choices" in value else "textarea" if "text" in value else ""
-
-
-def _boxes_and_texts(results: list[dict[str, Any]], where: str) -> list[Turn]:
-    """What is on the picture and where, and what is written where."""
-    regions = {str(r.get("id")): read_region(r, where) for r in results if r.get("type") in DRAWN}
-    written: dict[str, Turn] = {}
-    for result in results:
-        identity = str(result.get("id"))
-        if result.get("type") == "textarea" and identity in regions:
-            region = regions[identity]
-            box = Box("text", region.corners)
-            place = grounding.write_boxes([box], width=region.width, height=region.height)
-            question = f"What is written at {place[place.index('<|det|>') :]}?"
-            written[identity] = Turn(question, _words(result, where), "ocr", "", (box,))
-    turns = []
-    located = [region for identity, region in regions.items() if identity not in written]
-    boxes = [Box(label, region.corners) for region in located for label in region.labels]
-    if boxes:
-        turns += turns_about(boxes, located[0].width, located[0].height)
-    if len(written) > 1:
-        whole = "\n".join(turn.answer for turn in written.values())
-        turns.append(Turn("What is written in the picture?", whole, "ocr"))
-    return [*turns, *written.values()]
-
-
-def _answers(results: list[dict[str, Any]], question: str, where: str) -> list[Turn]:
-    """Choices and texts about the whole picture."""
-    places = {str(r.get("id")) for r in results if r.get("type") in DRAWN}
-    turns = []
-    for result in results:
-        kind, name = result.get("type"), str(result.get("from_name", ""))[:80].replace("_", " ").strip()
-        if kind not in ("choices", "textarea") or str(result.get("id")) in places:
-            continue
-        asked = question or f"What is the {name or 'answer'}?"
-        turns.append(Turn(checked_text(asked, where), _words(result, where), "open"))
-    return turns
-
-
-def _words(result: dict[str, Any], where: str) -> str:
-    """The text of a transcript, or the choices."""
-    value = result["value"]
-    found = value.get("choices", value.get("text"))
-    found = found if isinstance(found, list) else [found]
-    text = (", " if "choices" in value else "\n").join(checked_text(item, where) for item in found)
-    if not text.strip():
-        raise BadSample("bad_conversation", f"{where}: an empty text or choice")
-    return text
+    if {"x", "y", "radiusX", "radiusY"} <= value.keys():
+        return "ellipselabels"
+    return "rectanglelabels" if {"x", "y", "width", "height"} <= value.keys() else ""

@@ -10,14 +10,16 @@ Sounds (``"audio": "a.wav"``) become pictures, their spectrograms, which an imag
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vl_jax.data.files.shards import check_fields, file_and_folder
-from vl_jax.data.files.spans import json_items, lines
+from vl_jax.data.files.spans import Spans, json_items, lines
 from vl_jax.data.images.audio import AudioConfig, sound_in
 from vl_jax.data.images.clips import frame_names
+from vl_jax.data.picture import Orientation
 from vl_jax.data.sample import DEFAULT_MAX_PIXELS, BadSample, Image, Sample, image_in
 from vl_jax.data.sources.conversation import Medium, parse
 
@@ -40,9 +42,9 @@ class LlavaConfig:
             raise ValueError(f"max_frames={self.max_frames} of source {self.name!r}: must be at least 1")
         check_fields(self.name, self.file, (".json", ".jsonl"), self.max_pixels)
 
-    def open(self, root: str) -> LlavaSource:
+    def open(self, root: str, *, orientation: Orientation = "shown") -> LlavaSource:
         """The source; files are relative to ``root``."""
-        return LlavaSource(self, root=root)
+        return LlavaSource(self, root=root, orientation=orientation)
 
 
 class LlavaSource:
@@ -52,12 +54,14 @@ class LlavaSource:
       ValueError: the whole file is unusable; one line with the file and the position.
     """
 
-    def __init__(self, config: LlavaConfig, *, root: str = "."):
+    def __init__(self, config: LlavaConfig, *, root: str = ".", orientation: Orientation = "shown"):
         self._config = config
+        self._orientation: Orientation = orientation
         self._file, self._folder = file_and_folder(root, config.file, config.root, config.name)
         self.files = [self._file]
         by_line = self._file.suffix == ".jsonl"
         self._records = lines(self._file) if by_line else json_items(self._file)
+        self._hint = list_hint(self._records) if by_line else ""
 
     def __len__(self) -> int:
         return len(self._records)
@@ -71,7 +75,7 @@ class LlavaSource:
         Raises:
           BadSample: this record breaks a rule; the message names the sample, the file and the record.
         """
-        where = f"{self._file}, record {index}"
+        where = f"{self._file}, record {index}{self._hint}"
         record = parse_line(self._records[index], where)
         if isinstance(record, dict) and "frames" in record:
             most = self._config.max_frames
@@ -79,16 +83,30 @@ class LlavaSource:
             record = {**record, "image": names}
         identity = f"{self._config.name}-{index}"
         found = parse(
-            record, where, default_id=identity, labels=self._config.labels, caption=self._config.caption
+            record,
+            where,
+            default_id=identity,
+            labels=self._config.labels,
+            caption=self._config.caption,
+            images=self._open,
         )
-        where = f"sample {found.id} ({where})"
-        images = tuple(self._open(medium, where) for medium in found.media)
-        return Sample(found.id, found.turns, images, found.system, found.labels)
+        images = self._open(found.media, f"sample {found.id} ({where})")
+        return Sample(found.id, found.turns, images, found.system, found.labels, notes=found.notes)
 
-    def _open(self, medium: Medium, where: str) -> Image:
-        if medium.kind == "audio":
-            return sound_in(self._folder, medium.name, where, self._config.audio)
-        return image_in(self._folder, medium.name, where, self._config.max_pixels)
+    def _open(self, media: Sequence[Medium], where: str) -> tuple[Image, ...]:
+        config = self._config
+        return tuple(
+            sound_in(self._folder, medium.name, where, config.audio)
+            if medium.kind == "audio"
+            else image_in(self._folder, medium.name, where, config.max_pixels, self._orientation)
+            for medium in media
+        )
+
+
+def list_hint(records: Spans) -> str:
+    """What to say of a file of lines that looks as if it were a JSON list."""
+    is_list = bool(len(records)) and records[0].lstrip()[:1] == b"["
+    return ", in a file that begins with '[': a JSON list is named .json" if is_list else ""
 
 
 def read_json(file: Path) -> Any:
@@ -112,8 +130,20 @@ def parse_line(line: bytes, where: str) -> Any:
       BadSample: it is not JSON, or not UTF-8.
     """
     try:
-        return json.loads(line.decode("utf-8"))
+        text = line.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise BadSample("not_utf8", f"sample ? ({where}): not UTF-8 at byte {error.start}") from None
+        message = f"sample ? ({where}): not UTF-8 at byte {error.start}: save it as UTF-8"
+        raise BadSample("not_utf8", message) from None
+    return parse_text(text, where)
+
+
+def parse_text(text: str, where: str) -> Any:
+    """The JSON of one record.
+
+    Raises:
+      BadSample: it is not JSON.
+    """
+    try:
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise BadSample("not_json", f"sample ? ({where}): {error}") from None

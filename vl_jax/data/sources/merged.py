@@ -76,7 +76,8 @@ def merge(samples: Sequence[Sample]) -> Sample:
             dataclasses.replace(turn, question=question[start:])
             for turn, question in zip(other.turns, questions, strict=True)
         ]
-    return dataclasses.replace(first, turns=tuple(turns))
+    notes = tuple(note for sample in samples for note in sample.notes)
+    return dataclasses.replace(first, turns=tuple(turns), notes=notes)
 
 
 def _group(

@@ -15,6 +15,7 @@ from typing import Any
 
 from vl_jax.data.files.shards import Places, check_fields
 from vl_jax.data.images.audio import AudioConfig
+from vl_jax.data.picture import Orientation
 from vl_jax.data.sample import DEFAULT_MAX_PIXELS, Sample
 from vl_jax.data.sources.llava import LlavaConfig, LlavaSource, read_json
 
@@ -33,9 +34,9 @@ class MetaConfig:
     def __post_init__(self):
         check_fields(self.name, self.file, (".json",), self.max_pixels)
 
-    def open(self, root: str) -> MetaSource:
+    def open(self, root: str, *, orientation: Orientation = "shown") -> MetaSource:
         """The source; files are relative to ``root``."""
-        return MetaSource(self, root=root)
+        return MetaSource(self, root=root, orientation=orientation)
 
 
 class MetaSource:
@@ -45,14 +46,14 @@ class MetaSource:
       ValueError: the file, an entry of it or a file it names is unusable; one line.
     """
 
-    def __init__(self, config: MetaConfig, *, root: str = "."):
+    def __init__(self, config: MetaConfig, *, root: str = ".", orientation: Orientation = "shown"):
         self._file = Path(root) / config.file
         if not self._file.is_file():
             raise ValueError(f"source {config.name!r}: no such file {self._file}")
         entries = read_json(self._file)
         if not isinstance(entries, dict) or not entries:
             raise ValueError(f"{self._file}: expected an object with an entry for each data set")
-        opened = [self._open(name, entry, config, root) for name, entry in entries.items()]
+        opened = [self._open(name, entry, config, root, orientation) for name, entry in entries.items()]
         self._sources = [source for source, _ in opened]
         self.files = [self._file, *(file for source in self._sources for file in source.files)]
         self._places = Places([math.ceil(len(source) * factor) for source, factor in opened])
@@ -69,7 +70,9 @@ class MetaSource:
         source = self._sources[number]
         return source[place % len(source)]
 
-    def _open(self, name: str, entry: Any, config: MetaConfig, root: str) -> tuple[LlavaSource, float]:
+    def _open(
+        self, name: str, entry: Any, config: MetaConfig, root: str, orientation: Orientation
+    ) -> tuple[LlavaSource, float]:
         where = f"{self._file}, entry {name[:80]!r}"
         if not isinstance(entry, dict):
             raise ValueError(f"{where}: expected an object")
@@ -91,7 +94,7 @@ class MetaSource:
                 labels=config.labels,
                 caption=config.caption,
             )
-            return LlavaSource(inner, root=root), factor
+            return LlavaSource(inner, root=root, orientation=orientation), factor
         except (ValueError, OSError) as error:
             raise ValueError(f"{where}: {error}") from None
 

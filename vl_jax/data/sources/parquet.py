@@ -14,11 +14,13 @@ import functools
 import hashlib
 import os
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vl_jax.data.files.shards import Places, check_fields, find_files, temporary_name
+from vl_jax.data.picture import Orientation
 from vl_jax.data.sample import DEFAULT_MAX_PIXELS, BadSample, EncodedImage, Sample
 from vl_jax.data.sources.conversation import parse
 
@@ -40,9 +42,9 @@ class ParquetConfig:
     def __post_init__(self):
         check_fields(self.name, self.file, (".parquet",), self.max_pixels)
 
-    def open(self, root: str) -> ParquetSource:
+    def open(self, root: str, *, orientation: Orientation = "shown") -> ParquetSource:
         """The source; files are relative to ``root``."""
-        return ParquetSource(self, root=root)
+        return ParquetSource(self, root=root, orientation=orientation)
 
 
 class ParquetSource:
@@ -52,8 +54,9 @@ class ParquetSource:
       ValueError: there is no file, one is no Parquet file, or pyarrow is not installed.
     """
 
-    def __init__(self, config: ParquetConfig, *, root: str = "."):
+    def __init__(self, config: ParquetConfig, *, root: str = ".", orientation: Orientation = "shown"):
         self._config = config
+        self._orientation: Orientation = orientation
         self.files = find_files(root, config.file, config.name)
         self._lock = threading.Lock()
         self._opened = [_open(file) for file in self.files]
@@ -85,7 +88,7 @@ class ParquetSource:
         except Exception as error:  # Broken pages fail in almost any way.
             message = f"sample ? ({where}): {str(error).partition(chr(10))[0] or type(error).__name__}"
             raise BadSample("bad_record", message) from None
-        data = _images(record, where)
+        data = _encoded(record, where)
         named = self._config.labels  # Of these, null is a label that the row lacks.
         record = {k: v for k, v in record.items() if k not in _IMAGES and (v is not None or k in named)}
         identity = f"{self._config.name}-{index}"
@@ -96,13 +99,17 @@ class ParquetSource:
             num_images=len(data),
             labels=self._config.labels,
             caption=self._config.caption,
+            images=lambda _, where: self._images(data, where),
         )
-        where = f"sample {found.id} ({where})"
-        images = tuple(
-            EncodedImage(functools.partial(bytes, d), f"image {n}", where, self._config.max_pixels)
+        images = self._images(data, f"sample {found.id} ({where})")
+        return Sample(found.id, found.turns, images, found.system, found.labels, notes=found.notes)
+
+    def _images(self, data: Sequence[bytes], where: str) -> tuple[EncodedImage, ...]:
+        limit, orientation = self._config.max_pixels, self._orientation
+        return tuple(
+            EncodedImage(functools.partial(bytes, d), f"image {n}", where, limit, orientation)
             for n, d in enumerate(data)
         )
-        return Sample(found.id, found.turns, images, found.system, found.labels)
 
     def _read_group(self, group: int) -> Any:
         file, number = self._groups[group]
@@ -145,7 +152,7 @@ def _map(place: Path) -> Any:
     return pyarrow.ipc.open_file(pyarrow.memory_map(str(place))).read_all()
 
 
-def _images(record: dict[str, Any], where: str) -> list[bytes]:
+def _encoded(record: dict[str, Any], where: str) -> list[bytes]:
     """The encoded images of a row."""
     found = next((record[key] for key in _IMAGES if record.get(key) is not None), [])
     data = []

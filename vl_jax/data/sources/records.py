@@ -16,12 +16,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vl_jax.data.files.encoding import check_encoding
 from vl_jax.data.files.shards import check_fields, file_and_folder
 from vl_jax.data.files.spans import Spans, json_items, lines
 from vl_jax.data.images.audio import AudioConfig, sound_in
-from vl_jax.data.sample import DEFAULT_MAX_PIXELS, IMAGE_PLACEHOLDER, TEXT, BadSample, Sample, Turn, image_in
+from vl_jax.data.picture import Orientation
+from vl_jax.data.sample import (
+    DEFAULT_MAX_PIXELS,
+    IMAGE_PLACEHOLDER,
+    TEXT,
+    BadSample,
+    Sample,
+    Turn,
+    image_in,
+    in_one_line,
+)
 from vl_jax.data.sources.conversation import checked_text, labels_of
-from vl_jax.data.sources.llava import parse_line
+from vl_jax.data.sources.keys import meant
+from vl_jax.data.sources.llava import list_hint, parse_line
 
 
 @dataclass(frozen=True)
@@ -51,9 +63,9 @@ class RecordsConfig:
         single = (self.image, self.sound, self.text, self.language, self.identity)
         return tuple(dict.fromkeys(name for name in (*single, *self.labels) if name))
 
-    def open(self, root: str) -> RecordsSource:
+    def open(self, root: str, *, orientation: Orientation = "shown") -> RecordsSource:
         """The source; files are relative to ``root``."""
-        return RecordsSource(self, root=root)
+        return RecordsSource(self, root=root, orientation=orientation)
 
 
 class _Json:
@@ -73,6 +85,8 @@ class _Table:
     """The rows of a table by the names in its header; a broken one spoils only itself."""
 
     def __init__(self, file: Path):
+        with file.open("rb") as opened:
+            check_encoding(file, opened.read(4))
         with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as opened:
             reader = csv.reader(opened)
             try:
@@ -117,19 +131,25 @@ class RecordsSource:
       ValueError: the whole file is unusable, or a field is in no record; one line.
     """
 
-    def __init__(self, config: RecordsConfig, *, root: str = "."):
+    def __init__(self, config: RecordsConfig, *, root: str = ".", orientation: Orientation = "shown"):
         self._config = config
+        self._orientation: Orientation = orientation
         self._file, self._folder = file_and_folder(root, config.file, config.root, config.name)
         self.files = [self._file]
+        self._hint = ""
         self._records: _Json | _Table
         if self._file.suffix == ".csv":
             self._records = _Table(self._file)
         else:
-            spans = lines(self._file) if self._file.suffix == ".jsonl" else json_items(self._file)
+            by_line = self._file.suffix == ".jsonl"
+            spans = lines(self._file) if by_line else json_items(self._file)
+            self._hint = list_hint(spans) if by_line else ""
             self._records = _Json(spans)
         absent = _absent(self._records, config.fields)
         if absent:
-            raise ValueError(f"source {config.name!r}: field {absent[0]!r} is in no record of {self._file}")
+            found = meant(_first(self._records), absent[:1])
+            message = f"source {config.name!r}: field {absent[0]!r} is in no record of {self._file}"
+            raise ValueError(f"{message}{self._hint}; in the first one {found}")
 
     def __len__(self) -> int:
         return len(self._records)
@@ -143,17 +163,17 @@ class RecordsSource:
         Raises:
           BadSample: this record breaks a rule; the message names the sample, the file and the record.
         """
-        config, where = self._config, f"{self._file}, record {index}"
+        config, where = self._config, f"{self._file}, record {index}{self._hint}"
         record = self._records.get(index, where)
         if not isinstance(record, dict):
             raise BadSample("not_an_object", f"sample ? ({where}): expected an object")
         given = record.get(config.identity or "id")
-        identity = f"{config.name}-{index}" if given is None else str(given)
+        identity = in_one_line(f"{config.name}-{index}" if given is None else str(given))
         where = f"sample {identity[:80]} ({where})"
         labels_of(record, config.fields, where)  # None is missing.
         images = []
         if name := self._path(record, config.image, "image", where):
-            images.append(image_in(self._folder, name, where, config.max_pixels))
+            images.append(image_in(self._folder, name, where, config.max_pixels, self._orientation))
         if name := self._path(record, config.sound, "audio", where):
             images.append(sound_in(self._folder, name, where, config.audio))
         turn = Turn(
@@ -168,13 +188,22 @@ class RecordsSource:
         """The path in a field; empty if there is none."""
         path = record.get(field) or ""
         if not isinstance(path, str):
-            raise BadSample(f"bad_{kind}_field", f"{where}: {field} must be a path")
+            raise BadSample(f"bad_{kind}_field", f"{where}: {field} must be a path, not {str(path)[:40]!r}")
         return path
 
 
 def _text(record: dict[str, Any], field: str, where: str) -> str:
     value = record.get(field)
     return "" if value is None else checked_text(value, f"{where}: {field}", reason="bad_text")
+
+
+def _first(records: _Json | _Table) -> dict[str, Any]:
+    """The first record, empty if it is none."""
+    try:
+        record = records.get(0, "")
+    except BadSample:
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def _absent(records: _Json | _Table, fields: Sequence[str]) -> list[str]:

@@ -3,9 +3,10 @@
     {"original_width": 640, "original_height": 480, "value": one of
        {"x": 10, "y": 20, "width": 5, "height": 5, "rotation": 0, "rectanglelabels": ["cat"]}    per cent
        {"points": [[10, 20], [15, 20], [15, 25]], "polygonlabels": ["cat"]}                      per cent
+       {"x": 10, "y": 20, "radiusX": 5, "radiusY": 5, "rotation": 0, "ellipselabels": ["cat"]}   per cent
        {"format": "rle", "rle": [0, 0, ...], "brushlabels": ["cat"]}                             see ``_mask``
 
-Of a polygon and a brush, the rectangle is what encloses them.
+Of a polygon, an ellipse and a brush, the rectangle is what encloses them.
 """
 
 from __future__ import annotations
@@ -17,14 +18,15 @@ from typing import Any
 
 import numpy as np
 
-from vl_jax.data.sample import BadSample
-from vl_jax.data.sources.conversation import checked_text
-from vl_jax.data.text import grounding
+from vl_jax.data.images.frames import declared_frame
+from vl_jax.data.picture import PictureFrame
+from vl_jax.data.sample import BadSample, Note
 
 RECTANGLES = frozenset({"rectanglelabels", "rectangle"})
 POLYGONS = frozenset({"polygonlabels", "polygon"})
 BRUSHES = frozenset({"brushlabels", "brush"})
-DRAWN = RECTANGLES | POLYGONS | BRUSHES
+ELLIPSES = frozenset({"ellipselabels", "ellipse"})
+DRAWN = RECTANGLES | POLYGONS | BRUSHES | ELLIPSES
 
 _MAX_POINTS = 100_000  # of a polygon
 _MAX_PIXELS = 64_000_000  # of a picture with a mask
@@ -32,19 +34,23 @@ _MAX_PIXELS = 64_000_000  # of a picture with a mask
 
 @dataclass(frozen=True)
 class DrawnRegion:
-    """A rectangle in pixels of a picture of that size, and the labels it was given."""
+    """A rectangle in pixels of a picture of that size."""
 
     corners: tuple[float, float, float, float]
     width: int
     height: int
-    labels: list[str]
+    notes: tuple[Note, ...] = ()
 
 
-def read_region(result: dict[str, Any], where: str) -> DrawnRegion:
+def read_region(result: dict[str, Any], where: str, frames: Sequence[PictureFrame] = ()) -> DrawnRegion:
     """The region of a result whose type is among ``DRAWN``.
 
+    Args:
+      frames: that of the picture; without it, the result says how large the picture is.
+
     Raises:
-      BadSample: numbers are missing or absurd, nothing of it is in the picture, or a mask cannot be decoded.
+      BadSample: numbers are missing or absurd, nothing of it is in the picture, a mask cannot be decoded, or
+        the size that the result declares is not the picture's.
     """
     size = (result.get("original_width"), result.get("original_height"))
     if not all(isinstance(n, int) and 0 < n < 10**6 for n in size):
@@ -57,17 +63,17 @@ def read_region(result: dict[str, Any], where: str) -> DrawnRegion:
         points = _brush(value, width, height, where)
     elif kind in POLYGONS:
         points = _polygon(value, width, height, where)
+    elif kind in ELLIPSES:
+        points = _ellipse(value, width, height, where)
     else:
         points = _rectangle(value, width, height, where)
     left, right = (min(max(f(x for x, _ in points), 0.0), float(width)) for f in (min, max))
     top, bottom = (min(max(f(y for _, y in points), 0.0), float(height)) for f in (min, max))
     if left >= right or top >= bottom:
         raise BadSample("bad_box", f"{where}: a region without an area in the picture")
-    found = value.get(kind if kind.endswith("labels") else f"{kind}labels") or []
-    labels = [checked_text(label, where) for label in (found if isinstance(found, list) else [found])]
-    if any(mark in label for label in labels for mark in grounding.SPECIAL):
-        raise BadSample("bad_box", f"{where}: a label holds a special mark")
-    return DrawnRegion((left, top, right, bottom), width, height, labels)
+    declared = declared_frame((width, height), frames, where)
+    corners = declared.place((left, top, right, bottom))
+    return DrawnRegion(corners, *declared.size, declared.notes(where))
 
 
 def _numbers(values: Sequence[Any]) -> bool:
@@ -84,6 +90,19 @@ def _rectangle(value: dict[str, Any], width: int, height: int, where: str) -> li
     y, h = (numbers[i] * height / 100 for i in (1, 3))
     sine, cosine = math.sin(math.radians(turned)), math.cos(math.radians(turned))
     return [(x + a * cosine - b * sine, y + a * sine + b * cosine) for a in (0, w) for b in (0, h)]
+
+
+def _ellipse(value: dict[str, Any], width: int, height: int, where: str) -> list[tuple[float, float]]:
+    """Two corners of what encloses it; it is turned about its middle."""
+    numbers: list[Any] = [value.get(name) for name in ("x", "y", "radiusX", "radiusY")]
+    turned = value.get("rotation") or 0
+    if not _numbers([*numbers, turned]):
+        raise BadSample("bad_box", f"{where}: an ellipse needs x, y, radiusX and radiusY")
+    x, a = (numbers[i] * width / 100 for i in (0, 2))
+    y, b = (numbers[i] * height / 100 for i in (1, 3))
+    sine, cosine = math.sin(math.radians(turned)), math.cos(math.radians(turned))
+    across, down = math.hypot(a * cosine, b * sine), math.hypot(a * sine, b * cosine)
+    return [(x - across, y - down), (x + across, y + down)]
 
 
 def _polygon(value: dict[str, Any], width: int, height: int, where: str) -> list[tuple[float, float]]:

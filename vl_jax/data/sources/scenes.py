@@ -24,6 +24,7 @@ from typing import Literal
 from PIL import Image as PilImage
 from PIL import ImageDraw, ImageFont
 
+from vl_jax.data.picture import Orientation
 from vl_jax.data.sample import Sample
 from vl_jax.data.sources.glyphs import GLYPHS, draw_glyph
 from vl_jax.data.sources.scene_text import KINDS, SHAPE_NAMES, Kind, Scene, SceneObject, make_turns
@@ -98,8 +99,8 @@ class ScenesConfig:
                 f"word_rate={self.word_rate} of source {self.name!r}: must be 1 when kinds is ('word',)"
             )
 
-    def open(self, root: str) -> ScenesSource:
-        """The source; it reads no file."""
+    def open(self, root: str, *, orientation: Orientation = "shown") -> ScenesSource:
+        """The source; it reads no file, and its pictures have one orientation."""
         return ScenesSource(self)
 
 

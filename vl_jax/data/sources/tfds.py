@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from vl_jax.data.images.frames import declared_frame
+from vl_jax.data.picture import Orientation
 from vl_jax.data.sample import (
     DEFAULT_MAX_PIXELS,
     IMAGE_PLACEHOLDER,
@@ -60,9 +62,9 @@ class TfdsConfig:
         if self.max_pixels < 1:
             raise ValueError(f"max_pixels={self.max_pixels} of source {self.name!r}: must be at least 1")
 
-    def open(self, root: str) -> TfdsSource:
+    def open(self, root: str, *, orientation: Orientation = "shown") -> TfdsSource:
         """The source; files are relative to ``root``."""
-        return TfdsSource(self, root=root)
+        return TfdsSource(self, root=root, orientation=orientation)
 
 
 class TfdsSource:
@@ -72,10 +74,11 @@ class TfdsSource:
       ValueError: it is not there, not prepared as ArrayRecord, or lacks a feature that the config names.
     """
 
-    def __init__(self, config: TfdsConfig, *, root: str = "."):
+    def __init__(self, config: TfdsConfig, *, root: str = ".", orientation: Orientation = "shown"):
         import tensorflow_datasets as tfds
 
         self._config = config
+        self._orientation: Orientation = orientation
         folder = Path(root) / config.root
         self._where = f"{folder}, {config.dataset}, {config.split}"
         decoders = {config.image: tfds.decode.SkipDecoding()} if config.image else None
@@ -120,7 +123,10 @@ class TfdsSource:
             raise BadSample("bad_image_field", f"sample ? ({where}): {config.image!r} is no image")
         identity = f"{config.name}-{index}"
         opened = tuple(
-            EncodedImage(functools.partial(bytes, d), config.image, where, config.max_pixels) for d in images
+            EncodedImage(
+                functools.partial(bytes, d), config.image, where, config.max_pixels, self._orientation
+            )
+            for d in images
         )
         if config.boxes:
             return Sample(identity, tuple(self._located(record, opened[0], where)), opened)
@@ -157,7 +163,8 @@ class TfdsSource:
             raise BadSample("no_boxes", f"sample ? ({where}): there are no phrases")
         if boxes.shape != (len(phrases), 4) or not ((boxes >= 0) & (boxes <= 1)).all():  # NaN is neither
             raise BadSample("bad_box", f"sample ? ({where}): needs a box in 0..1 for each of its phrases")
-        width, height = image.size()
+        frame = declared_frame(None, [image.frame()], f"sample ? ({where})")
+        width, height = frame.declared
         named: dict[str, list[Box]] = {}
         for several, (top, left, bottom, right) in zip(phrases, boxes.tolist(), strict=True):
             if left >= right or top >= bottom:
@@ -165,11 +172,12 @@ class TfdsSource:
             for phrase in dict.fromkeys(several):
                 if not phrase.strip() or any(mark in phrase for mark in (*SPECIAL, IMAGE_PLACEHOLDER)):
                     raise BadSample("bad_box", f"sample ? ({where}): a phrase is blank or holds a mark")
-                box = Box(phrase, (left * width, top * height, right * width, bottom * height))
+                corners = (left * width, top * height, right * width, bottom * height)
+                box = Box(phrase, frame.place(corners))
                 named.setdefault(phrase, []).append(box)
         for number, (phrase, own) in enumerate(named.items()):
             question = f"{IMAGE_PLACEHOLDER}\n" * (number == 0) + self._config.prompt.replace("{}", phrase)
-            answer = write_boxes(own, width=width, height=height)
+            answer = write_boxes(own, width=frame.size[0], height=frame.size[1])
             yield Turn(question, answer, "grounding", "", tuple(own))
 
 

@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Generic, TypeVar
 
+from vl_jax.data.reasons import in_words
+
 T = TypeVar("T")
 _MAX_BAD_RUN = 2000
 
@@ -88,8 +90,9 @@ class BadRuns:
         run = self._runs[source]
         run.append((reason, message))
         if len(run) >= self._limits[source]:
-            reasons = ", ".join(f"{n} {reason}" for reason, n in Counter(r for r, _ in run).items())
+            counts = Counter(reason for reason, _ in run)
+            reasons = ", ".join(f"{n} {reason}" for reason, n in counts.items())
             raise ValueError(
                 f"source {source!r}: no usable record among {len(run)} in a row ({reasons}); "
-                f"first: {run[0][1]}"
+                f"first: {run[0][1]}; {in_words(counts.most_common(1)[0][0])}"
             )

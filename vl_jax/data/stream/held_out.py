@@ -9,18 +9,17 @@ from collections.abc import Iterator, Sequence
 from PIL import Image as PilImage
 
 from vl_jax.batch import Batch
-from vl_jax.data.config import DataConfig, find_source
+from vl_jax.data.config import DataConfig, find_source, opened
 from vl_jax.data.encode import Encoder
 from vl_jax.data.example import Example
 from vl_jax.data.sample import BadSample, Sample
-from vl_jax.data.sources.build import open_source
 
 _log = logging.getLogger(__name__)
 
 
 def good_samples(config: DataConfig, source_name: str) -> Iterator[Sample]:
     """The samples of a source with their images loaded; a bad one is logged and passed over."""
-    source = open_source(find_source(config, source_name), root=config.root)
+    source = opened(config, find_source(config, source_name))
     for index in range(len(source)):
         try:
             sample = source[index]

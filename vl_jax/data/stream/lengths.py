@@ -30,6 +30,7 @@ from vl_jax.data.files.shards import temporary_name
 from vl_jax.data.sample import BadSample, Sample, Source, image_size
 from vl_jax.data.sources.build import SourceConfig
 from vl_jax.data.text import chat
+from vl_jax.data.text.bounded import bounded
 from vl_jax.data.text.written import encode_written
 
 _log = logging.getLogger(__name__)
@@ -133,6 +134,7 @@ class Measure:
         if self.blind:
             sample, sizes = sample.without_images(), []
         tiles, visual = self.encoder.room_of(sizes)
+        sample = bounded(sample, self.encoder.tokenizer, self.encoder.max_tokens)
         if self.encoder.spec.reads == "text":
             text = encode_written(sample, self.encoder.tokenizer, max_tokens=self.encoder.max_tokens)
             return len(text.tokens), 0, tiles, [0], [0], [0]

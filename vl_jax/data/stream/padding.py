@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from vl_jax.data.config import DataConfig
+from vl_jax.data.reasons import summary
+from vl_jax.data.sample import BadSample, Source
+from vl_jax.data.stream.lengths import read
 from vl_jax.data.stream.plan import Cursor, Planner
 
 
@@ -38,8 +42,13 @@ class WasteReport:
         )
 
 
-def predict(planner: Planner, config: DataConfig, *, windows: int = 1) -> WasteReport:
+def predict(
+    planner: Planner, config: DataConfig, *, windows: int = 1, sources: Mapping[str, Source] | None = None
+) -> WasteReport:
     """Plans the first windows of a stream and counts.
+
+    Args:
+      sources: those that the planner draws from; a message about records says then what is wrong with one.
 
     Raises:
       ValueError: no sample of them can be used.
@@ -47,15 +56,17 @@ def predict(planner: Planner, config: DataConfig, *, windows: int = 1) -> WasteR
     row, cursor = planner.config, planner.begin(Cursor())
     samples = rows = tokens = tiles = 0
     skipped: Counter[str] = Counter()
+    faults: list[tuple[str, int, str]] = []
     for _ in range(windows):
         plan = planner.plan(cursor)
         rows += len(plan.rows)
         for item in (item for items in plan.rows for item in items):
             samples, tokens, tiles = samples + 1, tokens + item.tokens, tiles + item.tiles
         skipped.update(reason for _, _, reason in plan.skipped)
+        faults += plan.skipped[:1]
         cursor = planner.advance(cursor)
     if not samples:
-        raise ValueError(f"no sample of {windows} windows can be used: {dict(skipped)}")
+        raise ValueError(_nothing(skipped, faults, sources or {}))
 
     def waste(count: int, max_tokens: int, max_tiles: int) -> Waste:
         return Waste(1 - tokens / (count * max_tokens), 1 - tiles / (count * max_tiles))
@@ -68,3 +79,19 @@ def predict(planner: Planner, config: DataConfig, *, windows: int = 1) -> WasteR
         tiles_per_row=tiles * row.max_tokens / tokens,
         skipped=dict(skipped),
     )
+
+
+def _nothing(
+    skipped: Counter[str], faults: Sequence[tuple[str, int, str]], sources: Mapping[str, Source]
+) -> str:
+    """What to say where no record can be used: why, for example which, and what to do."""
+    if not faults:
+        return "nothing was drawn from any source: they have no records, or all weights are 0"
+    source, record, _ = faults[0]
+    found = read(sources[source], record) if source in sources else None
+    example = f"record {record} of source {source!r}"
+    if isinstance(found, BadSample):
+        example += f": {found}"
+    elif found is not None:
+        example += f", id {found.id!r}"
+    return f"none of {skipped.total():,} records can be used: {summary(skipped)}; for example {example}"

@@ -6,8 +6,9 @@ Nothing here needs JAX or Grain, so that a worker process starts quickly and sta
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -27,6 +28,7 @@ from vl_jax.data.text.turns import vary
 
 Task = TypeVar("Task")
 _AUGMENTATION = 1  # what the random numbers are for, behind those of the draw
+_log = logging.getLogger(__name__)
 _MOST_ROOM = 64 << 20  # bytes of shared memory for a worker, unless a single row needs more
 
 
@@ -47,6 +49,7 @@ class SampleReader:
     config: DataConfig
     targets: Targets
     seed: int
+    told: set[tuple[str, str]] = field(default_factory=set, compare=False)  # of what was left out
 
     def pool(self, rows: int) -> Pool[Place, Example | BadSample]:
         """What the config says, this thread, several or processes, to read chunks of so many rows."""
@@ -62,8 +65,10 @@ class SampleReader:
 
     def _draw(self, place: Place) -> Sample:
         config = self.config
+        whole = read(self.sources[place.source], place.record, self.encoder.cache, name=place.source)
+        _tell(whole, place.source, self.told)
         sample = vary(
-            read(self.sources[place.source], place.record, self.encoder.cache, name=place.source),
+            whole,
             rng=np.random.default_rng((self.seed, place.index)),
             max_turns=config.conversation.max_turns,
             sampling=config.conversation.turn_sampling,
@@ -81,6 +86,7 @@ class ItemReader:
     config: DataConfig
     targets: Targets
     seed: int
+    told: set[tuple[str, str]] = field(default_factory=set, compare=False)  # of what was left out
 
     def pool(self) -> Pool[Item, Example | BadSample]:
         """What the config says, this thread, several or processes, to read the items of a row."""
@@ -106,6 +112,7 @@ class ItemReader:
 
     def _sample(self, item: Item) -> Sample:
         sample = read(self.sources[item.source], item.record, self.encoder.cache, name=item.source)
+        _tell(sample, item.source, self.told)
         if item.blind:
             for image in sample.images:  # A broken image is a bad sample in every draw, not only in most.
                 image()
@@ -120,6 +127,14 @@ class ItemReader:
             f"{item.source}/{item.record}: {found} where its index says {planned}; its files have changed, "
             f"delete the index {getattr(self.config.packing, 'index', '')!r}"
         )
+
+
+def _tell(sample: Sample, source: str, told: set[tuple[str, str]]) -> None:
+    """Says what is left out of a sample: once for each source and reason; ``inspect data`` counts."""
+    for note in sample.notes:
+        if (source, note.reason) not in told:
+            told.add((source, note.reason))
+            _log.warning("source %s: a part of a record is left out: %s (once for all of them)", source, note)
 
 
 def _augmented(sample: Sample, encoder: Encoder, config: DataConfig, key: tuple[int, ...]) -> Sample:

@@ -45,7 +45,7 @@ class Dialogue:
 
     tokens: np.ndarray  # i32[t]
     targets: np.ndarray  # i32[t] the id to predict from here, 0 where there is none
-    loss_weights: np.ndarray  # f32[t] 1 where there is a target
+    loss_weights: np.ndarray  # f32[t] the weight of the turn where there is a target, 0 elsewhere
     positions: np.ndarray  # i32[t]
     branch_ids: np.ndarray  # i32[t]
     visual_runs: tuple[VisualRun, ...]
@@ -102,7 +102,7 @@ def encode_dialogue(
         answer = _answer(tokenizer, turn.answer)
         if max_tokens is not None and len(draft.tokens) + draft.room(prompt) + len(answer) > max_tokens:
             break
-        draft.extend([(prompt, False), (answer, True)], branch)
+        draft.extend([(prompt, False), (answer, True)], branch, weight=turn.weight)
         num_turns += 1
     if not num_turns:
         raise BadSample("too_long", f"sample {sample.id}: its first turn does not fit {max_tokens} tokens")
@@ -251,6 +251,7 @@ class _Draft:
         self.tokens: list[int] = []
         self._image_id, self._image_lengths = image_id, image_lengths
         self._runs: list[tuple[int, int, int, int]] = []  # branch, sequence index less position, kind, length
+        self._weights: list[float] = []  # of each run in the loss
         self._branch = self._shift = self._trunk = 0
         self._visual_runs: list[VisualRun] = []
         self._answer_runs: list[range] = []
@@ -260,8 +261,12 @@ class _Draft:
         images, seen = ids.count(None), len(self._visual_runs)
         return len(ids) - images + sum(self._image_lengths[seen : seen + images])
 
-    def extend(self, parts: Sequence[_Part], branch: int) -> None:
-        """Adds parts of one branch, opening image runs; positions go on from the branch or the trunk."""
+    def extend(self, parts: Sequence[_Part], branch: int, *, weight: float = 1.0) -> None:
+        """Adds parts of one branch, opening image runs; positions go on from the branch or the trunk.
+
+        Args:
+          weight: of the answers among them in the loss.
+        """
         if branch != self._branch:
             self._trunk = len(self.tokens) if self._branch == 0 else self._trunk
             self._branch, self._shift = branch, len(self.tokens) - self._trunk
@@ -271,14 +276,15 @@ class _Draft:
                 if run is None:
                     length = self._image_lengths[len(self._visual_runs)]
                     self._visual_runs.append(VisualRun(len(self._visual_runs), len(self.tokens), length))
-                    self._append([self._image_id] * length, _IMAGE)
+                    self._append([self._image_id] * length, _IMAGE, 1.0)
                 else:
-                    self._append(run, kind)
+                    self._append(run, kind, weight if is_answer else 1.0)
             if is_answer:
                 self._answer_runs.append(range(start, len(self.tokens)))
 
-    def _append(self, run: list[int], kind: int) -> None:
+    def _append(self, run: list[int], kind: int, weight: float) -> None:
         self.tokens += run
+        self._weights.append(weight)
         self._runs.append((self._branch, self._shift, kind, len(run)))
 
     def finish(self, targets: Targets | None, num_turns: int) -> Dialogue:
@@ -286,14 +292,17 @@ class _Draft:
         tokens, runs = np.array(self.tokens, np.int32), np.array(self._runs, np.int32).T
         branch_ids, shifts, kinds = np.repeat(runs[:3], runs[3], axis=1)
         # A token is predicted from the one before it, where that is of the same branch.
+        weights = np.repeat(np.array(self._weights, np.float32), runs[3])
         here = np.zeros(len(tokens), bool)
-        here[:-1] = _predicted(kinds, targets)[1:] & (branch_ids[1:] == branch_ids[:-1])
+        here[:-1] = (_predicted(kinds, targets) & (weights > 0))[1:] & (branch_ids[1:] == branch_ids[:-1])
+        counted = here.astype(np.float32)
+        counted[:-1] *= weights[1:]
         following = np.zeros(len(tokens), np.int32)
         following[:-1] = tokens[1:] * here[:-1]
         return Dialogue(
             tokens=tokens,
             targets=following,
-            loss_weights=here.astype(np.float32),
+            loss_weights=counted,
             positions=np.arange(len(tokens), dtype=np.int32) - shifts,
             branch_ids=branch_ids,
             visual_runs=tuple(self._visual_runs),

@@ -17,10 +17,11 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vl_jax.data.picture import Orientation
 from vl_jax.data.sample import BadSample, Sample, Source
 from vl_jax.data.sources import array_records
 from vl_jax.data.sources.build import SourceConfig, stamp_of
@@ -40,6 +41,7 @@ class Report:
     skipped: dict[str, str]  # each record left out, by its number (once merged): place and reason
     split: int = 0  # of the source's records, those that became several
     merged: int = 0  # those that were added to an earlier one about the same pictures
+    partial: dict[str, list[str]] = field(default_factory=dict)  # what is left out of records that are kept
 
     @property
     def reasons(self) -> dict[str, int]:
@@ -50,7 +52,8 @@ class Report:
         left = ", ".join(f"{n} {reason}" for reason, n in self.reasons.items())
         several = f", {self.split} were split" if self.split else ""
         fewer = f", {self.merged} were merged into others" if self.merged else ""
-        return f"{self.records} records{several}{fewer}" + (f", left out: {left}" if left else "")
+        parts = f", {len(self.partial)} are kept without a part of theirs" if self.partial else ""
+        return f"{self.records} records{several}{fewer}{parts}" + (f", left out: {left}" if left else "")
 
 
 def convert(
@@ -62,6 +65,7 @@ def convert(
     num_threads: int = 2,
     split: Split | None = None,
     merge_turns: int = 1,
+    orientation: Orientation = "shown",
     progress: Callable[[int, int], None] = lambda done, total: None,
     comparing: Callable[[int, int], None] = lambda done, total: None,
 ) -> Report:
@@ -70,6 +74,7 @@ def convert(
     Args:
       split: makes one or more samples of each; None leaves them whole.
       merge_turns: most turns of records about the same pictures that become one; 1 leaves them apart.
+      orientation: which way up the source reads its pictures.
       progress: called with the number of records that are done and of all.
       comparing: called like it while pictures are compared, which comes first.
 
@@ -78,6 +83,7 @@ def convert(
     """
     facts = {"source": repr(config), "stamp": stamp_of(source), "length": len(source), "per_file": per_file}
     facts |= {"split_texts": split is not None, "merge_turns": merge_turns if merge_turns > 1 else False}
+    facts["orientation"] = orientation != "shown" and orientation
     if target.exists():
         return _finished(target, config, facts)
     folder = target.with_name(f"{target.name}.partial")
@@ -100,6 +106,7 @@ def convert(
         skipped,
         sum(part.get("split", 0) for part in parts),
         records - total,
+        {index: messages for part in parts for index, messages in part.get("partial", {}).items()},
     )
     _write(folder / REPORT, {**dataclasses.asdict(report), **facts, "reasons": report.reasons})
     for file in (folder / _SOURCE, *folder.glob("part-*.json")):
@@ -113,7 +120,8 @@ def _finished(target: Path, config: SourceConfig, facts: dict[str, Any]) -> Repo
     found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if not _same(found, facts, config):
         raise ValueError(f"{target}: exists, and is not a conversion of this source as it is now")
-    return Report(found["records"], found["skipped"], found.get("split", 0), found.get("merged", 0))
+    more = (found.get("split", 0), found.get("merged", 0), found.get("partial", {}))
+    return Report(found["records"], found["skipped"], *more)
 
 
 def _claim(folder: Path, config: SourceConfig, facts: dict[str, Any]) -> None:
@@ -148,6 +156,7 @@ def _write_part(
 ) -> None:
     """Writes one file of records and then the account of it, each whole or not at all."""
     skipped: dict[int, str] = {}
+    partial: dict[int, list[str]] = {}
     several = 0
 
     def encoded() -> Iterator[bytes]:
@@ -159,8 +168,11 @@ def _write_part(
                 if isinstance(result, BadSample):
                     skipped[index] = str(result)
                 else:
-                    several += len(result) > 1
-                    yield from result
+                    records_of, left_out = result
+                    several += len(records_of) > 1
+                    if left_out:
+                        partial[index] = left_out
+                    yield from records_of
 
     file = place.with_suffix(array_records.ENDING)
     temporary = file.with_suffix(".tmp")
@@ -168,13 +180,15 @@ def _write_part(
     os.replace(temporary, file)
     if not count:
         file.unlink()
-    _write(place, {"records": count, "skipped": skipped, "split": several})
+    _write(place, {"records": count, "skipped": skipped, "split": several, "partial": partial})
 
 
-def _encode(source: Source, index: int, split: Split | None) -> list[bytes] | BadSample:
+def _encode(source: Source, index: int, split: Split | None) -> tuple[list[bytes], list[str]] | BadSample:
+    """The records that a sample becomes, and what is left out of it."""
     try:
         sample = source[index]
-        return [array_records.encode(part) for part in (split(sample) if split else [sample])]
+        parts = split(sample) if split else [sample]
+        return [array_records.encode(part) for part in parts], [str(note) for note in sample.notes]
     except BadSample as error:
         return error
 

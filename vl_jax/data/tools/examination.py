@@ -14,10 +14,11 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from PIL import Image as PilImage
 
-from vl_jax.data.config import DataConfig, ModelSpec, PackingConfig, find_source
+from vl_jax.data.config import DataConfig, ModelSpec, PackingConfig, find_source, opened
 from vl_jax.data.encode import Encoder, make_encoder
+from vl_jax.data.images.audio import SoundImage
+from vl_jax.data.images.resolution import MOST, coarse, describe
 from vl_jax.data.sample import BadSample, Box, Sample, pixels_digest
-from vl_jax.data.sources.build import open_source
 from vl_jax.data.stream import packed
 from vl_jax.data.stream import padding as padding_lib
 from vl_jax.data.stream.lengths import Measure, read
@@ -28,6 +29,7 @@ from vl_jax.data.text.normalize import normalize
 # Examples that are kept of every finding, and the questions that are named as guessable.
 _EXAMPLES, _QUESTIONS = 3, 8
 _JOIN = "convert-data can join both: config.data.conversation.merge_turns"
+COARSE_PICTURE = f"picture that loses more than {MOST:g}x of its resolution (see data.tiling)"
 REPEATED_PICTURE = f"picture that an earlier record has ({_JOIN})"
 
 # A question tells how well it is guessed if it was asked so often; and is guessable from this share on.
@@ -110,7 +112,7 @@ def examine(
     """
     if limit < 1:
         raise ValueError(f"examine={limit}: must be at least 1")
-    source = open_source(find_source(config, source_name), root=config.root)
+    source = opened(config, find_source(config, source_name))
     encoder = make_encoder(config, spec)
     measure = Measure(encoder, config.conversation.turns, targets)
     records = np.unique(np.linspace(0, len(source) - 1, min(limit, len(source))).round().astype(int)).tolist()
@@ -123,6 +125,8 @@ def examine(
             if isinstance(sample, BadSample):
                 raise sample
             images = [image() for image in sample.images]
+            both = zip(sample.images, images, strict=True)
+            sizes = [picture.size for image, picture in both if not isinstance(image, SoundImage)]
             sample = replace(sample, images=tuple(lambda p=p: p for p in images))  # decoded once is enough
             _use(encoder, sample, config, targets)
         except BadSample as error:
@@ -134,7 +138,11 @@ def examine(
         turns.append(len(sample.turns))
         if tokens[-1] > config.max_tokens and config.conversation.max_turns is None:
             notes.add(f"longer than max_tokens={config.max_tokens}: its last turns are left out", sample.id)
+        for size in coarse(sizes, config.tiling, num_images=len(images)):
+            notes.add(COARSE_PICTURE, f"{sample.id}: {describe(size, config.tiling)}")
         _look(sample, images, notes, pictures, ids)
+        for note in sample.notes:
+            notes.add(f"left out: {note.reason.replace('_', ' ')}", str(note))
         for turn in sample.turns:
             answers[normalize(turn.question.replace("<image>", ""))][normalize(turn.answer)] += 1
     repeated = {q: found for q, found in answers.items() if found.total() >= _OFTEN}
@@ -226,8 +234,8 @@ def padding(
 
     def predict(row: PackingConfig) -> WasteReport:
         packing = replace(config, packing=row)
-        planner, _ = packed.open_planner(packing, spec, sources=sources, targets=targets)
-        return padding_lib.predict(planner, packing)
+        planner, reader = packed.open_planner(packing, spec, sources=sources, targets=targets)
+        return padding_lib.predict(planner, packing, sources=reader.sources)
 
     if config.packing is not None:
         return config.packing, predict(config.packing)

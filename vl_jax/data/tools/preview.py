@@ -12,12 +12,11 @@ from itertools import groupby
 import numpy as np
 from PIL import Image as PilImage
 
-from vl_jax.data.config import DataConfig, ModelSpec, find_source
+from vl_jax.data.config import DataConfig, ModelSpec, find_source, opened
 from vl_jax.data.encode import make_encoder
 from vl_jax.data.example import Example
 from vl_jax.data.images.augment import augment
 from vl_jax.data.sample import BadSample, Sample
-from vl_jax.data.sources.build import open_source
 from vl_jax.data.text import grounding
 from vl_jax.data.text.chat import Targets
 from vl_jax.data.text.tokenizer import Tokenizer
@@ -60,7 +59,7 @@ def render_samples(
 ) -> list[Preview]:
     """Encodes a few samples of a source just as training does, before turns are chosen at random."""
     encoder = make_encoder(config, spec)
-    source = open_source(find_source(config, source_name), root=config.root)
+    source = opened(config, find_source(config, source_name))
     previews = []
     for index in range(first, min(first + count, len(source))):
         try:

@@ -18,9 +18,8 @@ from rich.progress import track
 
 from vl_jax import sharding
 from vl_jax.batch import Batch
-from vl_jax.data.config import DataConfig
+from vl_jax.data.config import DataConfig, opened
 from vl_jax.data.sample import BadSample
-from vl_jax.data.sources.build import open_source
 from vl_jax.data.text.normalize import normalize
 from vl_jax.data.text.tokenizer import Tokenizer, load_tokenizer
 from vl_jax.evaluate.metrics.exact_match import ExactMatch, is_match
@@ -96,7 +95,7 @@ class Prior:
 def training_turns(data: DataConfig, count: int) -> Iterator[tuple[str, str, str]]:
     """(question, kind, answer) of the first samples of every training source."""
     for source_config in data.sources:
-        source = open_source(source_config, root=data.root)
+        source = opened(data, source_config)
         for index in itertools.islice(range(len(source)), count):
             try:
                 sample = source[index].without_images()

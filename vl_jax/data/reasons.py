@@ -1,0 +1,42 @@
+"""Why records cannot be used, in words: what the reason that counters group by means, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+_WORDS = {
+    "placeholder_mismatch": "the questions have more or fewer <image> marks than the record has pictures; "
+    "write <image> once for each picture, where it belongs",
+    "bad_conversation": "the record is no conversation of a known form; it needs question and answer, or "
+    "conversations, messages or text",
+    "missing_image": "a picture is not where the record says; names are relative to the folder of the record "
+    "file, or to root of the source",
+    "bad_image_field": "image must be the path of a file; nothing is fetched",
+    "outside_root": "a path leaves the folder of the pictures; name it relative to that folder, or set root "
+    "of the source",
+    "corrupt_image": "a picture cannot be decoded",
+    "image_too_large": "a picture has more pixels than max_pixels of the source",
+    "too_long": "not even the first question and its answer fit; raise data.max_tokens",
+    "too_many_targets": "an answer is longer than data.max_answer_tokens",
+    "too_many_tiles": "the pictures of a record need more tiles than there is room for; raise "
+    "data.max_tiles, or lower data.tiling.max_tiles",
+    "image_in_later_turn": "a later question brings its own picture; set data.conversation.turns='dialogue'",
+    "not_json": "the record is not JSON",
+    "not_utf8": "the text is not UTF-8; save it as UTF-8",
+    "missing_field": "a field that the config names is not in the record",
+    "no_record": "a picture has no text beside it",
+    "no_labels": "nobody has labelled it",
+}
+
+
+def in_words(reason: str) -> str:
+    """What a reason means, and what to do; the reason itself without its underscores where that says it."""
+    plain = reason.replace("_", " ")
+    return f"{plain}: {_WORDS[reason]}" if reason in _WORDS else plain
+
+
+def summary(counts: Mapping[str, int]) -> str:
+    """How many records there are of each reason, and what the most frequent one means."""
+    (first, count), *others = sorted(counts.items(), key=lambda item: -item[1])
+    rest = [f"{number:,} x {reason.replace('_', ' ')}" for reason, number in others]
+    return "; ".join([f"{count:,} x {in_words(first)}", *rest])
