@@ -348,7 +348,7 @@ def capacity(subject: Subject) -> None:
     kernels_agree(subject, config)
     output = subject.run(config=config)
     kept = output.layer.stats.load.sum() - output.layer.stats.dropped.sum()
-    slots = GROUPS * config.num_experts * math.ceil(0.5 * config.top_k * LENGTH / config.num_experts)
+    slots = GROUPS * config.num_experts * (config.capacity_of(LENGTH) or 0)
     if isinstance(output.assignment, TokenChoice):
         assert kept <= slots, f"{kept} choices have a slot, but there are {slots}"
 

@@ -17,9 +17,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import field
+from fractions import Fraction
 from typing import Any, ClassVar
 
 import jax
@@ -29,6 +29,7 @@ from jaxtyping import Array, Bool, Float, Int
 from vl_jax import parts
 from vl_jax.kernels.activation import SWIGLU, Activation
 from vl_jax.moe import assignment as assignment_lib
+from vl_jax.moe import slots
 from vl_jax.moe.assignment import (
     GROUPS,
     Assignment,
@@ -183,9 +184,16 @@ class MoEConfig:
 
     def capacity_of(self, length: int) -> int | None:
         """The most slots an expert has for a group of so many tokens; None without a limit."""
-        if self.limit.slots is not None or self.limit.factor is None:
+        if self.slots_per_token is None:
             return self.limit.slots
-        return math.ceil(self.limit.factor * self.top_k * length / self.num_experts)
+        return slots.ceil_times(length, self.slots_per_token, most=length)
+
+    @property
+    def slots_per_token(self) -> Fraction | None:
+        """Slots that an expert has for each token of a group; None where no factor sets them."""
+        if self.limit.factor is None:
+            return None
+        return slots.as_fraction(self.limit.factor) * self.top_k / self.num_experts
 
     def option(self, name: str) -> float:
         """The value of one of the scheme's own numbers, or its default."""

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from vl_jax.moe import losses as losses_lib
 from vl_jax.moe.assignment import Losses, RoutingContext, RoutingStats, State, TokenChoice
 from vl_jax.moe.routing import MoEConfig, Scheme, best, choose, gates_of
 from vl_jax.moe.schemes.token_choice import scores_of
+from vl_jax.moe.slots import ceil_times
 
 
 def top_p(
@@ -89,8 +91,8 @@ def measure_cutoff(
 ) -> dict[str, jax.Array]:
     """For every expert the lowest score it would take under expert choice; and that this is one group."""
     scores = jnp.where(context.valid[:, None], scores_of(logits, config, "softmax"), -1.0)
-    tokens = jnp.sum(context.valid, dtype=jnp.float32)
-    wanted = jnp.ceil(tokens * config.top_k / config.num_experts).astype(jnp.int32)
+    tokens, share = jnp.sum(context.valid, dtype=jnp.int32), Fraction(config.top_k, config.num_experts)
+    wanted = ceil_times(tokens, share, most=context.valid.size)
     lowest = jnp.sort(scores, axis=0, descending=True)[jnp.maximum(wanted - 1, 0)]
     some = (tokens > 0).astype(jnp.float32)
     return {"cutoff": some * lowest, "groups": some}

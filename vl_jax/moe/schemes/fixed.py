@@ -63,16 +63,17 @@ def modality_top_k(
 
 def modality_of_experts(config: MoEConfig) -> Int[Array, " E"]:
     """The modality each expert serves: the first ones text, the last ones pictures."""
-    return jnp.where(jnp.arange(config.num_experts) < _num_text(config), TEXT, VISION)
+    return jnp.where(jnp.arange(config.num_experts) < num_text(config), TEXT, VISION)
 
 
-def _num_text(config: MoEConfig) -> int:
+def num_text(config: MoEConfig) -> int:
+    """How many experts serve text: the first ones."""
     return config.num_experts - (int(config.option("vision_experts")) or config.num_experts // 2)
 
 
 def validate_split(config: MoEConfig, *, at_least: int | None = None) -> None:
     """Checks that each modality has ``at_least`` experts (None: top_k)."""
-    text, least = _num_text(config), config.top_k if at_least is None else at_least
+    text, least = num_text(config), config.top_k if at_least is None else at_least
     if min(text, config.num_experts - text) < least:
         raise ValueError(
             f"scheme={config.scheme!r}: vision_experts={config.num_experts - text} leaves {text} of "
