@@ -9,7 +9,7 @@ from flax import struct
 from jaxtyping import Array, Float
 
 from vl_jax.kernels.expert_weights import ExpertWeights
-from vl_jax.moe import balance, dispatch, exchange, routing
+from vl_jax.moe import balance, dispatch, exchange, noise, routing
 from vl_jax.moe.assignment import Merge
 from vl_jax.moe.routing import MoEConfig, RoutingContext, RoutingStats, State
 from vl_jax.nn.layers import GatedMLP, Linear, fan_in, named
@@ -37,7 +37,7 @@ class DynamicMoE(nn.Module):
         logits = router_logits(x, *self._router(x.shape[-1]))
         context = context.replace(x=x)  # pyright: ignore[reportAttributeAccessIssue]
         if self.has_rng("routing"):
-            keys = routing.group_keys(self.make_rng("routing"), context)
+            keys = noise.group_keys(self.make_rng("routing"), context)
             context = context.replace(rng=keys)  # pyright: ignore[reportAttributeAccessIssue]
         assignment, losses = routing.route(logits, context, state, c)
         self.sow("intermediates", "logits", logits)

@@ -71,7 +71,6 @@ __all__ = [
     "balanced_routes",
     "best",
     "gates_of",
-    "group_keys",
     "init_state",
     "is_causal",
     "route",
@@ -103,7 +102,8 @@ SCHEMES = {
 
 
 # An entry of the state that an intervention adds: bool, [1 1 E] or [G T E], experts that may not be chosen.
-# Their logits are ``MASKED``; a scheme that adds something to its scores leaves those at the lowest number.
+# Their logits are ``MASKED`` and ``best`` passes them over; what a scheme still chooses of them is taken out
+# of its assignment.
 EXCLUDED, MASKED = "excluded", -1e9
 # Another one: i32[G T K], routes that tokens are to take, such as those of an earlier pass (*replay*; of a
 # rollout, when it is trained on: R3, arXiv 2510.11370). Gates and losses are of the scores of this pass.
@@ -238,6 +238,7 @@ class Scheme:
     validate: Callable[[MoEConfig], None] = lambda config: None  # raises ValueError
     rng: bool = False  # whether it routes differently in training, where it is given ``context.rng``
     replays: bool = False  # whether it takes given routes: it chooses by ``best`` and weighs by ``gates_of``
+    by_expert: bool = True  # the first E columns of the logits are those of the experts
 
 
 def scheme_of(config: MoEConfig) -> Scheme:
@@ -295,7 +296,8 @@ def route(
 
     Raises:
       ValueError: what the scheme returns is no assignment, or has the wrong shapes; there are routes in the
-        state, and the scheme takes none, or they are of other tokens.
+        state, and the scheme takes none, or they are of other tokens; experts are excluded of another number
+        or for other tokens, or of single tokens where the scheme gives all of them the same.
     """
     scheme, length = scheme_of(config), logits.shape[1]
     routes, state = state.get(ROUTES), {name: value for name, value in state.items() if name != ROUTES}
@@ -317,29 +319,36 @@ def route(
             raise ValueError(f"scheme={config.scheme!r}: {error}") from None
         return result
 
-    logits, excluded = logits.astype(jnp.float32), state.get(EXCLUDED)
-    if excluded is not None:
+    logits, given = logits.astype(jnp.float32), state.get(EXCLUDED)
+    if given is not None:
         state = {name: value for name, value in state.items() if name != EXCLUDED}
-        others = jnp.zeros((*excluded.shape[:-1], logits.shape[-1] - config.num_experts), bool)
-        logits = jnp.where(jnp.concatenate([excluded, others], axis=-1), MASKED, logits)
+        excluded = _excluded(given, context, config)
+        context = context.replace(excluded=excluded)  # pyright: ignore[reportAttributeAccessIssue]
+        if scheme.by_expert:
+            logits = jnp.where(_of_columns(excluded, logits), MASKED, logits)
     assignment, losses = jax.vmap(one_group, axis_name=GROUPS)(logits, context)
+    if given is not None:
+        try:
+            assignment = assignment_lib.without(assignment, context.excluded, shared=given.shape[1] == 1)
+        except ValueError as error:
+            raise ValueError(f"scheme={config.scheme!r}: {error}") from None
     return assignment, {name: jnp.mean(value) for name, value in losses.items()}
 
 
-def group_keys(key: jax.Array, context: RoutingContext) -> jax.Array:
-    """A key for every group, from what is in it and not from where it is in the batch.
+def _excluded(given: jax.Array, context: RoutingContext, config: MoEConfig) -> Bool[Array, "G T E"]:
+    allowed = (1, 1, config.num_experts), (*context.valid.shape, config.num_experts)
+    if given.shape not in allowed:
+        raise ValueError(
+            f"scheme={config.scheme!r}: excluded experts are {given.shape}, expected {allowed[0]} or "
+            f"{allowed[1]}"
+        )
+    return jnp.broadcast_to(given, allowed[1])
 
-    So noise is the same on any number of devices and with or without accumulation.
-    """
-    groups, length = context.valid.shape
-    if context.tokens is None:
-        return jax.random.split(key, groups)
-    # Odd multipliers, so that no token is lost modulo 2**32.
-    odd = jax.random.bits(jax.random.key(0), (length,), jnp.uint32) | jnp.uint32(1)
-    tokens = jnp.where(context.valid, context.tokens + 1, 0).astype(jnp.uint32)
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(
-        key, jnp.sum(tokens * odd, axis=1, dtype=jnp.uint32)
-    )
+
+def _of_columns(excluded: Bool[Array, "*G E"], values: Float[Array, "*G N"]) -> Bool[Array, "*G N"]:
+    """Columns after those of the experts are never excluded."""
+    others = values.shape[-1] - excluded.shape[-1]
+    return jnp.concatenate([excluded, jnp.zeros((*excluded.shape[:-1], others), bool)], axis=-1)
 
 
 def balanced_routes(valid: Bool[Array, "G T"], *, num_experts: int, top_k: int) -> Int[Array, "G T K"]:
@@ -352,10 +361,17 @@ def balanced_routes(valid: Bool[Array, "G T"], *, num_experts: int, top_k: int) 
 
 
 def best(choice: Float[Array, "T N"], count: int, context: RoutingContext) -> Int[Array, "T K"]:
-    """The ``count`` experts of highest selection score; or the given routes, if there are any."""
+    """The ``count`` experts of highest selection score; or the given routes, if there are any.
+
+    An excluded expert has no score; where too few are left, the ids past them are N: unused.
+    """
     if context.routes is not None:
         return context.routes
-    return jax.lax.top_k(choice, count)[1]
+    if context.excluded is None:
+        return jax.lax.top_k(choice, count)[1]
+    excluded = _of_columns(context.excluded, choice)
+    experts = jax.lax.top_k(jnp.where(excluded, -jnp.inf, choice), count)[1]
+    return jnp.where(jnp.take_along_axis(excluded, experts, axis=-1), choice.shape[-1], experts)
 
 
 def gates_of(

@@ -2,8 +2,8 @@
 
     slots(t) = ceil(factor * K / E * t)      for t tokens; the factor is a fraction, 1.2 is 6/5
 
-The host lays out buffers by it, devices decide by it who is dropped. Were one of them to count in floats, they
-would differ by one where the product is a whole number, and rows would be lost or land in another's slot.
+The host lays out buffers by it, and devices decide by it who is dropped. If one of them counted in floats,
+they would differ by one where the product is a whole number: rows would be lost, or land in another's slot.
 """
 
 from __future__ import annotations

@@ -133,7 +133,8 @@ def dselect_k(
     """K selectors, each a binary code of smooth steps, weighed by a softmax (arXiv 2106.03760, section 3).
 
     Columns: log2(E) bits for each selector, then K weights. Until its bits are sure, a selector is spread
-    over several experts, all of which work. The mean entropy of selectors is a loss.
+    over several experts, all of which work. The mean entropy of selectors is a loss. A selector whose expert
+    is excluded has no second choice: its share is gone.
     """
     bits = _code_bits(config)
     codes = logits[:, : config.top_k * bits].reshape(-1, config.top_k, bits)
@@ -220,4 +221,5 @@ DSELECT_K = Scheme(
     scores=_dselect_scores,
     validate=_validate_code,
     replays=True,
+    by_expert=False,
 )

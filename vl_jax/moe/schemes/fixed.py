@@ -27,22 +27,20 @@ def hash_tokens(
         raise ValueError(f"scheme={config.scheme!r} needs the token ids, which this model does not hand on")
     text = (context.modality == TEXT)[:, None]
     scores = jax.nn.softmax(logits, axis=-1)
-    experts = best(scores, config.top_k, context)
-    if context.routes is None:
-        experts = jnp.where(text, hashed(context.tokens, config.num_experts, config.top_k), experts)
+    experts = best(jnp.where(text, hashes(context.tokens, config.num_experts), scores), config.top_k, context)
     gates = jnp.where(text, 1.0 / config.top_k, gates_of(scores, experts))
     return choose(experts, gates, context, config), losses_lib.z_loss(logits, context, config)
 
 
-def hashed(tokens: Int[Array, " T"], num_experts: int, top_k: int) -> Int[Array, "T K"]:
-    """The K different experts of every id: those of the highest hashes."""
+def hashes(tokens: Int[Array, " T"], num_experts: int) -> Float[Array, "T E"]:
+    """A hash of every pair of id and expert: whole numbers below 2**24."""
     ids = tokens.astype(jnp.uint32)[:, None] * jnp.uint32(0x9E3779B9)
     mixed = ids ^ (jnp.arange(num_experts, dtype=jnp.uint32) * jnp.uint32(0x85EBCA6B))
     # A mixer of 32 bits in two rounds of shift and multiply: every input bit reaches every output bit.
     mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x7FEB352D)
     mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(0x846CA68B)
     mixed = (mixed ^ (mixed >> 16)) >> 8  # exact as float32, which every back-end can sort
-    return jax.lax.top_k(mixed.astype(jnp.float32), top_k)[1]
+    return mixed.astype(jnp.float32)
 
 
 def modality_top_k(
