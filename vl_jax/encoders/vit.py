@@ -30,7 +30,7 @@ from vl_jax.encoders.transformer import (
     run_blocks,
 )
 from vl_jax.kernels.activation import FUNCTIONS, Kind
-from vl_jax.moe.routing import MoEConfig, State
+from vl_jax.moe.routing import MoEConfig, State, scheme_of
 from vl_jax.moe.stacks import Stack
 from vl_jax.nn.conv import convolve
 from vl_jax.nn.layers import LayerNorm, Linear, fan_in, named
@@ -78,6 +78,11 @@ class ViTConfig:
         if min(rows, columns) < 1 or height < rows or width < columns:
             raise ValueError(f"image_size={self.image_size} < patch_size={self.patch_size}")
         _ = self.block  # checks its own fields
+        if self.moe is not None and scheme_of(self.moe).tokens:
+            raise ValueError(
+                f"moe.scheme={self.moe.scheme!r} routes by token ids, which pictures do not have; take one "
+                "that routes by scores, such as 'top_k'"
+            )
         if self.stem == "conv" and self.patch_size not in HALVINGS:
             raise ValueError(
                 f"patch_size={self.patch_size}: the conv stem allows {', '.join(map(str, HALVINGS))}"

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Int
 
 from vl_jax.params import Leaf
 
@@ -122,6 +122,15 @@ def check(result: Any, *, length: int, num_experts: int) -> None:
     for name, value in losses.items():
         if np.shape(value) != ():
             raise ValueError(f"loss {name!r} is {_describe(value)}, expected a scalar")
+
+
+def balanced_routes(valid: Bool[Array, "G T"], *, num_experts: int, top_k: int) -> Int[Array, "G T K"]:
+    """Experts dealt out to the valid tokens of all groups in turn: no two loads differ by more than one."""
+    tokens = jnp.cumsum(valid, axis=1, dtype=jnp.int32)
+    earlier = jnp.cumsum(tokens[:, -1]) - tokens[:, -1]
+    first = top_k * (earlier[:, None] + tokens - 1)
+    experts = (first[..., None] + jnp.arange(top_k, dtype=jnp.int32)) % num_experts
+    return jnp.where(valid[..., None], experts, num_experts)
 
 
 def without(assignment: Assignment, excluded: Bool[Array, "G T E"], *, shared: bool) -> Assignment:

@@ -41,6 +41,7 @@ class DynamicMoE(nn.Module):
             context = context.replace(rng=keys)  # pyright: ignore[reportAttributeAccessIssue]
         assignment, losses = routing.route(logits, context, state, c)
         self.sow("intermediates", "logits", logits)
+        self.sow("intermediates", "scores", routing.probabilities(logits, context, c))
         self.sow("intermediates", "assignment", assignment)
         self.sow("intermediates", "valid", context.valid)
         self.sow("intermediates", "modality", context.modality)
@@ -103,7 +104,8 @@ def sparse_mlp(
     if scheme.measure is not None:
         by_group = jax.vmap(lambda z, where: scheme.measure(z, where, config))(logits, context)  # pyright: ignore
         measured = jax.tree.map(lambda a: jnp.sum(a, axis=0), by_group)
-    stats = balance.count(assignment, dropped, scheme.scores(logits, config), context, measured)
+    scores = routing.probabilities(logits, context, config)
+    stats = balance.count(assignment, dropped, scores, context, measured)
     y = exchange.apply_experts(x, kept, weights, config)
     if isinstance(assignment, Merge):  # no weight of its own keeps padding out
         y = jnp.where(context.valid[..., None], y, 0)

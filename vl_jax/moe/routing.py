@@ -41,6 +41,7 @@ from vl_jax.moe.assignment import (
     Soft,
     State,
     TokenChoice,
+    balanced_routes,
 )
 from vl_jax.moe.config import (
     BalanceConfig,
@@ -73,6 +74,7 @@ __all__ = [
     "gates_of",
     "init_state",
     "is_causal",
+    "probabilities",
     "route",
     "scheme_of",
     "update_state",
@@ -233,12 +235,15 @@ class Scheme:
     columns: Callable[[MoEConfig], int] = lambda config: config.num_experts  # width N of the logits
     # Probabilities of the experts, for statistics.
     scores: Callable[[Any, MoEConfig], Any] = softmax_scores
+    # The same of one group, [T E], where they depend on what a token is and not on its logits alone.
+    scores_of_group: Callable[[Any, RoutingContext, MoEConfig], Any] | None = None
     # What ``update_state`` needs besides load: scalars and vectors by name, added up over groups.
     measure: Callable[[Any, RoutingContext, MoEConfig], dict[str, Any]] | None = None
     validate: Callable[[MoEConfig], None] = lambda config: None  # raises ValueError
     rng: bool = False  # whether it routes differently in training, where it is given ``context.rng``
     replays: bool = False  # whether it takes given routes: it chooses by ``best`` and weighs by ``gates_of``
     by_expert: bool = True  # the first E columns of the logits are those of the experts
+    tokens: bool = False  # whether it needs ``context.tokens``, which encoders of pictures do not have
 
 
 def scheme_of(config: MoEConfig) -> Scheme:
@@ -335,6 +340,16 @@ def route(
     return assignment, {name: jnp.mean(value) for name, value in losses.items()}
 
 
+def probabilities(
+    logits: Float[Array, "G T N"], context: RoutingContext, config: MoEConfig
+) -> Float[Array, "G T E"]:
+    """Probabilities of the experts by the scheme's own scores, for statistics."""
+    scheme = scheme_of(config)
+    if scheme.scores_of_group is None:
+        return scheme.scores(logits, config)
+    return jax.vmap(lambda z, where: scheme.scores_of_group(z, where, config))(logits, context)  # pyright: ignore
+
+
 def _excluded(given: jax.Array, context: RoutingContext, config: MoEConfig) -> Bool[Array, "G T E"]:
     allowed = (1, 1, config.num_experts), (*context.valid.shape, config.num_experts)
     if given.shape not in allowed:
@@ -349,15 +364,6 @@ def _of_columns(excluded: Bool[Array, "*G E"], values: Float[Array, "*G N"]) -> 
     """Columns after those of the experts are never excluded."""
     others = values.shape[-1] - excluded.shape[-1]
     return jnp.concatenate([excluded, jnp.zeros((*excluded.shape[:-1], others), bool)], axis=-1)
-
-
-def balanced_routes(valid: Bool[Array, "G T"], *, num_experts: int, top_k: int) -> Int[Array, "G T K"]:
-    """Experts dealt out to the valid tokens of all groups in turn: no two loads differ by more than one."""
-    tokens = jnp.cumsum(valid, axis=1, dtype=jnp.int32)
-    earlier = jnp.cumsum(tokens[:, -1]) - tokens[:, -1]
-    first = top_k * (earlier[:, None] + tokens - 1)
-    experts = (first[..., None] + jnp.arange(top_k, dtype=jnp.int32)) % num_experts
-    return jnp.where(valid[..., None], experts, num_experts)
 
 
 def best(choice: Float[Array, "T N"], count: int, context: RoutingContext) -> Int[Array, "T K"]:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from vl_jax.moe import losses as losses_lib
 from vl_jax.moe.assignment import Losses, RoutingContext, RoutingStats, State, TokenChoice
 from vl_jax.moe.routing import MoEConfig, Scheme, best, choose, gates_of
-from vl_jax.moe.schemes.token_choice import scores_of
+from vl_jax.moe.schemes.token_choice import scores_of, shares
 from vl_jax.moe.slots import ceil_times
 
 
@@ -196,13 +196,19 @@ def _validate_code(config: MoEConfig) -> None:
 
 TOP_P = Scheme(top_p, defaults={"threshold": 0.4, "entropy_weight": 1e-4, "limit": 0.0}, replays=True)
 REMOE = Scheme(
-    remoe, init_l1, update_l1, defaults={"initial_l1": 1e-8, "l1_rate": 1.2, "limit": 0.0}, replays=True
+    remoe,
+    init_l1,
+    update_l1,
+    defaults={"initial_l1": 1e-8, "l1_rate": 1.2, "limit": 0.0},
+    scores=lambda logits, config: shares(jax.nn.relu(logits)),
+    replays=True,
 )
 EXPERT_THRESHOLD = Scheme(
     expert_threshold,
     init_threshold,
     update_threshold,
     defaults={"decay": 0.99, "limit": 0.0},
+    scores=lambda logits, config: shares(scores_of(logits, config, "softmax")),
     measure=measure_cutoff,
     replays=True,
 )

@@ -12,6 +12,7 @@ from vl_jax.moe import losses as losses_lib
 from vl_jax.moe.assignment import ExpertChoice, Losses, RoutingContext, State
 from vl_jax.moe.routing import MoEConfig, Scheme
 from vl_jax.moe.schemes.fixed import modality_of_experts, num_text, validate_split
+from vl_jax.moe.schemes.token_choice import shares
 from vl_jax.moe.slots import as_fraction, ceil_times
 
 
@@ -70,6 +71,13 @@ def _best_tokens(
     return ExpertChoice(tokens, jnp.where(taken, gates, 0.0) * config.gates.scale)
 
 
+def _own_scores(
+    logits: Float[Array, "T E"], context: RoutingContext, config: MoEConfig
+) -> Float[Array, "T E"]:
+    own = context.modality[:, None] == modality_of_experts(config)
+    return shares(jnp.where(own, jax.nn.sigmoid(logits), 0.0))
+
+
 def _choices(config: MoEConfig) -> Fraction:
     """How many experts a token has in the mean."""
     return config.top_k * as_fraction(config.limit.factor or 1.0)
@@ -94,6 +102,6 @@ MODALITY_EXPERT_CHOICE = Scheme(
     modality_expert_choice,
     causal=False,
     defaults={"vision_experts": 0.0},
-    scores=lambda logits, config: jax.nn.softmax(logits, axis=-1),
+    scores_of_group=_own_scores,
     validate=_validate_split,
 )

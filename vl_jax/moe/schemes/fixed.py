@@ -51,12 +51,27 @@ def modality_top_k(
     The last ``vision_experts`` (0: half) are for pictures. One for each modality and K=1 are the modality
     experts of VLMo (arXiv 2111.02358, section 3), more of them the groups of MoMa (arXiv 2407.21770).
     """
-    own = context.modality[:, None] == modality_of_experts(config)
-    scores = jax.nn.softmax(jnp.where(own, logits, jnp.finfo(logits.dtype).min), axis=-1)
+    scores = _own_scores(logits, context, config)
     experts = best(scores, config.top_k, context)
     gates = gates_of(scores, experts)
     losses = losses_lib.token_losses(logits, scores, experts, context, state, config)
     return choose(experts, gates, context, config), losses
+
+
+def _own_scores(
+    logits: Float[Array, "T E"], context: RoutingContext, config: MoEConfig
+) -> Float[Array, "T E"]:
+    own = context.modality[:, None] == modality_of_experts(config)
+    return jax.nn.softmax(jnp.where(own, logits, jnp.finfo(logits.dtype).min), axis=-1)
+
+
+def _hash_scores(
+    logits: Float[Array, "T E"], context: RoutingContext, config: MoEConfig
+) -> Float[Array, "T E"]:
+    """Even over the experts of a text token, by score for those of pictures."""
+    by_hash = jax.lax.top_k(hashes(context.tokens, config.num_experts), config.top_k)[1]
+    even = jnp.sum(jax.nn.one_hot(by_hash, config.num_experts), axis=1) / config.top_k
+    return jnp.where((context.modality == TEXT)[:, None], even, jax.nn.softmax(logits, axis=-1))
 
 
 def modality_of_experts(config: MoEConfig) -> Int[Array, " E"]:
@@ -79,7 +94,11 @@ def validate_split(config: MoEConfig, *, at_least: int | None = None) -> None:
         )
 
 
-HASH = Scheme(hash_tokens, replays=True)
+HASH = Scheme(hash_tokens, scores_of_group=_hash_scores, tokens=True, replays=True)
 MODALITY_TOP_K = Scheme(
-    modality_top_k, defaults={"vision_experts": 0.0}, validate=validate_split, replays=True
+    modality_top_k,
+    defaults={"vision_experts": 0.0},
+    scores_of_group=_own_scores,
+    validate=validate_split,
+    replays=True,
 )
