@@ -389,6 +389,19 @@ def test_noise_follows_what_a_row_holds_and_not_where_it_stands():
     assert (keys[0] != keys[1]).any()
 
 
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.float32])
+def test_noise_of_a_picture_follows_its_pixels(dtype):
+    pixels = jnp.asarray(np.random.default_rng(0).integers(0, 255, (3, 4, 4, 3)), dtype)
+    where = jax.tree.map(lambda a: a[:1].repeat(3, 0), context()).replace(tokens=None)
+
+    def keys(pixels):
+        given = where.replace(content=noise.content_of(pixels))
+        return np.asarray(jax.random.key_data(noise.group_keys(jax.random.key(3), given)))
+
+    assert len({tuple(k) for k in keys(pixels)}) == 3
+    np.testing.assert_array_equal(keys(pixels[::-1]), keys(pixels)[::-1])
+
+
 @pytest.mark.parametrize(
     ("scheme", "options", "message"),
     [

@@ -30,6 +30,7 @@ from vl_jax.encoders.transformer import (
     run_blocks,
 )
 from vl_jax.kernels.activation import FUNCTIONS, Kind
+from vl_jax.moe.noise import content_of
 from vl_jax.moe.routing import MoEConfig, State, scheme_of
 from vl_jax.moe.stacks import Stack
 from vl_jax.nn.conv import convolve
@@ -298,11 +299,12 @@ class ViT(nn.Module):
         x = constrain(x, "batch", None, None)
         valid = jnp.ones(x.shape[:1], bool) if valid is None else valid
         valid = jnp.broadcast_to(valid[:, None], x.shape[:2])
+        content = content_of(pixels) if self.has_rng("routing") else None
         x, states, routed = run_blocks(
             x,
             None,
             c.block,
-            context=routing_context(valid, modality=VISION),
+            context=routing_context(valid, modality=VISION, content=content),
             routing_state=routing_state,
             states=c.feature_layers,
             remat=self.remat,

@@ -72,6 +72,7 @@ class RoutingContext:
     rng: Leaf | None = None  # key of the group; None in evaluation: no noise
     routes: Leaf | None = None  # i32[T K] the experts to take whatever their scores, E: none; see ``best``
     excluded: Leaf | None = None  # bool[T E] experts that a token may not take; see ``best``
+    content: Leaf | None = None  # u32 a number of what is in the group, for noise where there are no tokens
 
 
 @struct.dataclass
