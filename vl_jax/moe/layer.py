@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from vl_jax.kernels.expert_weights import ExpertWeights
 from vl_jax.moe import balance, dispatch, exchange, noise, routing
@@ -98,15 +98,26 @@ def sparse_mlp(
     config: MoEConfig,
 ) -> tuple[Float[Array, "B T D"], RoutingStats]:
     """The routed experts as a pure function; every row of the batch is one routing group."""
-    scheme = routing.scheme_of(config)
     kept, dropped = dispatch.apply_capacity(assignment, context.valid, config)
-    measured = {}
-    if scheme.measure is not None:
-        by_group = jax.vmap(lambda z, where: scheme.measure(z, where, config))(logits, context)  # pyright: ignore
-        measured = jax.tree.map(lambda a: jnp.sum(a, axis=0), by_group)
-    scores = routing.probabilities(logits, context, config)
-    stats = balance.count(assignment, dropped, scores, context, measured)
+    stats = statistics(logits, assignment, dropped, context=context, config=config)
     y = exchange.apply_experts(x, kept, weights, config)
     if isinstance(assignment, Merge):  # no weight of its own keeps padding out
         y = jnp.where(context.valid[..., None], y, 0)
     return y, jax.lax.stop_gradient(stats)
+
+
+def statistics(
+    logits: Float[Array, "B T N"],
+    assignment: routing.Assignment,
+    dropped: Bool[Array, "B T K"],
+    *,
+    context: RoutingContext,
+    config: MoEConfig,
+) -> RoutingStats:
+    """What a layer counts, and what its scheme measures, summed over groups."""
+    scheme, measured = routing.scheme_of(config), {}
+    if scheme.measure is not None:
+        by_group = jax.vmap(lambda z, where: scheme.measure(z, where, config))(logits, context)  # pyright: ignore
+        measured = jax.tree.map(lambda a: jnp.sum(a, axis=0), by_group)
+    scores = routing.probabilities(logits, context, config)
+    return balance.count(assignment, dropped, scores, context, measured)
