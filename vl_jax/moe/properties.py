@@ -18,7 +18,8 @@ from vl_jax.moe.assignment import RoutingContext, TokenChoice
 from vl_jax.moe.decisions import GROUPS, LENGTH, Decision, Router, Waived, random_probe, sound
 from vl_jax.moe.layer import statistics
 
-UPDATES = 2000  # as many steps as a small run has
+UPDATES = 400  # enough for a bias that moves by a thousandth to count
+MANY_KEYS = 16  # little noise seldom moves a choice
 SMALL, LARGE = 2e-5, 0.05  # moves of logits: float32 tells the small one, 16 bits do not
 
 
@@ -244,7 +245,7 @@ def _updated(router: Router) -> dict[str, np.ndarray]:
 def noise_as_declared(router: Router) -> None:
     """Given a key, only a scheme with ``rng=True`` routes otherwise; one key gives one decision."""
     scheme, (logits, context) = routing.scheme_of(router.config), router.inputs(0)
-    keys = [jax.random.split(jax.random.key(seed), GROUPS) for seed in range(3)]
+    keys = [jax.random.split(jax.random.key(seed), GROUPS) for seed in range(MANY_KEYS)]
     quiet = router.decide(logits, context)
     with_keys = [(logits, dataclasses.replace(context, rng=key)) for key in (*keys, keys[0])]
     decide = router.traced_anew()
