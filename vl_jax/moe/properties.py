@@ -222,7 +222,7 @@ def _updated(router: Router) -> dict[str, np.ndarray]:
 
     @jax.jit
     def run(state: Any, pool: Any) -> Any:
-        def step(state: Any, number: jax.Array) -> tuple[Any, None]:
+        def step(state: Any, number: jax.Array) -> tuple[Any, Any]:
             logits, context = jax.tree.map(lambda a: a[number], pool)
             assignment, _ = routing.route(logits, context, state, config)
             dropped = jnp.zeros((*context.valid.shape, 1), bool)

@@ -325,18 +325,19 @@ def route(
         return result
 
     logits, given = logits.astype(jnp.float32), state.get(EXCLUDED)
-    if given is not None:
-        state = {name: value for name, value in state.items() if name != EXCLUDED}
-        excluded = _excluded(given, context, config)
-        context = context.replace(excluded=excluded)  # pyright: ignore[reportAttributeAccessIssue]
-        if scheme.by_expert:
-            logits = jnp.where(_of_columns(excluded, logits), MASKED, logits)
+    if given is None:
+        assignment, losses = jax.vmap(one_group, axis_name=GROUPS)(logits, context)
+        return assignment, {name: jnp.mean(value) for name, value in losses.items()}
+    state = {name: value for name, value in state.items() if name != EXCLUDED}
+    excluded = _excluded(given, context, config)
+    context = context.replace(excluded=excluded)  # pyright: ignore[reportAttributeAccessIssue]
+    if scheme.by_expert:
+        logits = jnp.where(_of_columns(excluded, logits), MASKED, logits)
     assignment, losses = jax.vmap(one_group, axis_name=GROUPS)(logits, context)
-    if given is not None:
-        try:
-            assignment = assignment_lib.without(assignment, context.excluded, shared=given.shape[1] == 1)
-        except ValueError as error:
-            raise ValueError(f"scheme={config.scheme!r}: {error}") from None
+    try:
+        assignment = assignment_lib.without(assignment, excluded, shared=given.shape[1] == 1)
+    except ValueError as error:
+        raise ValueError(f"scheme={config.scheme!r}: {error}") from None
     return assignment, {name: jnp.mean(value) for name, value in losses.items()}
 
 

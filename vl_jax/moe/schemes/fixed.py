@@ -69,6 +69,7 @@ def _hash_scores(
     logits: Float[Array, "T E"], context: RoutingContext, config: MoEConfig
 ) -> Float[Array, "T E"]:
     """Even over the experts of a text token, by score for those of pictures."""
+    assert context.tokens is not None  # route sees to that
     by_hash = jax.lax.top_k(hashes(context.tokens, config.num_experts), config.top_k)[1]
     even = jnp.sum(jax.nn.one_hot(by_hash, config.num_experts), axis=1) / config.top_k
     return jnp.where((context.modality == TEXT)[:, None], even, jax.nn.softmax(logits, axis=-1))
