@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from fractions import Fraction
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +17,7 @@ from vl_jax.kernels.activation import SWIGLU
 from vl_jax.kernels.combine import combine
 from vl_jax.kernels.expert_weights import ExpertWeights
 from vl_jax.kernels.permute import permute
-from vl_jax.moe import dispatch
+from vl_jax.moe import dispatch, slots
 from vl_jax.moe.config import CapacityConfig
 from vl_jax.moe.dispatch import apply_capacity, make_plan
 from vl_jax.moe.routing import ExpertChoice, MoEConfig, TokenChoice
@@ -138,11 +142,11 @@ ALL_VALID = jnp.ones((G, T), bool)
 
 
 @settings(max_examples=40, deadline=None)
-@given(choices, st.sampled_from(["position", "gate"]), st.sampled_from([0.1, 0.5, 1.0, 1.5]))
+@given(choices, st.sampled_from(["position", "gate"]), st.sampled_from([0.1, 0.5, 1.0, 1.2, 1.5]))
 def test_no_expert_takes_more_than_its_slots_and_none_drops_while_it_has_room(experts, priority, factor):
     assignment = token_choice(experts)
     kept, gates, dropped = limited(assignment, ALL_VALID, CapacityConfig(factor, priority=priority))
-    slots = int(np.ceil(np.float32(factor * K / E) * T))
+    slots = math.ceil(Fraction(str(factor)) * K * T / E)
     for group in range(G):
         wanted = np.bincount(np.asarray(assignment.experts)[group].ravel(), minlength=E + 1)[:E]
         taken = np.bincount(kept[group].ravel(), minlength=E + 1)[:E]
@@ -194,3 +198,51 @@ def test_without_a_capacity_nothing_is_dropped():
     assignment = token_choice([0] * (G * T * K))
     kept, dropped = apply_capacity(assignment, ALL_VALID, config())
     assert kept is assignment and not dropped.any()
+
+
+FACTORS = [Fraction(i, 20) for i in range(1, 81)]  # 0.05 to 4
+LENGTHS = np.arange(8, 4097, 8, dtype=np.int32)
+
+
+@pytest.mark.parametrize("num_experts", [2, 60, 64, 256])
+def test_slots_are_counted_exactly_on_host_and_device(num_experts):
+    for top_k, factor in itertools.product((1, 2, 6, 16), FACTORS):
+        share = slots.as_fraction(float(factor)) * top_k / num_experts
+        assert share == factor * top_k / num_experts
+        exact = -(-LENGTHS.astype(np.int64) * share.numerator // share.denominator)
+        np.testing.assert_array_equal(slots.ceil_times(LENGTHS, share, most=4096), exact)
+    for factor in (1.1, 1.2, 0.05 * 23):
+        c = MoEConfig(num_experts=num_experts, top_k=2, limit=CapacityConfig(factor=factor))
+        on_device = slots.ceil_times(jnp.asarray(LENGTHS), c.slots_per_token, most=4096)
+        assert on_device.dtype == jnp.int32
+        np.testing.assert_array_equal(on_device, [c.capacity_of(int(n)) for n in LENGTHS])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.fractions(min_value="0.0001", max_value=64, max_denominator=slots.FINEST),
+    st.integers(1, 16),
+    st.integers(2, 2048),
+    st.integers(1, 2**20),
+)
+def test_slots_never_overflow_the_integers_of_a_device(factor, top_k, num_experts, length):
+    share = min(factor * top_k / num_experts, 1000)
+    counts = np.array([0, 1, length // 3, length - 1, length], np.int32)
+    exact = [math.ceil(int(n) * share) for n in counts]
+    with np.errstate(over="raise"):
+        np.testing.assert_array_equal(slots.ceil_times(counts, share, most=length), exact)
+    assert [slots.ceil_times(int(n), share, most=length) for n in counts] == exact
+
+
+@pytest.mark.parametrize("factor", [1.2, 1 / 3, 0.15000000000000002, 1e-9, 7.0])
+def test_a_factor_is_the_fraction_that_is_meant(factor):
+    expected = {1.2: Fraction(6, 5), 1 / 3: Fraction(1, 3), 7.0: 7, 1e-9: Fraction(1, slots.FINEST)}
+    assert slots.as_fraction(factor) == expected.get(factor, Fraction(3, 20))
+
+
+def test_more_slots_than_choices_are_no_overflow():
+    assignment = token_choice([0] * (G * T * K))
+    for limit in (CapacityConfig(1e12), CapacityConfig(slots=2**40)):
+        assert not apply_capacity(assignment, ALL_VALID, config(limit=limit))[1].any()
+    with pytest.raises(ValueError, match="factor=inf must be > 0 and finite"):
+        CapacityConfig(float("inf"))

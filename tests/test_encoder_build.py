@@ -247,6 +247,13 @@ def test_rematerialisation_changes_neither_output_nor_gradient():
     assert all(np.any(leaf) for leaf in jax.tree.leaves(plain[1]["moe_blocks"]["moe"]))
 
 
+def test_pictures_are_not_routed_by_token_ids():
+    by_id = dataclasses.replace(MOE, scheme="hash")
+    with pytest.raises(ValueError, match="moe.scheme='hash' routes by token ids, which pictures do not have"):
+        dataclasses.replace(SPARSE, moe=by_id)
+    assert dataclasses.replace(KINDS["text_sparse"], moe=by_id).stack  # texts have them
+
+
 @pytest.mark.parametrize("config", [VIT, TEXTS], ids=["vit", "text"])
 @pytest.mark.parametrize(
     ("options", "message"),

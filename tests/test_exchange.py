@@ -11,7 +11,7 @@ import pytest
 
 from vl_jax import sharding
 from vl_jax.kernels.expert_weights import ExpertWeights
-from vl_jax.moe import exchange
+from vl_jax.moe import dispatch, exchange
 from vl_jax.moe.config import CapacityConfig, ExecutionConfig
 from vl_jax.moe.routing import ExpertChoice, MoEConfig, TokenChoice
 from vl_jax.sharding import MeshConfig, make_mesh
@@ -77,6 +77,38 @@ def test_experts_spread_over_devices_compute_what_one_device_computes(kind, chan
         actual = results(*weights())
     for a, b in zip(actual, expected, strict=True):
         assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["all_to_all", "ragged", *(pytest.param(h, marks=pytest.mark.slow) for h in ("all_gather", "ring"))],
+)
+def test_an_exchange_keeps_what_one_device_keeps_where_floats_would_count_a_slot_too_many(how):
+    limit = CapacityConfig(factor=1.2)  # 1.2 * 2 / 4 * 25 is 15, and in float32 a little more
+    one = dataclasses.replace(CONFIG, limit=limit)
+    spread = dataclasses.replace(one, execution=ExecutionConfig(how))
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((G, 25, D)), jnp.float32)
+    experts = jnp.asarray(
+        np.where(rng.random((G, 25, K)) < 0.5, 3, rng.integers(0, E, (G, 25, K))), jnp.int32
+    )
+    chosen, every = TokenChoice(experts, jnp.ones((G, 25, K))), jnp.ones((G, 25), bool)
+    w = ExpertWeights(*weights()[1:])
+
+    def results(config):
+        def run(x):
+            kept, dropped = dispatch.apply_capacity(chosen, every, config)
+            return exchange.apply_experts(x, kept, w, config), dropped
+
+        return jax.jit(run)(x)
+
+    expected, dropped = results(one)
+    kept = np.sum((experts == 3) & ~dropped, axis=(1, 2))
+    assert one.capacity_of(25) == 15 and set(kept.tolist()) == {15}
+    with sharding.use_mesh(make_mesh(MeshConfig(1, 1, 4, 2))):
+        actual, dropped_there = results(spread)
+    np.testing.assert_array_equal(dropped_there, dropped)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_an_exchange_that_does_not_fit_the_scheme_is_named():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import jax
@@ -129,3 +130,73 @@ def test_the_page_of_a_run_is_written(tmp_path, capsys):
     assert "Loss without one expert" in page and "<script" not in page
     assert cli.main(["inspect", "routing"]) == 2
     assert "needs --workdir" in capsys.readouterr().err
+
+
+MANY = 8
+TAKEN_AWAY = ("hash", "dselect_k", "modality_bias", "expert_choice")  # in ways of their own; others are slow
+WHERE = RoutingContext(
+    valid=jnp.ones((2, 8), bool),
+    modality=jnp.arange(16, dtype=jnp.int32).reshape(2, 8) % 2,
+    tokens=jnp.arange(16, dtype=jnp.int32).reshape(2, 8),
+)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _weights(config: routing.MoEConfig, state, excluded):
+    """The assignment, and how much of each expert every token gets, [2 8 E]."""
+    state = state if excluded is None else {**state, routing.EXCLUDED: excluded}
+    logits = jax.random.normal(jax.random.key(0), (2, 8, routing.scheme_of(config).columns(config)))
+    found = routing.route(logits, WHERE, state, config)[0]
+    if isinstance(found, routing.TokenChoice):
+        return found, jnp.sum(jax.nn.one_hot(found.experts, MANY) * found.gates[..., None], axis=2)
+    if isinstance(found, routing.ExpertChoice):
+        return found, jnp.einsum("GEC,GECT->GTE", found.gates, jax.nn.one_hot(found.tokens, 8))
+    if isinstance(found, routing.Soft):
+        return found, jnp.sum(found.combine, axis=-1)
+    return found, jnp.broadcast_to(found.weights[:, None], (2, 8, MANY))
+
+
+def weights_of(scheme: str, excluded=None):
+    top_k = 1 if scheme == "switch" else 2
+    options = (("slots", 2.0),) if scheme == "soft_moe" else ()
+    config = routing.MoEConfig(scheme, num_experts=MANY, top_k=top_k, expert_dim=4, options=options)
+    state = routing.init_state(config)
+    if "bias" in state:  # the first expert is as attractive as can be
+        state["bias"] = state["bias"].at[..., 0].set(9.0)
+    return jax.device_get(_weights(config, state, excluded))
+
+
+@pytest.mark.parametrize(
+    "scheme", [pytest.param(s, marks=() if s in TAKEN_AWAY else pytest.mark.slow) for s in routing.SCHEMES]
+)
+def test_no_scheme_gives_a_token_anything_of_an_expert_that_is_taken_away(scheme):
+    before, weights = weights_of(scheme)
+    for gone in ([0], [0, 3, 5], list(range(7))):
+        mask = np.isin(np.arange(MANY), gone)
+        found, after = weights_of(scheme, np.broadcast_to(mask, (1, 1, MANY)))
+        assert not after[..., gone].any()
+        if isinstance(found, routing.TokenChoice):
+            assert not np.isin(found.experts, gone).any() and not found.gates[found.experts == MANY].any()
+    first = np.argmax(weights, axis=-1)
+    alone = np.broadcast_to(np.arange(MANY) == 0, (1, 1, MANY))
+    found, after = weights_of(scheme, alone)
+    if weights[..., 0].any():
+        assert not np.allclose(after, weights, atol=1e-6)  # no scheme answers as if nothing had happened
+    if scheme == "smear":  # all tokens have the same
+        return
+    mask = first[..., None] == np.arange(MANY)
+    found, after = weights_of(scheme, mask)
+    assert not after[mask].any()
+    varying = ("top_p", "remoe", "expert_threshold", "null_experts", "dselect_k")
+    if isinstance(found, routing.TokenChoice) and scheme not in varying:  # others take the place
+        np.testing.assert_array_equal((found.experts < MANY).sum(-1), (before.experts < MANY).sum(-1))
+        assert all(len(set(row)) == len(row) for row in found.experts.reshape(16, -1).tolist())
+
+
+def test_exclusions_that_cannot_be_are_refused_in_one_line():
+    with pytest.raises(ValueError, match="scheme='smear': its tokens share one mean of experts"):
+        weights_of("smear", np.zeros((2, 8, MANY), bool))
+    with pytest.raises(
+        ValueError, match=r"excluded experts are \(1, 1, 4\), expected \(1, 1, 8\) or \(2, 8, 8\)"
+    ):
+        weights_of("top_k", np.zeros((1, 1, 4), bool))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -157,13 +159,13 @@ def test_repeated_updates_of_the_bias_balance_the_load():
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(0, 1000), st.integers(1, T), st.sampled_from([0.5, 1.0, 2.0]))
+@given(st.integers(0, 1000), st.integers(1, T), st.sampled_from([0.5, 1.0, 1.2, 2.0]))
 def test_expert_choice_gives_every_expert_the_same_number_of_valid_tokens(seed, valid, factor):
     config = dataclasses.replace(CONFIGS["expert_choice"], limit=CapacityConfig(factor=factor))
     logits = jax.random.normal(jax.random.key(seed), (1, T, E))
     choice, _ = assign(config, logits, context(valid, groups=1))
     assert isinstance(choice, ExpertChoice)
-    slots = min(valid, int(np.ceil(K * factor / E * valid)))
+    slots = min(valid, math.ceil(Fraction(str(factor)) * K * valid / E))
     np.testing.assert_array_equal((choice.gates[0] > 0).sum(-1), [slots] * E)
     assert (np.asarray(choice.tokens)[choice.gates > 0] < valid).all()
 
@@ -388,3 +390,39 @@ def test_a_file_without_the_scheme_is_one_line_with_the_place(tmp_path, source, 
 def test_a_file_without_a_name_says_how_to_give_one():
     with pytest.raises(ValueError, match="write my.py:name"):
         MoEConfig("my.py")
+
+
+OWN_SCORES = {
+    "top_k": ({"gates": GateConfig(score="sigmoid")}, [0.5, 0.25, 0.25, 0.0]),
+    "loss_free": ({}, [0.5, 0.25, 0.25, 0.0]),
+    "expert_threshold": ({"gates": GateConfig(score="sigmoid")}, [0.5, 0.25, 0.25, 0.0]),
+    "modality_top_k": ({"top_k": 1}, [0.75, 0.25, 0.0, 0.0]),  # logits log 3 and 0, of text experts alone
+    "remoe": ({}, [1.0, 0.0, 0.0, 0.0]),
+    "gshard": ({}, [0.6, 0.2, 0.2, 0.0]),
+}
+
+
+@pytest.mark.parametrize("scheme", OWN_SCORES)
+def test_probabilities_in_statistics_are_the_schemes_own_scores(scheme):
+    """Logits are large, 0, 0 and small: sigmoids are 1, 1/2, 1/2, 0; or the first is log 3, for a softmax."""
+    options, expected = OWN_SCORES[scheme]
+    first = np.log(3.0) if scheme in ("modality_top_k", "gshard", "remoe") else 40.0
+    config = MoEConfig(scheme, **{"num_experts": E, "top_k": K, "expert_dim": F, **options})
+    logits = jnp.array([[[first, 0.0, 0.0, -40.0]]])
+    where = RoutingContext(jnp.ones((1, 1), bool), jnp.zeros((1, 1), jnp.int32))
+    np.testing.assert_allclose(routing.probabilities(logits, where, config)[0, 0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("scheme", ["hash", "modality_expert_choice"])
+def test_probabilities_of_schemes_that_look_at_what_a_token_is(scheme):
+    where = context().replace(tokens=jnp.arange(G * T, dtype=jnp.int32).reshape(G, T))
+    config = MoEConfig(scheme, E, K, F)
+    logits = jax.random.normal(jax.random.key(0), (G, T, E))
+    found = np.asarray(routing.probabilities(logits, where, config))
+    text = np.asarray(where.modality) == TEXT
+    np.testing.assert_allclose(found.sum(-1), 1.0, rtol=1e-5)
+    if scheme == "hash":
+        np.testing.assert_allclose(np.sort(found[text]), [[0, 0, 0.5, 0.5]] * int(text.sum()))
+        np.testing.assert_allclose(found[~text], jax.nn.softmax(logits)[~text], rtol=1e-6)
+    else:
+        assert not found[text][:, 2:].any() and not found[~text][:, :2].any()

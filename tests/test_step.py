@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -20,6 +21,7 @@ from vl_jax.layout import init_params, put_batch
 from vl_jax.model import LANGUAGE, VisionLanguage, VisionLanguageConfig
 from vl_jax.moe.stacks import update_state
 from vl_jax.sharding import MeshConfig
+from vl_jax.train.objectives.objective import Sums
 from vl_jax.train.step import TrainState, gradients, make_train_step, split_rows
 
 ROWS = 16
@@ -203,3 +205,31 @@ def test_the_whole_step_lowers_for_a_gpu_that_is_absent():
         program = traced.lower(lowering_platforms=("cuda",)).as_text()
     # The sparse layers are one loop: two products forward, and four backward.
     assert program.count("__gpu$xla.gpu.triton") == 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """A number drawn from the key of the noise of routing."""
+
+    couples_rows = False
+    weights = {"drawn": 1.0}  # noqa: RUF012
+
+    def total(self, batch: Any) -> dict[str, jax.Array]:
+        return {"drawn": jnp.float32(1.0)}
+
+    def __call__(self, params: Any, state: Any, batch: Any, *, model: Any, rngs: Any) -> Sums:
+        return Sums({"drawn": params["w"] * jax.random.uniform(rngs["routing"])}, {}, jnp.zeros(()))
+
+
+def test_the_noise_of_routing_follows_from_seed_and_step():
+    config = tiny.config("top_k")
+    noisy = dataclasses.replace(config, moe=dataclasses.replace(config.moe, scheme="v_moe"))
+    model, batch = VisionLanguage(noisy), jax.tree.map(jnp.asarray, tiny.varied_batch(1))
+
+    def drawn(seed: int, step: int) -> float:
+        state = TrainState(step=step, params={"w": jnp.float32(1.0)}, optimizer=None, routing={})
+        options = {"model": model, "trainable": {"w"}, "accumulation": 1, "objective": Drawn()}
+        return float(gradients(state, batch, **options, seed=seed)[1]["loss"])
+
+    assert drawn(0, 3) == drawn(0, 3) == float(jax.random.uniform(jax.random.fold_in(jax.random.key(0), 3)))
+    assert len({drawn(seed, step) for seed in (0, 1) for step in (0, 1)}) == 4

@@ -30,6 +30,7 @@ from vl_jax.kernels.expert_weights import ExpertWeights
 from vl_jax.kernels.permute import permute
 from vl_jax.moe import all_to_all, dispatch
 from vl_jax.moe.routing import TokenChoice
+from vl_jax.moe.slots import as_fraction, ceil_times
 from vl_jax.runtime import allocator
 
 CAPACITY_FACTOR = 1.25
@@ -109,9 +110,15 @@ def ours(shape: Shape, kernel: str) -> Way:
     return run
 
 
+def slots_of(shape: Shape, tokens: int) -> int:
+    """Slots per expert for so many tokens, as in a layer with this factor."""
+    share = as_fraction(CAPACITY_FACTOR) * shape.top_k / shape.num_experts
+    return ceil_times(tokens, share, most=tokens)
+
+
 def capacity_buffer(shape: Shape) -> Way:
     """Rows gathered into E buffers of equal size, and a batched product."""
-    slots = -(-int(CAPACITY_FACTOR * shape.tokens * shape.top_k) // shape.num_experts)
+    slots = slots_of(shape, shape.tokens)
 
     def run(x: jax.Array, experts: jax.Array, gates: jax.Array, weights: ExpertWeights) -> jax.Array:
         plan = all_to_all.make_slots(experts[None], num_experts=shape.num_experts, slots=slots)
@@ -127,7 +134,7 @@ def capacity_buffer(shape: Shape) -> Way:
 def one_hot(shape: Shape) -> Way:
     """One-hot matrices move the rows, for one group of tokens at a time (GShard, arXiv 2006.16668)."""
     group = min(ONE_HOT_GROUP, shape.tokens)
-    slots = -(-int(CAPACITY_FACTOR * group * shape.top_k) // shape.num_experts)
+    slots = slots_of(shape, group)
 
     def run(x: jax.Array, experts: jax.Array, gates: jax.Array, weights: ExpertWeights) -> jax.Array:
         w_in = weights.w_in.reshape(*weights.w_in.shape[:2], -1)

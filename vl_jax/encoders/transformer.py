@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from vl_jax.kernels.activation import FUNCTIONS, Kind
 from vl_jax.moe.layer import DynamicMoE, MoEOutput
@@ -170,15 +170,20 @@ class Block(nn.Module):
 
 
 def routing_context(
-    valid: Bool[Array, "B T"], *, modality: int, tokens: Int[Array, "B T"] | None = None
+    valid: Bool[Array, "B T"],
+    *,
+    modality: int,
+    tokens: Int[Array, "B T"] | None = None,
+    content: UInt32[Array, " B"] | None = None,
 ) -> RoutingContext:
-    """What routing may look at in rows of one modality."""
+    """What routing may look at in rows of one modality; ``content`` is that of ``noise.content_of``."""
     positions = jnp.arange(valid.shape[1], dtype=jnp.int32)
     return RoutingContext(
         valid=valid,
         modality=jnp.full(valid.shape, modality, jnp.int32),
         tokens=tokens,
         positions=jnp.broadcast_to(positions, valid.shape),
+        content=content,
     )
 
 

@@ -30,7 +30,8 @@ from vl_jax.encoders.transformer import (
     run_blocks,
 )
 from vl_jax.kernels.activation import FUNCTIONS, Kind
-from vl_jax.moe.routing import MoEConfig, State
+from vl_jax.moe.noise import content_of
+from vl_jax.moe.routing import MoEConfig, State, scheme_of
 from vl_jax.moe.stacks import Stack
 from vl_jax.nn.conv import convolve
 from vl_jax.nn.layers import LayerNorm, Linear, fan_in, named
@@ -78,6 +79,11 @@ class ViTConfig:
         if min(rows, columns) < 1 or height < rows or width < columns:
             raise ValueError(f"image_size={self.image_size} < patch_size={self.patch_size}")
         _ = self.block  # checks its own fields
+        if self.moe is not None and scheme_of(self.moe).tokens:
+            raise ValueError(
+                f"moe.scheme={self.moe.scheme!r} routes by token ids, which pictures do not have; take one "
+                "that routes by scores, such as 'top_k'"
+            )
         if self.stem == "conv" and self.patch_size not in HALVINGS:
             raise ValueError(
                 f"patch_size={self.patch_size}: the conv stem allows {', '.join(map(str, HALVINGS))}"
@@ -293,11 +299,12 @@ class ViT(nn.Module):
         x = constrain(x, "batch", None, None)
         valid = jnp.ones(x.shape[:1], bool) if valid is None else valid
         valid = jnp.broadcast_to(valid[:, None], x.shape[:2])
+        content = content_of(pixels) if self.has_rng("routing") else None
         x, states, routed = run_blocks(
             x,
             None,
             c.block,
-            context=routing_context(valid, modality=VISION),
+            context=routing_context(valid, modality=VISION, content=content),
             routing_state=routing_state,
             states=c.feature_layers,
             remat=self.remat,

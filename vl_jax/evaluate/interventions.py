@@ -23,6 +23,7 @@ from vl_jax import losses, sharding
 from vl_jax.batch import MODALITIES, Batch
 from vl_jax.evaluate.routes import token_choice
 from vl_jax.layout import NO_COLLECTIONS, Layout, put_batch
+from vl_jax.moe import losses as router_losses
 from vl_jax.moe import routing
 from vl_jax.moe.stacks import RoutingState, Stack, sown
 
@@ -36,7 +37,7 @@ class Study:
     targets: int  # how many were predicted
     load: np.ndarray  # i64[L M E] choices by modality
     choices: np.ndarray  # f64[L E E] tokens that chose both
-    router_entropy: np.ndarray  # f64[L M] mean over tokens, nats
+    router_entropy: np.ndarray  # f64[L M] of the scheme's own scores, mean over tokens, nats
     knockout: np.ndarray  # f64[L E] loss without the expert
     fan_out: np.ndarray  # f64[L S] shards a token is sent to, for each of ``balance.fan_out_shards``
     rerouted: np.ndarray  # f64[L] loss with every token's first choice taken away
@@ -193,8 +194,9 @@ def _observe(
         first.append(jnp.take_along_axis(assignment.experts, best, axis=-1)[..., 0])
         chosen = jax.nn.one_hot(assignment.experts, num_experts).sum(axis=-2)
         together.append(jnp.einsum("BTE,BTF->EF", chosen, chosen))
-        log_p = jax.nn.log_softmax(layer.logits.astype(jnp.float32), axis=-1)
-        entropy = -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+        # Some schemes' scores leave room for experts that do nothing.
+        share = layer.scores / jnp.maximum(jnp.sum(layer.scores, axis=-1, keepdims=True), 1e-30)
+        entropy = router_losses.entropy(share)
         modalities = [layer.valid & (layer.modality == m) for m in range(len(MODALITIES))]
         entropies.append(jnp.stack([jnp.sum(jnp.where(m, entropy, 0.0)) for m in modalities]))
     stats = output.routed[stack].stats

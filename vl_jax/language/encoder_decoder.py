@@ -288,7 +288,8 @@ class EncoderDecoder(nn.Module):
     """The model; ``encode``, ``decode`` and ``logits`` are its parts.
 
     Raises:
-      ValueError: the routing scheme keeps state, or decides for a target token by later ones.
+      ValueError: the routing scheme keeps state or needs token ids, or decides for a target token by later
+        ones.
     """
 
     config: EncoderDecoderConfig
@@ -299,6 +300,8 @@ class EncoderDecoder(nn.Module):
         c = self.config
         if routing.init_state(self.moe):
             raise ValueError(f"scheme={self.moe.scheme!r} keeps state, for which there is no place here")
+        if routing.scheme_of(self.moe).tokens:
+            raise ValueError(f"scheme={self.moe.scheme!r} routes by token ids, which are not handed on here")
         if c.decoder.sparse_layers and not routing.is_causal(self.moe):
             raise ValueError(
                 f"scheme={self.moe.scheme!r}, limit.priority={self.moe.limit.priority!r}: a decoder's must "

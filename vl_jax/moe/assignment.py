@@ -11,8 +11,10 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jaxtyping import Array, Bool, Int
 
 from vl_jax.params import Leaf
 
@@ -69,6 +71,8 @@ class RoutingContext:
     x: Leaf | None = None  # [T D] what the router reads
     rng: Leaf | None = None  # key of the group; None in evaluation: no noise
     routes: Leaf | None = None  # i32[T K] the experts to take whatever their scores, E: none; see ``best``
+    excluded: Leaf | None = None  # bool[T E] experts that a token may not take; see ``best``
+    content: Leaf | None = None  # u32 a number of what is in the group, for noise where there are no tokens
 
 
 @struct.dataclass
@@ -119,6 +123,43 @@ def check(result: Any, *, length: int, num_experts: int) -> None:
     for name, value in losses.items():
         if np.shape(value) != ():
             raise ValueError(f"loss {name!r} is {_describe(value)}, expected a scalar")
+
+
+def balanced_routes(valid: Bool[Array, "G T"], *, num_experts: int, top_k: int) -> Int[Array, "G T K"]:
+    """Experts dealt out to the valid tokens of all groups in turn: no two loads differ by more than one."""
+    tokens = jnp.cumsum(valid, axis=1, dtype=jnp.int32)
+    earlier = jnp.cumsum(tokens[:, -1]) - tokens[:, -1]
+    first = top_k * (earlier[:, None] + tokens - 1)
+    experts = (first[..., None] + jnp.arange(top_k, dtype=jnp.int32)) % num_experts
+    return jnp.where(valid[..., None], experts, num_experts)
+
+
+def without(assignment: Assignment, excluded: Bool[Array, "G T E"], *, shared: bool) -> Assignment:
+    """An assignment in which no token has anything of the experts it may not take; the rest keeps its weight.
+
+    Args:
+      assignment: with a leading group axis.
+      shared: whether all tokens are denied the same experts.
+
+    Raises:
+      ValueError: tokens share one mean of experts, and are not denied the same ones.
+    """
+    if isinstance(assignment, Merge):
+        if not shared:
+            raise ValueError(
+                "its tokens share one mean of experts, so none can be taken from some of them only"
+            )
+        return Merge(jnp.where(excluded[:, 0], 0.0, assignment.weights))
+    if isinstance(assignment, Soft):
+        return jax.tree.map(lambda weights: jnp.where(excluded[..., None], 0.0, weights), assignment)
+    if isinstance(assignment, ExpertChoice):
+        denied = jnp.take_along_axis(jnp.swapaxes(excluded, 1, 2), assignment.tokens, axis=2)
+        return ExpertChoice(assignment.tokens, jnp.where(denied, 0.0, assignment.gates))
+    num_experts = excluded.shape[-1]
+    denied = jnp.take_along_axis(excluded, jnp.clip(assignment.experts, 0, num_experts - 1), axis=2)
+    return TokenChoice(
+        jnp.where(denied, num_experts, assignment.experts), jnp.where(denied, 0.0, assignment.gates)
+    )
 
 
 def _describe(value: Any) -> str:

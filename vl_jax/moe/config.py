@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
 
@@ -58,15 +59,18 @@ class BalanceConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CapacityConfig:
-    """The most tokens an expert takes; without ``factor`` and ``slots`` there is no limit (dropless)."""
+    """The most tokens an expert takes; without ``factor`` and ``slots`` there is no limit (dropless).
+
+    A factor is read as a fraction with a denominator up to 10,000, so that 1.2 is 6/5 (see ``moe.slots``).
+    """
 
     factor: float | None = None  # slots per expert over the mean load
     slots: int | None = None  # slots per expert and row, as a number
     priority: Literal["position", "gate"] = "position"  # who keeps a slot when they run out
 
     def __post_init__(self):
-        if self.factor is not None and self.factor <= 0:
-            raise ValueError(f"factor={self.factor} must be > 0 (None: dropless)")
+        if self.factor is not None and not 0 < self.factor < math.inf:
+            raise ValueError(f"factor={self.factor} must be > 0 and finite (None: dropless)")
         if self.slots is not None and self.slots < 1:
             raise ValueError(f"slots={self.slots} must be >= 1 (None: dropless, or by factor)")
         if self.slots is not None and self.factor is not None:

@@ -22,15 +22,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from vl_jax.batch import MODALITIES
-from vl_jax.moe import routing
-from vl_jax.moe.assignment import Assignment, ExpertChoice, RoutingContext, Soft, TokenChoice
+from vl_jax.moe import decisions, properties, routing
+from vl_jax.moe.assignment import Assignment, RoutingContext, TokenChoice
 from vl_jax.moe.config import SharedExpertsConfig
+from vl_jax.moe.decisions import GROUPS, LENGTH, Router, Waived, make_inputs
 from vl_jax.moe.layer import DynamicMoE, MoEOutput
 from vl_jax.moe.routing import MoEConfig
 from vl_jax.runtime import errors
 from vl_jax.sharding import MeshConfig, make_mesh, use_mesh
 
-GROUPS, LENGTH, WIDTH = 4, 8, 8
 KERNELS = ("reference", "blocked", "pallas", "triton")  # the last two are interpreted on a CPU
 NO_SHARED = SharedExpertsConfig(num=0)
 TOLERANCE = 1e-5  # of norms, in float32: other orders of addition
@@ -47,10 +47,6 @@ class Result:
     def __str__(self) -> str:
         verdict = {True: "passed", False: "FAILED", None: "waived"}[self.passed]
         return f"{verdict}  {self.property}" + (f": {self.detail}" if self.detail else "")
-
-
-class Waived(Exception):
-    """Why a property is not asked of this scheme, or cannot be checked here."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,20 +117,6 @@ def small_config(scheme: str) -> MoEConfig:
         return MoEConfig(scheme, num_experts=8, top_k=1, expert_dim=4, shared=NO_SHARED)
 
 
-def make_inputs(seed: int) -> tuple[np.ndarray, RoutingContext]:
-    """(x, context): random rows of different lengths, of text and pictures."""
-    random = np.random.default_rng(seed)
-    index = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (GROUPS, LENGTH))
-    lengths = np.array([LENGTH, LENGTH, LENGTH - 2, LENGTH - 3])
-    context = RoutingContext(
-        valid=index < lengths[:, None],
-        modality=(index % 3 == 0).astype(np.int32),
-        tokens=random.integers(0, 1000, index.shape).astype(np.int32),
-        positions=index,
-    )
-    return random.standard_normal((GROUPS, LENGTH, WIDTH), np.float32), context
-
-
 def make_subject(config: MoEConfig) -> Subject:
     """A layer with random parameters, its initial state, and inputs for it."""
     random, (x, context), state = np.random.default_rng(0), make_inputs(0), routing.init_state(config)
@@ -187,28 +169,9 @@ def _verdict(name: str, verify: Callable[[], None]) -> Result:
 
 
 def well_formed(subject: Subject) -> None:
-    """Ids are in range, weights finite, and unused or masked ones zero."""
-    output, c, scheme = subject.run(), subject.config, f"scheme={subject.config.scheme!r}"
-    found, valid = output.assignment, subject.context.valid
-    leaves = {**vars(found), **output.layer.losses}
-    for name, leaf in leaves.items():
-        assert np.isfinite(leaf).all(), f"{scheme}: {name} is not finite"
-    if isinstance(found, TokenChoice):
-        _in_range(found.experts, c.num_experts, f"{scheme}: expert ids", f" ({c.num_experts}: unused)")
-        assert (found.experts[~valid] == c.num_experts).all(), f"{scheme}: padding chooses an expert"
-        assert not found.gates[found.experts == c.num_experts].any(), f"{scheme}: an unused choice has a gate"
-    elif isinstance(found, ExpertChoice):
-        _in_range(found.tokens, LENGTH - 1, f"{scheme}: token indices", "")
-        masked = ~np.take_along_axis(valid[:, None], found.tokens, axis=2)
-        assert not found.gates[masked].any(), f"{scheme}: an expert takes padding"
-    elif isinstance(found, Soft):
-        kept = found.dispatch[~valid], found.combine[~valid]
-        assert not any(k.any() for k in kept), f"{scheme}: padding has weights"
-
-
-def _in_range(ids: np.ndarray, last: int, what: str, note: str) -> None:
-    lowest, highest = ids.min(), ids.max()
-    assert lowest >= 0 and highest <= last, f"{what} from {lowest} to {highest}, must be 0 to {last}{note}"
+    """Ids are in range and differ, weights finite and not negative, and unused or masked ones zero."""
+    output, c = subject.run(), subject.config
+    decisions.sound(output.assignment, output.layer.losses, subject.context.valid, c)
 
 
 def state_keeps_shape(subject: Subject) -> None:
@@ -277,6 +240,8 @@ def causality(subject: Subject) -> None:
         x, context = np.where(later[:, None], 3 * x, subject.x), subject.context
         if not scheme.rng:  # noise follows token ids
             context = dataclasses.replace(context, tokens=np.where(later, other.tokens, context.tokens))
+        if seed == 3 and not scheme.rng:  # that there are any must not matter either
+            context = dataclasses.replace(context, valid=context.valid & ~later)
         after = subject.run(x=x, context=context)
         if scheme.causal:
             _same("declared causal, but later tokens matter: the output", after.y[:, :cut], before.y[:, :cut])
@@ -351,7 +316,7 @@ def capacity(subject: Subject) -> None:
     kernels_agree(subject, config)
     output = subject.run(config=config)
     kept = output.layer.stats.load.sum() - output.layer.stats.dropped.sum()
-    slots = GROUPS * config.num_experts * math.ceil(0.5 * config.top_k * LENGTH / config.num_experts)
+    slots = GROUPS * config.num_experts * (config.capacity_of(LENGTH) or 0)
     if isinstance(output.assignment, TokenChoice):
         assert kept <= slots, f"{kept} choices have a slot, but there are {slots}"
 
@@ -410,6 +375,10 @@ def _same(what: str, actual: Any, expected: Any) -> None:
         assert distance <= TOLERANCE, f"{what}{' ' * bool(name)}{name} differs by {distance:.1e} of its norm"
 
 
+def _of_router(verify: Callable[[Router], None]) -> Verify:
+    return lambda subject: verify(Router(subject.config, subject.state))
+
+
 PROPERTIES: tuple[tuple[str, Verify], ...] = (
     ("ids in range, weights finite, padding unused", well_formed),
     ("state keeps its shapes", state_keeps_shape),
@@ -419,6 +388,7 @@ PROPERTIES: tuple[tuple[str, Verify], ...] = (
     ("nothing but padding is zero", only_padding),
     ("causal as declared", causality),
     ("statistics of parts add up", statistics_add_up),
+    *((name, _of_router(verify)) for name, verify in properties.PROPERTIES),
 )
 COMPARISONS: tuple[tuple[str, Verify], ...] = (
     ("kernels agree", kernels_agree),

@@ -24,6 +24,7 @@ from vl_jax.kernels.permute import Moves
 from vl_jax.kernels.router import rank_in_expert, sort_by_expert
 from vl_jax.moe.assignment import Assignment, Choice, ExpertChoice, Soft, TokenChoice
 from vl_jax.moe.routing import MoEConfig
+from vl_jax.moe.slots import ceil_times
 from vl_jax.params import Leaf
 
 
@@ -49,11 +50,12 @@ def apply_capacity(
         return assignment, jnp.zeros((*valid.shape, 1), bool)
     if config.is_dropless:
         return assignment, jnp.zeros(assignment.experts.shape, bool)
-    if config.limit.slots is not None:
-        slots = jnp.full(valid.shape[:1], config.limit.slots, jnp.int32)
-    else:
-        factor = (config.limit.factor or 0.0) * config.top_k / config.num_experts
-        slots = jnp.ceil(factor * jnp.sum(valid, axis=1, dtype=jnp.float32)).astype(jnp.int32)
+    length, top_k = assignment.experts.shape[1:]
+    if config.slots_per_token is None:
+        slots = jnp.full(valid.shape[:1], min(config.limit.slots or 0, length * top_k), jnp.int32)
+    else:  # more than one for every choice is never needed
+        share = min(config.slots_per_token, top_k)
+        slots = ceil_times(jnp.sum(valid, axis=1, dtype=jnp.int32), share, most=length)
 
     def kept(experts: jax.Array, gates: jax.Array, slots: jax.Array) -> jax.Array:
         flat = experts.reshape(-1)

@@ -6,10 +6,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from vl_jax.kernels.expert_weights import ExpertWeights
-from vl_jax.moe import balance, dispatch, exchange, routing
+from vl_jax.moe import balance, dispatch, exchange, noise, routing
 from vl_jax.moe.assignment import Merge
 from vl_jax.moe.routing import MoEConfig, RoutingContext, RoutingStats, State
 from vl_jax.nn.layers import GatedMLP, Linear, fan_in, named
@@ -37,10 +37,11 @@ class DynamicMoE(nn.Module):
         logits = router_logits(x, *self._router(x.shape[-1]))
         context = context.replace(x=x)  # pyright: ignore[reportAttributeAccessIssue]
         if self.has_rng("routing"):
-            keys = routing.group_keys(self.make_rng("routing"), context)
+            keys = noise.group_keys(self.make_rng("routing"), context)
             context = context.replace(rng=keys)  # pyright: ignore[reportAttributeAccessIssue]
         assignment, losses = routing.route(logits, context, state, c)
         self.sow("intermediates", "logits", logits)
+        self.sow("intermediates", "scores", routing.probabilities(logits, context, c))
         self.sow("intermediates", "assignment", assignment)
         self.sow("intermediates", "valid", context.valid)
         self.sow("intermediates", "modality", context.modality)
@@ -97,14 +98,26 @@ def sparse_mlp(
     config: MoEConfig,
 ) -> tuple[Float[Array, "B T D"], RoutingStats]:
     """The routed experts as a pure function; every row of the batch is one routing group."""
-    scheme = routing.scheme_of(config)
     kept, dropped = dispatch.apply_capacity(assignment, context.valid, config)
-    measured = {}
-    if scheme.measure is not None:
-        by_group = jax.vmap(lambda z, where: scheme.measure(z, where, config))(logits, context)  # pyright: ignore
-        measured = jax.tree.map(lambda a: jnp.sum(a, axis=0), by_group)
-    stats = balance.count(assignment, dropped, scheme.scores(logits, config), context, measured)
+    stats = statistics(logits, assignment, dropped, context=context, config=config)
     y = exchange.apply_experts(x, kept, weights, config)
     if isinstance(assignment, Merge):  # no weight of its own keeps padding out
         y = jnp.where(context.valid[..., None], y, 0)
     return y, jax.lax.stop_gradient(stats)
+
+
+def statistics(
+    logits: Float[Array, "B T N"],
+    assignment: routing.Assignment,
+    dropped: Bool[Array, "B T K"],
+    *,
+    context: RoutingContext,
+    config: MoEConfig,
+) -> RoutingStats:
+    """What a layer counts, and what its scheme measures, summed over groups."""
+    scheme, measured = routing.scheme_of(config), {}
+    if scheme.measure is not None:
+        by_group = jax.vmap(lambda z, where: scheme.measure(z, where, config))(logits, context)  # pyright: ignore
+        measured = jax.tree.map(lambda a: jnp.sum(a, axis=0), by_group)
+    scores = routing.probabilities(logits, context, config)
+    return balance.count(assignment, dropped, scores, context, measured)

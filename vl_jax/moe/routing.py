@@ -17,9 +17,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import field
+from fractions import Fraction
 from typing import Any, ClassVar
 
 import jax
@@ -29,6 +29,7 @@ from jaxtyping import Array, Bool, Float, Int
 from vl_jax import parts
 from vl_jax.kernels.activation import SWIGLU, Activation
 from vl_jax.moe import assignment as assignment_lib
+from vl_jax.moe import slots
 from vl_jax.moe.assignment import (
     GROUPS,
     Assignment,
@@ -40,6 +41,7 @@ from vl_jax.moe.assignment import (
     Soft,
     State,
     TokenChoice,
+    balanced_routes,
 )
 from vl_jax.moe.config import (
     BalanceConfig,
@@ -70,9 +72,9 @@ __all__ = [
     "balanced_routes",
     "best",
     "gates_of",
-    "group_keys",
     "init_state",
     "is_causal",
+    "probabilities",
     "route",
     "scheme_of",
     "update_state",
@@ -102,7 +104,8 @@ SCHEMES = {
 
 
 # An entry of the state that an intervention adds: bool, [1 1 E] or [G T E], experts that may not be chosen.
-# Their logits are ``MASKED``; a scheme that adds something to its scores leaves those at the lowest number.
+# Their logits are ``MASKED`` and ``best`` passes them over; what a scheme still chooses of them is taken out
+# of its assignment.
 EXCLUDED, MASKED = "excluded", -1e9
 # Another one: i32[G T K], routes that tokens are to take, such as those of an earlier pass (*replay*; of a
 # rollout, when it is trained on: R3, arXiv 2510.11370). Gates and losses are of the scores of this pass.
@@ -183,9 +186,16 @@ class MoEConfig:
 
     def capacity_of(self, length: int) -> int | None:
         """The most slots an expert has for a group of so many tokens; None without a limit."""
-        if self.limit.slots is not None or self.limit.factor is None:
+        if self.slots_per_token is None:
             return self.limit.slots
-        return math.ceil(self.limit.factor * self.top_k * length / self.num_experts)
+        return slots.ceil_times(length, self.slots_per_token, most=length)
+
+    @property
+    def slots_per_token(self) -> Fraction | None:
+        """Slots that an expert has for each token of a group; None where no factor sets them."""
+        if self.limit.factor is None:
+            return None
+        return slots.as_fraction(self.limit.factor) * self.top_k / self.num_experts
 
     def option(self, name: str) -> float:
         """The value of one of the scheme's own numbers, or its default."""
@@ -225,11 +235,15 @@ class Scheme:
     columns: Callable[[MoEConfig], int] = lambda config: config.num_experts  # width N of the logits
     # Probabilities of the experts, for statistics.
     scores: Callable[[Any, MoEConfig], Any] = softmax_scores
+    # The same of one group, [T E], where they depend on what a token is and not on its logits alone.
+    scores_of_group: Callable[[Any, RoutingContext, MoEConfig], Any] | None = None
     # What ``update_state`` needs besides load: scalars and vectors by name, added up over groups.
     measure: Callable[[Any, RoutingContext, MoEConfig], dict[str, Any]] | None = None
     validate: Callable[[MoEConfig], None] = lambda config: None  # raises ValueError
     rng: bool = False  # whether it routes differently in training, where it is given ``context.rng``
     replays: bool = False  # whether it takes given routes: it chooses by ``best`` and weighs by ``gates_of``
+    by_expert: bool = True  # the first E columns of the logits are those of the experts
+    tokens: bool = False  # whether it needs ``context.tokens``, which encoders of pictures do not have
 
 
 def scheme_of(config: MoEConfig) -> Scheme:
@@ -287,7 +301,8 @@ def route(
 
     Raises:
       ValueError: what the scheme returns is no assignment, or has the wrong shapes; there are routes in the
-        state, and the scheme takes none, or they are of other tokens.
+        state, and the scheme takes none, or they are of other tokens; experts are excluded of another number
+        or for other tokens, or of single tokens where the scheme gives all of them the same.
     """
     scheme, length = scheme_of(config), logits.shape[1]
     routes, state = state.get(ROUTES), {name: value for name, value in state.items() if name != ROUTES}
@@ -309,45 +324,61 @@ def route(
             raise ValueError(f"scheme={config.scheme!r}: {error}") from None
         return result
 
-    logits, excluded = logits.astype(jnp.float32), state.get(EXCLUDED)
-    if excluded is not None:
-        state = {name: value for name, value in state.items() if name != EXCLUDED}
-        others = jnp.zeros((*excluded.shape[:-1], logits.shape[-1] - config.num_experts), bool)
-        logits = jnp.where(jnp.concatenate([excluded, others], axis=-1), MASKED, logits)
+    logits, given = logits.astype(jnp.float32), state.get(EXCLUDED)
+    if given is None:
+        assignment, losses = jax.vmap(one_group, axis_name=GROUPS)(logits, context)
+        return assignment, {name: jnp.mean(value) for name, value in losses.items()}
+    state = {name: value for name, value in state.items() if name != EXCLUDED}
+    excluded = _excluded(given, context, config)
+    context = context.replace(excluded=excluded)  # pyright: ignore[reportAttributeAccessIssue]
+    if scheme.by_expert:
+        logits = jnp.where(_of_columns(excluded, logits), MASKED, logits)
     assignment, losses = jax.vmap(one_group, axis_name=GROUPS)(logits, context)
+    try:
+        assignment = assignment_lib.without(assignment, excluded, shared=given.shape[1] == 1)
+    except ValueError as error:
+        raise ValueError(f"scheme={config.scheme!r}: {error}") from None
     return assignment, {name: jnp.mean(value) for name, value in losses.items()}
 
 
-def group_keys(key: jax.Array, context: RoutingContext) -> jax.Array:
-    """A key for every group, from what is in it and not from where it is in the batch.
-
-    So noise is the same on any number of devices and with or without accumulation.
-    """
-    groups, length = context.valid.shape
-    if context.tokens is None:
-        return jax.random.split(key, groups)
-    # Odd multipliers, so that no token is lost modulo 2**32.
-    odd = jax.random.bits(jax.random.key(0), (length,), jnp.uint32) | jnp.uint32(1)
-    tokens = jnp.where(context.valid, context.tokens + 1, 0).astype(jnp.uint32)
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(
-        key, jnp.sum(tokens * odd, axis=1, dtype=jnp.uint32)
-    )
+def probabilities(
+    logits: Float[Array, "G T N"], context: RoutingContext, config: MoEConfig
+) -> Float[Array, "G T E"]:
+    """Probabilities of the experts by the scheme's own scores, for statistics."""
+    scheme = scheme_of(config)
+    if scheme.scores_of_group is None:
+        return scheme.scores(logits, config)
+    return jax.vmap(lambda z, where: scheme.scores_of_group(z, where, config))(logits, context)  # pyright: ignore
 
 
-def balanced_routes(valid: Bool[Array, "G T"], *, num_experts: int, top_k: int) -> Int[Array, "G T K"]:
-    """Experts dealt out to the valid tokens of all groups in turn: no two loads differ by more than one."""
-    tokens = jnp.cumsum(valid, axis=1, dtype=jnp.int32)
-    earlier = jnp.cumsum(tokens[:, -1]) - tokens[:, -1]
-    first = top_k * (earlier[:, None] + tokens - 1)
-    experts = (first[..., None] + jnp.arange(top_k, dtype=jnp.int32)) % num_experts
-    return jnp.where(valid[..., None], experts, num_experts)
+def _excluded(given: jax.Array, context: RoutingContext, config: MoEConfig) -> Bool[Array, "G T E"]:
+    allowed = (1, 1, config.num_experts), (*context.valid.shape, config.num_experts)
+    if given.shape not in allowed:
+        raise ValueError(
+            f"scheme={config.scheme!r}: excluded experts are {given.shape}, expected {allowed[0]} or "
+            f"{allowed[1]}"
+        )
+    return jnp.broadcast_to(given, allowed[1])
+
+
+def _of_columns(excluded: Bool[Array, "*G E"], values: Float[Array, "*G N"]) -> Bool[Array, "*G N"]:
+    """Columns after those of the experts are never excluded."""
+    others = values.shape[-1] - excluded.shape[-1]
+    return jnp.concatenate([excluded, jnp.zeros((*excluded.shape[:-1], others), bool)], axis=-1)
 
 
 def best(choice: Float[Array, "T N"], count: int, context: RoutingContext) -> Int[Array, "T K"]:
-    """The ``count`` experts of highest selection score; or the given routes, if there are any."""
+    """The ``count`` experts of highest selection score; or the given routes, if there are any.
+
+    An excluded expert has no score; where too few are left, the ids past them are N: unused.
+    """
     if context.routes is not None:
         return context.routes
-    return jax.lax.top_k(choice, count)[1]
+    if context.excluded is None:
+        return jax.lax.top_k(choice, count)[1]
+    excluded = _of_columns(context.excluded, choice)
+    experts = jax.lax.top_k(jnp.where(excluded, -jnp.inf, choice), count)[1]
+    return jnp.where(jnp.take_along_axis(excluded, experts, axis=-1), choice.shape[-1], experts)
 
 
 def gates_of(

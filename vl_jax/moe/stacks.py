@@ -97,6 +97,7 @@ class Routed(NamedTuple):
     """What one sparse layer decided, over routing groups B of T tokens."""
 
     logits: jax.Array  # f32[B T N]
+    scores: jax.Array  # f32[B T E], see ``routing.probabilities``
     assignment: Any  # an ``Assignment`` with a leading B
     valid: jax.Array  # bool[B T]
     modality: jax.Array  # i32[B T]

@@ -116,7 +116,7 @@ def train(
 
     Args:
       begin: gives what a run begins with, where it lives.
-      seed: of fresh adapters.
+      seed: of fresh adapters, and of the noise of routing.
       hooks: what is done around every step, in this order.
 
     Returns:
@@ -128,7 +128,7 @@ def train(
     checkpointer = Checkpointer(workdir / CHECKPOINTS, keep=config.keep_checkpoints)
     try:
         restored = restore(checkpointer, layout, stages)
-        made = programs(layout, stages)
+        made = programs(layout, stages, seed=seed)
         if restored is None:
             restored = made[0].begin(begin(), _key(seed, 0)), Position()
         state, position = restored

@@ -41,11 +41,12 @@ class Program:
     step: Step  # compiled when it is first called; consumes its state
 
     @classmethod
-    def of(cls, layout: Layout, stage: Stage, others: Iterable[Program] = ()) -> Program:
+    def of(cls, layout: Layout, stage: Stage, others: Iterable[Program] = (), *, seed: int = 0) -> Program:
         """The program of a stage.
 
         Args:
-          others: programs of the same layout, whose step it takes if it would compile the same.
+          others: programs of the same layout and seed, whose step it takes if it would compile the same.
+          seed: of the noise of routing.
 
         Raises:
           ValueError: a pattern of the stage matches no parameter, or its settings contradict each other.
@@ -58,7 +59,7 @@ class Program:
         roles = layout.roles | dict.fromkeys(factors, lora.FACTOR)
         optimizer = make_optimizer(stage.optimizer, trainable | factors.keys(), roles)
         same = next((p for p in others if computation(p.stage) == computation(stage)), None)
-        step = _compiled(layout, stage, trainable, optimizer) if same is None else same.step
+        step = _compiled(layout, stage, trainable, optimizer, seed) if same is None else same.step
         return cls(layout, stage, trainable, adapters, optimizer, step)
 
     @property
@@ -108,11 +109,11 @@ class Program:
         return dataclasses.replace(state, params=params_lib.merge(weights, rest), adapters={})
 
 
-def programs(layout: Layout, stages: Iterable[Stage]) -> tuple[Program, ...]:
+def programs(layout: Layout, stages: Iterable[Stage], *, seed: int = 0) -> tuple[Program, ...]:
     """The program of every stage; those that compute the same have one step."""
     made: list[Program] = []
     for stage in stages:
-        made.append(Program.of(layout, stage, made))
+        made.append(Program.of(layout, stage, made, seed=seed))
     return tuple(made)
 
 
@@ -135,7 +136,11 @@ def computation(stage: Stage) -> Stage:
 
 
 def _compiled(
-    layout: Layout, stage: Stage, trainable: set[str], optimizer: optax.GradientTransformation
+    layout: Layout,
+    stage: Stage,
+    trainable: set[str],
+    optimizer: optax.GradientTransformation,
+    seed: int,
 ) -> Step:
     step = make_train_step(
         layout.model,
@@ -145,6 +150,7 @@ def _compiled(
         lora_scale=stage.lora_scale,
         objective=stage.objective,
         roles=layout.roles,
+        seed=seed,
     )
     for wrapper in stage.wrap:
         step = wrapper(step)

@@ -105,13 +105,18 @@ def gradients(
     lora_scale: float = 1.0,
     objective: Objective = NEXT_TOKEN,
     roles: Mapping[str, Role] = NO_ROLES,
+    seed: int = 0,
 ) -> tuple[Any, Metrics, Sums]:
-    """Gradients of parameters that train and of adapters for the whole batch; metrics; the sums."""
+    """Gradients of parameters that train and of adapters for the whole batch; metrics; the sums.
+
+    Args:
+      seed: of the noise of routing.
+    """
     trained, frozen = split_trained(state.params, state.adapters, trainable)
     totals = objective.total(batch)
     rngs = None
     if any(scheme_of(stack.moe).rng for stack in model.config.stacks.values()):  # pyright: ignore
-        rngs = {"routing": jax.random.fold_in(jax.random.key(0), state.step)}
+        rngs = {"routing": jax.random.fold_in(jax.random.key(seed), state.step)}
 
     def minimised(trained: Any, part: tuple[Batch, RoutingState]) -> tuple[jax.Array, Sums]:
         rows, given = part
@@ -169,6 +174,7 @@ def make_train_step(
     lora_scale: float = 1.0,
     objective: Objective = NEXT_TOKEN,
     roles: Mapping[str, Role] = NO_ROLES,
+    seed: int = 0,
 ) -> Step:
     """The step of one stage, ``(state, batch, learning_rate)``, to be compiled by the caller.
 
@@ -177,6 +183,7 @@ def make_train_step(
       lora_scale: what adapters are multiplied by when they are merged.
       roles: of the parameters that have adapters, by path.
       objective: what the stage minimises.
+      seed: of the noise of routing.
 
     Raises:
       ValueError: rows of the objective act on one another, and micro-batches would part them.
@@ -197,6 +204,7 @@ def make_train_step(
             lora_scale=lora_scale,
             objective=objective,
             roles=roles,
+            seed=seed,
         )
         trained, frozen = split_trained(state.params, state.adapters, trainable)
         with jax.numpy_dtype_promotion("standard"):  # optax multiplies counts with decay rates

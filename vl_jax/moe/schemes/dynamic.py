@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,8 @@ from jaxtyping import Array, Float
 from vl_jax.moe import losses as losses_lib
 from vl_jax.moe.assignment import Losses, RoutingContext, RoutingStats, State, TokenChoice
 from vl_jax.moe.routing import MoEConfig, Scheme, best, choose, gates_of
-from vl_jax.moe.schemes.token_choice import scores_of
+from vl_jax.moe.schemes.token_choice import scores_of, shares
+from vl_jax.moe.slots import ceil_times
 
 
 def top_p(
@@ -89,8 +91,8 @@ def measure_cutoff(
 ) -> dict[str, jax.Array]:
     """For every expert the lowest score it would take under expert choice; and that this is one group."""
     scores = jnp.where(context.valid[:, None], scores_of(logits, config, "softmax"), -1.0)
-    tokens = jnp.sum(context.valid, dtype=jnp.float32)
-    wanted = jnp.ceil(tokens * config.top_k / config.num_experts).astype(jnp.int32)
+    tokens, share = jnp.sum(context.valid, dtype=jnp.int32), Fraction(config.top_k, config.num_experts)
+    wanted = ceil_times(tokens, share, most=context.valid.size)
     lowest = jnp.sort(scores, axis=0, descending=True)[jnp.maximum(wanted - 1, 0)]
     some = (tokens > 0).astype(jnp.float32)
     return {"cutoff": some * lowest, "groups": some}
@@ -131,7 +133,8 @@ def dselect_k(
     """K selectors, each a binary code of smooth steps, weighed by a softmax (arXiv 2106.03760, section 3).
 
     Columns: log2(E) bits for each selector, then K weights. Until its bits are sure, a selector is spread
-    over several experts, all of which work. The mean entropy of selectors is a loss.
+    over several experts, all of which work. The mean entropy of selectors is a loss. A selector whose expert
+    is excluded has no second choice: its share is gone.
     """
     bits = _code_bits(config)
     codes = logits[:, : config.top_k * bits].reshape(-1, config.top_k, bits)
@@ -193,13 +196,19 @@ def _validate_code(config: MoEConfig) -> None:
 
 TOP_P = Scheme(top_p, defaults={"threshold": 0.4, "entropy_weight": 1e-4, "limit": 0.0}, replays=True)
 REMOE = Scheme(
-    remoe, init_l1, update_l1, defaults={"initial_l1": 1e-8, "l1_rate": 1.2, "limit": 0.0}, replays=True
+    remoe,
+    init_l1,
+    update_l1,
+    defaults={"initial_l1": 1e-8, "l1_rate": 1.2, "limit": 0.0},
+    scores=lambda logits, config: shares(jax.nn.relu(logits)),
+    replays=True,
 )
 EXPERT_THRESHOLD = Scheme(
     expert_threshold,
     init_threshold,
     update_threshold,
     defaults={"decay": 0.99, "limit": 0.0},
+    scores=lambda logits, config: shares(scores_of(logits, config, "softmax")),
     measure=measure_cutoff,
     replays=True,
 )
@@ -218,4 +227,5 @@ DSELECT_K = Scheme(
     scores=_dselect_scores,
     validate=_validate_code,
     replays=True,
+    by_expert=False,
 )

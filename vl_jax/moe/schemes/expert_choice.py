@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,9 @@ from jaxtyping import Array, Bool, Float
 from vl_jax.moe import losses as losses_lib
 from vl_jax.moe.assignment import ExpertChoice, Losses, RoutingContext, State
 from vl_jax.moe.routing import MoEConfig, Scheme
-from vl_jax.moe.schemes.fixed import modality_of_experts, validate_split
+from vl_jax.moe.schemes.fixed import modality_of_experts, num_text, validate_split
+from vl_jax.moe.schemes.token_choice import shares
+from vl_jax.moe.slots import as_fraction, ceil_times
 
 
 def expert_choice(
@@ -23,7 +25,8 @@ def expert_choice(
     """
     open_to = jnp.broadcast_to(context.valid[:, None], logits.shape)
     scores = jax.nn.softmax(logits, axis=-1)
-    assignment = _best_tokens(scores, open_to, config.num_experts, config)
+    slots = ceil_times(logits.shape[0], _choices(config) / config.num_experts, most=logits.shape[0])
+    assignment = _best_tokens(scores, open_to, (config.num_experts,) * config.num_experts, slots, config)
     return assignment, losses_lib.z_loss(logits, context, config)
 
 
@@ -37,24 +40,47 @@ def modality_expert_choice(
     """
     owner = modality_of_experts(config)
     open_to = context.valid[:, None] & (context.modality[:, None] == owner)
-    peers = jnp.sum(owner[:, None] == owner[None, :], axis=1)
-    assignment = _best_tokens(jax.nn.sigmoid(logits), open_to, peers, config)
+    text = num_text(config)
+    peers = (text,) * text + (config.num_experts - text,) * (config.num_experts - text)
+    # All tokens may be of one modality, and its experts as few as one.
+    slots = ceil_times(logits.shape[0], _choices(config), most=logits.shape[0])
+    assignment = _best_tokens(jax.nn.sigmoid(logits), open_to, peers, slots, config)
     return assignment, losses_lib.z_loss(logits, context, config)
 
 
 def _best_tokens(
-    scores: Float[Array, "T E"], open_to: Bool[Array, "T E"], peers: jax.Array | int, config: MoEConfig
+    scores: Float[Array, "T E"],
+    open_to: Bool[Array, "T E"],
+    peers: tuple[int, ...],
+    slots: int,
+    config: MoEConfig,
 ) -> ExpertChoice:
-    """The best of the tokens open to each expert, as many as its share among its peers."""
-    length, num_experts = scores.shape
-    choices = config.top_k * (config.limit.factor or 1.0)
-    fewest = num_experts if isinstance(peers, int) else 1
-    slots = min(length, max(1, math.ceil(choices * length / fewest)))
-    factor = choices / jnp.asarray(peers, jnp.float32)
-    wanted = jnp.ceil(factor * jnp.sum(open_to, axis=0, dtype=jnp.float32)).astype(jnp.int32)
+    """The best of the tokens open to each expert, as many as its share among its peers.
+
+    Args:
+      peers: how many experts share the tokens with each, itself counted.
+      slots: for each expert, at most the tokens there are.
+    """
+    length, count = scores.shape[0], jnp.sum(open_to, axis=0, dtype=jnp.int32)
+    slots, wanted = min(length, max(1, slots)), count
+    for number in set(peers):  # no expert takes more than all
+        share = ceil_times(count, min(_choices(config) / number, 1), most=length)
+        wanted = jnp.where(jnp.array(peers) == number, share, wanted)
     gates, tokens = jax.lax.top_k(jnp.where(open_to, scores, 0.0).T, slots)
     taken = jnp.arange(slots) < wanted[:, None]
     return ExpertChoice(tokens, jnp.where(taken, gates, 0.0) * config.gates.scale)
+
+
+def _own_scores(
+    logits: Float[Array, "T E"], context: RoutingContext, config: MoEConfig
+) -> Float[Array, "T E"]:
+    own = context.modality[:, None] == modality_of_experts(config)
+    return shares(jnp.where(own, jax.nn.sigmoid(logits), 0.0))
+
+
+def _choices(config: MoEConfig) -> Fraction:
+    """How many experts a token has in the mean."""
+    return config.top_k * as_fraction(config.limit.factor or 1.0)
 
 
 def _validate(config: MoEConfig) -> None:
@@ -76,6 +102,6 @@ MODALITY_EXPERT_CHOICE = Scheme(
     modality_expert_choice,
     causal=False,
     defaults={"vision_experts": 0.0},
-    scores=lambda logits, config: jax.nn.softmax(logits, axis=-1),
+    scores_of_group=_own_scores,
     validate=_validate_split,
 )

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from vl_jax.moe import losses as losses_lib
 from vl_jax.moe.assignment import Losses, Merge, RoutingContext, Soft, State
-from vl_jax.moe.routing import MoEConfig, Scheme
+from vl_jax.moe.routing import MASKED, MoEConfig, Scheme
 
 
 def soft_moe(
@@ -20,6 +20,8 @@ def soft_moe(
     length one; here tokens come from an RMSNorm, and columns are as they are.
     """
     slots, valid = int(config.option("slots")), context.valid[:, None]
+    if context.excluded is not None:
+        logits = jnp.where(jnp.repeat(context.excluded, slots, axis=-1), MASKED, logits)
     dispatch = jax.nn.softmax(jnp.where(valid, logits, jnp.finfo(logits.dtype).min), axis=0)
     combine = jax.nn.softmax(logits, axis=-1) * config.gates.scale
     by_expert = (logits.shape[0], config.num_experts, slots)
@@ -60,5 +62,6 @@ SOFT_MOE = Scheme(
     columns=lambda config: config.num_experts * int(config.option("slots")),
     scores=_slot_scores,
     validate=_validate_soft,
+    by_expert=False,
 )
 SMEAR = Scheme(smear, causal=False, validate=_validate)

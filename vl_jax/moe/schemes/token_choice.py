@@ -176,7 +176,7 @@ def _biased(logits: jax.Array, bias: jax.Array, context: RoutingContext, state: 
     biased = jnp.where(logits > MASKED, scores + bias, jnp.finfo(scores.dtype).min)
     experts = best(within_groups(biased, config, by=2), config.top_k, context)
     gates = gates_of(scores, experts)
-    probabilities = scores / (jnp.sum(scores, axis=-1, keepdims=True) + 1e-20)
+    probabilities = shares(scores)
     losses = losses_lib.token_losses(logits, probabilities, experts, context, state, config)
     return choose(experts, gates, context, config), losses
 
@@ -206,11 +206,24 @@ def _lack(load: Int[Array, "*M E"]) -> Float[Array, "*M E"]:
     return jnp.sign(jnp.mean(load, axis=-1, keepdims=True) - load)
 
 
-def scores_of(logits: Float[Array, "T E"], config: MoEConfig, default: str) -> Float[Array, "T E"]:
+def scores_of(logits: Float[Array, "*T E"], config: MoEConfig, default: str) -> Float[Array, "*T E"]:
     """The configured score of every expert, else that of the scheme."""
     if (config.gates.score or default) == "softmax":
         return jax.nn.softmax(logits, axis=-1)
     return jax.nn.sigmoid(logits)
+
+
+def shares(scores: Float[Array, "*T E"]) -> Float[Array, "*T E"]:
+    """Scores over their sum."""
+    return scores / (jnp.sum(scores, axis=-1, keepdims=True) + 1e-20)
+
+
+def _softmax_shares(logits: Float[Array, "*T E"], config: MoEConfig) -> Float[Array, "*T E"]:
+    return shares(scores_of(logits, config, "softmax"))
+
+
+def _sigmoid_shares(logits: Float[Array, "*T E"], config: MoEConfig) -> Float[Array, "*T E"]:
+    return shares(scores_of(logits, config, "sigmoid"))
 
 
 def within_groups(choice: Float[Array, "T E"], config: MoEConfig, *, by: int) -> Float[Array, "T E"]:
@@ -251,9 +264,15 @@ def _exactly(count: int):
     return validate
 
 
-TOP_K = Scheme(top_k, defaults=losses_lib.ENTROPY_OPTIONS, replays=True)
+TOP_K = Scheme(top_k, defaults=losses_lib.ENTROPY_OPTIONS, scores=_softmax_shares, replays=True)
 TOP_K_SOFTMAX = Scheme(top_k_softmax, replays=True)
-SWITCH = Scheme(switch, defaults=losses_lib.ENTROPY_OPTIONS, validate=_exactly(1), replays=True)
+SWITCH = Scheme(
+    switch,
+    defaults=losses_lib.ENTROPY_OPTIONS,
+    scores=_softmax_shares,
+    validate=_exactly(1),
+    replays=True,
+)
 GSHARD = Scheme(gshard, validate=_exactly(2), rng=True, replays=True)
 NOISY_TOP_K = Scheme(
     noisy_top_k,
@@ -268,6 +287,15 @@ V_MOE = Scheme(
     rng=True,
     replays=True,
 )
-SINKHORN = Scheme(sinkhorn, causal=False, defaults={"iterations": 16.0}, rng=True, replays=True)
-LOSS_FREE = Scheme(loss_free, init_bias, update_bias, replays=True)
-MODALITY_BIAS = Scheme(modality_bias, init_modality_bias, update_modality_bias, replays=True)
+SINKHORN = Scheme(
+    sinkhorn,
+    causal=False,
+    defaults={"iterations": 16.0},
+    scores=_softmax_shares,
+    rng=True,
+    replays=True,
+)
+LOSS_FREE = Scheme(loss_free, init_bias, update_bias, scores=_sigmoid_shares, replays=True)
+MODALITY_BIAS = Scheme(
+    modality_bias, init_modality_bias, update_modality_bias, scores=_sigmoid_shares, replays=True
+)
