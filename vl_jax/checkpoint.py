@@ -113,7 +113,11 @@ class Checkpointer:
             training=item(training),
             record=ocp.args.JsonSave(_sealed(step, {**record, _LEAVES: leaves})),
         )
-        self._writing = step, sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
+        # Of several processes each may have a disk of its own, for its part.
+        if jax.process_count() == 1 and shutil.disk_usage(self._folder).free < needed:
+            raise self._not_saved(step, needed)
+        self._writing = step, needed
         with self._told():
             written = self._manager.save(step, args=args)
         if not written:
@@ -146,6 +150,7 @@ class Checkpointer:
         except CheckpointError:
             with contextlib.suppress(Exception):  # orbax raises the same again, after its parts are closed
                 self._manager.close()
+            self._remove_partial()
             raise
         else:
             self._manager.close()
@@ -267,14 +272,15 @@ class Checkpointer:
             for step, place in places.items():
                 place.parent.mkdir(exist_ok=True)
                 (self._folder / str(step)).rename(place)
-            self._remove_partial("*")
+            self._remove_partial()
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("damaged checkpoints are set aside")
         self._manager.reload()
         return places
 
-    def _remove_partial(self, step: int | str) -> None:
-        for partial in self._folder.glob(f"{step}.orbax-checkpoint-tmp*"):
+    def _remove_partial(self) -> None:
+        """Removes what was half written; several processes may do so at once."""
+        for partial in self._folder.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(partial, ignore_errors=True)
 
     @contextlib.contextmanager
@@ -285,24 +291,29 @@ class Checkpointer:
         except Exception as error:
             if self._writing is None:
                 raise
-            (step, needed), self._writing = self._writing, None
-            if jax.process_index() == 0:
-                self._remove_partial(step)
+            step, needed = self._writing
+            self._writing = None
+            self._remove_partial()
             self._manager.reload()
-            cause = " ".join(str(error).split())[:200]
-            free = shutil.disk_usage(self._folder).free
-            remedy = "make room" if free < needed else "put this right"
-            raise CheckpointError(
-                f"step {step} is not saved in {self._folder}: it needs {_size(needed)}, {_size(free)} are "
-                f"free; {self._newest()}; {remedy} and run again ({type(error).__name__}: {cause})"
-            ) from error
+            cause = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise self._not_saved(step, needed, cause) from error
+
+    def _not_saved(self, step: int, needed: int, cause: str = "") -> CheckpointError:
+        free = shutil.disk_usage(self._folder).free
+        remedy = "make room" if free < needed else "put this right"
+        return CheckpointError(
+            f"step {step} is not saved in {self._folder}: it needs {_size(needed)}, {_size(free)} are free; "
+            f"{self._newest()}; {remedy} and run again{f' ({cause})' if cause else ''}"
+        )
 
     def _says_more(self, record: logging.LogRecord) -> bool:
         """Whether orbax logs something else than an exception, which it raises besides."""
         return record.exc_info is None
 
     def _newest(self) -> str:
-        return f"the newest checkpoint is of step {max(self.steps)}" if self.steps else "there is no checkpoint"
+        return (
+            f"the newest checkpoint is of step {max(self.steps)}" if self.steps else "there is no checkpoint"
+        )
 
     def _target(self, tree: Any) -> ocp.args.CheckpointArgs:
         if not self._lazy:
@@ -351,7 +362,7 @@ def _differences(item: str, found: Mapping[str, tuple[int, ...] | None], wanted:
       found: shape of every leaf by path, None where it is not known.
     """
     need = {_plain(name): tuple(leaf.shape) for name, leaf in _named(wanted).items()}
-    have = {path: need.get(path, ()) if shape is None else shape for path, shape in found.items()}
+    have = {path: need.get(path, "present") if shape is None else shape for path, shape in found.items()}
     differences = [
         f"{p} is {have.get(p, 'absent')} in the checkpoint, {need.get(p, 'absent')} in the model"
         for p in sorted(have.keys() | need.keys())
@@ -361,8 +372,8 @@ def _differences(item: str, found: Mapping[str, tuple[int, ...] | None], wanted:
         return ""
     more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
     return (
-        f"{_KINDS[item]}: {'; '.join(differences[:3])}{more}; {len(have)} leaves found, {len(need)} expected; "
-        "go on with the options the run began with, or begin another run with --config.init"
+        f"{_KINDS[item]}: {'; '.join(differences[:3])}{more}; {len(have)} leaves found, {len(need)} expected"
+        "; go on with the options the run began with, or begin another run with --config.init"
     )
 
 
