@@ -167,7 +167,7 @@ def test_damage_is_noticed_before_a_lazy_array_is_given_back(tmp_path):
     (tmp_path / "other/3/params/scale/0").rename(tmp_path / "3/params/scale/0")
     checkpointer = Checkpointer(tmp_path, lazy=True)
     targets = abstract((tree(3), training(3)))
-    with pytest.raises(CheckpointError, match=r"checksum of params differs at \['scale'\]"):
+    with pytest.raises(CheckpointError, match=r"checksum of params differs at scale"):
         checkpointer.restore(params=targets[0], training_of=lambda _: targets[1])
     checkpointer.close()
 
@@ -419,8 +419,7 @@ def test_a_checkpoint_of_another_optimiser_is_refused_by_leaf(tmp_path, earlier)
         read(tmp_path, state=other)
     message = str(error.value)
     assert "step 3" in message and "\n" not in message
-    shape = "present" if earlier else "(64, 32)"
-    assert f"moment/layer/kernel is {shape} in the checkpoint, absent in the model" in message
+    assert "moment/layer/kernel is (64, 32) in the checkpoint, absent in the model" in message
     assert "optimizer/0/kernel is absent in the checkpoint, (64, 32) in the model" in message
     assert "another optimiser or routing scheme" in message and "3 leaves found, 2 expected" in message
 

@@ -14,10 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import logging
-import re
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
@@ -28,15 +25,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from vl_jax.runtime.checksums import checksums, earlier_checksums, not_finite
+from vl_jax.runtime.checkpoint_record import LEAVES, damage, differences, infinite, is_sound, sealed, shapes
 from vl_jax.runtime.lazy_array import LazyArray
 from vl_jax.runtime.lazy_storage import lazy_handler
 
 CHECKPOINTS = "checkpoints"  # the folder of a run or a conversion that holds them
 DAMAGED = "damaged"  # below it, the steps that were set aside
-# In the record: what is known of every leaf, by item and name; the checksum of the record itself; and what
-# earlier versions wrote instead of both.
-_LEAVES, _SEAL, _EARLIER = "leaves", "seal", "checksums"
 logger = logging.getLogger(__name__)
 
 
@@ -104,14 +98,13 @@ class Checkpointer:
         """
         self.wait()
         trees = {"params": params, "training": training}
-        if not self._lazy and (bad := not_finite(params)):
-            raise CheckpointError(f"step {step} is not saved: {_infinite(bad)}; {self._newest()}")
-        leaves = {item: _described(tree, checksums(tree)) for item, tree in trees.items()}
+        if not self._lazy and (problem := infinite(params)):
+            raise CheckpointError(f"step {step} is not saved: {problem}; {self._newest()}")
         item = ocp.args.PyTreeSave if self._lazy else ocp.args.StandardSave
         args = ocp.args.Composite(
             params=item(params),
             training=item(training),
-            record=ocp.args.JsonSave(_sealed(step, {**record, _LEAVES: leaves})),
+            record=ocp.args.JsonSave(sealed(step, record, trees)),
         )
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
         # Of several processes each may have a disk of its own, for its part.
@@ -178,11 +171,53 @@ class Checkpointer:
           OtherTreeError: the newest sound step is of another model, optimiser or routing scheme.
           CheckpointError: there are checkpoints, and none of them is sound.
         """
+
+        def wanted(step: int, record: dict[str, Any]) -> dict[str, Any]:
+            trees = {"params": params, "training": training_of(record)}
+            for item, tree in trees.items():
+                stored = None if LEAVES in record else self._stored(step, item)
+                if problem := differences(item, shapes(item, record, stored), tree):
+                    if LEAVES not in record:
+                        raise CheckpointError(problem)
+                    raise OtherTreeError(f"step {step} of {self._folder} is of {problem}")
+            return trees
+
+        steps = [step for step in self.steps if before is None or step < before]
+        return self._newest_sound(steps, wanted, mend=mend)
+
+    def restore_stored(
+        self, parts: Collection[str], *, only: int | None = None
+    ) -> tuple[int, Any, Any, dict[str, Any]] | None:
+        """``restore``, whatever the newest step holds; of its training state the named parts alone.
+
+        It gives lazy arrays, so the checkpointer has to be lazy.
+
+        Args:
+          only: this step, and no other.
+        """
+
+        def wanted(step: int, record: dict[str, Any]) -> dict[str, Any]:
+            training = {k: v for k, v in self._stored(step, "training").items() if k in parts}
+            return {"params": self._stored(step, "params"), "training": training}
+
+        steps = [step for step in self.steps if only is None or step == only]
+        return self._newest_sound(steps, wanted, whole=False)
+
+    def _stored(self, step: int, item: str) -> Any:
+        """Shapes and dtypes as storage has them; containers are mappings and lists."""
+        return self._manager.item_metadata(step)[item].tree
+
+    def _newest_sound(
+        self,
+        steps: list[int],
+        wanted: Callable[[int, dict[str, Any]], dict[str, Any]],
+        *,
+        mend: bool = False,
+        whole: bool = True,
+    ) -> tuple[int, Any, Any, dict[str, Any]] | None:
         problems: dict[int, str] = {}
-        for step in reversed(self.steps):
-            if before is not None and step >= before:
-                continue
-            found = self._read(step, params, training_of)
+        for step in reversed(steps):
+            found = self._read(step, wanted, whole=whole)
             if not isinstance(found, str):
                 places = self._set_aside(problems) if mend else {}
                 for bad, problem in problems.items():
@@ -197,30 +232,21 @@ class Checkpointer:
             )
         return None
 
-    def record_of(self, step: int) -> dict[str, Any]:
-        """The record of a step.
-
-        Raises:
-          CheckpointError: it is damaged.
-        """
-        record = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
-        if _SEAL in record and record != _sealed(step, record):
-            raise CheckpointError(f"the record of step {step} differs from its checksum")
-        return record
-
     def _read(
-        self, step: int, params: Any, training_of: Callable[[dict[str, Any]], Any]
+        self, step: int, wanted: Callable[[int, dict[str, Any]], dict[str, Any]], *, whole: bool
     ) -> tuple[Any, Any, dict[str, Any]] | str:
         """Parameters, training state and record of a step, or why it cannot be used.
 
         Processes agree, before each computation that they share: files may be damaged on one alone.
         """
-        record, restored = {}, {}
+        record, trees, restored = {}, {}, {}
         try:
-            record = self.record_of(step)
-            wanted = {"params": params, "training": training_of(record)}
-            self._compare(step, record, wanted)
-            args = {item: self._target(tree) for item, tree in wanted.items()}
+            only = ocp.args.Composite(record=ocp.args.JsonRestore())
+            record = self._manager.restore(step, args=only)["record"]
+            if not is_sound(step, record):
+                raise CheckpointError(f"the record of step {step} differs from its checksum")
+            trees = {item: tree for item, tree in wanted(step, record).items() if tree}
+            args = {item: self._target(tree, whole=whole) for item, tree in trees.items()}
             restored = self._manager.restore(step, args=ocp.args.Composite(**args))
             problem = ""
         except OtherTreeError:
@@ -229,36 +255,13 @@ class Checkpointer:
             problem = str(error)
         except Exception as error:  # storage raises many kinds; each means "this step cannot be read"
             problem = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-        problem = _agreed(problem) or _agreed(self._damage(restored, record))
-        return problem or (restored["params"], restored["training"], record)
+        problem = _agreed(problem) or _agreed(self._damage(record, {i: restored[i] for i in trees}, whole))
+        return problem or (restored["params"], restored["training"] if "training" in trees else {}, record)
 
-    def _compare(self, step: int, record: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-        """Compares the leaves of a step with those asked for, before any array is read."""
-        for item, tree in wanted.items():
-            if _LEAVES in record:
-                found = {_plain(k): tuple(shape) for k, (_, shape, _) in record[_LEAVES][item].items()}
-            else:
-                stored = self._manager.item_metadata(step)[item]
-                found = {_plain(k): tuple(x.shape) for k, x in _named(stored.tree).items()}
-                if item == "training":  # whose containers are others there
-                    found = dict.fromkeys(map(_plain, record[_EARLIER][item]))
-            if problem := _differences(item, found, tree):
-                kind = OtherTreeError if _LEAVES in record else CheckpointError
-                raise kind(f"step {step} of {self._folder} is of {problem}" if _LEAVES in record else problem)
-
-    def _damage(self, restored: Mapping[str, Any], record: Mapping[str, Any]) -> str:
-        """What is wrong with arrays that were read; empty if nothing is."""
-        for item in ("params", "training"):
-            if _LEAVES in record:
-                expected = {name: sum_ for name, (*_, sum_) in record[_LEAVES][item].items()}
-                actual = checksums(restored[item])
-            else:
-                expected, actual = record[_EARLIER][item], earlier_checksums(restored[item])
-            damaged = sorted(k for k in expected if actual.get(k) != expected[k])
-            if damaged or actual.keys() != expected.keys():
-                return f"checksum of {item} differs at {', '.join(damaged[:3])}"
-        bad = [] if self._lazy else not_finite(restored["params"])
-        return _infinite(bad) if bad else ""
+    def _damage(self, record: Mapping[str, Any], trees: Mapping[str, Any], whole: bool) -> str:
+        found = (damage(item, record, tree, whole=whole) for item, tree in trees.items())
+        problem = next(filter(None, found), "")
+        return problem or ("" if self._lazy else infinite(trees["params"]))
 
     def _set_aside(self, steps: Collection[int]) -> dict[int, Path]:
         """Renames damaged steps and removes half-written ones; where each damaged one is now."""
@@ -315,33 +318,11 @@ class Checkpointer:
             f"the newest checkpoint is of step {max(self.steps)}" if self.steps else "there is no checkpoint"
         )
 
-    def _target(self, tree: Any) -> ocp.args.CheckpointArgs:
+    def _target(self, tree: Any, *, whole: bool) -> ocp.args.CheckpointArgs:
         if not self._lazy:
             return ocp.args.StandardRestore(tree)
         each = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=LazyArray), tree)
-        return ocp.args.PyTreeRestore(tree, restore_args=each)
-
-
-def _named(tree: Any) -> dict[str, Any]:
-    found, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path): leaf for path, leaf in found}
-
-
-def _plain(name: str) -> str:
-    """``optimizer/0/mu`` for ``['optimizer'][0].mu``."""
-    return "/".join(a or b for a, b in re.findall(r"\['?([^'\]]+)'?\]|\.(\w+)", name))
-
-
-def _described(tree: Any, sums: Mapping[str, int]) -> dict[str, list[Any]]:
-    """Dtype, shape and checksum of every leaf."""
-    return {name: [str(x.dtype), list(x.shape), sums[name]] for name, x in _named(tree).items()}
-
-
-def _sealed(step: int, record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record as it comes back from JSON, with the checksum of the step and all the rest of it."""
-    rest = json.loads(json.dumps({k: v for k, v in record.items() if k != _SEAL}))
-    text = json.dumps([step, rest], sort_keys=True)
-    return {**rest, _SEAL: hashlib.sha256(text.encode()).hexdigest()}
+        return ocp.args.PyTreeRestore(tree, restore_args=each, partial_restore=not whole)
 
 
 def _agreed(problem: str) -> str:
@@ -350,36 +331,6 @@ def _agreed(problem: str) -> str:
         return problem
     bad = np.flatnonzero(multihost_utils.process_allgather(np.int32(bool(problem))))
     return problem or (f"process {bad[0]} cannot use it" if bad.size else "")
-
-
-_KINDS = {"params": "another model", "training": "another optimiser or routing scheme"}
-
-
-def _differences(item: str, found: Mapping[str, tuple[int, ...] | None], wanted: Any) -> str:
-    """The first leaves at which a checkpoint differs from what is asked for; empty if none does.
-
-    Args:
-      found: shape of every leaf by path, None where it is not known.
-    """
-    need = {_plain(name): tuple(leaf.shape) for name, leaf in _named(wanted).items()}
-    have = {path: need.get(path, "present") if shape is None else shape for path, shape in found.items()}
-    differences = [
-        f"{p} is {have.get(p, 'absent')} in the checkpoint, {need.get(p, 'absent')} in the model"
-        for p in sorted(have.keys() | need.keys())
-        if have.get(p) != need.get(p)
-    ]
-    if not differences:
-        return ""
-    more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
-    return (
-        f"{_KINDS[item]}: {'; '.join(differences[:3])}{more}; {len(have)} leaves found, {len(need)} expected"
-        "; go on with the options the run began with, or begin another run with --config.init"
-    )
-
-
-def _infinite(names: list[str]) -> str:
-    more = f" (and {len(names) - 3} more)" if len(names) > 3 else ""
-    return f"parameters are not finite: {', '.join(map(_plain, names[:3]))}{more}"
 
 
 def _size(count: float) -> str:
