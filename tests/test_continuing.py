@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -17,7 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vl_jax import params as params_lib
+from vl_jax import runs, schema
 from vl_jax.checkpoint import Checkpointer
+from vl_jax.config import load
 from vl_jax.experiment import read_run
 from vl_jax.moe.stacks import init_state
 from vl_jax.report.run import read_run as read_files
@@ -194,7 +197,8 @@ def test_a_run_begins_with_another_s_parameters_and_state(tmp_path, caplog, monk
     monkeypatch.setattr(
         initial, "init_leaves", lambda *args: fresh | {p: jnp.zeros((50, 16)) for p in args[-1]}
     )
-    for folder in (tmp_path, tmp_path / "checkpoints", tmp_path / "checkpoints/5"):
+    assert initial.find(tmp_path / "checkpoints") is not None
+    for folder in (tmp_path, tmp_path / "checkpoints/5"):
         origin = initial.find(folder)
         assert origin is not None
         with caplog.at_level(logging.INFO, logger="vl_jax"):
@@ -229,3 +233,26 @@ def test_a_published_folder_is_no_checkpoint_of_ours(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "7").mkdir()
     assert initial.find(tmp_path) is None
+
+
+def run_folder(folder: Path, init: str) -> Path:
+    """A folder with the config of a run that began with ``init``, and a place for checkpoints."""
+    (folder / "checkpoints").mkdir(parents=True)
+    tree = json.loads(schema.to_json(load(str(Path(__file__).parent / "tiny_experiment.py"))))
+    (folder / "config.json").write_text(json.dumps({**tree, "init": init}))
+    return folder
+
+
+def test_an_export_goes_back_to_the_published_checkpoint_that_was_first(tmp_path):
+    pytest.importorskip("ml_collections")
+    (tmp_path / "published").mkdir()
+    first = run_folder(tmp_path / "first", str(tmp_path / "published"))
+    second = run_folder(tmp_path / "second", str(first))
+    assert runs._published_origin(second) == tmp_path / "published"
+    alone = run_folder(tmp_path / "alone", "")
+    third = run_folder(tmp_path / "third", str(alone))
+    with pytest.raises(ValueError, match=rf"third: its model .* has no published form: {alone} did not"):
+        runs.export(third, tmp_path / "out")
+    gone = run_folder(tmp_path / "gone", str(tmp_path / "nothing"))
+    with pytest.raises(ValueError, match="began with .*nothing, which is not there any more"):
+        runs.export(gone, tmp_path / "out")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import math
@@ -38,7 +39,7 @@ from vl_jax.layout import Layout, rows_here
 from vl_jax.report.results import read_result
 from vl_jax.report.run import write_report
 from vl_jax.runtime import allocator, atomic_file
-from vl_jax.train import loop, resume
+from vl_jax.train import initial, loop, resume
 from vl_jax.train.best import Best, scores_of
 from vl_jax.train.hooks import Hook
 from vl_jax.train.probe import Probe
@@ -200,18 +201,47 @@ def restore(
 
 
 def export(workdir: Path, target: Path) -> None:
-    """Writes the model of a fine-tuned run, adapters merged, as the published checkpoint it began with.
+    """Writes the model of a run, adapters merged, in the form of the published checkpoint it began with.
+
+    A run may have begun with another run, and so on; the first of them began with the published checkpoint.
 
     Raises:
-      ValueError: the run did not begin with a published checkpoint, or the target exists.
+      ValueError: none of them did, the model is another one since, or the target exists.
     """
+    origin = _published_origin(workdir)
     experiment, _, state, _ = restore(workdir)
-    if not experiment.init:
+    published = pretrained.read_published(origin)
+    expected = pretrained.run_as(published.config, experiment.model)
+    if expected != experiment.model:
+        parts = [f.name for f in dataclasses.fields(expected)]
+        other = [n for n in parts if getattr(expected, n) != getattr(experiment.model, n)]
         raise ValueError(
-            f"{workdir}: the run did not begin with a published checkpoint (config.init is empty)"
+            f"{workdir}: config.model.{', config.model.'.join(other)} differ from the published checkpoint "
+            f"{origin} that it began with, and have no published form"
         )
-    published = pretrained.read_published(experiment.init).as_run_by(experiment.model)
-    pretrained.write_published(target, state.params, state.routing, published)
+    pretrained.write_published(target, state.params, state.routing, published.as_run_by(experiment.model))
+
+
+def _published_origin(workdir: Path) -> Path:
+    """The published checkpoint that a run began with, or the run that it began with, and so on."""
+    folder, seen = workdir, set()
+    while folder.resolve() not in seen:
+        seen.add(folder.resolve())
+        experiment = read_run(folder)
+        begun = Path(experiment.init)
+        if not experiment.init:
+            kind = type(experiment.model).__name__
+            raise ValueError(
+                f"{workdir}: its model ({kind}) has no published form: {folder} did not begin with a "
+                "published checkpoint (config.init is empty), whose config.json and names it could take"
+            )
+        if not begun.is_dir():
+            raise ValueError(f"{workdir}: {folder} began with {begun}, which is not there any more")
+        origin = initial.find(begun)
+        if origin is None:
+            return begun
+        folder = origin.checkpoints.parent
+    raise ValueError(f"{workdir}: its config.init leads back to itself")
 
 
 def _claim(experiment: Experiment, workdir: Path) -> None:
