@@ -254,14 +254,17 @@ class Checkpointer:
         except CheckpointError as error:
             problem = str(error)
         except Exception as error:  # storage raises many kinds; each means "this step cannot be read"
-            problem = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            problem = _cause(error)
         problem = _agreed(problem) or _agreed(self._damage(record, {i: restored[i] for i in trees}, whole))
         return problem or (restored["params"], restored["training"] if "training" in trees else {}, record)
 
     def _damage(self, record: Mapping[str, Any], trees: Mapping[str, Any], whole: bool) -> str:
-        found = (damage(item, record, tree, whole=whole) for item, tree in trees.items())
-        problem = next(filter(None, found), "")
-        return problem or ("" if self._lazy else infinite(trees["params"]))
+        try:  # lazy arrays are read here
+            found = (damage(item, record, tree, whole=whole) for item, tree in trees.items())
+            problem = next(filter(None, found), "")
+            return problem or ("" if self._lazy else infinite(trees["params"]))
+        except Exception as error:
+            return _cause(error)
 
     def _set_aside(self, steps: Collection[int]) -> dict[int, Path]:
         """Renames damaged steps and removes half-written ones; where each damaged one is now."""
@@ -298,8 +301,7 @@ class Checkpointer:
             self._writing = None
             self._remove_partial()
             self._manager.reload()
-            cause = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            raise self._not_saved(step, needed, cause) from error
+            raise self._not_saved(step, needed, _cause(error)) from error
 
     def _not_saved(self, step: int, needed: int, cause: str = "") -> CheckpointError:
         free = shutil.disk_usage(self._folder).free
@@ -323,6 +325,10 @@ class Checkpointer:
             return ocp.args.StandardRestore(tree)
         each = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=LazyArray), tree)
         return ocp.args.PyTreeRestore(tree, restore_args=each, partial_restore=not whole)
+
+
+def _cause(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _agreed(problem: str) -> str:
