@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import multiprocessing
+import shutil
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -14,8 +16,10 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from vl_jax.checkpoint import Checkpointer, CheckpointError, checksums
+from vl_jax import checkpoint
+from vl_jax.checkpoint import Checkpointer, CheckpointError, OtherTreeError
 from vl_jax.runtime import lazy_array
+from vl_jax.runtime.checksums import checksums, earlier_checksums, not_finite
 from vl_jax.runtime.lazy_array import LazyArray
 from vl_jax.sharding import MeshConfig, make_mesh
 
@@ -46,20 +50,26 @@ def abstract(value):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), value)
 
 
-def write(folder: Path, *steps: int) -> None:
-    checkpointer = Checkpointer(folder)
+def write(folder: Path, *steps: int, **options) -> None:
+    checkpointer = Checkpointer(folder, **options)
     for step in steps:
         checkpointer.save(step, params=tree(step), training=training(step), record={"at": {"step": step}})
     checkpointer.close()
 
 
-def read(folder: Path, devices: int = 1, wanted=None):
+def restore(checkpointer: Checkpointer, devices: int = 1, wanted=None, state=None, *, mend: bool = False):
+    state = training(0, devices) if state is None else state
+    return checkpointer.restore(
+        params=abstract(tree(0, devices) if wanted is None else wanted),
+        training_of=lambda record: abstract(state),
+        mend=mend,
+    )
+
+
+def read(folder: Path, devices: int = 1, wanted=None, state=None):
     checkpointer = Checkpointer(folder)
     try:
-        return checkpointer.restore(
-            params=abstract(tree(0, devices) if wanted is None else wanted),
-            training_of=lambda record: abstract(training(0, devices)),
-        )
+        return restore(checkpointer, devices, wanted, state)
     finally:
         checkpointer.close()
 
@@ -157,7 +167,7 @@ def test_damage_is_noticed_before_a_lazy_array_is_given_back(tmp_path):
     (tmp_path / "other/3/params/scale/0").rename(tmp_path / "3/params/scale/0")
     checkpointer = Checkpointer(tmp_path, lazy=True)
     targets = abstract((tree(3), training(3)))
-    with pytest.raises(CheckpointError, match=r"checksum of params differs at \['scale'\]"):
+    with pytest.raises(CheckpointError, match=r"checksum of params differs at scale"):
         checkpointer.restore(params=targets[0], training_of=lambda _: targets[1])
     checkpointer.close()
 
@@ -179,6 +189,134 @@ def test_a_damaged_step_is_noticed_and_the_one_before_is_used(tmp_path, item):
     assert message.startswith("checkpoint skipped: step 7") and "\n" not in message
 
 
+def record_file(folder: Path, step: int) -> Path:
+    return largest_file(folder / str(step) / "record")
+
+
+def change_record(folder: Path, step: int, change) -> None:
+    """Writes the record of a step anew."""
+    file = record_file(folder, step)
+    record = json.loads(file.read_text())
+    file.write_text(json.dumps(change(record)))
+
+
+def as_earlier(record: dict, step: int) -> dict:
+    """The record that earlier versions wrote of a step."""
+    sums = {"params": earlier_checksums(tree(step)), "training": earlier_checksums(training(step))}
+    return {"at": record["at"], "checksums": sums}
+
+
+def test_checkpoints_of_earlier_versions_are_read_and_checked(tmp_path):
+    write(tmp_path, 3, 7)
+    change_record(tmp_path, 3, lambda record: as_earlier(record, 3))
+    change_record(tmp_path, 7, lambda record: as_earlier(record, 6))  # as if all had changed since
+    step, messages = attempt(tmp_path)
+    assert step == 3 and "step 7: checksum of params differs" in messages[0]
+
+
+def test_a_record_that_was_changed_is_noticed(tmp_path):
+    write(tmp_path, 3, 7)
+    change_record(tmp_path, 7, lambda record: {**record, "at": {"step": 8}})
+    assert attempt(tmp_path) == (
+        3,
+        ["checkpoint skipped: step 7: the record of step 7 differs from its checksum"],
+    )
+    shutil.copytree(tmp_path / "3", tmp_path / "9")  # sound, and of another step
+    step, messages = attempt(tmp_path)
+    assert step == 3 and "the record of step 9 differs" in messages[0]
+
+
+def test_damaged_steps_are_set_aside_and_written_anew(tmp_path, caplog):
+    write(tmp_path, 3, 7, 9)
+    for step in (7, 9):
+        change_record(tmp_path, step, lambda record: {**record, "at": {}})
+    (tmp_path / "8.orbax-checkpoint-tmp" / "params").mkdir(parents=True)
+    checkpointer = Checkpointer(tmp_path)
+    with caplog.at_level(logging.WARNING, logger="vl_jax"):
+        assert_is_step(restore(checkpointer, mend=True), 3)
+    lines = [message for message in caplog.messages if "set aside" in message]
+    assert len(lines) == 2 and f"set aside as {tmp_path / 'damaged' / '9'}" in lines[0]
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["3", "damaged"]
+    assert sorted(f.name for f in (tmp_path / "damaged").iterdir()) == ["7", "9"]
+    checkpointer.save(7, params=tree(7), training=training(7), record={"at": {"step": 7}})
+    checkpointer.close()
+    assert_is_step(read(tmp_path), 7)
+    change_record(tmp_path, 7, lambda record: {**record, "at": {}})
+    checkpointer = Checkpointer(tmp_path)
+    assert_is_step(restore(checkpointer, mend=True), 3)  # again: both are kept
+    checkpointer.close()
+    assert sorted(f.name for f in (tmp_path / "damaged").iterdir()) == ["7", "7-1", "9"]
+
+
+def test_nothing_is_set_aside_where_no_step_is_sound(tmp_path):
+    write(tmp_path, 3)
+    change_record(tmp_path, 3, lambda record: {**record, "at": {}})
+    checkpointer = Checkpointer(tmp_path)
+    with pytest.raises(CheckpointError, match="no checkpoint can be restored; step 3: .* to begin anew"):
+        restore(checkpointer, mend=True)
+    checkpointer.close()
+    assert (tmp_path / "3").is_dir()
+
+
+def test_what_was_not_saved_is_not_said_to_be(tmp_path):
+    write(tmp_path, 7)
+    checkpointer = Checkpointer(tmp_path)
+    with pytest.raises(CheckpointError, match="step 3 is not saved: .* holds step 7 already"):
+        checkpointer.save(3, params=tree(3), training=training(3), record={})
+    checkpointer.close()
+
+
+def test_parameters_that_are_not_finite_never_become_the_newest_step(tmp_path):
+    write(tmp_path, 3)
+    bad = {**tree(7), "scale": jnp.array([1.0, jnp.nan] * 4)}
+    checkpointer = Checkpointer(tmp_path)
+    with pytest.raises(CheckpointError) as error:
+        checkpointer.save(7, params=bad, training=training(7), record={"at": {"step": 7}})
+    checkpointer.close()
+    assert str(error.value) == (
+        "step 7 is not saved: parameters are not finite: scale; the newest checkpoint is of step 3"
+    )
+    lazy = Checkpointer(tmp_path, lazy=True)  # as earlier versions would have written it
+    lazy.save(7, params=lazily(bad), training=lazily(training(7)), record={"at": {"step": 7}})
+    lazy.close()
+    step, (message,) = attempt(tmp_path)
+    assert step == 3 and message == "checkpoint skipped: step 7: parameters are not finite: scale"
+
+
+def test_a_full_disk_is_told_with_what_is_missing(tmp_path, monkeypatch):
+    write(tmp_path, 3)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    checkpointer = Checkpointer(tmp_path)
+    needed = sum(leaf.nbytes for leaf in jax.tree.leaves((tree(7), training(7))))
+    assert needed == 12_340
+    with pytest.raises(CheckpointError) as error:
+        checkpointer.save(7, params=tree(7), training=training(7), record={})
+    checkpointer.close()
+    assert str(error.value) == (
+        f"step 7 is not saved in {tmp_path}: it needs 12.3 kB, 1 kB are free; the newest checkpoint is of "
+        "step 3; make room and run again"
+    )
+    assert [f.name for f in tmp_path.iterdir()] == ["3"]
+
+
+def test_a_save_that_fails_on_its_way_to_disk_is_told_in_one_line(tmp_path, monkeypatch):
+    write(tmp_path, 3)
+    checkpointer = Checkpointer(tmp_path)
+
+    def fails():
+        raise OSError("No space left on device\nand more")
+
+    monkeypatch.setattr(checkpointer._manager, "wait_until_finished", fails)
+    checkpointer._writing = 7, 10**18
+    (tmp_path / "7.orbax-checkpoint-tmp").mkdir()
+    with pytest.raises(CheckpointError) as error:
+        checkpointer.close()
+    assert "it needs 1e+06 TB" in str(error.value) and "\n" not in str(error.value)
+    assert str(error.value).endswith("make room and run again (OSError: No space left on device and more)")
+    assert [f.name for f in tmp_path.iterdir()] == ["3"]
+
+
 def test_a_flipped_bit_that_still_decodes_is_found_by_the_checksum():
     before = tree(1)
     flipped = np.asarray(before["layer"]["kernel"]).copy()
@@ -191,6 +329,45 @@ def test_a_flipped_bit_that_still_decodes_is_found_by_the_checksum():
 def test_two_exchanged_values_change_the_checksum():
     a = jnp.array([1.0, 2.0, 3.0])
     assert checksums({"a": a}) != checksums({"a": a[::-1]})
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.int8, bool, np.int64])
+def test_any_changed_bits_change_the_checksum(dtype):
+    random = np.random.default_rng(0)
+    array = random.integers(0, 2, (70_000,) if dtype is np.int8 else (300, 3)).astype(dtype)
+    size = array.dtype.itemsize
+    before, seen = checksums({"a": array})["['a']"], set()
+    for number in range(200):
+        changed = array.copy()
+        bytes_ = changed.reshape(-1).view(np.uint8).reshape(-1, size)
+        rows = random.choice(len(bytes_), 1 + number % 6, replace=False)
+        if array.dtype == bool:
+            bytes_[rows] ^= 1
+        elif number % 2:  # signs, one or several
+            bytes_[rows, -1] ^= 0x80
+        else:
+            bytes_[rows, random.integers(size)] ^= np.uint8(1 << random.integers(8))
+        seen.add(checksums({"a": changed})["['a']"])
+    assert before not in seen
+
+
+def test_an_earlier_checksum_does_not_see_two_signs():
+    array = np.ones(4, np.float32)
+    changed = array * np.array([-1, 1, -1, 1], np.float32)
+    assert earlier_checksums({"a": array}) == earlier_checksums({"a": changed})
+    assert checksums({"a": array}) != checksums({"a": changed})
+
+
+def test_a_checksum_by_hand():
+    """Of one zero at index 0 it is 0; of a one, the published finaliser of 1."""
+    assert checksums({"a": np.zeros(1, np.uint32)}) == {"['a']": 0}
+    assert checksums({"a": np.ones((), np.uint32)}) == {"['a']": 0x514E28B7}
+
+
+def test_leaves_that_are_not_finite_are_named_wherever_they_are():
+    value = {"a": jnp.array([1.0, jnp.inf]), "b": jnp.arange(3), "c": jnp.array(jnp.nan, jnp.bfloat16)}
+    spread = jax.device_put(np.array([1.0] * 7 + [np.nan], np.float32), sharding(8, "fsdp"))
+    assert not_finite(value | {"d": spread, "e": spread.at[7].set(0)}) == ["['a']", "['c']", "['d']"]
 
 
 def test_a_step_without_its_record_is_passed_over(tmp_path):
@@ -225,11 +402,29 @@ def test_a_checkpoint_of_another_model_is_refused_by_leaf(tmp_path):
     with pytest.raises(CheckpointError) as error:
         read(tmp_path, wanted=other)
     message = str(error.value)
+    assert message.startswith(f"step 3 of {tmp_path} is of another model: ")
+    assert "2 leaves found, 2 expected; go on with the options the run began with" in message
     assert "another model: layer/kernel is (64, 32) in the checkpoint, absent in the model" in message
     assert "layer/weight is absent in the checkpoint, (32, 32) in the model" in message
     assert "\n" not in message
 
 
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_checkpoint_of_another_optimiser_is_refused_by_leaf(tmp_path, earlier):
+    write(tmp_path, 3)
+    if earlier:
+        change_record(tmp_path, 3, lambda record: as_earlier(record, 3))
+    other = {"step": training(0)["step"], "optimizer": (tree(0)["layer"],)}
+    with pytest.raises(CheckpointError if earlier else OtherTreeError) as error:
+        read(tmp_path, state=other)
+    message = str(error.value)
+    assert "step 3" in message and "\n" not in message
+    assert "moment/layer/kernel is (64, 32) in the checkpoint, absent in the model" in message
+    assert "optimizer/0/kernel is absent in the checkpoint, (64, 32) in the model" in message
+    assert "another optimiser or routing scheme" in message and "3 leaves found, 2 expected" in message
+
+
 def test_the_checksum_does_not_depend_on_sharding():
     assert checksums(tree(5, 1)) == checksums(tree(5, 8))
     assert checksums(training(5, 1)) == checksums(training(5, 8))
+    assert earlier_checksums(training(5, 1)) == earlier_checksums(training(5, 8))

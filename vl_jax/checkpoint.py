@@ -2,177 +2,161 @@
 
     checkpoints/<step>/params     parameters alone, so that other programs can read just these
                       /training   optimiser and routing state
-                      /record     JSON: stage, data position, checksum of every leaf
+                      /record     JSON: stage, data position, dtype, shape and checksum of every leaf, a seal
+                damaged/<step>    steps that could not be read, set aside when the run went on
 
-A byte flipped on disk is restored silently by the storage layer, and a damaged step is still listed; so every
-leaf carries a checksum that does not depend on sharding, and restoring falls back to the newest sound step.
+A byte flipped on disk is restored silently by the storage layer, and a damaged step is still listed. So every
+leaf has a checksum that does not depend on sharding, the record has one of its own (the seal), and restoring
+falls back to the newest sound step. Saving is checked too: what says that it saved has.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import logging
-import math
-from collections.abc import Sequence
-from functools import partial
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-import tensorstore
-from orbax.checkpoint import future
+from jax.experimental import multihost_utils
 
-from vl_jax import params as params_lib
-from vl_jax.runtime.lazy_array import Index, LazyArray
+from vl_jax.runtime.checkpoint_record import LEAVES, damage, differences, infinite, is_sound, sealed, shapes
+from vl_jax.runtime.lazy_array import LazyArray
+from vl_jax.runtime.lazy_storage import lazy_handler
 
 CHECKPOINTS = "checkpoints"  # the folder of a run or a conversion that holds them
+DAMAGED = "damaged"  # below it, the steps that were set aside
 logger = logging.getLogger(__name__)
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message says which and why, in one line."""
+    """A checkpoint that cannot be used or written; the message says which and why, in one line."""
 
 
-@jax.jit
-def _checksums(leaves: list[jax.Array]) -> jax.Array:
-    """One uint32 per leaf: sum of bits times odd weights, modulo 2**32, in whatever order."""
-
-    def one(x: jax.Array) -> jax.Array:
-        unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-        bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32).reshape(-1)
-        weights = jax.lax.iota(jnp.uint32, bits.size) * jnp.uint32(2) + jnp.uint32(1)
-        return jnp.sum(bits * weights, dtype=jnp.uint32)
-
-    return jnp.stack([one(x) for x in leaves])
+class OtherTreeError(CheckpointError):
+    """A sound checkpoint that holds other leaves than are asked for; an older one would not help."""
 
 
-def _checksum_on_host(array: LazyArray) -> int:
-    """The same of an array in host memory, by pieces: compiled for a CPU, it holds all products."""
-    total = offset = 0
-    for index in array.pieces():
-        bits = array[index].reshape(-1).view(f"u{array.dtype.itemsize}").astype(np.uint32)
-        weights = np.arange(0, 2 * bits.size, 2, dtype=np.uint32) + np.uint32((2 * offset + 1) % 2**32)
-        total += int(np.multiply(bits, weights, out=bits).sum(dtype=np.uint32))
-        offset += bits.size
-    return total % 2**32
+@dataclasses.dataclass(frozen=True)
+class _Retention:
+    """Which steps stay when a new one is written; orbax asks."""
 
+    newest: int
+    others: Callable[[], Collection[int]]
 
-def checksums(tree: Any) -> dict[str, int]:
-    """A checksum per leaf of a tree of 1-, 2- or 4-byte arrays, the same for every sharding."""
-    named, _ = jax.tree_util.tree_flatten_with_path(tree)
-    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in named}
-    here = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, LazyArray)}
-    here |= {
-        name: LazyArray.of(np.asarray(leaf))
-        for name, leaf in leaves.items()
-        if name not in here and _in_one_piece(leaf)
-    }
-    sums = {name: _checksum_on_host(array) for name, array in here.items()}
-    others = [name for name in leaves if name not in sums]
-    if others:
-        values = jax.device_get(_checksums([leaves[name] for name in others]))
-        sums |= {name: int(v) for name, v in zip(others, values, strict=True)}
-    return sums
-
-
-def _in_one_piece(x: Any) -> bool:
-    """Whether an array lies in host memory as a whole."""
-    places = x.devices() if isinstance(x, jax.Array) else ()
-    return len(places) < 2 and all(device.platform == "cpu" for device in places)
-
-
-class _LazyArrayHandler(ocp.type_handlers.ArrayHandler):
-    """How orbax stores and restores lazy arrays: as if each had been sharded into its pieces."""
-
-    async def serialize(
-        self, values: Sequence[LazyArray], infos: Sequence[Any], args: Sequence[Any] | None = None
-    ) -> Sequence[future.Future]:
-        written = self._write(values, infos)
-        return [future.CommitFutureAwaitingContractedSignals(written, name="lazy_array")]
-
-    async def _write(self, values: Sequence[LazyArray], infos: Sequence[Any]) -> None:
-        for array, info in zip(values, infos, strict=True):
-            await info.await_path_creation()
-            spec = ocp.type_handlers.get_json_tspec_write(
-                info,
-                use_ocdbt=info.is_ocdbt_checkpoint,
-                global_shape=array.shape,
-                local_shape=array.piece,
-                dtype=array.dtype,
-            )
-            store = await tensorstore.open(spec, create=True, open=True, context=info.ts_context)
-            for index in array.pieces():
-                await store[index].write(array[index])
-
-    async def deserialize(self, infos: Sequence[Any], args: Sequence[Any] | None = None) -> list[LazyArray]:
-        reads = [ocp.type_handlers.get_json_tspec_read(i, use_ocdbt=i.is_ocdbt_checkpoint) for i in infos]
-        given = infos[0].ts_context
-        stores = [await tensorstore.open(spec, open=True, context=given) for spec in reads]
-        # A reader whose windows are other than the chunks on disk meets each chunk again: two stay decoded.
-        chunks = [(s.chunk_layout.read_chunk_template.shape, s.dtype.numpy_dtype.itemsize) for s in stores]
-        most = 2 * max(math.prod(shape) * itemsize for shape, itemsize in chunks)
-        cached = tensorstore.Context.Spec({"cache_pool": {"total_bytes_limit": most}})
-        context = tensorstore.Context(cached, parent=given)
-        stores = [await tensorstore.open(spec, open=True, context=context) for spec in reads]
-        return [LazyArray(tuple(s.shape), s.dtype.numpy_dtype, partial(_read, s)) for s in stores]
-
-
-def _read(store: Any, index: Index) -> np.ndarray:
-    """A part of a stored array, read by pieces: at once, it would be in memory as it is on disk as well."""
-    window = store[index][tensorstore.d[:].translate_to[0]]
-    result = np.empty(window.shape, window.dtype.numpy_dtype)
-    for part in LazyArray.of(result).pieces():
-        result[part] = window[part].read().result()
-    return result
-
-
-def _lazy_handler() -> ocp.PyTreeCheckpointHandler:
-    """The handler of a tree of lazy arrays, which on disk are a ``jax.Array`` each.
-
-    Each array has files of its own: the data base that orbax takes otherwise collects in memory what it is
-    given, and writes it at the end.
-    """
-    handler = _LazyArrayHandler()
-    registry = ocp.type_handlers.create_type_handler_registry((LazyArray, handler), (jax.Array, handler))
-    return ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
+    def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = {*sorted(steps)[-self.newest :], *self.others()}
+        return [step in kept for step in steps]
 
 
 class Checkpointer:
     """Saves asynchronously, restores the newest sound step."""
 
-    def __init__(self, folder: Path, *, keep: int = 3, lazy: bool = False):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int = 3,
+        others: Callable[[], Collection[int]] = tuple,
+        lazy: bool = False,
+    ):
         """Opens or makes the folder.
 
         Args:
-          keep: steps that stay.
-          lazy: takes and gives back trees of ``LazyArray``, of which memory then holds pieces only.
+          keep: newest steps that stay.
+          others: gives the steps that stay besides.
+          lazy: takes and gives back trees of ``LazyArray``, of which memory then holds pieces only. Their
+            values may be infinite: nothing has computed them here.
         """
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-        handler = _lazy_handler if lazy else ocp.StandardCheckpointHandler
+        policy: Any = _Retention(keep, others)
+        options = ocp.CheckpointManagerOptions(preservation_policy=policy, create=True)
+        handler = lazy_handler if lazy else ocp.StandardCheckpointHandler
         handlers = {"params": handler(), "training": handler(), "record": ocp.JsonCheckpointHandler()}
-        self._lazy = lazy
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)
+        self._lazy, self._folder = lazy, folder.absolute()
+        self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
+        self._writing: tuple[int, int] | None = None  # step and bytes of what is on its way to disk
+        logging.getLogger("absl").addFilter(self._says_more)
 
-    def save(self, step: int, *, params: Any, training: Any, record: dict[str, Any]) -> None:
+    @property
+    def steps(self) -> list[int]:
+        """The steps that are there, sound or not, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, *, params: Any, training: Any, record: Mapping[str, Any]) -> None:
         """Starts writing; the files follow in the background.
 
         Arrays are copied before this returns, lazy ones are read until everything is on disk.
+
+        Raises:
+          CheckpointError: this step or the one before could not be written, or a parameter is not finite.
         """
+        self.wait()
+        trees = {"params": params, "training": training}
+        if not self._lazy and (problem := infinite(params)):
+            raise CheckpointError(f"step {step} is not saved: {problem}; {self._newest()}")
         item = ocp.args.PyTreeSave if self._lazy else ocp.args.StandardSave
-        sums = {"params": checksums(params), "training": checksums(training)}
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=item(params),
-                training=item(training),
-                record=ocp.args.JsonSave({**record, "checksums": sums}),
-            ),
+        args = ocp.args.Composite(
+            params=item(params),
+            training=item(training),
+            record=ocp.args.JsonSave(sealed(step, record, trees)),
         )
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
+        # Of several processes each may have a disk of its own, for its part.
+        if jax.process_count() == 1 and shutil.disk_usage(self._folder).free < needed:
+            raise self._not_saved(step, needed)
+        self._writing = step, needed
+        with self._told():
+            written = self._manager.save(step, args=args)
+        if not written:
+            self._writing = None
+            raise CheckpointError(
+                f"step {step} is not saved: {self._folder} holds step {max(self.steps)} already; move the "
+                "steps from there on away"
+            )
+
+    def wait(self) -> None:
+        """Returns when everything saved is on disk.
+
+        Raises:
+          CheckpointError: it could not be written.
+        """
+        with self._told():
+            self._manager.wait_until_finished()
+            if self._writing is not None:
+                (self._folder / str(self._writing[0]) / "record").stat()
+        self._writing = None
+
+    def close(self) -> None:
+        """Finishes writing and releases the folder.
+
+        Raises:
+          CheckpointError: what was saved last could not be written.
+        """
+        try:
+            self.wait()
+        except CheckpointError:
+            with contextlib.suppress(Exception):  # orbax raises the same again, after its parts are closed
+                self._manager.close()
+            self._remove_partial()
+            raise
+        else:
+            self._manager.close()
+        finally:
+            logging.getLogger("absl").removeFilter(self._says_more)
 
     def restore(
-        self, *, params: Any, training_of: Any, before: int | None = None
+        self,
+        *,
+        params: Any,
+        training_of: Callable[[dict[str, Any]], Any],
+        before: int | None = None,
+        mend: bool = False,
     ) -> tuple[int, Any, Any, dict[str, Any]] | None:
         """The newest step that reads back soundly, as (step, params, training, record); None without steps.
 
@@ -180,67 +164,185 @@ class Checkpointer:
           params: abstract parameters with shardings.
           training_of: from the record of a step to the abstract tree of its training state.
           before: only steps before this one.
+          mend: sets the damaged steps aside, so that the run can write them again, and removes what was
+            half written. Only for the one who trains: others may look while a step is being written.
 
         Raises:
+          OtherTreeError: the newest sound step is of another model, optimiser or routing scheme.
           CheckpointError: there are checkpoints, and none of them is sound.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        steps = [step for step in steps if before is None or step < before]
-        problems = []
-        for step in steps:
-            try:
-                only_record = ocp.args.Composite(record=ocp.args.JsonRestore())
-                record = self._manager.restore(step, args=only_record)["record"]
-                training = training_of(record)
-                _check_shapes(self._manager.item_metadata(step)["params"], params)
-                args = ocp.args.Composite(params=self._target(params), training=self._target(training))
-                restored = self._manager.restore(step, args=args)
-                _verify(restored, record["checksums"])
-            except CheckpointError as error:
-                problems.append(f"step {step}: {error}")
-            except Exception as error:  # storage raises many kinds; each means "this step cannot be read"
-                problems.append(f"step {step}: {type(error).__name__}: {str(error).splitlines()[0][:200]}")
-            else:
-                for problem in problems:
-                    logger.warning("checkpoint skipped: %s", problem)
-                return step, restored["params"], restored["training"], record
+
+        def wanted(step: int, record: dict[str, Any]) -> dict[str, Any]:
+            trees = {"params": params, "training": training_of(record)}
+            for item, tree in trees.items():
+                stored = None if LEAVES in record else self._stored(step, item)
+                if problem := differences(item, shapes(item, record, stored), tree):
+                    if LEAVES not in record:
+                        raise CheckpointError(problem)
+                    raise OtherTreeError(f"step {step} of {self._folder} is of {problem}")
+            return trees
+
+        steps = [step for step in self.steps if before is None or step < before]
+        return self._newest_sound(steps, wanted, mend=mend)
+
+    def restore_stored(
+        self, parts: Collection[str], *, only: int | None = None
+    ) -> tuple[int, Any, Any, dict[str, Any]] | None:
+        """``restore``, whatever the newest step holds; of its training state the named parts alone.
+
+        It gives lazy arrays, so the checkpointer has to be lazy.
+
+        Args:
+          only: this step, and no other.
+        """
+
+        def wanted(step: int, record: dict[str, Any]) -> dict[str, Any]:
+            training = {k: v for k, v in self._stored(step, "training").items() if k in parts}
+            return {"params": self._stored(step, "params"), "training": training}
+
+        steps = [step for step in self.steps if only is None or step == only]
+        return self._newest_sound(steps, wanted, whole=False)
+
+    def _stored(self, step: int, item: str) -> Any:
+        """Shapes and dtypes as storage has them; containers are mappings and lists."""
+        return self._manager.item_metadata(step)[item].tree
+
+    def _newest_sound(
+        self,
+        steps: list[int],
+        wanted: Callable[[int, dict[str, Any]], dict[str, Any]],
+        *,
+        mend: bool = False,
+        whole: bool = True,
+    ) -> tuple[int, Any, Any, dict[str, Any]] | None:
+        problems: dict[int, str] = {}
+        for step in reversed(steps):
+            found = self._read(step, wanted, whole=whole)
+            if not isinstance(found, str):
+                places = self._set_aside(problems) if mend else {}
+                for bad, problem in problems.items():
+                    where = f"; set aside as {places[bad]}" if bad in places else ""
+                    logger.warning("checkpoint skipped: step %d: %s%s", bad, problem, where)
+                return step, *found
+            problems[step] = found
         if problems:
-            raise CheckpointError("no checkpoint can be restored; " + "; ".join(problems))
+            told = "; ".join(f"step {step}: {problem}" for step, problem in problems.items())
+            raise CheckpointError(
+                f"no checkpoint can be restored; {told}; move {self._folder} away to begin anew"
+            )
         return None
 
-    def _target(self, tree: Any) -> ocp.args.CheckpointArgs:
+    def _read(
+        self, step: int, wanted: Callable[[int, dict[str, Any]], dict[str, Any]], *, whole: bool
+    ) -> tuple[Any, Any, dict[str, Any]] | str:
+        """Parameters, training state and record of a step, or why it cannot be used.
+
+        Processes agree, before each computation that they share: files may be damaged on one alone.
+        """
+        record, trees, restored = {}, {}, {}
+        try:
+            only = ocp.args.Composite(record=ocp.args.JsonRestore())
+            record = self._manager.restore(step, args=only)["record"]
+            if not is_sound(step, record):
+                raise CheckpointError(f"the record of step {step} differs from its checksum")
+            trees = {item: tree for item, tree in wanted(step, record).items() if tree}
+            args = {item: self._target(tree, whole=whole) for item, tree in trees.items()}
+            restored = self._manager.restore(step, args=ocp.args.Composite(**args))
+            problem = ""
+        except OtherTreeError:
+            raise
+        except CheckpointError as error:
+            problem = str(error)
+        except Exception as error:  # storage raises many kinds; each means "this step cannot be read"
+            problem = _cause(error)
+        problem = _agreed(problem) or _agreed(self._damage(record, {i: restored[i] for i in trees}, whole))
+        return problem or (restored["params"], restored["training"] if "training" in trees else {}, record)
+
+    def _damage(self, record: Mapping[str, Any], trees: Mapping[str, Any], whole: bool) -> str:
+        try:  # lazy arrays are read here
+            found = (damage(item, record, tree, whole=whole) for item, tree in trees.items())
+            problem = next(filter(None, found), "")
+            return problem or ("" if self._lazy else infinite(trees["params"]))
+        except Exception as error:
+            return _cause(error)
+
+    def _set_aside(self, steps: Collection[int]) -> dict[int, Path]:
+        """Renames damaged steps and removes half-written ones; where each damaged one is now."""
+        places = {}
+        for step in steps:
+            place, again = self._folder / DAMAGED / str(step), 1
+            while place.exists():
+                place, again = self._folder / DAMAGED / f"{step}-{again}", again + 1
+            places[step] = place
+        if jax.process_index() == 0:
+            for step, place in places.items():
+                place.parent.mkdir(exist_ok=True)
+                (self._folder / str(step)).rename(place)
+            self._remove_partial()
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+        self._manager.reload()
+        return places
+
+    def _remove_partial(self) -> None:
+        """Removes what was half written; several processes may do so at once."""
+        for partial in self._folder.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(partial, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Turns what fails in writing, here or in the background, into one line, and leaves no part of it."""
+        try:
+            yield
+        except Exception as error:
+            if self._writing is None:
+                raise
+            step, needed = self._writing
+            self._writing = None
+            self._remove_partial()
+            self._manager.reload()
+            raise self._not_saved(step, needed, _cause(error)) from error
+
+    def _not_saved(self, step: int, needed: int, cause: str = "") -> CheckpointError:
+        free = shutil.disk_usage(self._folder).free
+        remedy = "make room" if free < needed else "put this right"
+        return CheckpointError(
+            f"step {step} is not saved in {self._folder}: it needs {_size(needed)}, {_size(free)} are free; "
+            f"{self._newest()}; {remedy} and run again{f' ({cause})' if cause else ''}"
+        )
+
+    def _says_more(self, record: logging.LogRecord) -> bool:
+        """Whether orbax logs something else than an exception, which it raises besides."""
+        return record.exc_info is None
+
+    def _newest(self) -> str:
+        return (
+            f"the newest checkpoint is of step {max(self.steps)}" if self.steps else "there is no checkpoint"
+        )
+
+    def _target(self, tree: Any, *, whole: bool) -> ocp.args.CheckpointArgs:
         if not self._lazy:
             return ocp.args.StandardRestore(tree)
         each = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=LazyArray), tree)
-        return ocp.args.PyTreeRestore(tree, restore_args=each)
-
-    def wait(self) -> None:
-        """Returns when everything saved is on disk."""
-        self._manager.wait_until_finished()
-
-    def close(self) -> None:
-        """Finishes writing and releases the folder."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        return ocp.args.PyTreeRestore(tree, restore_args=each, partial_restore=not whole)
 
 
-def _check_shapes(stored: Any, wanted: Any) -> None:
-    """Compares what a step holds with what the model needs, before any array is read."""
-    have = {p: tuple(leaf.shape) for p, leaf in params_lib.flatten(stored.tree).items()}
-    need = {p: tuple(leaf.shape) for p, leaf in params_lib.flatten(wanted).items()}
-    differences = [
-        f"{p} is {have.get(p, 'absent')} in the checkpoint, {need.get(p, 'absent')} in the model"
-        for p in sorted(have.keys() | need.keys())
-        if have.get(p) != need.get(p)
-    ]
-    if differences:
-        more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
-        raise CheckpointError("another model: " + "; ".join(differences[:3]) + more)
+def _cause(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def _verify(restored: Any, sums: dict[str, dict[str, int]]) -> None:
-    for item, expected in sums.items():
-        actual = checksums(restored[item])
-        damaged = sorted(k for k in expected if actual.get(k) != expected[k])
-        if damaged or actual.keys() != expected.keys():
-            raise CheckpointError(f"checksum of {item} differs at {', '.join(damaged[:3])}")
+def _agreed(problem: str) -> str:
+    """The problem of this process, or that another one has one."""
+    if jax.process_count() == 1:
+        return problem
+    bad = np.flatnonzero(multihost_utils.process_allgather(np.int32(bool(problem))))
+    return problem or (f"process {bad[0]} cannot use it" if bad.size else "")
+
+
+def _size(count: float) -> str:
+    """A number of bytes for people."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

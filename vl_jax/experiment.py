@@ -5,30 +5,34 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 
-from vl_jax import sharding
+from vl_jax import schema, sharding
 from vl_jax.batch import Batch
+from vl_jax.checkpoint import CHECKPOINTS
 from vl_jax.data.config import DataConfig, ModelSpec
 from vl_jax.data.encode import make_encoder
 from vl_jax.data.images.tiling import TilingConfig
 from vl_jax.evaluate.runner import EvaluationConfig
 from vl_jax.interop import pretrained
+from vl_jax.interop.folder import CONFIG
 from vl_jax.joint import JointConfig
 from vl_jax.layout import Layout, ModelConfig, Variables, init_variables, plan_layout
 from vl_jax.model import VisionLanguageConfig
 from vl_jax.runtime import errors
 from vl_jax.schema import Open
 from vl_jax.sharding import MeshConfig
-from vl_jax.train import loop
+from vl_jax.train import initial, loop
 from vl_jax.train.loop import LoopConfig
 from vl_jax.train.stages import Stage, adapter_shapes, trainable_paths
 
 logger = logging.getLogger(__name__)
+
+RUN_CONFIG = "config.json"  # in the folder of a run, what it was launched with, resolved
 
 MODEL_NEEDS = ("stacks", "spec", "check_data", "build", "smallest_batch")  # what a model's config must have
 
@@ -41,7 +45,9 @@ class Experiment:
     model: Annotated[VisionLanguageConfig | JointConfig | ModelConfig, Open("model", MODEL_NEEDS)]
     data: DataConfig
     stages: tuple[Stage, ...]
-    init: str = ""  # folder of a published checkpoint to begin with (see ``resolve``); empty: random weights
+    # Folder to begin with: a published checkpoint (see ``resolve``), or a run (see ``train.initial``), its
+    # checkpoints or one of them; empty: random weights.
+    init: str = ""
     mesh: MeshConfig = MeshConfig()
     loop: LoopConfig = LoopConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -65,16 +71,26 @@ def resolve(experiment: Experiment) -> Experiment:
     """Fills in what ``init`` names: the model of the published checkpoint, its tokenizer and its tiling.
 
     Of the experiment's model, what ``pretrained.run_as`` names stays; of its data, a tokenizer or a tiling
-    other than the default. Resolving twice changes nothing.
+    other than the default. With a run to begin with the model is the experiment's own. Resolving twice
+    changes nothing.
 
     Raises:
-      ValueError: the folder is no published checkpoint, or the model or the tiling is not for it.
+      ValueError: the folder is neither a published checkpoint nor a run, or the model or the tiling is not
+        for it.
     """
     if not experiment.init:
         return experiment
     folder, ours, data = Path(experiment.init), experiment.model, experiment.data
     if not folder.is_dir():
         raise ValueError(f"config.init={experiment.init}: no such folder")
+    if initial.find(folder) is not None:
+        ours.check_data(data)
+        return experiment
+    if not (folder / CONFIG).is_file():
+        raise ValueError(
+            f"config.init={experiment.init}: neither a published checkpoint (no {CONFIG}) nor a run (no "
+            f"{CHECKPOINTS}/)"
+        )
     published = pretrained.read_published(folder)
     model = pretrained.run_as(published.config, ours)
     if not data.tokenizer:
@@ -141,11 +157,59 @@ def plan(experiment: Experiment) -> Layout:
 
 
 def first_weights(experiment: Experiment, layout: Layout) -> Variables:
-    """What a run begins with: parameters and routing state of ``init``, or fresh ones."""
-    if experiment.init:  # no model that is published has collections
-        return Variables(*pretrained.load_params(Path(experiment.init), layout))
+    """What a run begins with: parameters and routing state of ``init``, or fresh ones.
+
+    Raises:
+      ValueError: the checkpoint of ``init`` is damaged, or not for the model.
+    """
+    folder = Path(experiment.init)
+    origin = initial.find(folder) if experiment.init else None
+    if experiment.init and origin is None:  # no model that is published has collections
+        return Variables(*pretrained.load_params(folder, layout))
     example = example_batch(experiment, sharding.batch_axes(layout.mesh))
-    return init_variables(layout, example, experiment.seed)
+    if origin is None:
+        return init_variables(layout, example, experiment.seed)
+    run = origin.checkpoints.parent
+    is_run = origin.checkpoints.name == CHECKPOINTS and (run / RUN_CONFIG).is_file()
+    before = read_run(run) if is_run else None
+    if before is not None and before.data.tokenizer != experiment.data.tokenizer:
+        logger.warning(
+            "init: config.data.tokenizer is %r in %s and %r here: the same number may be another token",
+            before.data.tokenizer,
+            run,
+            experiment.data.tokenizer,
+        )
+
+    def scale_of(record: Mapping[str, Any]) -> float:
+        if before is None:
+            raise ValueError(
+                f"config.init={folder}: its adapters are not merged, and there is no {RUN_CONFIG} beside to "
+                "say how much they count; give the folder of the run"
+            )
+        return loop.stage_at(before.stages, loop.Position(**record["position"])).lora_scale
+
+    return initial.load(origin, layout, example, seed=experiment.seed, scale_of=scale_of)
+
+
+def read_run(workdir: Path) -> Experiment:
+    """The experiment of a run, from its ``config.json``.
+
+    Raises:
+      ValueError: there is no such file, or it is damaged; names it and says what to do.
+    """
+    path = workdir / RUN_CONFIG
+    if not path.is_file():
+        raise ValueError(f"--workdir={workdir} holds no run: there is no {RUN_CONFIG}")
+    try:
+        return schema.from_json(path.read_text(encoding="utf-8"), Experiment)
+    except schema.ConfigError as error:
+        raise ValueError(f"{path}: {error}") from None
+    except ValueError as error:
+        what = "empty" if not path.stat().st_size else f"cut or damaged ({error})"
+        raise ValueError(
+            f"{path}: {what}; delete it and launch `train` with the options the run began with: it goes on "
+            "from its checkpoints and writes the file anew"
+        ) from None
 
 
 def open_stream(

@@ -7,7 +7,7 @@ changes without a gradient. They are whole on every device.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import flax.linen as nn
@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from vl_jax import params as params_lib
 from vl_jax import sharding
 from vl_jax.batch import Batch
 from vl_jax.data.config import DataConfig, ModelSpec
@@ -139,6 +140,25 @@ def init_variables(layout: Layout, example: Batch, seed: int) -> Variables:
     with sharding.use_mesh(layout.mesh, layout.rules):
         params, collections = jax.jit(init, out_shardings=targets)(jax.random.key(seed), example)
     return Variables(params, routing, collections)
+
+
+def init_leaves(layout: Layout, example: Batch, seed: int, paths: Collection[str]) -> dict[str, jax.Array]:
+    """Some of the leaves of ``init_variables``, each created where it lives; the others are not computed.
+
+    Args:
+      paths: in the tree ``{"params": ..., **collections}``.
+    """
+    routing = stacks.init_state(layout.model.config.stacks)
+
+    def init(key: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+        made = nn.meta.unbox(_created(layout.model.init(key, batch, routing, method="initialize")))
+        flat = params_lib.flatten({"params": made[0], **made[1]})
+        return {path: flat[path] for path in paths}
+
+    places = params_lib.flatten({"params": layout.params, **layout.collections})
+    targets = {path: places[path].sharding for path in paths}
+    with sharding.use_mesh(layout.mesh, layout.rules):
+        return jax.jit(init, out_shardings=targets)(jax.random.key(seed), example)
 
 
 def init_params(layout: Layout, example: Batch, seed: int) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import math
@@ -25,19 +26,22 @@ from vl_jax.data.config import opened
 from vl_jax.data.images.resolution import resolution_warning
 from vl_jax.evaluate.runner import evaluate
 from vl_jax.experiment import (
+    RUN_CONFIG,
     Experiment,
     first_weights,
     model_spec,
     open_stream,
     plan,
+    read_run,
     resolve,
 )
 from vl_jax.interop import pretrained
 from vl_jax.layout import Layout, rows_here
 from vl_jax.report.results import read_result
 from vl_jax.report.run import write_report
-from vl_jax.runtime import allocator
-from vl_jax.train import loop
+from vl_jax.runtime import allocator, atomic_file
+from vl_jax.train import initial, loop, resume
+from vl_jax.train.best import Best, scores_of
 from vl_jax.train.hooks import Hook
 from vl_jax.train.probe import Probe
 from vl_jax.train.program import Program
@@ -79,9 +83,11 @@ def run(experiment: Experiment, workdir: Path) -> dict[str, Any]:
         hooks=_hooks(experiment, layout, stream_of),
     )
     results = evaluate_all(experiment, layout, state, workdir)
+    if results:
+        Best(experiment.loop.best, workdir).add(_steps(experiment), scores_of(results))
     if jax.process_index() == 0:
         facts = {"wall_time_s": round(time.time() - start, 1), **_facts(layout)}
-        (workdir / "run.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        atomic_file.write_text(workdir / "run.json", json.dumps(facts, indent=2) + "\n")
         write_report(workdir)
     return results
 
@@ -96,10 +102,13 @@ def _hooks(
         return (Probe(layout, next(stream), every=experiment.loop.routing_every),)
 
 
+def _steps(experiment: Experiment) -> int:
+    return sum(stage.steps for stage in experiment.stages)
+
+
 def evaluate_all(experiment: Experiment, layout: Layout, state: TrainState, workdir: Path) -> dict[str, Any]:
     """Evaluates every held-out source of the experiment that has no result of this step yet."""
-    step = sum(stage.steps for stage in experiment.stages)
-    results = {}
+    step, results = _steps(experiment), {}
     for source in experiment.data.evaluation:
         done = workdir / "eval" / source.name / f"{step}.json"
         if done.exists():
@@ -179,10 +188,7 @@ def restore(
     Raises:
       ValueError: the folder holds no run, or no sound checkpoint.
     """
-    path = workdir / "config.json"
-    if not path.is_file():
-        raise ValueError(f"--workdir={workdir} holds no run: there is no config.json")
-    experiment = schema.from_json(path.read_text(encoding="utf-8"), Experiment)
+    experiment = read_run(workdir)
     if overrides:
         experiment = config_lib.replace(experiment, overrides)
     layout = plan(experiment)
@@ -200,48 +206,71 @@ def restore(
 
 
 def export(workdir: Path, target: Path) -> None:
-    """Writes the model of a fine-tuned run, adapters merged, as the published checkpoint it began with.
+    """Writes the model of a run, adapters merged, in the form of the published checkpoint it began with.
+
+    A run may have begun with another run, and so on; the first of them began with the published checkpoint.
 
     Raises:
-      ValueError: the run did not begin with a published checkpoint, or the target exists.
+      ValueError: none of them did, the model is another one since, or the target exists.
     """
+    origin = _published_origin(workdir)
     experiment, _, state, _ = restore(workdir)
-    if not experiment.init:
+    published = pretrained.read_published(origin)
+    expected = pretrained.run_as(published.config, experiment.model)
+    if expected != experiment.model:
+        parts = [f.name for f in dataclasses.fields(expected)]
+        other = [n for n in parts if getattr(expected, n) != getattr(experiment.model, n)]
         raise ValueError(
-            f"{workdir}: the run did not begin with a published checkpoint (config.init is empty)"
+            f"{workdir}: config.model.{', config.model.'.join(other)} differ from the published checkpoint "
+            f"{origin} that it began with, and have no published form"
         )
-    published = pretrained.read_published(experiment.init).as_run_by(experiment.model)
-    pretrained.write_published(target, state.params, state.routing, published)
+    pretrained.write_published(target, state.params, state.routing, published.as_run_by(experiment.model))
+
+
+def _published_origin(workdir: Path) -> Path:
+    """The published checkpoint that a run began with, or the run that it began with, and so on."""
+    folder, seen = workdir, set()
+    while folder.resolve() not in seen:
+        seen.add(folder.resolve())
+        experiment = read_run(folder)
+        begun = Path(experiment.init)
+        if not experiment.init:
+            kind = type(experiment.model).__name__
+            raise ValueError(
+                f"{workdir}: its model ({kind}) has no published form: {folder} did not begin with a "
+                "published checkpoint (config.init is empty), whose config.json and names it could take"
+            )
+        if not begun.is_dir():
+            raise ValueError(f"{workdir}: {folder} began with {begun}, which is not there any more")
+        origin = initial.find(begun)
+        if origin is None:
+            return begun
+        folder = origin.checkpoints.parent
+    raise ValueError(f"{workdir}: its config.init leads back to itself")
 
 
 def _claim(experiment: Experiment, workdir: Path) -> None:
-    """Writes the resolved config; refuses a folder that holds a run of another one.
+    """Writes the resolved config; refuses a folder that holds a run which differs where it must not.
 
     Of a run begun by an earlier version, fields that did not exist yet have their defaults.
     """
-    path, text = workdir / "config.json", schema.to_json(experiment)
-    held = text
-    if path.exists():
-        held = schema.to_json(schema.from_json(path.read_text(encoding="utf-8"), Experiment))
-    if held != text:
-        before, now = (_flat(json.loads(t)) for t in (held, text))
-        changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
+    path, text = workdir / RUN_CONFIG, schema.to_json(experiment)
+    before = schema.to_json(read_run(workdir)) if path.exists() else text
+    allowed, refused = resume.changes(json.loads(before), json.loads(text))
+    if refused:
+        names = ", ".join(line.split()[0] for line in refused[:3])
+        more = f" (and {len(refused) - 3} more)" if len(refused) > 3 else ""
         raise ValueError(
-            f"--workdir={workdir} holds a run with another configuration "
-            f"(differs at {', '.join(changed[:3])}); resume it with the same options or choose another folder"
+            f"--workdir={workdir} holds a run with another configuration (differs at {names}): "
+            f"{'; '.join(refused[:3])}{more}; resume it with the same options, or choose another folder, and "
+            f"begin there with --config.init={workdir}"
         )
     if jax.process_index() != 0:
         return
+    for line in allowed:
+        logger.info("the run goes on with %s", line)
     workdir.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def _flat(tree: Any, prefix: str = "config") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {k: v for key, value in tree.items() for k, v in _flat(value, f"{prefix}.{key}").items()}
+    atomic_file.write_text(path, text)
 
 
 def _facts(layout: Layout) -> dict[str, Any]:

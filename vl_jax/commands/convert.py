@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Converts, and prints the folder that was made."""
-    if (arguments.source / "metrics.jsonl").is_file():  # a run, whose model came from a published one
+    if (arguments.source / "metrics.jsonl").is_file():  # a run, which began with a published one
         from vl_jax.runs import export
 
         export(arguments.source, arguments.target)

@@ -210,7 +210,7 @@ def read(
     """
     flat = flatten(targets)
     arrays = flatten(lazily(plan, weights, targets, ignored=ignored))
-    return unflatten({path: _place(array, flat[path]) for path, array in arrays.items()})
+    return unflatten({path: place(array, flat[path]) for path, array in arrays.items()})
 
 
 def lazily(
@@ -265,7 +265,7 @@ def _castable(source: Any, target: Any) -> bool:
     return source == target
 
 
-def _place(array: LazyArray, target: Any) -> jax.Array:
+def place(array: LazyArray, target: Any) -> jax.Array:
     """One leaf on its devices. Waits for the copy: host memory then never holds two leaves."""
     if target.sharding is None:
         return jax.device_put(array[(slice(None),) * len(array.shape)]).block_until_ready()

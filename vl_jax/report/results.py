@@ -58,7 +58,9 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
+        raise ValueError(
+            f"{path}: not valid JSON ({error}); delete it and run again what wrote it, `train` or `evaluate`"
+        ) from None
 
 
 def headline(result: Mapping[str, Any]) -> float | None:

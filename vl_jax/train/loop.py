@@ -27,6 +27,7 @@ from vl_jax.checkpoint import CHECKPOINTS, Checkpointer
 from vl_jax.layout import Layout, Variables, put_batch
 from vl_jax.metrics import MetricsWriter
 from vl_jax.train import saved
+from vl_jax.train.best import Best, BestConfig
 from vl_jax.train.hooks import Hook, Moment
 from vl_jax.train.optimizer import schedule
 from vl_jax.train.program import Program, programs
@@ -45,7 +46,8 @@ class LoopConfig:
     routing_every: int = 50  # vector-valued routing statistics
     churn: bool = False  # among them: how many choices of a fixed batch the step changed (see ``probe``)
     checkpoint_every: int = 500
-    keep_checkpoints: int = 3
+    keep_checkpoints: int = 3  # the newest ones
+    best: BestConfig = BestConfig()  # those that stay besides
 
     def __post_init__(self):
         for name in ("log_every", "routing_every", "checkpoint_every", "keep_checkpoints"):
@@ -95,7 +97,7 @@ class Session:
 class Position:
     """Where a run stands; the JSON side of a checkpoint."""
 
-    stage: int = 0
+    stage: int = 0  # the last one when the run is at its end, from where a longer stage goes on
     step: int = 0  # optimiser steps done in this stage
     global_step: int = 0
     data: dict[str, Any] | None = None  # cursor of the stage's stream; None at its beginning
@@ -125,9 +127,10 @@ def train(
     Raises:
       Stopped: after SIGTERM or SIGINT, once the state is on disk.
     """
-    checkpointer = Checkpointer(workdir / CHECKPOINTS, keep=config.keep_checkpoints)
+    best = Best(config.best, workdir)
+    checkpointer = Checkpointer(workdir / CHECKPOINTS, keep=config.keep_checkpoints, others=best.steps)
     try:
-        restored = restore(checkpointer, layout, stages)
+        restored = restore(checkpointer, layout, stages, mend=True)
         made = programs(layout, stages, seed=seed)
         if restored is None:
             restored = made[0].begin(begin(), _key(seed, 0)), Position()
@@ -142,7 +145,7 @@ def train(
             run = Session(
                 layout, made, open_stream, hooks, config, checkpointer, writer, progress, stop, seed
             )
-            while position.stage < len(stages):
+            while not _finished(position, stages):
                 state, position = _run_stage(run, state, position)
         return made[-1].merge(state)
     finally:
@@ -155,12 +158,18 @@ def _key(seed: int, stage: int) -> jax.Array:
 
 
 def restore(
-    checkpointer: Checkpointer, layout: Layout, stages: tuple[Stage, ...], *, before: int | None = None
+    checkpointer: Checkpointer,
+    layout: Layout,
+    stages: tuple[Stage, ...],
+    *,
+    before: int | None = None,
+    mend: bool = False,
 ) -> tuple[TrainState, Position] | None:
     """State and position of the newest sound checkpoint, or None if there is no checkpoint.
 
     Args:
       before: only checkpoints of earlier steps than this one.
+      mend: sets damaged ones aside, for a run that goes on.
 
     Raises:
       CheckpointError: there are checkpoints, and none of them can be used.
@@ -170,12 +179,16 @@ def restore(
         stage = stage_at(stages, Position(**record["position"]))
         return saved.abstract(Program.of(layout, stage), record)
 
-    restored = checkpointer.restore(params=layout.params, training_of=abstract, before=before)
+    restored = checkpointer.restore(params=layout.params, training_of=abstract, before=before, mend=mend)
     if restored is None:
         return None
     step, params, training, record = restored
     logger.info("resumed from checkpoint %d", step)
-    return saved.from_saved(layout, params, training, record), Position(**record["position"])
+    position = Position(**record["position"])
+    if position.stage == len(stages):  # the end of a run, as earlier versions wrote it
+        done = position.global_step - sum(stage.steps for stage in stages[:-1])
+        position = Position(len(stages) - 1, done, position.global_step)
+    return saved.from_saved(layout, params, training, record), position
 
 
 def stage_at(stages: tuple[Stage, ...], position: Position) -> Stage:
@@ -183,8 +196,12 @@ def stage_at(stages: tuple[Stage, ...], position: Position) -> Stage:
     return stages[min(position.stage, len(stages) - 1)]
 
 
+def _finished(position: Position, stages: tuple[Stage, ...]) -> bool:
+    return position.stage == len(stages) - 1 and position.step >= stages[-1].steps
+
+
 def _run_stage(run: Session, state: TrainState, position: Position) -> tuple[TrainState, Position]:
-    """Runs one stage from ``position`` to its end, and moves on to the beginning of the next."""
+    """Runs one stage from ``position`` to its end, and moves on to the beginning of the next, if any."""
     layout, program = run.layout, run.programs[position.stage]
     stage = program.stage
     run.progress.announce(stage.name, stage.steps, trainable_table(stage, layout.params, layout.roles))
@@ -193,6 +210,9 @@ def _run_stage(run: Session, state: TrainState, position: Position) -> tuple[Tra
     with contextlib.closing(stream), sharding.use_mesh(layout.mesh, layout.rules):
         if position.data is not None:
             stream.set_state(position.data)
+        else:  # at the beginning of the stage, but for a run that an earlier version took to its end
+            for _ in range(position.step):
+                next(stream)
         while position.step < stage.steps:
             with clock.waiting():
                 batch = next(stream)
@@ -208,15 +228,15 @@ def _run_stage(run: Session, state: TrainState, position: Position) -> tuple[Tra
             _report(run, moment, batch, metrics, learning_rate, clock, stream.skipped)
             ends = position.step == stage.steps
             stopped = _asked_to_stop(run, position.global_step)
-            if stopped or (position.global_step % run.config.checkpoint_every == 0 and not ends):
+            if stopped or ends or position.global_step % run.config.checkpoint_every == 0:
                 position.data = stream.get_state()
                 if not ends:
                     _save(run, state, position)
             if stopped and not ends:
                 run.checkpointer.wait()
                 raise Stopped(stopped, position.global_step)
-    position = Position(stage=position.stage + 1, global_step=position.global_step)
-    if position.stage < len(run.programs):
+    if position.stage + 1 < len(run.programs):
+        position = Position(stage=position.stage + 1, global_step=position.global_step)
         state = program.merge(state)
         variables = Variables(state.params, state.routing, state.collections)
         state = run.programs[position.stage].begin(variables, _key(run.seed, position.stage))

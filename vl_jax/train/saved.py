@@ -57,11 +57,19 @@ def from_saved(
     layout: Layout, params: Any, training: Mapping[str, Any], record: Mapping[str, Any]
 ) -> TrainState:
     """The state that a checkpoint holds."""
-    found, load, only = dict(training), record.get("load", {}), _only(layout)
+    load, only = record.get("load", {}), _only(layout)
     if _BY_STACK not in record:
-        found["routing"] = {only: found["routing"]} if only else {}
         load = {only: load} if only and load else {}
+    found = {**training, "routing": by_stack(layout, training["routing"], record)}
     return dataclasses.replace(TrainState(params=params, **found), load=_running_load(layout, load))
+
+
+def by_stack(layout: Layout, routing: Any, record: Mapping[str, Any]) -> dict[str, Any]:
+    """The routing state beside a record, by stack."""
+    if _BY_STACK in record:
+        return routing
+    only = _only(layout)
+    return {only: routing} if only else {}
 
 
 def _only(layout: Layout) -> str:

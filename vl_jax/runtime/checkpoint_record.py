@@ -1,0 +1,118 @@
+"""The record of a checkpoint: what is known of its leaves, and the seal that covers it.
+
+    {..., "leaves": {"params": {"['language']['head']": ["float32", [64, 32], 123456789]}, "training": {...}},
+     "seal": "5f2c..."}
+
+A leaf has dtype, shape and checksum. Earlier versions wrote ``checksums`` instead, of another kind, and no
+seal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from vl_jax.runtime.checksums import checksums, earlier_checksums, not_finite
+
+LEAVES, SEAL, EARLIER = "leaves", "seal", "checksums"
+_KINDS = {"params": "another model", "training": "another optimiser or routing scheme"}
+Shape = tuple[int, ...]
+
+
+def sealed(step: int, record: Mapping[str, Any], trees: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """A record as it comes back from JSON, with the checksum of the step and of all the rest of it.
+
+    Args:
+      trees: by item; None: the record has their leaves already.
+    """
+    leaves = {} if trees is None else {LEAVES: {item: _described(tree) for item, tree in trees.items()}}
+    rest = json.loads(json.dumps({k: v for k, v in {**record, **leaves}.items() if k != SEAL}))
+    text = json.dumps([step, rest], sort_keys=True)
+    return {**rest, SEAL: hashlib.sha256(text.encode()).hexdigest()}
+
+
+def is_sound(step: int, record: Mapping[str, Any]) -> bool:
+    """Whether a record is the one that was written with the step; of earlier ones nobody knows."""
+    return SEAL not in record or dict(record) == sealed(step, record)
+
+
+def shapes(item: str, record: Mapping[str, Any], stored: Any) -> dict[str, Shape | None]:
+    """The shape of every leaf of an item by path; None where it is not known.
+
+    Args:
+      stored: the tree that storage says it has; its containers may be others than those of the tree saved.
+    """
+    if LEAVES in record:
+        return {plain(k): tuple(shape) for k, (_, shape, _) in record[LEAVES][item].items()}
+    found = {plain(k): tuple(x.shape) for k, x in _named(stored).items()}
+    return {path: found.get(path) for path in map(plain, record[EARLIER][item])}
+
+
+def differences(item: str, found: Mapping[str, Shape | None], wanted: Any) -> str:
+    """The first leaves at which an item differs from the tree asked for; empty if none does.
+
+    Args:
+      found: what ``shapes`` gives.
+    """
+    need = {plain(name): tuple(leaf.shape) for name, leaf in _named(wanted).items()}
+    have = {path: need.get(path, "present") if shape is None else shape for path, shape in found.items()}
+    lines = [
+        f"{p} is {have.get(p, 'absent')} in the checkpoint, {need.get(p, 'absent')} in the model"
+        for p in sorted(have.keys() | need.keys())
+        if have.get(p) != need.get(p)
+    ]
+    if not lines:
+        return ""
+    return (
+        f"{_KINDS[item]}: {_first(lines, '; ')}; {len(have)} leaves found, {len(need)} expected; go on with "
+        "the options the run began with, or begin another run with --config.init"
+    )
+
+
+def damage(item: str, record: Mapping[str, Any], tree: Any, *, whole: bool = True) -> str:
+    """What is wrong with an item that was read; empty if nothing is.
+
+    Args:
+      whole: all of it was read, not some of its leaves.
+    """
+    if LEAVES in record:
+        expected = {plain(name): sum_ for name, (*_, sum_) in record[LEAVES][item].items()}
+        actual = checksums(tree)
+    else:
+        expected = {plain(name): sum_ for name, sum_ in record[EARLIER][item].items()}
+        actual = earlier_checksums(tree)
+    actual = {plain(name): sum_ for name, sum_ in actual.items()}
+    names = expected.keys() | actual.keys() if whole else actual.keys()
+    damaged = sorted(k for k in names if actual.get(k) != expected.get(k))
+    return f"checksum of {item} differs at {', '.join(damaged[:3])}" if damaged else ""
+
+
+def infinite(params: Any) -> str:
+    """Which parameters are not finite; empty if all are."""
+    bad = [plain(name) for name in not_finite(params)]
+    return f"parameters are not finite: {_first(bad, ', ')}" if bad else ""
+
+
+def plain(name: str) -> str:
+    """``optimizer/0/mu`` for ``['optimizer'][0].mu``."""
+    return "/".join(a or b for a, b in re.findall(r"\['?([^'\]]+)'?\]|\.(\w+)", name))
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    found, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in found}
+
+
+def _described(tree: Any) -> dict[str, list[Any]]:
+    sums = checksums(tree)
+    return {name: [str(x.dtype), list(x.shape), sums[name]] for name, x in _named(tree).items()}
+
+
+def _first(lines: list[str], between: str) -> str:
+    more = f" (and {len(lines) - 3} more)" if len(lines) > 3 else ""
+    return between.join(lines[:3]) + more

@@ -1,0 +1,159 @@
+"""Checksums of arrays: a number for each leaf of a tree, the same for every sharding and every machine.
+
+    sum over all elements of mix(bits + index * GOLDEN)    modulo 2**32
+
+``mix`` is the finaliser of MurmurHash3. It is one-to-one, so a change of one element is always seen. It stirs
+every bit into every other, so changes of several elements cancel by chance alone, once in 2**32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, UInt32
+
+from vl_jax.runtime.lazy_array import LazyArray
+
+GOLDEN = 0x9E3779B9
+# (shift to the right, factor) in turn.
+_ROUNDS = ((16, 0x85EBCA6B), (13, 0xC2B2AE35))
+_LAST_SHIFT = 16
+_BLOCK = 1 << 16  # elements the host works on at a time: they stay in the cache
+_INDEX = np.arange(_BLOCK, dtype=np.uint32) * np.uint32(GOLDEN)
+
+Bits = UInt32[Array, "*shape"]
+Sums = dict[str, int]
+
+
+def checksums(tree: Any) -> Sums:
+    """A checksum of every leaf of a tree of arrays, by ``jax.tree_util.keystr`` of its path.
+
+    Leaves are of 1, 2 or 4 bytes an element, those in host memory of 8 as well.
+    """
+    return _of_leaves(tree, _stirred_on_host, _stirred_on_devices)
+
+
+def earlier_checksums(tree: Any) -> Sums:
+    """The checksums that earlier versions wrote: an even number of sign flips does not change them."""
+    return _of_leaves(tree, _weighted_on_host, _weighted_on_devices)
+
+
+def not_finite(tree: Any) -> list[str]:
+    """Paths of the floating leaves of a tree that hold an infinity or something that is no number."""
+    leaves = {name: leaf for name, leaf in _named(tree).items() if jnp.issubdtype(leaf.dtype, jnp.floating)}
+    here, others = _split(leaves)
+    found = {
+        name: all(bool(np.isfinite(array[index]).all()) for index in array.pieces())
+        for name, array in here.items()
+    }
+    if others:
+        values = jax.device_get(_finite_on_devices(list(others.values())))
+        found |= dict(zip(others, map(bool, values), strict=True))
+    return [name for name in leaves if not found[name]]
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    named, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in named}
+
+
+def _split(leaves: Mapping[str, Any]) -> tuple[dict[str, LazyArray], dict[str, jax.Array]]:
+    """Those that lie in host memory as a whole, and those on devices."""
+    here = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, LazyArray)}
+    here |= {
+        name: LazyArray.of(np.asarray(leaf))
+        for name, leaf in leaves.items()
+        if name not in here and _in_one_piece(leaf)
+    }
+    return here, {name: leaf for name, leaf in leaves.items() if name not in here}
+
+
+def _in_one_piece(x: Any) -> bool:
+    places = x.devices() if isinstance(x, jax.Array) else ()
+    return len(places) < 2 and all(device.platform == "cpu" for device in places)
+
+
+def _of_leaves(
+    tree: Any, on_host: Callable[[LazyArray], int], on_devices: Callable[[list[jax.Array]], jax.Array]
+) -> Sums:
+    # Compiled for a CPU, a sum holds all its terms: the host has a way of its own.
+    here, others = _split(_named(tree))
+    sums = {name: on_host(array) for name, array in here.items()}
+    if others:
+        values = jax.device_get(on_devices(list(others.values())))
+        sums |= {name: int(v) for name, v in zip(others, values, strict=True)}
+    return sums
+
+
+def _bits(x: jax.Array) -> Bits:
+    if x.dtype == jnp.bool_:
+        return x.astype(jnp.uint32)
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    return jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+
+
+def _times_index(shape: tuple[int, ...], factor: int) -> Bits:
+    """``factor`` times the index of every element in C order; made of its axes, so that no array moves."""
+    result = jnp.zeros(shape, jnp.uint32)
+    for axis in range(len(shape)):
+        stride = factor * math.prod(shape[axis + 1 :]) % 2**32
+        result += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride)
+    return result
+
+
+@jax.jit
+def _stirred_on_devices(leaves: list[jax.Array]) -> UInt32[Array, " n"]:
+    def one(x: jax.Array) -> UInt32[Array, ""]:
+        mixed = _bits(x) + _times_index(x.shape, GOLDEN)
+        for shift, factor in _ROUNDS:
+            mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(factor)
+        return jnp.sum(mixed ^ (mixed >> _LAST_SHIFT), dtype=jnp.uint32)
+
+    return jnp.stack([one(x) for x in leaves])
+
+
+def _stirred_on_host(array: LazyArray) -> int:
+    total = offset = 0
+    mixed, shifted = np.empty(_BLOCK, np.uint32), np.empty(_BLOCK, np.uint32)
+    for index in array.pieces():
+        words = array[index].reshape(-1).view(f"u{min(array.dtype.itemsize, 4)}")
+        for start in range(0, words.size, _BLOCK):
+            block = words[start : start + _BLOCK]
+            x, t = mixed[: block.size], shifted[: block.size]
+            np.add(_INDEX[: block.size], np.uint32(offset * GOLDEN % 2**32), out=x)
+            np.add(x, block, out=x)
+            for shift, factor in _ROUNDS:
+                np.bitwise_xor(x, np.right_shift(x, np.uint32(shift), out=t), out=x)
+                np.multiply(x, np.uint32(factor), out=x)
+            np.bitwise_xor(x, np.right_shift(x, np.uint32(_LAST_SHIFT), out=t), out=x)
+            total += int(x.sum(dtype=np.uint32))
+            offset += block.size
+    return total % 2**32
+
+
+@jax.jit
+def _weighted_on_devices(leaves: list[jax.Array]) -> UInt32[Array, " n"]:
+    def one(x: jax.Array) -> UInt32[Array, ""]:
+        return jnp.sum(_bits(x) * (_times_index(x.shape, 2) + jnp.uint32(1)), dtype=jnp.uint32)
+
+    return jnp.stack([one(x) for x in leaves])
+
+
+def _weighted_on_host(array: LazyArray) -> int:
+    total = offset = 0
+    for index in array.pieces():
+        bits = array[index].reshape(-1).view(f"u{array.dtype.itemsize}").astype(np.uint32)
+        weights = np.arange(0, 2 * bits.size, 2, dtype=np.uint32) + np.uint32((2 * offset + 1) % 2**32)
+        total += int(np.multiply(bits, weights, out=bits).sum(dtype=np.uint32))
+        offset += bits.size
+    return total % 2**32
+
+
+@jax.jit
+def _finite_on_devices(leaves: list[jax.Array]) -> Array:
+    return jnp.stack([jnp.isfinite(x).all() for x in leaves])

@@ -1,0 +1,105 @@
+"""The best checkpoints of a run, by a score of evaluation; they stay beside the newest ones.
+
+    evaluation --(step, scores)--> Best.add --> best.json --> Best.steps --> what the checkpointer keeps
+
+    {"score": "heldout/accuracy", "steps": {"500": 0.61, "1000": 0.64}}
+
+Whatever evaluates calls ``add``, and saves the step if it says so and there is no checkpoint of it yet.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+from vl_jax.runtime import atomic_file
+
+BEST_FILE = "best.json"  # in the folder of a run
+
+
+@dataclasses.dataclass(frozen=True)
+class BestConfig:
+    """Which checkpoints stay because evaluation found them good."""
+
+    keep: int = 0  # how many stay beside the newest ones; 0: none
+    score: str = ""  # by which: ``<source>/<score>``, as evaluation names them; empty: headline of the first
+    order: Literal["highest", "lowest"] = "highest"  # which value of the score is the best
+
+    def __post_init__(self):
+        if self.keep < 0:
+            raise ValueError(f"keep={self.keep} must be >= 0")
+
+
+class Best:
+    """The score of every step that was evaluated; it is on disk, so that a resumed run knows it too."""
+
+    def __init__(self, config: BestConfig, workdir: Path):
+        """Reads what the run knows already.
+
+        Raises:
+          ValueError: the file was damaged; or it has another score.
+        """
+        self._config, self._path = config, workdir / BEST_FILE
+        self._scores = _read(self._path, config) if config.keep else {}
+
+    def add(self, step: int, scores: Mapping[str, float | None]) -> bool:
+        """Takes the scores of a step, and says whether it is one of the best.
+
+        Args:
+          scores: by name, the first of them the headline. One that is not finite is never good.
+
+        Raises:
+          ValueError: there is no such score.
+        """
+        config = self._config
+        if not config.keep:
+            return False
+        name = config.score or next(iter(scores), "")
+        if name not in scores:
+            raise ValueError(
+                f"config.loop.best.score={config.score!r}: evaluation gives {', '.join(scores) or 'none'}"
+            )
+        value = scores[name]
+        self._scores.pop(step, None)
+        if value is not None and math.isfinite(value):
+            self._scores[step] = float(value)
+        if jax.process_index() == 0:
+            steps = {str(step): self._scores[step] for step in sorted(self._scores)}
+            text = json.dumps({"score": config.score, "steps": steps}, indent=2, ensure_ascii=False)
+            atomic_file.write_text(self._path, text + "\n")
+        return step in self.steps()
+
+    def steps(self) -> set[int]:
+        """The best steps; of equal ones the later."""
+        sign = 1 if self._config.order == "highest" else -1
+        ranked = sorted(self._scores, key=lambda step: (sign * self._scores[step], step), reverse=True)
+        return set(ranked[: self._config.keep])
+
+
+def scores_of(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
+    """The scores of results, as ``<source>/<score>``; the headline of the first source comes first."""
+    scores = {f"{task}/{name}": v for task, result in results.items() for name, v in result["scores"].items()}
+    if not results:
+        return scores
+    task, result = next(iter(results.items()))
+    first = f"{task}/{result['headline']}"
+    return {first: scores[first], **scores}
+
+
+def _read(path: Path, config: BestConfig) -> dict[int, float]:
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        score, steps = found["score"], {int(step): float(v) for step, v in found["steps"].items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{path}: cut or damaged ({error}); delete it, and the run goes on without the scores so far"
+        ) from None
+    return steps if score == config.score else {}

@@ -1,0 +1,192 @@
+"""What a run begins with when it begins with a checkpoint of another one: parameters by path, and the state.
+
+    checkpoint --by path and shape--> parameters, routing state, collections
+    what the checkpoint lacks, or has in another shape --> created afresh, and listed
+
+Adapters of the checkpoint are merged into their weights first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from vl_jax import params as params_lib
+from vl_jax.batch import Batch
+from vl_jax.checkpoint import CHECKPOINTS, Checkpointer
+from vl_jax.interop.rules import place
+from vl_jax.layout import Layout, Variables, init_leaves
+from vl_jax.moe import stacks
+from vl_jax.runtime.lazy_array import Index, LazyArray
+from vl_jax.train import lora, saved
+
+logger = logging.getLogger(__name__)
+
+# What the training state of a checkpoint has of a model, beside the optimiser's.
+_PARTS = ("routing", "adapters", "collections")
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where a checkpoint to begin with is."""
+
+    folder: Path  # as it was given
+    checkpoints: Path
+    step: int | None  # None: the newest
+
+
+def find(folder: Path) -> Origin | None:
+    """The checkpoint that a folder stands for: that of a run, of its checkpoints, or of one of them.
+
+    None if it is something else, such as a published checkpoint.
+    """
+    if (folder / CHECKPOINTS).is_dir():
+        return Origin(folder, folder / CHECKPOINTS, None)
+    if folder.resolve().name.isdigit() and (folder / "params").is_dir():
+        return Origin(folder, folder.resolve().parent, int(folder.resolve().name))
+    if any(path.name.isdigit() and (path / "params").is_dir() for path in folder.iterdir()):
+        return Origin(folder, folder, None)
+    return None
+
+
+def load(
+    origin: Origin,
+    layout: Layout,
+    example: Batch,
+    *,
+    seed: int,
+    scale_of: Callable[[Mapping[str, Any]], float],
+) -> Variables:
+    """Parameters, routing state and collections of a checkpoint, as far as the model has a place for them.
+
+    What is created afresh and what is left out is logged, a line for each part.
+
+    Args:
+      example: batch of the model, for what is created.
+      seed: of what is created.
+      scale_of: from the record of the checkpoint to what its adapters are multiplied by; asked if it has any.
+
+    Raises:
+      ValueError: there is no sound checkpoint, or none of its parameters is one of the model's.
+    """
+    checkpointer = Checkpointer(origin.checkpoints, lazy=True)
+    try:
+        found = checkpointer.restore_stored(_PARTS, only=origin.step)
+        if found is None:
+            raise ValueError(f"config.init={origin.folder}: holds no checkpoint")
+        step, params, training, record = found
+        routing = saved.by_stack(layout, training.get("routing", {}), record)
+        have = params_lib.flatten({"params": params, **training.get("collections", {}), "routing": routing})
+        need = params_lib.flatten({"params": layout.params, **layout.collections})
+        taken = {path: leaf for path, leaf in need.items() if path in have and fits(have[path], leaf)}
+        if not any(path.startswith("params/") for path in taken):
+            raise ValueError(_nothing_fits(origin.folder, have, need))
+        values = {path: place(_cast(have[path], leaf.dtype), leaf) for path, leaf in taken.items()}
+        adapters = params_lib.flatten(training.get("adapters", {}))
+        if adapters:
+            values |= _merged(values, adapters, layout, scale_of(record))
+        state, of_state = _state(layout, have)
+    finally:
+        checkpointer.close()
+    if new := need.keys() - taken.keys():
+        values |= init_leaves(layout, example, seed, new)
+    count = sum(path.startswith("params/") for path in taken)
+    total = len(params_lib.flatten(layout.params))
+    logger.info("init: %d of %d parameters come from %s, step %d", count, total, origin.folder, step)
+    for line in differences(have, need | of_state, where=str(origin.folder)):
+        logger.warning("init: %s", line)
+    tree = params_lib.unflatten({path: values[path] for path in need})
+    return Variables(tree["params"], state, {name: tree[name] for name in layout.collections})
+
+
+def fits(have: Any, need: Any) -> bool:
+    """Whether a stored leaf can take the place of one of the model's."""
+    return tuple(have.shape) == tuple(need.shape)
+
+
+def differences(have: Mapping[str, Any], need: Mapping[str, Any], *, where: str) -> list[str]:
+    """What a checkpoint lacks, has in another shape, or has too much, one line a part.
+
+    Args:
+      have, need: leaves by path; below ``params/`` are the parameters.
+      where: name of the checkpoint.
+    """
+    lines = []
+    for part, paths in _parts(need.keys() - have.keys(), have.keys() & need.keys()).items():
+        size = sum(int(np.prod(need[path].shape)) for path in paths)
+        lines.append(f"{part} is not in {where}: {len(paths)} leaves ({size:,} numbers) begin afresh")
+    for path in sorted(path for path in have.keys() & need.keys() if not fits(have[path], need[path])):
+        shapes = tuple(have[path].shape), tuple(need[path].shape)
+        lines.append(f"{_shown(path)} is {shapes[0]} in {where} and {shapes[1]} here: it begins afresh")
+    for part, paths in _parts(have.keys() - need.keys(), need).items():
+        lines.append(f"{part} of {where} has no place here: {len(paths)} leaves are left out")
+    return lines
+
+
+def _parts(paths: Iterable[str], others: Collection[str]) -> dict[str, list[str]]:
+    """Paths by the shortest of their beginnings that no other path has, but for the first name."""
+    beginnings = {other[:at] for other in others for at, c in enumerate(f"{other}/") if c == "/"}
+    parts: dict[str, list[str]] = {}
+    for path in sorted(paths):
+        ends = [at for at, c in enumerate(f"{path}/") if c == "/"][1:] or [len(path)]
+        part = next((path[:end] for end in ends if path[:end] not in beginnings), path)
+        parts.setdefault(_shown(part), []).append(path)
+    return parts
+
+
+def _shown(path: str) -> str:
+    return path.removeprefix("params/")
+
+
+def _nothing_fits(folder: Path, have: Mapping[str, Any], need: Mapping[str, Any]) -> str:
+    first = [next(_shown(p) for p in tree if p.startswith("params/")) for tree in (have, need)]
+    return (
+        f"config.init={folder}: none of its parameters has path and shape of one of the model's; it has "
+        f"{first[0]}, the model {first[1]}"
+    )
+
+
+def _cast(array: LazyArray, dtype: Any) -> LazyArray:
+    def read(index: Index) -> np.ndarray:
+        return array[index].astype(dtype, copy=False)
+
+    return LazyArray(array.shape, np.dtype(dtype), read)
+
+
+def _merged(
+    values: Mapping[str, jax.Array], adapters: Mapping[str, LazyArray], layout: Layout, scale: float
+) -> dict[str, jax.Array]:
+    """The weights that have adapters, with these added."""
+    merged = {}
+    for path in sorted({path.rpartition("/")[0] for path in adapters}):
+        weight = values.get(f"params/{path}")
+        if weight is None:  # the weight has no place here, which is told
+            continue
+        pair = [adapters[f"{path}/{name}"] for name in ("a", "b")]
+        a, b = (jax.device_put(x[(slice(None),) * len(x.shape)], layout.replicated) for x in pair)
+        add = functools.partial(lora.add_product, scale=scale, role=layout.roles[path])
+        merged[f"params/{path}"] = jax.jit(add, out_shardings=weight.sharding)(weight, a, b)
+    return merged
+
+
+def _state(layout: Layout, have: Mapping[str, LazyArray]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The routing state by stack, and all of its leaves by path; what does not fit is as at the beginning."""
+    first = stacks.init_state(layout.model.config.stacks)
+
+    def value(path: str, leaf: Any) -> Any:
+        if path not in have or not fits(have[path], leaf):
+            return leaf
+        return _cast(have[path], leaf.dtype)[(slice(None),) * leaf.ndim]
+
+    state = {
+        name: params_lib.map_paths(lambda path, leaf, at=f"routing/{name}": value(f"{at}/{path}", leaf), of)
+        for name, of in first.items()
+    }
+    return state, params_lib.flatten({"routing": first})
