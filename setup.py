@@ -69,7 +69,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["vl_jax", "vl_jax.*"]),
-    package_data={"vl_jax": ["report/*.css", "data/text/*.json"]},
+    package_data={"vl_jax": ["report/*.css", "data/text/*.json", "py.typed"]},
     install_requires=REQUIRED,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["vl_jax=vl_jax.cli:main"]},

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what a type checker sees of ``_PUBLIC``
+    from vl_jax.fusion.gate import CrossModalGate
+    from vl_jax.interop.pretrained import from_pretrained
+    from vl_jax.model import VisionLanguage
+    from vl_jax.moe.layer import DynamicMoE
 
 __version__ = "0.1.0"
 
@@ -14,7 +20,7 @@ _PUBLIC = {
     "VisionLanguage": "vl_jax.model",
     "from_pretrained": "vl_jax.interop.pretrained",
 }
-__all__ = ["CrossModalGate", "DynamicMoE", "VisionLanguage", "from_pretrained"]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = ["CrossModalGate", "DynamicMoE", "VisionLanguage", "from_pretrained"]
 
 
 def __getattr__(name: str) -> Any:
