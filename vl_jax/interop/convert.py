@@ -4,7 +4,7 @@
                            published/      config.json, tokenizer, and the tensors that are not ours
                            tensors.json    shape and dtype of every tensor there was
 
-A tensor that its parameter does not hold bit for bit (a quantised one, a NaN in a wider dtype) is kept as well.
+A tensor that its parameter does not hold bit for bit (quantised, or a NaN in a wider dtype) is kept as well.
 Either result appears under its name only when it is complete. Host memory never holds the model, only pieces
 of one parameter. They are read twice: on the way there first for their checksums, on the way back first to
 verify them.
@@ -68,7 +68,7 @@ def _to_checkpoint(source: Path, target: Path) -> None:
     dtypes = _dtypes(plan, published, shapes)
     tree = rules.lazily(plan, published.weights, _typed(shapes, dtypes), ignored=published.ignored)
     state = tree.pop(ROUTING, {})
-    held = set(_held(plan, stored, dtypes))
+    held = {key for key in _held(plan, stored, dtypes) if key not in published.weights.made}
     kept = {key: entry for key, entry in stored.entries.items() if key not in held}
     arrays = ((key, stored[key]) for key in kept)
     partial = target.with_name(f".{target.name}.partial")
@@ -131,7 +131,7 @@ def _write_tensors(folder: Path, published: Published, stored: Weights) -> None:
 
 
 def _read_tensors(source: Path) -> tuple[Published, Weights]:
-    """The published checkpoint that a conversion was made of, and its tensors, of which some are in files."""
+    """The published checkpoint that a conversion was made of, and those of its tensors that were kept."""
     folder, file = source / PUBLISHED, source / TENSORS
     kept = open_weights(folder)
     try:
@@ -140,8 +140,8 @@ def _read_tensors(source: Path) -> tuple[Published, Weights]:
         tied = bool(found["tied"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"{file}: not what a conversion writes: {error}") from None
-    weights = Weights(entries, kept.files)
-    return describe(folder, read_config(folder), weights, tied=tied), weights
+    absent = {key: entry for key, entry in entries.items() if key not in kept.entries}
+    return describe(folder, read_config(folder), kept, absent=absent, tied=tied), kept
 
 
 def _to_published(source: Path, target: Path) -> None:

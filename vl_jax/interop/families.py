@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from vl_jax.data.published.picture_text import PictureTextProcessor
 from vl_jax.data.published.processor import Processor
 from vl_jax.data.published.text_processor import TextProcessor
 from vl_jax.interop.deepseek_vl2 import deepseek_vl2_rules, read_deepseek_vl2
-from vl_jax.interop.folder import Weights
 from vl_jax.interop.language import FAMILIES as TEXT_FAMILIES
 from vl_jax.interop.language import NAMES, Names, language_rules, read_language
 from vl_jax.interop.rules import Rule
@@ -42,7 +41,9 @@ class Family:
     """How checkpoints that share a ``model_type`` are read."""
 
     config: Callable[[Fields], Any]  # a ``PublishedConfig``, which the others get
-    rules: Callable[[Any, Fields, Weights], tuple[Rule, ...]]
+    rules: Callable[
+        [Any, Fields, Collection[str]], tuple[Rule, ...]
+    ]  # of the names of a checkpoint's tensors
     # What a folder holds, read for the model; None where there is none.
     processor: Callable[[Path, Fields, Any], AnyProcessor | None] = lambda *_: None
     # How pictures become tiles in training; None where the folder does not say.
@@ -56,7 +57,7 @@ def _language_config(fields: Fields) -> VisionLanguageConfig:
     return VisionLanguageConfig(encoder=None, language=language.decoder, moe=language.moe)
 
 
-def _language_rules(config: VisionLanguageConfig, fields: Fields, _: Weights) -> tuple[Rule, ...]:
+def _language_rules(config: VisionLanguageConfig, fields: Fields, _: Collection[str]) -> tuple[Rule, ...]:
     return language_rules(config.language, NAMES.get(fields["model_type"], Names()))
 
 
@@ -100,7 +101,7 @@ FAMILIES: dict[str, Family] = {
         VISION_LANGUAGE,
         Family(
             read_vision_language,
-            lambda _, fields, weights: vision_language_rules(fields, weights),
+            lambda _, fields, keys: vision_language_rules(fields, keys),
             load_processor,
         ),
     ),

@@ -33,7 +33,7 @@ METADATA = {"format": "pt"}
 
 @dataclasses.dataclass(frozen=True)
 class Weights(Mapping[str, np.ndarray]):
-    """The tensors of a folder: ``weights[key]`` is a memory-mapped view, read when it is used, or computed."""
+    """The tensors of a folder: ``weights[key]`` is a memory-mapped view, read when used, or computed."""
 
     entries: Mapping[str, Entry]  # shape and dtype of every key
     files: Mapping[str, TensorFile]  # the file that holds each key

@@ -65,6 +65,7 @@ class Published:
     weights: Weights  # plain numbers: what is quantised in the folder is computed when it is used
     ignored: tuple[str, ...] = surplus.IGNORED  # regular expressions of tensors that may go unused
     copies: Mapping[str, str] = field(default_factory=dict)  # tensors that repeat another one: a tied head
+    absent: Mapping[str, Entry] = field(default_factory=dict)  # tensors that a conversion has as parameters
 
     @property
     def family(self) -> Family:
@@ -94,8 +95,8 @@ def read_published(folder: str | Path) -> Published:
     """Opens a checkpoint in the layout of the Hugging Face hub.
 
     Raises:
-      ValueError: the model type is not known, an option is not supported, files are missing or damaged, or the
-        weights are quantised in a format that is not read.
+      ValueError: the model type is not known, an option is not supported, files are missing or damaged, or
+        the weights are quantised in a format that is not read.
     """
     folder = Path(folder)
     fields = read_config(folder)
@@ -103,11 +104,17 @@ def read_published(folder: str | Path) -> Published:
 
 
 def describe(
-    folder: Path, fields: Mapping[str, Any], weights: Weights | None, *, tied: bool | None = None
+    folder: Path,
+    fields: Mapping[str, Any],
+    weights: Weights | None,
+    *,
+    absent: Mapping[str, Entry] | None = None,
+    tied: bool | None = None,
 ) -> Published:
     """The checkpoint of a config and its weights.
 
     Args:
+      absent: tensors that the checkpoint has and the weights here have not.
       tied: whether the head, where it is stored too, is the embedding table; None: if they are equal.
 
     Raises:
@@ -122,16 +129,18 @@ def describe(
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / CONFIG}: {error}") from None
     weights = quantized.as_numbers(folder, fields, weights)
-    table, copies, layers = family.rules(config, fields, weights), {}, 0
+    absent = absent or {}
+    keys = weights.entries.keys() | absent.keys()
+    table, copies, layers = family.rules(config, fields, sorted(keys)), {}, 0
     if isinstance(config, VisionLanguageConfig):
         layers = config.language.num_layers
-        stored = surplus.find_tied(table, weights.entries) if config.language.tie_embeddings else None
+        stored = surplus.find_tied(table, keys) if config.language.tie_embeddings else None
         if stored is not None:
             tied = surplus.equal(weights, *stored) if tied is None else tied
             copies = dict([stored]) if tied else {}
         if stored is not None and not tied:
             logger.warning(
-                "%s: tie_word_embeddings is true, but %s differs from %s: the head is read as it is stored; if "
+                "%s: tie_word_embeddings is true, but %s differs from %s: the head is read as stored; if "
                 "that is right, set tie_word_embeddings to false",
                 folder / CONFIG,
                 *stored,
@@ -139,10 +148,10 @@ def describe(
             language = dataclasses.replace(config.language, tie_embeddings=False)
             config = dataclasses.replace(config, language=language)
         elif config.language.tie_embeddings:
-            table = surplus.from_head(table, weights.entries)
-    ignored = surplus.passed_over(fields, layers, table, weights.entries)
+            table = surplus.from_head(table, keys)
+    ignored = surplus.passed_over(fields, layers, table, keys)
     ignored += [re.escape(key) for key in copies]
-    return Published(folder, fields, config, table, weights, tuple(ignored), copies)
+    return Published(folder, fields, config, table, weights, tuple(ignored), copies, absent)
 
 
 # What is no property of a published model, but of how it is run and trained here: see ``run_as``.
@@ -241,36 +250,38 @@ def write_published(
     Args:
       folder: must not exist; it appears when it is complete.
       params, state: arrays, lazy ones too, the state by stack; one tensor is in memory at a time.
-      unchanged: every tensor of the checkpoint, quantised ones as they were. Those that are in a file are
-        written as they are there, in place of what the parameters give.
+      unchanged: of a conversion, the tensors that are written as they are; the parameters give no others than
+        the ``absent`` ones.
 
     Raises:
       WeightsError: the folder exists, or the parameters are not those of the checkpoint's model.
     """
     tree, weights = with_state(params, state.get(LANGUAGE, {})), published.weights
     plan, fields = published.plan(tree), published.fields
-    dtypes = {key: entry.dtype for key, entry in weights.entries.items()}
+    known = {**weights.entries, **published.absent}
+    dtypes = {key: entry.dtype for key, entry in known.items()}
     if unchanged is None:
         dtypes |= dict.fromkeys(weights.made, np.dtype(jnp.bfloat16))
         fields = quantized.without_quantization(fields) if weights.made else fields
-    entries = rules.layout(plan, tree, dtypes=dtypes)
-    source = weights if unchanged is None else unchanged
-    aside = set(weights.entries) - set(entries) - set(published.copies)
-    aside = aside if unchanged is None else set(unchanged.files)
-    kept = {key: entry for key, entry in source.entries.items() if key in aside}
-    ours = {
-        key: entry
-        for key, entry in entries.items()
-        if key not in kept and (unchanged is None or key in unchanged.entries)
-    }
-    copies = {key: of for key, of in published.copies.items() if key not in kept}
-    again = {key: Entry(weights.entries[key].shape, dtypes[key]) for key in copies}
+    ours = rules.layout(plan, tree, dtypes=dtypes)
+    if unchanged is None:
+        others = {
+            key: entry for key, entry in known.items() if key not in ours and key not in published.copies
+        }
+        kept = Weights(others, weights.files)
+    else:
+        kept = unchanged
+        ours = {key: entry for key, entry in ours.items() if key in published.absent}
+    copies = {key: of for key, of in published.copies.items() if key not in kept.entries}
+    again = {key: Entry(known[key].shape, dtypes[key]) for key in copies}
     arrays = itertools.chain(
         ((key, array) for key, array in rules.export(plan, tree, dtypes=dtypes) if key in ours),
-        ((key, source[key]) for key in kept),
+        ((key, kept[key]) for key in kept.entries),
         _repeated(copies, plan, tree, dtypes),
     )
-    write_folder(folder, fields, {**ours, **kept, **again}, arrays, copies=side_files(published.folder))
+    write_folder(
+        folder, fields, {**ours, **kept.entries, **again}, arrays, copies=side_files(published.folder)
+    )
 
 
 def _repeated(

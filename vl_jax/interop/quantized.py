@@ -1,7 +1,7 @@
 """Quantised checkpoints: two documented formats are read as the numbers they stand for, the others are named.
 
-FP8 in blocks (DeepSeek-V3): a weight of 8-bit floats, and ``<weight>_scale_inv`` with a factor for every block
-of 128 x 128 (``quantization_config.weight_block_size``), or one in all. MXFP4 (GPT-OSS, OCP Microscaling 1.0):
+FP8 in blocks (DeepSeek-V3): a weight of 8-bit floats, and ``<weight>_scale_inv`` with a factor for each block
+of 128 x 128 (``quantization_config.weight_block_size``), or one in all. MXFP4 (GPT-OSS, Microscaling 1.0):
 ``<weight>_blocks``, two 4-bit floats a byte; 32 in a row share an exponent of two of ``<weight>_scales``.
 """
 

@@ -241,6 +241,7 @@ def _mismatches(
     used: set[str] = set()
     # Of a folder what is known without reading; a tensor may have to be computed.
     known: Mapping[str, Any] = weights.entries if isinstance(weights, Weights) else weights
+    made = weights.made if isinstance(weights, Weights) else ()
     for leaf in plan.leaves:
         target = targets.get(leaf.path)
         if target is None or tuple(target.shape) != leaf.shape:
@@ -253,7 +254,8 @@ def _mismatches(
                 continue
             found, shape, dtype = known[key], leaf.source_shape, np.dtype(target.dtype)
             if tuple(found.shape) != shape:
-                yield f"{leaf.path}: source {key} has shape {tuple(found.shape)}, expected {shape}"
+                how = " (quantised; as numbers)" if key in made else ""
+                yield f"{leaf.path}: source {key}{how} has shape {tuple(found.shape)}, expected {shape}"
             if not _castable(found.dtype, dtype):
                 yield f"{leaf.path}: source {key} has dtype {found.dtype}, expected {dtype}"
     skip = [re.compile(pattern) for pattern in ignored]

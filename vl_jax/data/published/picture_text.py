@@ -81,7 +81,7 @@ class PictureTextProcessor:
           ValueError: a file is missing or malformed, or does not go with the model.
         """
         tokenizer, template = PublishedTokenizer(folder), ChatTemplate.load(folder)
-        stops = read_stops(folder, tokenizer, template)
+        stops = read_stops(folder, tokenizer.added, template)
         return cls(tokenizer, load_image_processor(folder), **settings, template=template, stops=stops)
 
     def __call__(

@@ -160,7 +160,7 @@ class Processor:
             views="global_local" if model.get("global_view_pos", "head") == "head" else "local_global",
             max_tokens=language.get("max_position_embeddings", cls.max_tokens),
             template=template,
-            stops=read_stops(folder, read, template),
+            stops=read_stops(folder, read.added, template),
         )
 
     def __call__(

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from vl_jax.data.text.chat_template import SPECIAL, TOKENIZER, ChatTemplate, read_object, token_text
 
@@ -30,23 +30,16 @@ class Stops:
     strings: tuple[str, ...] = ()
 
 
-@runtime_checkable
-class HasAdded(Protocol):
-    """A tokenizer, as far as its special tokens are concerned."""
-
-    @property
-    def added(self) -> dict[str, int]:
-        """The special tokens and their like, by their text."""
-        ...
-
-
-def read_stops(folder: str | Path, tokenizer: HasAdded, template: ChatTemplate | None) -> Stops:
+def read_stops(folder: str | Path, added: Mapping[str, int], template: ChatTemplate | None) -> Stops:
     """Everything that ends an answer of a folder's model.
+
+    Args:
+      added: the special tokens of its tokenizer and their like, by their text.
 
     Raises:
       ValueError: a file is malformed, or names an end that is none; in one line that names the file.
     """
-    folder, added = Path(folder), tokenizer.added
+    folder = Path(folder)
     tokens = list(named_ids(folder))
     for name in (TOKENIZER, SPECIAL):
         fields = read_object(folder / name)

@@ -36,7 +36,7 @@ class TextProcessor:
         if template is None or not (Path(folder) / "tokenizer.json").is_file():
             return None
         tokenizer = PublishedTokenizer(folder)
-        return cls(tokenizer, template, max_tokens, read_stops(folder, tokenizer, template))
+        return cls(tokenizer, template, max_tokens, read_stops(folder, tokenizer.added, template))
 
     def __call__(self, *, conversations: Sequence[Message], images: Sequence[Picture] | None = None) -> Batch:
         """The batch, of one row, that an answer is to follow; it holds no targets.
