@@ -210,8 +210,9 @@ def load_published_tokenizer(folder: str | Path) -> Tokenizer:
     for name, ours in (("bos", BOS), ("eos", EOS)):
         if named[name] not in (None, ours):
             raise ValueError(f"{config_file}: {name}_token={named[name]!r}: must be {ours!r}")
-    text, pad = file.read_text(encoding="utf-8"), named["pad"] or PAD
+    pad = named["pad"] or PAD
     with naming(file, "not a tokenizer file"):
+        text = file.read_text(encoding="utf-8")
         published = tokenizers.Tokenizer.from_str(text)
     marks = [pad] * (named["pad"] is None) + [IMAGE, *GROUNDING, USER, ASSISTANT]
     published.add_special_tokens([tokenizers.AddedToken(m, normalized=False) for m in marks])
@@ -228,7 +229,8 @@ def _load_for_texts(folder: Path) -> Tokenizer:
     eos = named["eos"]
     if eos is None:
         raise ValueError(f"{config_file}: names no eos_token, with which a text would end")
-    text = file.read_text(encoding="utf-8")
+    with naming(file, "not a tokenizer file"):
+        text = file.read_text(encoding="utf-8")
     return Tokenizer(text, source=str(file), eos=eos, pad=named["pad"] or eos, reads="text")
 
 
@@ -245,6 +247,9 @@ def _named_tokens(folder: str | Path) -> tuple[Path, Path, dict[str, str | None]
         config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
         named = {name: config.get(f"{name}_token") for name in ("bos", "eos", "pad")}
         named = {k: v["content"] if isinstance(v, dict) else v for k, v in named.items()}
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, KeyError, AttributeError, RecursionError):
         raise ValueError(f"{config_file}: not a tokenizer config") from None
+    wrong = [name for name, value in named.items() if not isinstance(value, str | None)]
+    if wrong:
+        raise ValueError(f"{config_file}: not a tokenizer config: {wrong[0]}_token={named[wrong[0]]!r}")
     return file, config_file, named
