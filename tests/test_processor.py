@@ -248,7 +248,7 @@ def test_a_chat_template_of_the_folder_is_used_and_its_tokens_are_tokens(tmp_pat
     processor = Processor.load(folder)
     ids = {token: plain.token_to_id(token) for token in (BOS, "<|user|>", "<|assistant|>", "<|im_end|>")}
     assert ids["<|im_end|>"] in processor.stops.tokens
-    found = processor(conversations=talk("<image>\nWhat?", "")).tokens[0].tolist()
+    found = processor(conversations=talk("<image>\nWhat?", ""), images=[picture()]).tokens[0].tolist()
     visual = processor.tokenizer.image
     text = [token for token in found if token != visual]
     assert visual in found and text[:2] == [ids[BOS], ids["<|user|>"]]

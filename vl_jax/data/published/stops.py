@@ -43,7 +43,8 @@ def read_stops(folder: str | Path, added: Mapping[str, int], template: ChatTempl
     tokens = list(named_ids(folder))
     for name in (TOKENIZER, SPECIAL):
         fields = read_object(folder / name)
-        tokens += [added[text] for key in TOKENS if (text := token_text(fields.get(key))) in added]
+        named = [token_text(fields.get(key)) for key in TOKENS]
+        tokens += [added[text] for text in named if text is not None and text in added]
     if template is not None:
         tokens += _turn_ends(template, added)
     return Stops(tuple(dict.fromkeys(tokens)), tuple(dict.fromkeys(_strings(folder / GENERATION))))
