@@ -171,3 +171,72 @@ def test_a_published_language_model_answers_a_conversation(tmp_path):
     assert model.processor.tokenizer.decode(prompt) == "<s><|user|>What is 1 < 2?</s>\n<|assistant|>"
     answer = model.generate(conversation, max_new_tokens=3)
     assert answer.startswith("".join(model.stream(conversation, max_new_tokens=3)))
+
+
+HOSTILE = {
+    "loop": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "number": "{{ 9 ** (9 ** 9) }}",
+    "text": "{{ 'a' * 9999999999 }}",
+    "format": "{{ '%09999999999d' % 1 }}",
+    "doubled": "{% set n = namespace(x='a') %}{% for i in range(50) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    "lipsum": "{{ lipsum(n=99999) }}",
+    "output": "{% for a in range(99999) %}{{ 'a' * 999 }}{% endfor %}",
+    "padding": "{{ 'a' | center(99999999999) }}",
+    "recursion": "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}",
+    "nesting": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+    "exit": "{{ cycler.__init__.__globals__.os._exit(1) }}",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_template_ends_in_one_line(tmp_path, name):
+    with pytest.raises(ValueError, match=r"chat_template.jinja: (line \d+ of )?the chat template: ") as error:
+        load(write(tmp_path, HOSTILE[name], "chat_template.jinja")).text(MESSAGES, add_generation_prompt=True)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+def test_after_a_template_that_was_ended_the_next_one_is_rendered(tmp_path):
+    with pytest.raises(ValueError, match="the chat template: was ended: it took more than"):
+        load(write(tmp_path / "a", HOSTILE["number"]))
+    assert load(write(tmp_path / "b", "{{ 1 + 1 }}")).text(MESSAGES, add_generation_prompt=True) == "2"
+
+
+@pytest.mark.parametrize("file", ["processor_config.json", "chat_template.json"])
+@pytest.mark.parametrize("named", [[{"name": "only", "template": "own"}], {"default": "own", "rag": "other"}])
+def test_templates_may_be_named_in_any_file(tmp_path, file, named):
+    write(tmp_path, "tokenizer")
+    (tmp_path / file).write_text(json.dumps({"chat_template": named}))
+    assert load(tmp_path).text(MESSAGES, add_generation_prompt=True) == "own"
+
+
+def test_of_templates_without_a_default_the_names_are_told(tmp_path):
+    named = [{"name": "a", "template": ""}, {"name": "b", "template": ""}]
+    with pytest.raises(ValueError, match="chat_template must be a text.*it names a, b"):
+        load(write(tmp_path, named))
+
+
+# As LLaVA's: contents are lists of parts, and the answers of a model are marked.
+PARTS = """{% for message in messages %}{{ message.role.upper() }}: {% for part in message.content %}
+{%- if part.type == 'image' %}<image>
+{% else %}{% generation %}{{ part.text }} {% endgeneration %}{% endif %}
+{%- endfor %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"""
+
+
+def test_a_template_gets_contents_as_it_takes_them(tmp_path):
+    parts = load(write(tmp_path / "parts", PARTS))
+    assert (parts.takes_text, parts.takes_parts) == (False, True)
+    picture, text = {"type": "image"}, {"type": "text", "text": "What?"}
+    assert parts.content("<image>\nWhat?", parts=True) == [picture, text]
+    assert parts.content("What?", parts=False) == [text]
+    assert parts.content("", parts=True) == [{"type": "text", "text": ""}]
+    assert parts.content("a\n<image> b<image>", parts=True) == [
+        {"type": "text", "text": "a"},
+        picture,
+        {"type": "text", "text": " b"},
+        picture,
+    ]
+    asked = [{"role": "user", "content": parts.content("<image>\nWhat?", parts=True)}]
+    assert parts.text(asked, add_generation_prompt=True) == "USER: <image>\nWhat? ASSISTANT:"
+    plain = load(write(tmp_path / "plain", TURNS))
+    assert (plain.takes_text, plain.takes_parts) == (True, False)
+    assert plain.content("<image>\nWhat?", parts=True) == "<image>\nWhat?"

@@ -155,7 +155,7 @@ def test_routing_state_comes_back_in_its_own_dtype(tmp_path):
     family = FAMILIES["deepseek_v3"]
     config = family.config(fields)
     weights = Weights({}, {})
-    model = Published(tmp_path, fields, config, family.rules(config, fields, weights), weights)
+    model = Published(tmp_path, fields, config, family.rules(config, fields, []), weights)
     state = jax.eval_shape(lambda: init_state(config.stacks))["language"]
     tree = with_state(abstract(config), state)
     entries = {

@@ -155,3 +155,38 @@ def test_a_published_folder_answers_about_a_picture(published):
         output: Any = model.model.apply({"params": model.params}, batch, model.routing_state)
         logits = model.model.apply({"params": model.params}, output.hidden, method="logits")
     np.testing.assert_allclose(logits[0], recorded["out_logits"][0][valid], atol=1e-4)  # type: ignore[index]
+
+
+TEMPLATE = (
+    "{% for m in messages %} t1 {% for p in m.content %}{{ ' <image> ' if p.type == 'image' else p.text }}"
+    "{% endfor %} <end> {% endfor %}{% if add_generation_prompt %} t2 {% endif %}"
+)
+
+
+def test_a_folder_with_a_chat_template_is_asked_by_it(published):
+    folder, config, processor = published
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    own = load_processor(folder, config, read_vision_language(config))
+    assert own is not None and own.stops.tokens[-1] == 95  # its end of a turn
+    talk = [
+        {"role": "user", "content": "<image>\nt3"},
+        {"role": "assistant", "content": "t4"},
+        {"role": "user", "content": "t5"},
+        {"role": "assistant", "content": ""},
+    ]
+    marks = [own.image_token] * own.image_tokens
+    asked = own(conversations=talk, images=[RED]).tokens[0].tolist()
+    assert asked == [1, *marks, 3, 95, 1, 4, 95, 1, 5, 95, 2]
+    whole = own(conversations=talk, images=[RED], inference=False).tokens[0].tolist()
+    assert whole == [*asked[:-1], 1, 95]
+    assert processor.template is None
+
+
+def test_a_picture_may_be_written_as_the_mark_of_the_checkpoint(published):
+    folder, config, _ = published
+    (folder / "chat_template.jinja").write_text(TEMPLATE.replace("<image>", MARK))
+    own = load_processor(folder, config, read_vision_language(config))
+    assert own is not None
+    talk = [{"role": "user", "content": "<image>\nt3"}, {"role": "assistant", "content": ""}]
+    asked = own(conversations=talk, images=[RED]).tokens[0].tolist()
+    assert asked == [1, *[own.image_token] * own.image_tokens, 3, 95, 2]

@@ -31,6 +31,11 @@ from vl_jax.data.text.tokenizer import (
     load_tokenizer,
 )
 
+# Ends a turn with a token that the published format does not know.
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 SIZES = ((8, 8), (8, 16), (16, 8), (16, 16))
 PROCESSOR = Processor(load_tokenizer(), ProcessorConfig(SIZES, patch_size=2, downsample_ratio=2))
 
@@ -232,3 +237,20 @@ def test_marks_a_published_tokenizer_lacks_get_the_next_ids(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>"}))
     with pytest.raises(ValueError, match="bos_token='<s>'"):
         load_published_tokenizer(tmp_path)
+
+
+def test_a_chat_template_of_the_folder_is_used_and_its_tokens_are_tokens(tmp_path):
+    folder = write_checkpoint(tmp_path, processor={"chat_template": TEMPLATE})
+    plain = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    plain.add_special_tokens(["<|user|>", "<|assistant|>", "<|im_end|>"])
+    plain.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": BOS, "eos_token": EOS}))
+    processor = Processor.load(folder)
+    ids = {token: plain.token_to_id(token) for token in (BOS, "<|user|>", "<|assistant|>", "<|im_end|>")}
+    assert ids["<|im_end|>"] in processor.stops.tokens
+    found = processor(conversations=talk("<image>\nWhat?", ""), images=[picture()]).tokens[0].tolist()
+    visual = processor.tokenizer.image
+    text = [token for token in found if token != visual]
+    assert visual in found and text[:2] == [ids[BOS], ids["<|user|>"]]
+    assert text[-2:] == [ids["<|im_end|>"], ids["<|assistant|>"]]
+    assert processor.tokenizer.decode(text[2:-2]).strip() == "What?"

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import processor_folder
 
+from vl_jax.data.published.vocabulary import PublishedTokenizer
 from vl_jax.data.sources.scene_text import CHINESE, COLOUR_NAMES, PLACES, SHAPE_NAMES, TEMPLATES
 from vl_jax.data.sources.scenes import CHINESE_WORDS, COLOURS, ENGLISH_WORDS
-from vl_jax.data.text.tokenizer import GROUNDING, SPECIAL, load_tokenizer
+from vl_jax.data.text.tokenizer import GROUNDING, SPECIAL, load_published_tokenizer, load_tokenizer, naming
 from vl_jax.data.tools.vocabulary import train_tokenizer
 
 TOKENIZER = load_tokenizer()
@@ -135,3 +136,54 @@ def test_recorded_texts_of_the_reference_processor(oracles):
     tokenizer = load_tokenizer(str(folder / "tokenizer"))
     for case in json.loads((folder / "tokenizer_cases.json").read_text()):
         assert tokenizer.encode(case["text"], allowed=SPECIAL) == case["ids"]
+
+
+FILE = "a/tokenizer.json"
+
+
+class PanicException(BaseException):
+    """As the tokenizers library raises it."""
+
+
+@pytest.mark.parametrize("error", [PanicException("index\nout of range"), Exception("no"), MemoryError()])
+def test_what_the_library_raises_names_the_file_in_one_line(error):
+    with (
+        pytest.raises(ValueError, match=r"^a/tokenizer.json: cannot read: \w") as told,
+        naming(FILE, "cannot read"),
+    ):
+        raise error
+    assert "\n" not in str(told.value)
+
+
+def test_an_interruption_is_no_fault_of_a_file():
+    with pytest.raises(KeyboardInterrupt), naming(FILE, "cannot read"):
+        raise KeyboardInterrupt
+
+
+HOSTILE = {
+    "no object": "[]",
+    "nested": "[" * 100_000,
+    "no model": '{"version": "1.0", "added_tokens": [{"id": -1}]}',
+    "model": '{"version": "1.0", "model": {"type": "BPE", "vocab": {"a": -1}, "merges": [["x", "y"]]}}',
+    "not a text": b"\xff\xfe\x00",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("load", [PublishedTokenizer, load_published_tokenizer])
+def test_a_malformed_tokenizer_of_a_folder_is_named_in_one_line(tmp_path, name, load):
+    text = HOSTILE[name]
+    (tmp_path / "tokenizer.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=r"tokenizer.json: ") as told:
+        load(tmp_path)
+    assert "\n" not in str(told.value) and len(str(told.value)) < 600
+
+
+@pytest.mark.parametrize("config", ["[" * 100_000, "[]", '{"eos_token": 5}', '{"eos_token": ["</s>"]}'])
+@pytest.mark.parametrize("load", [PublishedTokenizer, load_published_tokenizer])
+def test_a_malformed_tokenizer_config_is_named_in_one_line(tmp_path, config, load):
+    (tmp_path / "tokenizer.json").write_text(load_tokenizer().plain.to_str())
+    (tmp_path / "tokenizer_config.json").write_text(config)
+    with pytest.raises(ValueError, match=r"tokenizer_config.json: ") as told:
+        load(tmp_path)
+    assert "\n" not in str(told.value)

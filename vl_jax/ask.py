@@ -20,10 +20,11 @@ from vl_jax.data.sample import IMAGE_PLACEHOLDER, FileImage, Sample, Turn
 from vl_jax.data.sources.llava import LlavaConfig
 from vl_jax.data.sources.meta import MetaConfig
 from vl_jax.data.sources.records import RecordsConfig
+from vl_jax.data.text.pieces import pieces
 from vl_jax.experiment import Experiment, model_spec
 from vl_jax.generation.choice import GenerationConfig
 from vl_jax.generation.generate import stream
-from vl_jax.interop.pretrained import Pretrained, from_pretrained, pieces
+from vl_jax.interop.pretrained import Pretrained, from_pretrained
 from vl_jax.layout import Layout, put_batch
 from vl_jax.model import VisionLanguage
 from vl_jax.runs import restore

@@ -157,7 +157,14 @@ class Encoder:
         dialogue = chat.encode_prompt(sample, self.tokenizer, image_lengths=lengths)
         return self._assemble(sample, self._fitting(sample, dialogue), pictures)
 
-    def text(self, sample: Sample, *, wrapped: bool = False, complete: bool = True) -> Example:
+    def text(
+        self,
+        sample: Sample,
+        *,
+        wrapped: bool = False,
+        complete: bool = True,
+        allowed: Sequence[str] = chat.VERBATIM,
+    ) -> Example:
         """Encodes a raw text (the question of the only turn); for the arguments see ``chat.encode_text``.
 
         Raises:
@@ -171,6 +178,7 @@ class Encoder:
             image_lengths=self._image_lengths(pictures),
             wrapped=wrapped,
             complete=complete,
+            allowed=allowed,
         )
         return self._assemble(sample, self._fitting(sample, dialogue), pictures)
 

@@ -2,7 +2,9 @@
 
     published folder  <->  checkpoints/0   parameters and routing state, in the dtypes of the weights
                            published/      config.json, tokenizer, and the tensors that are not ours
+                           tensors.json    shape and dtype of every tensor there was
 
+A tensor that its parameter does not hold bit for bit (quantised, or a NaN in a wider dtype) is kept as well.
 Either result appears under its name only when it is complete. Host memory never holds the model, only pieces
 of one parameter. They are read twice: on the way there first for their checksums, on the way back first to
 verify them.
@@ -10,35 +12,39 @@ verify them.
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vl_jax import params as params_lib
 from vl_jax.checkpoint import CHECKPOINTS, Checkpointer
 from vl_jax.interop import rules
-from vl_jax.interop.folder import write_folder
+from vl_jax.interop.folder import Weights, open_weights, read_config, write_folder
 from vl_jax.interop.pretrained import (
     ROUTING,
     Published,
+    describe,
     read_published,
     side_files,
     with_state,
     write_published,
 )
-from vl_jax.interop.vision_language import IGNORED
+from vl_jax.interop.safetensors import Entry, WeightsError
 from vl_jax.layout import abstract
 from vl_jax.model import LANGUAGE
 from vl_jax.moe import stacks
 from vl_jax.runtime.lazy_array import LazyArray
 
-PUBLISHED = "published"
+PUBLISHED, TENSORS = "published", "tensors.json"
+_ITEMS = 1 << 20  # items that are compared at a time
 
 
 def convert(source: Path, target: Path) -> None:
@@ -52,22 +58,24 @@ def convert(source: Path, target: Path) -> None:
     if (source / PUBLISHED).is_dir():
         _to_published(source, target)
     else:
-        _to_checkpoint(read_published(source), target)
+        _to_checkpoint(source, target)
 
 
-def _to_checkpoint(published: Published, target: Path) -> None:
+def _to_checkpoint(source: Path, target: Path) -> None:
+    published, stored = read_published(source), open_weights(source)
     shapes = _shapes(published)
     plan = published.plan(shapes)
     dtypes = _dtypes(plan, published, shapes)
-    tree = rules.lazily(plan, published.weights, _typed(shapes, dtypes), ignored=IGNORED)
+    tree = rules.lazily(plan, published.weights, _typed(shapes, dtypes), ignored=published.ignored)
     state = tree.pop(ROUTING, {})
-    used = {key for leaf in plan.leaves for _, key in leaf.sources()}
-    kept = {key: entry for key, entry in published.weights.entries.items() if key not in used}
-    arrays = ((key, published.weights[key]) for key in kept)
+    held = {key for key in _held(plan, stored, dtypes) if key not in published.weights.made}
+    kept = {key: entry for key, entry in stored.entries.items() if key not in held}
+    arrays = ((key, stored[key]) for key in kept)
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         write_folder(partial / PUBLISHED, published.fields, kept, arrays, copies=side_files(published.folder))
+        _write_tensors(partial, published, stored)
         checkpointer = Checkpointer(partial / CHECKPOINTS, lazy=True)
         with _no_word_of_merging():
             checkpointer.save(0, params=tree, training=_training(state), record={"dtypes": dtypes})
@@ -92,8 +100,57 @@ def _no_word_of_merging() -> Iterator[None]:
         logger.removeFilter(other)
 
 
+def _held(plan: rules.Plan, stored: Weights, dtypes: Mapping[str, str]) -> Iterator[str]:
+    """The tensors that the parameters hold bit for bit."""
+    for leaf in plan.leaves:
+        wide = np.dtype(dtypes[leaf.path])
+        for _, key in leaf.sources():
+            if key in stored.entries and _survives(stored, key, wide):
+                yield key
+
+
+def _survives(stored: Weights, key: str, wide: np.dtype) -> bool:
+    """Whether a tensor comes back from another dtype as it was; a few items are looked at a time."""
+    entry = stored.entries[key]
+    if entry.dtype == wide:
+        return True
+    flat = stored[key].reshape(-1)
+    for start in range(0, flat.size, _ITEMS):
+        part = flat[start : start + _ITEMS]
+        with np.errstate(all="ignore"):  # what is lost is found below
+            back = part.astype(wide).astype(entry.dtype)
+        if not np.array_equal(back.view(np.uint8), part.view(np.uint8)):
+            return False
+    return True
+
+
+def _write_tensors(folder: Path, published: Published, stored: Weights) -> None:
+    entries = {key: [str(entry.dtype), *entry.shape] for key, entry in stored.entries.items()}
+    text = json.dumps({"tied": bool(published.copies), "entries": entries})
+    (folder / TENSORS).write_text(text, encoding="utf-8")
+
+
+def _read_tensors(source: Path) -> tuple[Published, Weights]:
+    """The published checkpoint that a conversion was made of, and those of its tensors that were kept."""
+    folder, file = source / PUBLISHED, source / TENSORS
+    kept = open_weights(folder)
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        entries = {key: Entry(tuple(shape), np.dtype(d)) for key, (d, *shape) in found["entries"].items()}
+        tied = bool(found["tied"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(f"{file}: not what a conversion writes: {error}") from None
+    absent = {key: entry for key, entry in entries.items() if key not in kept.entries}
+    return describe(folder, read_config(folder), kept, absent=absent, tied=tied), kept
+
+
 def _to_published(source: Path, target: Path) -> None:
-    published = read_published(source / PUBLISHED)
+    if not (source / TENSORS).is_file():
+        raise ValueError(
+            f"{source}: lacks {TENSORS}; it was converted by an earlier version, which did not keep every "
+            f"dtype: convert the published folder again"
+        )
+    published, stored = _read_tensors(source)
     params = _shapes(published)
     training = _training(params.pop(ROUTING, {}))
     checkpointer = Checkpointer(source / CHECKPOINTS, lazy=True)
@@ -103,8 +160,8 @@ def _to_published(source: Path, target: Path) -> None:
         checkpointer.close()
     if restored is None:
         raise ValueError(f"{source / CHECKPOINTS}: holds no checkpoint")
-    _, params, training, record = restored
-    write_published(target, params, {LANGUAGE: training.get(ROUTING, {})}, published, dtypes=record["dtypes"])
+    _, params, training, _ = restored
+    write_published(target, params, {LANGUAGE: training.get(ROUTING, {})}, published, unchanged=stored)
 
 
 def _training(state: Any) -> dict[str, Any]:
@@ -119,12 +176,26 @@ def _shapes(published: Published) -> dict[str, Any]:
 
 
 def _dtypes(plan: rules.Plan, published: Published, shapes: Any) -> dict[str, str]:
-    """For every leaf the dtype of the tensors it is made of, the widest if they differ."""
+    """For every leaf the dtype of the tensors it is made of; if they differ, one that holds them all."""
     ours, entries, found = params_lib.flatten(shapes), published.weights.entries, {}
     for leaf in plan.leaves:
         dtypes = {entries[key].dtype for _, key in leaf.sources() if key in entries}
-        found[leaf.path] = str(np.result_type(*dtypes) if dtypes else ours[leaf.path].dtype)
+        found[leaf.path] = str(_common(dtypes) if dtypes else ours[leaf.path].dtype)
     return found
+
+
+def _common(dtypes: Collection[np.dtype]) -> np.dtype:
+    """The narrowest dtype that holds the numbers of all of them."""
+    if len(dtypes) == 1 or not all(jnp.issubdtype(d, jnp.floating) for d in dtypes):
+        return next(iter(dtypes))  # what is no number of this kind is refused where it is read
+    wider = [*sorted(dtypes, key=str), *(np.dtype(d) for d in (jnp.bfloat16, np.float32, np.float64))]
+    fitting = [d for d in wider if all(_holds(d, other) for other in dtypes)]
+    return min(fitting, key=lambda d: d.itemsize)
+
+
+def _holds(wide: np.dtype, narrow: np.dtype) -> bool:
+    a, b = jnp.finfo(wide), jnp.finfo(narrow)
+    return a.nmant >= b.nmant and a.maxexp >= b.maxexp and a.minexp <= b.minexp
 
 
 def _typed(shapes: Any, dtypes: dict[str, str]) -> Any:

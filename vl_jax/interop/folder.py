@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path, PurePath
 from typing import Any
@@ -33,13 +33,14 @@ METADATA = {"format": "pt"}
 
 @dataclasses.dataclass(frozen=True)
 class Weights(Mapping[str, np.ndarray]):
-    """The tensors of a folder: ``weights[key]`` is a memory-mapped view, read when it is used."""
+    """The tensors of a folder: ``weights[key]`` is a memory-mapped view, read when used, or computed."""
 
     entries: Mapping[str, Entry]  # shape and dtype of every key
     files: Mapping[str, TensorFile]  # the file that holds each key
+    made: Mapping[str, Callable[[], np.ndarray]] = dataclasses.field(default_factory=dict)  # not in a file so
 
     def __getitem__(self, key: str) -> np.ndarray:
-        return self.files[key][key]
+        return self.made[key]() if key in self.made else self.files[key][key]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
@@ -82,6 +83,12 @@ def open_weights(folder: Path) -> Weights:
         pickles = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLES)
         if pickles:
             raise WeightsError(f"{folder}: {pickles[0]} is a pickle and is not read; convert to safetensors")
+        quantised = sorted(path.name for path in folder.glob("*.gguf"))
+        if quantised:
+            raise WeightsError(
+                f"{folder}: {quantised[0]} is quantised in the format GGUF, which is not read; take the "
+                f"safetensors it was made of"
+            )
         raise WeightsError(f"{folder}: no weights, neither {SINGLE} nor {INDEX}")
     weight_map = _read_index(folder)
     shards = {name: open_file(folder / name) for name in sorted(set(weight_map.values()))}

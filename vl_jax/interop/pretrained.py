@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,31 +26,18 @@ from jax.sharding import Mesh
 from vl_jax import params as params_lib
 from vl_jax import sharding
 from vl_jax.batch import Batch
-from vl_jax.data.images.pixels import as_tiling, load_image_processor
 from vl_jax.data.images.tiling import TilingConfig
-from vl_jax.data.published.picture_text import PictureTextProcessor
-from vl_jax.data.published.processor import Processor
-from vl_jax.data.published.text_processor import TextProcessor
+from vl_jax.data.published.stops import Stops
+from vl_jax.data.text.pieces import pieces, whole
 from vl_jax.generation.choice import GenerationConfig
 from vl_jax.generation.decode import pad_prompts
 from vl_jax.generation.generate import answer_ids, generate, stream
 from vl_jax.heads.pairs import Pairs
-from vl_jax.interop import rules
-from vl_jax.interop.deepseek_vl2 import deepseek_vl2_rules, read_deepseek_vl2
+from vl_jax.interop import quantized, rules, surplus
+from vl_jax.interop.families import FAMILIES, AnyProcessor, Family, PublishedConfig
 from vl_jax.interop.folder import CONFIG, INDEX, Weights, open_weights, read_config, write_folder
-from vl_jax.interop.language import FAMILIES as TEXT_FAMILIES
-from vl_jax.interop.language import NAMES, Names, language_rules, read_language
 from vl_jax.interop.rules import Rule
 from vl_jax.interop.safetensors import Entry
-from vl_jax.interop.vision import CONTRASTIVE, contrastive_rules, read_contrastive
-from vl_jax.interop.vision_language import FAMILIES as VISION_LANGUAGE
-from vl_jax.interop.vision_language import (
-    IGNORED,
-    load_processor,
-    read_vision_language,
-    vision_language_rules,
-    vision_language_stacks,
-)
 from vl_jax.joint import JointConfig
 from vl_jax.layout import Layout, plan_layout, put_batch
 from vl_jax.model import LANGUAGE, VisionLanguage, VisionLanguageConfig
@@ -56,96 +45,13 @@ from vl_jax.moe import stacks
 from vl_jax.moe.stacks import RoutingState
 from vl_jax.sharding import MeshConfig, make_mesh
 
+logger = logging.getLogger(__name__)
+
 ROUTING = "routing"  # where the routing state stands in a tree of parameters and state
 # Prompts are padded to a multiple of so many tokens, so that lengths that differ a little share a program.
 PROMPT_BUCKET = 128
-_CONTEXT = 2048  # tokens, of a language model whose config does not say
 # Files of a published folder that are not weights; they go where the weights go.
 SIDE_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.md", "LICENSE*")
-
-
-Fields = Mapping[str, Any]
-PublishedConfig = VisionLanguageConfig | JointConfig
-AnyProcessor = Processor | PictureTextProcessor | TextProcessor
-
-
-@dataclass(frozen=True)
-class Family:
-    """How checkpoints that share a ``model_type`` are read."""
-
-    config: Callable[[Fields], Any]  # a ``PublishedConfig``, which the others get
-    rules: Callable[[Any, Fields, Weights], tuple[Rule, ...]]
-    # What a folder holds, read for the model; None where there is none.
-    processor: Callable[[Path, Fields, Any], AnyProcessor | None] = lambda *_: None
-    # How pictures become tiles in training; None where the folder does not say.
-    tiling: Callable[[Path, Any], TilingConfig | None] = lambda *_: None
-    # The layers each stack of parameters or state holds, for ``rules.plan``, where it is not all in one.
-    stacks: Callable[[Any], dict[str, tuple[int, ...]]] = vision_language_stacks
-
-
-def _language_config(fields: Fields) -> VisionLanguageConfig:
-    language = read_language(fields)
-    return VisionLanguageConfig(encoder=None, language=language.decoder, moe=language.moe)
-
-
-def _language_rules(config: VisionLanguageConfig, fields: Fields, _: Weights) -> tuple[Rule, ...]:
-    return language_rules(config.language, NAMES.get(fields["model_type"], Names()))
-
-
-def _language_processor(folder: Path, fields: Fields, _: VisionLanguageConfig) -> TextProcessor | None:
-    return TextProcessor.load(folder, max_tokens=fields.get("max_position_embeddings") or _CONTEXT)
-
-
-def _deepseek_vl2_processor(folder: Path, *_: Any) -> Processor | None:
-    return Processor.load(folder) if (folder / "processor_config.json").is_file() else None
-
-
-def _deepseek_vl2_tiling(folder: Path, _: VisionLanguageConfig) -> TilingConfig | None:
-    processor = _deepseek_vl2_processor(folder)
-    return None if processor is None else processor.config.tiling(processor.views)
-
-
-def _contrastive_tiling(folder: Path, config: JointConfig) -> TilingConfig | None:
-    file = folder / "preprocessor_config.json"
-    if not file.is_file():
-        return None
-    (view,), (image, _) = load_image_processor(folder).views, config.towers
-    levels = {name: np.broadcast_to(getattr(image.encoder, f"pixel_{name}"), 3) for name in ("mean", "std")}
-    for name, ours in levels.items():
-        if not np.array_equal(getattr(view, name), ours):
-            raise ValueError(f"{file}: image_{name}={getattr(view, name)}: must be {tuple(ours.tolist())}")
-    try:
-        return as_tiling(view)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
-
-
-FAMILIES: dict[str, Family] = {
-    "deepseek_vl_v2": Family(
-        read_deepseek_vl2,
-        lambda config, *_: deepseek_vl2_rules(config),
-        _deepseek_vl2_processor,
-        _deepseek_vl2_tiling,
-    ),
-    **dict.fromkeys(TEXT_FAMILIES, Family(_language_config, _language_rules, _language_processor)),
-    **dict.fromkeys(
-        VISION_LANGUAGE,
-        Family(
-            read_vision_language,
-            lambda _, fields, weights: vision_language_rules(fields, weights),
-            load_processor,
-        ),
-    ),
-    **dict.fromkeys(
-        CONTRASTIVE,
-        Family(
-            read_contrastive,
-            lambda _, fields, __: contrastive_rules(fields["model_type"]),
-            tiling=_contrastive_tiling,
-            stacks=lambda _: {},
-        ),
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -156,7 +62,10 @@ class Published:
     fields: Mapping[str, Any]  # its config.json
     config: PublishedConfig
     rules: tuple[Rule, ...]
-    weights: Weights
+    weights: Weights  # plain numbers: what is quantised in the folder is computed when it is used
+    ignored: tuple[str, ...] = surplus.IGNORED  # regular expressions of tensors that may go unused
+    copies: Mapping[str, str] = field(default_factory=dict)  # tensors that repeat another one: a tied head
+    absent: Mapping[str, Entry] = field(default_factory=dict)  # tensors that a conversion has as parameters
 
     @property
     def family(self) -> Family:
@@ -186,20 +95,63 @@ def read_published(folder: str | Path) -> Published:
     """Opens a checkpoint in the layout of the Hugging Face hub.
 
     Raises:
-      ValueError: the model type is not known, an option is not supported, or files are missing or damaged.
+      ValueError: the model type is not known, an option is not supported, files are missing or damaged, or
+        the weights are quantised in a format that is not read.
     """
     folder = Path(folder)
     fields = read_config(folder)
+    return describe(folder, fields, open_weights(folder) if fields.get("model_type") in FAMILIES else None)
+
+
+def describe(
+    folder: Path,
+    fields: Mapping[str, Any],
+    weights: Weights | None,
+    *,
+    absent: Mapping[str, Entry] | None = None,
+    tied: bool | None = None,
+) -> Published:
+    """The checkpoint of a config and its weights.
+
+    Args:
+      absent: tensors that the checkpoint has and the weights here have not.
+      tied: whether the head, where it is stored too, is the embedding table; None: if they are equal.
+
+    Raises:
+      ValueError: see ``read_published``.
+    """
     kind = fields.get("model_type")
-    if kind not in FAMILIES:
+    if kind not in FAMILIES or weights is None:
         raise ValueError(f"{folder}: model_type={kind!r}: known are {', '.join(sorted(FAMILIES))}")
     family = FAMILIES[kind]
     try:
         config = family.config(fields)
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from None
-    weights = open_weights(folder)
-    return Published(folder, fields, config, family.rules(config, fields, weights), weights)
+        raise ValueError(f"{folder / CONFIG}: {error}") from None
+    weights = quantized.as_numbers(folder, fields, weights)
+    absent = absent or {}
+    keys = weights.entries.keys() | absent.keys()
+    table, copies, layers = family.rules(config, fields, sorted(keys)), {}, 0
+    if isinstance(config, VisionLanguageConfig):
+        layers = config.language.num_layers
+        stored = surplus.find_tied(table, keys) if config.language.tie_embeddings else None
+        if stored is not None:
+            tied = surplus.equal(weights, *stored) if tied is None else tied
+            copies = dict([stored]) if tied else {}
+        if stored is not None and not tied:
+            logger.warning(
+                "%s: tie_word_embeddings is true, but %s differs from %s: the head is read as stored; if "
+                "that is right, set tie_word_embeddings to false",
+                folder / CONFIG,
+                *stored,
+            )
+            language = dataclasses.replace(config.language, tie_embeddings=False)
+            config = dataclasses.replace(config, language=language)
+        elif config.language.tie_embeddings:
+            table = surplus.from_head(table, keys)
+    ignored = surplus.passed_over(fields, layers, table, keys)
+    ignored += [re.escape(key) for key in copies]
+    return Published(folder, fields, config, table, weights, tuple(ignored), copies, absent)
 
 
 # What is no property of a published model, but of how it is run and trained here: see ``run_as``.
@@ -272,7 +224,7 @@ def load_params(published: Published | str | Path, layout: Layout) -> tuple[Any,
         jax.eval_shape(lambda: stacks.init_state(published.config.stacks)),
     )
     targets = with_state(layout.params, state.get(LANGUAGE, {}))
-    tree = rules.read(published.plan(targets), published.weights, targets, ignored=IGNORED)
+    tree = rules.read(published.plan(targets), published.weights, targets, ignored=published.ignored)
     found = tree.pop(ROUTING, {})
     return tree, {name: found if name == LANGUAGE else {} for name in state}
 
@@ -289,30 +241,59 @@ def write_published(
     state: Mapping[str, Mapping[str, Any]],
     published: Published,
     *,
-    dtypes: Mapping[str, Any] | None = None,
+    unchanged: Weights | None = None,
 ) -> None:
     """Writes parameters in the layout, names and dtypes of the checkpoint they came from.
+
+    What was quantised is written as plain numbers, bfloat16, and the config says so.
 
     Args:
       folder: must not exist; it appears when it is complete.
       params, state: arrays, lazy ones too, the state by stack; one tensor is in memory at a time.
-      dtypes: of the tensors of a parameter or state, by its path; None: as in the checkpoint.
+      unchanged: of a conversion, the tensors that are written as they are; the parameters give no others than
+        the ``absent`` ones.
 
     Raises:
       WeightsError: the folder exists, or the parameters are not those of the checkpoint's model.
     """
-    tree = with_state(params, state.get(LANGUAGE, {}))
-    plan = published.plan(tree)
-    entries = published.weights.entries
-    by_key = {key: entry.dtype for key, entry in entries.items()}
-    if dtypes is not None:
-        by_key |= {key: dtypes[leaf.path] for leaf in plan.leaves for _, key in leaf.sources()}
-    ours = rules.layout(plan, tree, dtypes=by_key)
-    kept: dict[str, Entry] = {key: entry for key, entry in entries.items() if key not in ours}
+    tree, weights = with_state(params, state.get(LANGUAGE, {})), published.weights
+    plan, fields = published.plan(tree), published.fields
+    known = {**weights.entries, **published.absent}
+    dtypes = {key: entry.dtype for key, entry in known.items()}
+    if unchanged is None:
+        dtypes |= dict.fromkeys(weights.made, np.dtype(jnp.bfloat16))
+        fields = quantized.without_quantization(fields) if weights.made else fields
+    ours = rules.layout(plan, tree, dtypes=dtypes)
+    if unchanged is None:
+        others = {
+            key: entry for key, entry in known.items() if key not in ours and key not in published.copies
+        }
+        kept = Weights(others, weights.files)
+    else:
+        kept = unchanged
+        ours = {key: entry for key, entry in ours.items() if key in published.absent}
+    copies = {key: of for key, of in published.copies.items() if key not in kept.entries}
+    again = {key: Entry(known[key].shape, dtypes[key]) for key in copies}
     arrays = itertools.chain(
-        rules.export(plan, tree, dtypes=by_key), ((key, published.weights[key]) for key in kept)
+        ((key, array) for key, array in rules.export(plan, tree, dtypes=dtypes) if key in ours),
+        ((key, kept[key]) for key in kept.entries),
+        _repeated(copies, plan, tree, dtypes),
     )
-    write_folder(folder, published.fields, {**ours, **kept}, arrays, copies=side_files(published.folder))
+    write_folder(
+        folder, fields, {**ours, **kept.entries, **again}, arrays, copies=side_files(published.folder)
+    )
+
+
+def _repeated(
+    copies: Mapping[str, str], plan: rules.Plan, tree: Any, dtypes: Mapping[str, Any]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors that are those of other names."""
+    flat = params_lib.flatten(tree)
+    for copy, key in copies.items():
+        leaf = next(leaf for leaf in plan.leaves if any(key == source for _, source in leaf.sources()))
+        only = params_lib.unflatten({leaf.path: flat[leaf.path]})
+        for _, array in rules.export(rules.Plan((leaf,), ()), only, dtypes={key: dtypes[copy]}):
+            yield copy, array
 
 
 def with_state(params: Any, state: Any) -> dict[str, Any]:
@@ -333,12 +314,24 @@ class Pretrained:
     def model(self) -> VisionLanguage:
         return self.layout.model
 
+    @property
+    def stops(self) -> Stops:
+        """What ends an answer: all that the folder names.
+
+        Raises:
+          ValueError: the checkpoint has no processor.
+        """
+        processor = self._processor()
+        tokens = dict.fromkeys((processor.tokenizer.eos, *processor.stops.tokens))
+        return Stops(tuple(tokens), processor.stops.strings)
+
     def generate(
         self,
         conversation: Sequence[Mapping[str, Any]],
         images: Sequence[Any] | None = None,
         *,
         key: jax.Array | None = None,
+        stop_strings: Sequence[str] = (),
         **options: Any,
     ) -> str:
         """The answer to a conversation.
@@ -347,13 +340,13 @@ class Pretrained:
           conversation: messages ``{"role", "content", "images"}``; ``<image>`` marks where an image stands.
           images: files or pictures, if the messages do not name them.
           key: randomness, for a temperature above 0.
+          stop_strings: end the answer as well, and are no part of it.
           options: of ``GenerationConfig``.
 
         Raises:
           ValueError: the conversation is malformed or too long, or the checkpoint has no processor.
         """
-        config, processor = GenerationConfig(**options), self._processor()
-        stop = (processor.tokenizer.eos,)
+        config, processor, stops = GenerationConfig(**options), self._processor(), self.stops
         with sharding.use_mesh(self.layout.mesh, self.layout.rules):
             tokens = generate(
                 self.params,
@@ -362,9 +355,10 @@ class Pretrained:
                 key,
                 model=self.model,
                 config=config,
-                stop=stop,
+                stop=stops.tokens,
             )
-        return processor.tokenizer.decode(answer_ids(tokens, stop=stop)[0])
+        ids = answer_ids(tokens, stop=stops.tokens)[0]
+        return whole(ids, processor.tokenizer, (*stops.strings, *stop_strings))
 
     def stream(
         self,
@@ -372,10 +366,11 @@ class Pretrained:
         images: Sequence[Any] | None = None,
         *,
         key: jax.Array | None = None,
+        stop_strings: Sequence[str] = (),
         **options: Any,
-    ) -> Any:
-        """``generate``, piece by piece: an iterator over the text as it grows."""
-        config, processor = GenerationConfig(**options), self._processor()
+    ) -> Iterator[str]:
+        """``generate``, piece by piece: the text as it grows."""
+        config, processor, stops = GenerationConfig(**options), self._processor(), self.stops
         with sharding.use_mesh(self.layout.mesh, self.layout.rules):
             tokens = stream(
                 self.params,
@@ -384,9 +379,9 @@ class Pretrained:
                 key,
                 model=self.model,
                 config=config,
-                stop=(processor.tokenizer.eos,),
+                stop=stops.tokens,
             )
-            yield from pieces(tokens, processor.tokenizer)
+            yield from pieces(tokens, processor.tokenizer, (*stops.strings, *stop_strings))
 
     def _processor(self) -> AnyProcessor:
         if self.processor is None:
@@ -405,19 +400,6 @@ class Pretrained:
         batch = jax.tree.map(lambda a: a.repeat(rows, axis=0), batch)
         length = -(-batch.tokens.shape[1] // PROMPT_BUCKET) * PROMPT_BUCKET
         return put_batch(jax.device_get(pad_prompts(batch, length)), self.layout)
-
-
-def pieces(tokens: Iterable[Sequence[int | None]], tokenizer: Any) -> Iterator[str]:
-    """The text of the first row as it grows, from what ``stream`` gives."""
-    ids, shown = [], ""
-    for token, *_ in tokens:
-        if token is None:
-            break
-        ids.append(token)
-        text = tokenizer.decode(ids)
-        if not text.endswith("\ufffd"):  # a character of several tokens is not complete yet
-            yield text[len(shown) :]
-            shown = text
 
 
 def from_pretrained(

@@ -32,6 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vl_jax.interop.folder import Weights
 from vl_jax.interop.safetensors import Entry, WeightsError
 from vl_jax.params import Tree, flatten, unflatten
 from vl_jax.runtime.lazy_array import Index, LazyArray
@@ -238,6 +239,9 @@ def _mismatches(
 ) -> Iterator[str]:
     """What keeps ``read`` from reading, one line each."""
     used: set[str] = set()
+    # Of a folder what is known without reading; a tensor may have to be computed.
+    known: Mapping[str, Any] = weights.entries if isinstance(weights, Weights) else weights
+    made = weights.made if isinstance(weights, Weights) else ()
     for leaf in plan.leaves:
         target = targets.get(leaf.path)
         if target is None or tuple(target.shape) != leaf.shape:
@@ -245,16 +249,17 @@ def _mismatches(
             continue
         for _, key in leaf.sources():
             used.add(key)
-            if key not in weights:
+            if key not in known:
                 yield f"{leaf.path}: source {key} is missing"
                 continue
-            found, shape, dtype = weights[key], leaf.source_shape, np.dtype(target.dtype)
+            found, shape, dtype = known[key], leaf.source_shape, np.dtype(target.dtype)
             if tuple(found.shape) != shape:
-                yield f"{leaf.path}: source {key} has shape {tuple(found.shape)}, expected {shape}"
+                how = " (quantised; as numbers)" if key in made else ""
+                yield f"{leaf.path}: source {key}{how} has shape {tuple(found.shape)}, expected {shape}"
             if not _castable(found.dtype, dtype):
                 yield f"{leaf.path}: source {key} has dtype {found.dtype}, expected {dtype}"
     skip = [re.compile(pattern) for pattern in ignored]
-    for key in weights:
+    for key in known:
         if key not in used and not any(pattern.fullmatch(key) for pattern in skip):
             yield f"{key}: no rule uses this source tensor"
 

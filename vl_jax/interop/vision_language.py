@@ -8,6 +8,7 @@ that no feature comes from too, so a checkpoint goes out as it came in.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,8 +151,9 @@ def load_processor(folder: Path, config: Fields, model: VisionLanguageConfig) ->
 
 
 def _before(name: str, keys: Iterable[str], default: str) -> str:
-    """What comes before the only key that ends with a name."""
+    """What comes before the only key that ends with a name, outside numbered layers."""
     found = [key.removesuffix(name) for key in keys if key == name or key.endswith(f".{name}")]
+    found = [before for before in found if not re.search(r"(^|\.)\d+\.", before)]
     if len(found) > 1:
         raise ValueError(f"{len(found)} tensors are called {name!r}; expected one")
     return found[0] if found else default

@@ -1,6 +1,6 @@
 """The processor of published DeepSeek-VL and LLaVA checkpoints: a picture is one run of marks in the text.
 
-    conversation --Format--> "User: <mark>What is it?\\n\\nAssistant:"
+    conversation --the folder's ChatTemplate, or else Format--> "User: <mark>What is it?\\n\\nAssistant:"
                  --every mark as often as a picture has tokens, the checkpoint's tokenizer--> tokens
     picture      --ImageProcessor--> normalised pixels, of one resolution or two
 
@@ -9,20 +9,21 @@ The text is read as the published processors read it: special tokens written in 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tokenizers
 
 from vl_jax.batch import Batch
 from vl_jax.data.images.pixels import ImageProcessor, load_image_processor
 from vl_jax.data.picture import Orientation
-from vl_jax.data.published.request import Message, Picture, Request, to_sample
+from vl_jax.data.published.request import Message, Picture, Request, templated, to_sample
+from vl_jax.data.published.stops import Stops, read_stops
+from vl_jax.data.published.vocabulary import PublishedTokenizer
 from vl_jax.data.sample import IMAGE_PLACEHOLDER, Sample
+from vl_jax.data.text.chat_template import ChatTemplate
 
 LOW, HIGH = "pixel_values", "high_res_pixel_values"  # what image processors call their views
 
@@ -49,52 +50,6 @@ class Format:
         return "".join(parts)
 
 
-class PublishedTokenizer:
-    """A checkpoint's own ``tokenizer.json``, with whatever it puts before a text."""
-
-    def __init__(self, folder: str | Path):
-        file, config_file = Path(folder) / "tokenizer.json", Path(folder) / "tokenizer_config.json"
-        if not file.is_file():
-            raise ValueError(f"tokenizer={str(folder)!r}: no such file {file}")
-        try:
-            self._plain = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # The library raises bare ``Exception`` for a malformed file.
-            raise ValueError(f"{file}: not a tokenizer file: {error}") from None
-        try:
-            config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
-            eos = config.get("eos_token") or "</s>"
-            self.eos_text: str = eos["content"] if isinstance(eos, Mapping) else eos
-        except (ValueError, KeyError, AttributeError):
-            raise ValueError(f"{config_file}: not a tokenizer config") from None
-        found = self._plain.token_to_id(self.eos_text)
-        if found is None:
-            raise ValueError(f"{file}: the vocabulary lacks the end token {self.eos_text!r}")
-        self.eos: int = found
-
-    def encode(self, text: str, *, complete: bool = False) -> list[int]:
-        """The ids of a text as the checkpoint reads it, special tokens in it included.
-
-        Args:
-          complete: the text has all special tokens; otherwise the tokenizer puts its own around it.
-        """
-        return self._plain.encode(text, add_special_tokens=not complete).ids
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids; incomplete UTF-8 shows as U+FFFD."""
-        return self._plain.decode(list(ids), skip_special_tokens=False)
-
-    def text_of(self, token: int) -> str:
-        """The entry of the vocabulary with this id.
-
-        Raises:
-          ValueError: there is none.
-        """
-        found = self._plain.id_to_token(token)
-        if found is None:
-            raise ValueError(f"token {token}: not in the vocabulary of the tokenizer")
-        return found
-
-
 @dataclass(frozen=True)
 class PictureTextProcessor:
     """Turns what a user says into a ``Batch``."""
@@ -107,6 +62,8 @@ class PictureTextProcessor:
     shapes: Mapping[str, tuple[int, int, int]]  # what the model takes of each view of a picture: h, w, c
     max_tokens: int  # the context
     orientation: Orientation = "shown"  # of picture files: the published code loads them so
+    template: ChatTemplate | None = None  # the folder's own; without one, ``format``
+    stops: Stops = Stops()  # beside the tokenizer's end token
 
     def __post_init__(self):
         made = {view.name for view in self.images.views}
@@ -117,7 +74,7 @@ class PictureTextProcessor:
 
     @classmethod
     def load(cls, folder: str | Path, **settings: Any) -> PictureTextProcessor:
-        """Reads ``preprocessor_config.json`` and the tokenizer of a checkpoint's folder.
+        """Reads what a checkpoint's folder says of pictures, tokens, conversations and the ends of answers.
 
         Args:
           settings: the other fields.
@@ -125,7 +82,9 @@ class PictureTextProcessor:
         Raises:
           ValueError: a file is missing or malformed, or does not go with the model.
         """
-        return cls(PublishedTokenizer(folder), load_image_processor(folder), **settings)
+        tokenizer, template = PublishedTokenizer(folder), ChatTemplate.load(folder)
+        stops = read_stops(folder, tokenizer.added, template)
+        return cls(tokenizer, load_image_processor(folder), **settings, template=template, stops=stops)
 
     def __call__(
         self,
@@ -144,8 +103,8 @@ class PictureTextProcessor:
         """
         request = Request(conversations, prompt, images, inference)
         sample = to_sample(request, name="conversation", orientation=self.orientation)
-        text = prompt if prompt is not None else self._text(sample, inference=inference)
         mark = self.tokenizer.text_of(self.image_token)
+        text = prompt if prompt is not None else self._text(sample, mark, inference=inference)
         tokens = np.array(self._encode(text, mark), np.int32)
         visual = tokens == self.image_token
         expected = len(sample.images) * self.image_tokens
@@ -164,10 +123,17 @@ class PictureTextProcessor:
         return make_row(tokens, visual, pixels[LOW], pixels.get(HIGH))
 
     def _encode(self, text: str, mark: str) -> list[int]:
-        return self.tokenizer.encode(text.replace(IMAGE_PLACEHOLDER, mark * self.image_tokens))
+        bos = self.tokenizer.bos_text
+        complete = self.template is not None and bos is not None and text.startswith(bos)
+        return self.tokenizer.encode(
+            text.replace(IMAGE_PLACEHOLDER, mark * self.image_tokens), complete=complete
+        )
 
-    def _text(self, sample: Sample, *, inference: bool) -> str:
-        return self.format.text(sample, eos=self.tokenizer.eos_text, inference=inference)
+    def _text(self, sample: Sample, mark: str, *, inference: bool) -> str:
+        if self.template is None:
+            return self.format.text(sample, eos=self.tokenizer.eos_text, inference=inference)
+        # Some templates write a picture as the checkpoint's own mark.
+        return templated(self.template, sample, inference=inference).replace(mark, IMAGE_PLACEHOLDER)
 
     def _stack(self, views: Sequence[Mapping[str, np.ndarray]], name: str) -> np.ndarray:
         """A view of every picture, f32[1 M h w c]; one of zeros without any."""

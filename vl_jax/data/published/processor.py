@@ -30,9 +30,11 @@ from vl_jax.data.encode import Encoder
 from vl_jax.data.example import Example
 from vl_jax.data.images import tiling as tiles_lib
 from vl_jax.data.picture import Orientation
-from vl_jax.data.published.request import Message, Picture, Request, display_text, to_sample
-from vl_jax.data.sample import IMAGE_PLACEHOLDER, Sample
-from vl_jax.data.text.tokenizer import Tokenizer, load_published_tokenizer
+from vl_jax.data.published.request import Message, Picture, Request, display_text, templated, to_sample
+from vl_jax.data.published.stops import Stops, read_stops
+from vl_jax.data.sample import IMAGE_PLACEHOLDER, Sample, Turn
+from vl_jax.data.text.chat_template import ChatTemplate
+from vl_jax.data.text.tokenizer import BOS, Tokenizer, load_published_tokenizer
 
 Padding = Literal["left", "right"]
 
@@ -127,13 +129,15 @@ class Processor:
     config: ProcessorConfig
     views: tiles_lib.Views = "global_local"
     max_tokens: int = 4096  # the context
+    template: ChatTemplate | None = None  # the folder's own, for questions; without one, the published format
+    stops: Stops = Stops()  # beside the tokenizer's end token
 
     @classmethod
     def load(cls, folder: str | Path, *, tokenizer: str | Path = "") -> Processor:
         """Reads the processor of a checkpoint's folder.
 
         Files: ``processor_config.json``, the tokenizer's, and if present ``config.json``, for the context
-        length and the order of the views.
+        length and the order of the views, a chat template, and whatever names stop tokens.
 
         Args:
           tokenizer: another folder to read the tokenizer from.
@@ -152,11 +156,14 @@ class Processor:
             raise ValueError(f"{folder / 'processor_config.json'}: lacks {', '.join(sorted(missing))}")
         model = _read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
         language = model.get("language_config") or {}
+        read, template = load_published_tokenizer(tokenizer or folder), ChatTemplate.load(folder)
         return cls(
-            tokenizer=load_published_tokenizer(tokenizer or folder),
+            tokenizer=read,
             config=ProcessorConfig(**given),
             views="global_local" if model.get("global_view_pos", "head") == "head" else "local_global",
             max_tokens=language.get("max_position_embeddings", cls.max_tokens),
+            template=template,
+            stops=read_stops(folder, read.added, template),
         )
 
     def __call__(
@@ -312,6 +319,11 @@ class Processor:
     def _example(self, encoder: Encoder, sample: Sample, request: Request) -> Example:
         if request.prompt is not None:
             example = encoder.text(sample, wrapped=request.wrap_prompt, complete=not request.inference)
+        elif request.inference and self.template is not None:
+            text = templated(self.template, sample, inference=True).removeprefix(BOS)
+            sample = dataclasses.replace(sample, turns=(Turn(text, ""),), system="")
+            allowed = tuple(mark for mark in self.tokenizer.added if mark != IMAGE_PLACEHOLDER)
+            example = encoder.text(sample, complete=False, allowed=allowed)
         elif request.inference:
             example = encoder.prompt(sample)
         else:

@@ -13,6 +13,7 @@ from PIL import Image as PilImage
 from vl_jax.data.levels import LevelsError
 from vl_jax.data.picture import Orientation, to_rgb
 from vl_jax.data.sample import IMAGE_PLACEHOLDER, FileImage, Image, Sample, Turn
+from vl_jax.data.text.chat_template import ChatTemplate
 from vl_jax.data.text.tokenizer import ASSISTANT, EOS, USER
 
 _log = logging.getLogger(__name__)
@@ -76,6 +77,20 @@ def to_sample(request: Request, *, name: str, orientation: Orientation = "shown"
     if marks != len(pictures):
         raise ValueError(f"{name}: {marks} {IMAGE_PLACEHOLDER} marks for {len(pictures)} images")
     return Sample(name, turns, tuple(_open(picture, name, orientation) for picture in pictures), system)
+
+
+def templated(template: ChatTemplate, sample: Sample, *, inference: bool) -> str:
+    """The text of a conversation as a template writes it; for inference it ends where an answer would begin.
+
+    Raises:
+      ValueError: see ``ChatTemplate.text``.
+    """
+    said = [("system", sample.system)] if sample.system else []
+    for turn in sample.turns:
+        said += [("user", turn.question), ("assistant", turn.answer)]
+    said = said[:-1] if inference else said
+    messages = [{"role": role, "content": template.content(text, parts=True)} for role, text in said]
+    return template.text(messages, add_generation_prompt=inference)
 
 
 def _turns(request: Request, name: str) -> tuple[str, tuple[Turn, ...]]:

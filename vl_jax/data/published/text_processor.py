@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from vl_jax.batch import Batch
-from vl_jax.data.published.picture_text import PublishedTokenizer, make_row
+from vl_jax.data.published.picture_text import make_row
 from vl_jax.data.published.request import Message, Picture
+from vl_jax.data.published.stops import Stops, read_stops
+from vl_jax.data.published.vocabulary import PublishedTokenizer
 from vl_jax.data.text.chat_template import ChatTemplate
 
 
@@ -21,6 +23,7 @@ class TextProcessor:
     tokenizer: PublishedTokenizer
     template: ChatTemplate
     max_tokens: int  # the context
+    stops: Stops = Stops()  # beside the tokenizer's end token
 
     @classmethod
     def load(cls, folder: str | Path, *, max_tokens: int) -> TextProcessor | None:
@@ -32,7 +35,8 @@ class TextProcessor:
         template = ChatTemplate.load(folder)
         if template is None or not (Path(folder) / "tokenizer.json").is_file():
             return None
-        return cls(PublishedTokenizer(folder), template, max_tokens)
+        tokenizer = PublishedTokenizer(folder)
+        return cls(tokenizer, template, max_tokens, read_stops(folder, tokenizer.added, template))
 
     def __call__(self, *, conversations: Sequence[Message], images: Sequence[Picture] | None = None) -> Batch:
         """The batch, of one row, that an answer is to follow; it holds no targets.
@@ -58,7 +62,11 @@ class TextProcessor:
             messages.pop()
         if not messages:
             raise ValueError("conversation: has no message to answer")
-        text = self.template.text(messages, add_generation_prompt=True)
+        given = [
+            {**message, "content": self.template.content(message["content"], parts=False)}
+            for message in messages
+        ]
+        text = self.template.text(given, add_generation_prompt=True)
         tokens = np.array(self.tokenizer.encode(text, complete=True), np.int32)
         if len(tokens) > self.max_tokens:
             raise ValueError(f"conversation: {len(tokens)} tokens, the context has {self.max_tokens}")

@@ -27,7 +27,7 @@ Turns = Literal["dialogue", "independent"]
 Targets = Literal["all", "answers", "text"]
 
 # What a raw text may hold as single tokens: all but the image mark, which stands for a run of its own.
-_VERBATIM = tuple(s for s in SPECIAL if s != IMAGE_PLACEHOLDER)
+VERBATIM = tuple(s for s in SPECIAL if s != IMAGE_PLACEHOLDER)
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,13 @@ def encode_prompt(sample: Sample, tokenizer: Tokenizer, *, image_lengths: Sequen
 
 
 def encode_text(
-    sample: Sample, tokenizer: Tokenizer, *, image_lengths: Sequence[int], wrapped: bool, complete: bool
+    sample: Sample,
+    tokenizer: Tokenizer,
+    *,
+    image_lengths: Sequence[int],
+    wrapped: bool,
+    complete: bool,
+    allowed: Sequence[str] = VERBATIM,
 ) -> Dialogue:
     """Encodes one text the way pre-training reads it: BOS, the text, EOS, with every text token a target.
 
@@ -159,6 +165,7 @@ def encode_text(
       sample: its only turn's question is the text. ``Sample.system`` is read in the wrapped form only.
       wrapped: the text becomes a user's turn, up to where the answer begins (behind the system text and an
         empty line); otherwise it is taken verbatim, and role marks written in it become their tokens.
+      allowed: which special strings become their tokens in a text that is taken verbatim.
       complete: False leaves the EOS out, so that the text can be continued; nothing is a target then.
 
     Raises:
@@ -170,7 +177,7 @@ def encode_text(
         system = f"{sample.system}\n\n" if sample.system else ""
         text = [*_encode(tokenizer, system), *_user(tokenizer, turn.question)]
     else:
-        text = _pieces(tokenizer, turn.question, _VERBATIM)
+        text = _pieces(tokenizer, turn.question, allowed)
     parts: list[_Part] = [([tokenizer.bos], False), ([*text, *([tokenizer.eos] * complete)], True)]
     draft = _Draft(tokenizer.image, image_lengths)
     draft.extend(parts, 0)

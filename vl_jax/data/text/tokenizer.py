@@ -6,11 +6,12 @@ was trained by ``tools/vocabulary.py`` on openly licensed English and Chinese te
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +34,22 @@ _CACHED_TEXTS, _CACHED_CHARACTERS = 1 << 14, 64
 _SHIPPED = Path(__file__).with_name("tokenizer.json")
 
 
+@contextlib.contextmanager
+def naming(file: str | Path, what: str) -> Iterator[None]:
+    """Names the file, in one line, in whatever the library raises: bare ``Exception``, and panics.
+
+    Raises:
+      ValueError: something was raised inside.
+    """
+    try:
+        yield
+    except BaseException as error:  # a panic is no ``Exception``
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        message = " ".join(str(error).split())[:300]
+        raise ValueError(f"{file}: {what}: {message or type(error).__name__}") from None
+
+
 class Tokenizer:
     """Text to ids and back; special ids never arise from text unless the caller allows them by name.
 
@@ -51,14 +68,12 @@ class Tokenizer:
     ):
         named = {EOS: eos, PAD: pad}
         special = tuple(named.get(s, s) for s in (SPECIAL if reads == "dialogue" else named))
-        try:
+        with naming(source, "not a tokenizer file"):
             description = json.loads(text)
             for token in description.get("added_tokens", []):
                 # Whatever the file says, the special strings are special: see ``encode``.
                 token["special"] = token["special"] or token["content"] in special
             self.plain = tokenizers.Tokenizer.from_str(json.dumps(description, ensure_ascii=False))
-        except Exception as error:  # The library raises bare ``Exception`` for a malformed file.
-            raise ValueError(f"{source}: not a tokenizer file: {error}") from None
         missing = [s for s in special if self.plain.token_to_id(s) is None]
         if missing:
             raise ValueError(f"{source}: the vocabulary lacks the special tokens {', '.join(missing)}")
@@ -104,6 +119,15 @@ class Tokenizer:
         """The text of ids; incomplete UTF-8 shows as U+FFFD."""
         return self.plain.decode(list(ids), skip_special_tokens=skip_special)
 
+    def is_byte(self, token: int) -> bool:
+        """See ``pieces.Decodes``."""
+        return stands_for_byte(self.plain.id_to_token(token))
+
+    @functools.cached_property
+    def added(self) -> dict[str, int]:
+        """The entries that are found in a text before it is divided: the special tokens and their like."""
+        return {token.content: i for i, token in self.plain.get_added_tokens_decoder().items()}
+
     def token_id(self, text: str) -> int:
         """The id of one vocabulary entry.
 
@@ -116,14 +140,24 @@ class Tokenizer:
         return result
 
     def _encode(self, text: str, allowed: tuple[str, ...]) -> tuple[int, ...]:
-        unknown = [s for s in allowed if s not in self._ids]
+        unknown = [s for s in allowed if s not in self._ids and s not in self.added]
         if unknown:
             raise ValueError(f"allowed={unknown}: not special tokens; known: {', '.join(self._ids)}")
         ids: list[int] = []
         for piece in filter(None, _splitter(allowed).split(text) if allowed else [text]):
-            special = piece in allowed
-            ids += [self._ids[piece]] if special else self.plain.encode(piece, add_special_tokens=False).ids
+            if piece in allowed:
+                ids.append(self.token_id(piece))
+            else:
+                ids += self.plain.encode(piece, add_special_tokens=False).ids
         return tuple(ids)
+
+
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
+
+
+def stands_for_byte(entry: str | None) -> bool:
+    """Whether an entry of a vocabulary is a byte, or nothing, which leaves the bytes around it together."""
+    return entry is None or _BYTE.fullmatch(entry) is not None
 
 
 def recalled(function: Callable[[Tokenizer, str], list[Any]]) -> Callable[[Tokenizer, str], list[Any]]:
@@ -142,7 +176,8 @@ def recalled(function: Callable[[Tokenizer, str], list[Any]]) -> Callable[[Token
 
 @functools.lru_cache(maxsize=64)
 def _splitter(allowed: tuple[str, ...]) -> re.Pattern[str]:
-    return re.compile("(" + "|".join(re.escape(s) for s in allowed) + ")")
+    longest_first = sorted(allowed, key=len, reverse=True)
+    return re.compile("(" + "|".join(re.escape(s) for s in longest_first) + ")")
 
 
 def load_tokenizer(path: str = "", *, reads: Reads = "dialogue") -> Tokenizer:
@@ -175,11 +210,10 @@ def load_published_tokenizer(folder: str | Path) -> Tokenizer:
     for name, ours in (("bos", BOS), ("eos", EOS)):
         if named[name] not in (None, ours):
             raise ValueError(f"{config_file}: {name}_token={named[name]!r}: must be {ours!r}")
-    text, pad = file.read_text(encoding="utf-8"), named["pad"] or PAD
-    try:
+    pad = named["pad"] or PAD
+    with naming(file, "not a tokenizer file"):
+        text = file.read_text(encoding="utf-8")
         published = tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # The library raises bare ``Exception`` for a malformed file.
-        raise ValueError(f"{file}: not a tokenizer file: {error}") from None
     marks = [pad] * (named["pad"] is None) + [IMAGE, *GROUNDING, USER, ASSISTANT]
     published.add_special_tokens([tokenizers.AddedToken(m, normalized=False) for m in marks])
     return Tokenizer(published.to_str(), source=str(file), pad=pad)
@@ -195,7 +229,8 @@ def _load_for_texts(folder: Path) -> Tokenizer:
     eos = named["eos"]
     if eos is None:
         raise ValueError(f"{config_file}: names no eos_token, with which a text would end")
-    text = file.read_text(encoding="utf-8")
+    with naming(file, "not a tokenizer file"):
+        text = file.read_text(encoding="utf-8")
     return Tokenizer(text, source=str(file), eos=eos, pad=named["pad"] or eos, reads="text")
 
 
@@ -212,6 +247,9 @@ def _named_tokens(folder: str | Path) -> tuple[Path, Path, dict[str, str | None]
         config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
         named = {name: config.get(f"{name}_token") for name in ("bos", "eos", "pad")}
         named = {k: v["content"] if isinstance(v, dict) else v for k, v in named.items()}
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, KeyError, AttributeError, RecursionError):
         raise ValueError(f"{config_file}: not a tokenizer config") from None
+    wrong = [name for name, value in named.items() if not isinstance(value, str | None)]
+    if wrong:
+        raise ValueError(f"{config_file}: not a tokenizer config: {wrong[0]}_token={named[wrong[0]]!r}")
     return file, config_file, named

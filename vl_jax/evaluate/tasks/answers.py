@@ -10,6 +10,7 @@ import collections
 import dataclasses
 import itertools
 from collections.abc import Generator, Iterable, Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 from jax.experimental import multihost_utils
@@ -19,6 +20,7 @@ from rich.progress import track
 from vl_jax import sharding
 from vl_jax.batch import Batch
 from vl_jax.data.config import DataConfig, opened
+from vl_jax.data.published.stops import read_stops
 from vl_jax.data.sample import BadSample
 from vl_jax.data.text.normalize import normalize
 from vl_jax.data.text.tokenizer import Tokenizer, load_tokenizer
@@ -118,7 +120,7 @@ def answered(examinee: Examinee, *, with_image: bool = True) -> Iterator[tuple[d
 
 
 def _generate(examinee: Examinee, batch: Batch, tokenizer: Tokenizer) -> list[str]:
-    layout = examinee.layout
+    layout, stop = examinee.layout, _stops(examinee.data.tokenizer, tokenizer)
     with sharding.use_mesh(layout.mesh, layout.rules):
         tokens = generate(
             examinee.variables,
@@ -126,7 +128,13 @@ def _generate(examinee: Examinee, batch: Batch, tokenizer: Tokenizer) -> list[st
             put_batch(batch, layout),
             model=layout.model,
             config=GenerationConfig(max_new_tokens=examinee.extent.max_new_tokens),
-            stop=(tokenizer.eos,),
+            stop=stop,
         )
     tokens = multihost_utils.process_allgather(tokens, tiled=True)
-    return [tokenizer.decode(ids) for ids in answer_ids(tokens, stop=(tokenizer.eos,))]
+    return [tokenizer.decode(ids) for ids in answer_ids(tokens, stop=stop)]
+
+
+def _stops(path: str, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The end token, and those that the folder of a published tokenizer names beside it."""
+    named = read_stops(path, tokenizer.added, None).tokens if path and Path(path).is_dir() else ()
+    return tuple(dict.fromkeys((tokenizer.eos, *named)))
