@@ -9,9 +9,8 @@ if __name__ == "__main__":
         from vl_jax.runtime import allocator
 
         allocator.start_anew()
-        from vl_jax.cli import main
+        from vl_jax.cli import run
 
-        status = main()
+        run()
     except KeyboardInterrupt:  # while everything is imported
-        status = 130
-    sys.exit(status)
+        sys.exit(130)

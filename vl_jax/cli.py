@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
+import threading
 from collections.abc import Sequence
 
 EXAMPLE = "python -m vl_jax train --config=experiments/quickstart.py --workdir=runs/quickstart"
@@ -73,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(stopped, file=sys.stderr)
         return 128 + stopped.number
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
         if arguments.traceback:
@@ -80,6 +83,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
+
+
+def run() -> None:
+    """Runs the command of this process, and ends it, even if a thread that reads data is stuck."""
+    from vl_jax.data.stream.background import DATA_THREAD
+
+    status = main()
+    if any(thread.name.startswith(DATA_THREAD) for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:

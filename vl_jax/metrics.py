@@ -20,7 +20,7 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -214,12 +214,12 @@ class _Board:
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto import event_pb2
 
-        self._folder, self._summary, self._proto = folder, summary, event_pb2
+        self._folder, self._summary, self._proto = folder, summary, cast(Any, event_pb2)
         folder.mkdir(parents=True, exist_ok=True)
         with disk.naming(folder):
             self._writer = EventsWriter(str(folder / "events"))
         self._write(step=purge_step, file_version="brain.Event:2")
-        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        start = self._proto.SessionLog(status=self._proto.SessionLog.START)
         self._write(step=purge_step, session_log=start)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:

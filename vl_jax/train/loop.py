@@ -338,7 +338,7 @@ def _report(
     batch: Batch,
     metrics: Metrics,
     learning_rate: float,
-    clock: _Clock,
+    clock: Clock,
     skipped: dict[str, int],
 ) -> None:
     """Writes this step's figures when they are due, and moves the progress line."""

@@ -12,6 +12,7 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 _MAX_BAD_RUN = 2000
+DATA_THREAD = "data"  # what the names of threads begin with that read data
 _PATIENCE = 30.0  # seconds that a thread which is told to stop may take
 _log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class Background(Generic[T]):
         self._queue: queue.Queue[T | Exception] = queue.Queue(prefetch)
         self._stop = threading.Event()
         arguments = (make, self._queue, self._stop)
-        self._thread = threading.Thread(target=_run, args=arguments, name="data", daemon=True)
+        self._thread = threading.Thread(target=_run, args=arguments, name=DATA_THREAD, daemon=True)
         self._thread.start()
 
     def next(self) -> T:

@@ -41,14 +41,14 @@ def held_out_batches(
     for number, sample in enumerate(good_samples(config, source_name)):
         if limit and taken == limit:
             break
-        varied = vary(
-            sample,
-            rng=np.random.default_rng(number),
-            max_turns=chosen.max_turns,
-            sampling=chosen.turn_sampling,
-            image_dropout_rate=0.0,
-        )
         try:
+            varied = vary(
+                sample,
+                rng=np.random.default_rng(number),
+                max_turns=chosen.max_turns,
+                sampling=chosen.turn_sampling,
+                image_dropout_rate=0.0,
+            )
             rows.append([encoder.example(varied, turns=chosen.turns, targets=targets)])
         except BadSample as error:
             _log.warning("skipped a sample of %s: %s", source_name, error)
