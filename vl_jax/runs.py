@@ -39,7 +39,7 @@ from vl_jax.report.results import read_result
 from vl_jax.report.run import write_report
 from vl_jax.runtime import allocator, disk, lock
 from vl_jax.train import loop
-from vl_jax.train.examination import Examination
+from vl_jax.train.evaluation import EvaluationHook
 from vl_jax.train.hooks import Hook
 from vl_jax.train.probe import Probe
 from vl_jax.train.program import Program
@@ -109,11 +109,13 @@ def _hooks(
         with contextlib.closing(stream_of(experiment.stages[0])) as stream:
             hooks.append(Probe(layout, next(stream), every=experiment.loop.routing_every))
     if experiment.loop.evaluate_every:
-        hooks.append(_examination(experiment, layout, workdir, alive))
+        hooks.append(_evaluation_hook(experiment, layout, workdir, alive))
     return tuple(hooks)
 
 
-def _examination(experiment: Experiment, layout: Layout, workdir: Path, alive: loop.Alive) -> Examination:
+def _evaluation_hook(
+    experiment: Experiment, layout: Layout, workdir: Path, alive: loop.Alive
+) -> EvaluationHook:
     """The hook that examines the model while it trains, as it is examined at the end."""
     config = experiment.evaluation
 
@@ -135,7 +137,7 @@ def _examination(experiment: Experiment, layout: Layout, workdir: Path, alive: l
 
     sources = [source.name for source in experiment.data.evaluation]
     every = experiment.loop.evaluate_every
-    return Examination(layout, sources, every=every, held_out=held_out, examine=examine)
+    return EvaluationHook(layout, sources, every=every, held_out=held_out, examine=examine)
 
 
 def evaluate_all(

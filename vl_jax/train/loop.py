@@ -77,6 +77,7 @@ class TrainingStream(Protocol):
     def close(self) -> None: ...
 
 
+@runtime_checkable
 class Alive(Protocol):
     """Is told that the run has moved and what it does next; see ``Watchdog.alive``."""
 

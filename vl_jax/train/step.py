@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jax.typing import ArrayLike
@@ -29,7 +30,7 @@ from vl_jax.train import lora
 from vl_jax.train.objectives.next_token import NextToken
 from vl_jax.train.objectives.objective import Objective, Sums
 
-Metrics = dict[str, jax.Array]
+Metrics = dict[str, jax.Array | np.number]  # by name; what a hook adds may be on the host already
 NEXT_TOKEN = NextToken()
 NO_ROLES: Mapping[str, Role] = {}
 GRADIENT_NORMS = "gradient_norms"  # among the metrics: f32[N], see ``gradient_norms``

@@ -23,7 +23,7 @@ Examine = Callable[[str, TrainState, int], Mapping[str, float | None]]
 HeldOut = Callable[[str, Stage], Iterable[Batch]]
 
 
-class Examination:
+class EvaluationHook:
     """Logs ``eval/<source>/loss`` and ``eval/<source>/<score>`` every so many steps; a ``Hook``."""
 
     def __init__(
