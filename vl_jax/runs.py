@@ -113,9 +113,7 @@ def _hooks(
     return tuple(hooks)
 
 
-def _evaluation_hook(
-    experiment: Experiment, layout: Layout, workdir: Path, alive: loop.Alive
-) -> EvaluationHook:
+def _looks(experiment: Experiment, layout: Layout, workdir: Path, alive: loop.Alive) -> EvaluationHook:
     """The hook that examines the model while it trains, as it is examined at the end."""
     config = experiment.evaluation
 
