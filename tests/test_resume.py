@@ -55,7 +55,7 @@ class Interruption:
             following = stream.__next__
 
             class Wrapped:
-                skipped = property(lambda _: stream.skipped)
+                skipped, ids = property(lambda _: stream.skipped), property(lambda _: stream.ids)
                 get_state, set_state, close = stream.get_state, stream.set_state, stream.close
 
                 def __next__(_):
