@@ -72,5 +72,5 @@ setup(
     package_data={"vl_jax": ["py.typed", "report/*.css", "data/text/*.json"]},
     install_requires=REQUIRED,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["vl_jax=vl_jax.cli:main"]},
+    entry_points={"console_scripts": ["vl_jax=vl_jax.cli:run"]},
 )

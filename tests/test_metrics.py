@@ -127,3 +127,54 @@ def test_tensorboard_gets_the_scalars(tmp_path: Path):
         writer.write(3, {"loss": 1.5})
     (file,) = (tmp_path / "tensorboard").iterdir()
     assert b"loss" in file.read_bytes()
+
+
+@pytest.mark.parametrize("left", [0, 1, 12, -1])
+def test_a_line_that_a_crash_has_cut_is_written_again_once(tmp_path: Path, left: int):
+    with MetricsWriter(tmp_path) as writer:
+        for step in (1, 2, 3):
+            writer.write(step, {"loss": 1.0 / step}, {"routing/maxvio": [0.5]}, stage="one")
+        last = json.loads(json.dumps(writer.last))
+    path = tmp_path / "metrics.jsonl"
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:-1]) + lines[-1][:left])
+    for _ in range(2):
+        with MetricsWriter(tmp_path, resume_step=3, last=last) as writer:
+            assert writer.last == last
+        assert path.read_bytes() == whole
+
+
+def test_a_log_that_is_whole_stays_when_later_lines_are_dropped(tmp_path: Path):
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(10, {"loss": 1.0})
+        last = dict(writer.last or {})
+        writer.write(20, {"loss": 0.5})
+    with MetricsWriter(tmp_path, resume_step=15, last=last) as writer:
+        writer.write(20, {"loss": 0.25})
+    assert [(x["step"], x["loss"]) for x in read_metrics(tmp_path / "metrics.jsonl")] == [
+        (10, 1.0),
+        (20, 0.25),
+    ]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_one_line_with_the_bytes_that_are_missing(tmp_path: Path):
+    words = r"metrics\.jsonl: no space left .*; \d+ bytes more are needed"
+    with pytest.raises(OSError, match=words) as caught:
+        with MetricsWriter(tmp_path) as writer:
+            writer._file.close()
+            writer._file = open("/dev/full", "wb", buffering=0)
+            writer.write(1, {"loss": 1.0})
+    assert "\n" not in str(caught.value)
+
+
+def test_tensorboard_gets_the_figures_of_layers_and_of_evaluations(tmp_path: Path):
+    with MetricsWriter(tmp_path) as writer:
+        arrays = {"routing/maxvio": [0.5, 0.25], "routing/load": [[[1.0]]]}
+        writer.write(3, {"eval/heldout/loss": 1.5, "bad": float("nan")}, arrays)
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    found = file.read_bytes()
+    for name in (b"eval/heldout/loss", b"routing/maxvio/layer_0", b"routing/maxvio/layer_1"):
+        assert found.count(name) == 1
+    assert b"routing/load" not in found and b"bad" not in found

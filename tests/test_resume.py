@@ -55,7 +55,7 @@ class Interruption:
             following = stream.__next__
 
             class Wrapped:
-                skipped = property(lambda _: stream.skipped)
+                skipped, ids = property(lambda _: stream.skipped), property(lambda _: stream.ids)
                 get_state, set_state, close = stream.get_state, stream.set_state, stream.close
 
                 def __next__(_):
@@ -100,14 +100,18 @@ def test_a_run_that_crashed_again_and_again_has_the_same_log(uninterrupted, tmp_
 
 
 @pytest.mark.slow
-def test_an_interrupt_saves_the_state_and_ends_with_a_message(uninterrupted, tmp_path, monkeypatch, capsys):
-    number = signal.SIGINT
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_saves_the_state_and_ends_with_a_message(
+    uninterrupted, tmp_path, monkeypatch, capsys, number
+):
     with monkeypatch.context() as patch:
         Interruption(patch, 6, lambda: os.kill(os.getpid(), number))
         assert train(tmp_path) == 128 + number
     error = capsys.readouterr().err.splitlines()[-1]
     assert error == f"stopped at step 6 by {number.name}; state is saved, run again to resume"
     assert len(log(tmp_path)) == 6
+    path = tmp_path / METRICS_FILE
+    path.write_bytes(path.read_bytes()[:-20])  # as after a crash of the machine
     assert train(tmp_path) == 0
     assert log(tmp_path) == log(uninterrupted)
 
@@ -195,6 +199,52 @@ def test_a_process_asked_to_stop_exits_with_the_number_of_the_signal(uninterrupt
     assert "state is saved, run again to resume" in output_of(tmp_path / "run").read_text(encoding="utf-8")
     finish(tmp_path / "run")
     assert log(tmp_path / "run") == log(uninterrupted)
+
+
+POISON = """
+import dataclasses
+import jax
+import jax.numpy as jnp
+
+@dataclasses.dataclass(frozen=True)
+class Poison:
+    last: int = 6
+
+    def __call__(self, step):
+        def poisoned(state, batch, rate):
+            bad = (state.step >= 4) & (state.step < self.last)
+            new, metrics = step(state, batch, jnp.where(bad, jnp.nan, rate))
+            return new, metrics | {"grad_norm": jnp.where(bad, jnp.inf, metrics["grad_norm"])}
+        return poisoned
+"""
+
+
+@pytest.mark.slow
+def test_updates_that_are_not_finite_are_skipped_and_too_many_end_the_run(tmp_path, monkeypatch, capsys):
+    (tmp_path / "poison.py").write_text(POISON)
+    wrap = ["--config.stages.first.wrap", f"{tmp_path}/poison.py:Poison"]
+
+    def run(workdir: Path, last: int) -> int:
+        lengths = [f"--config.stages.first.wrap.0.last={last}", "--config.loop.guard.max_in_a_row=3"]
+        return cli.main(["train", f"--config={TINY}", f"--workdir={workdir}", *wrap, *lengths])
+
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert run(whole, 6) == 0
+    lines = log(whole)
+    assert [line.get("skipped_updates") for line in lines] == [None] * 4 + [1] + [2] * 11
+    assert all(np.isfinite(line["loss"]) for line in lines)
+    with monkeypatch.context() as patch:
+        Interruption(patch, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert run(stopped, 6) == 128 + signal.SIGTERM
+    assert run(stopped, 6) == 0
+    assert log(stopped) == lines
+    described = "logs/skipped_updates.jsonl"
+    assert (stopped / described).read_bytes() == (whole / described).read_bytes()
+    capsys.readouterr()
+    assert run(tmp_path / "ruined", 9) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: the update of step 7 was skipped") and "those of step 4" in error
+    assert [p.name for p in (tmp_path / "ruined" / "checkpoints").iterdir() if p.name.isdigit()] == ["4"]
 
 
 def test_the_tiny_experiment_survives_its_own_json():

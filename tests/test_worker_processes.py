@@ -23,8 +23,10 @@ from vl_jax.data.encode import make_encoder
 from vl_jax.data.example import Example
 from vl_jax.data.sample import BadSample
 from vl_jax.data.stream import worker_processes
+from vl_jax.data.stream.background import Background, DataFailure
 from vl_jax.data.stream.packed import PackedIterator
 from vl_jax.data.stream.pipeline import TrainIterator
+from vl_jax.data.stream.worker_processes import Processes
 
 pytest.importorskip("grain")
 
@@ -120,6 +122,50 @@ def test_a_dead_worker_is_one_line(tmp_path):
             next(batches)
     batches.close()
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_stopped_does_not_keep_the_end_waiting():
+    batches = TrainIterator(
+        dataclasses.replace(CONFIG, loading=LoadingConfig(num_workers=1)), SPEC, batch_size=2
+    )
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid or 0, signal.SIGSTOP)
+    batches.close()
+    assert not multiprocessing.active_children() and gone(worker.pid or 0)
+
+
+class Panic(BaseException):
+    """Stands for the panic of a library in another language, which is no ``Exception``."""
+
+
+class Panics:
+    """Reads nothing; picklable, for a worker."""
+
+    def __call__(self, tasks):
+        raise Panic("called `Option::unwrap()`\n on a `None` value")
+
+
+def test_a_panic_in_the_data_thread_is_one_line():
+    def make(stop):
+        yield 1
+        Panics()([])
+
+    work = Background(make, prefetch=2)
+    assert work.next() == 1
+    for _ in range(2):
+        with pytest.raises(DataFailure) as caught:
+            work.next()
+        assert str(caught.value) == "while data was read: Panic: called `Option::unwrap()` on a `None` value"
+    work.stop()
+
+
+def test_a_panic_in_a_worker_is_one_line():
+    pool = Processes(Panics, 1, room=1 << 16)
+    with pytest.raises(DataFailure, match="^in a data worker: Panic: called `Option::unwrap"):
+        pool.submit(["task"]).result()
+    pool.close()
 
 
 def test_what_is_wrong_with_a_source_is_said_as_by_threads(tmp_path):

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import sys
 
-from vl_jax.runtime import allocator
-
 if __name__ == "__main__":
-    allocator.start_anew()
-    from vl_jax.cli import main
+    try:
+        from vl_jax.runtime import allocator
 
-    sys.exit(main())
+        allocator.start_anew()
+        from vl_jax.cli import run
+
+        run()
+    except KeyboardInterrupt:  # while everything is imported
+        sys.exit(130)

@@ -9,6 +9,7 @@ import platform
 import re
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Iterable, Sequence
 
@@ -34,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -95,6 +97,18 @@ def _parser() -> OneLineParser:
 def _version() -> str:
     jax = importlib.metadata.version("jax")
     return f"vl_jax {vl_jax.__version__} (jax {jax}, Python {platform.python_version()})"
+
+
+def run() -> None:
+    """Runs the command of this process, and ends it, even if a thread that reads data is stuck."""
+    from vl_jax.data.stream.background import DATA_THREAD
+
+    status = main()
+    if any(thread.name.startswith(DATA_THREAD) for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:

@@ -4,8 +4,11 @@
      "routing/load": [layer][modality][expert], "routing/maxvio": [layer], ...}
 
 A run that was killed after step 730 and resumed from its checkpoint at step 700 first drops the lines of
-steps 701 to 730, and a line that was cut in half. Its file is then the file of a run never interrupted,
-except for the values named in ``TIMING_KEYS``.
+steps 701 to 730, and a line that was cut in half; the checkpoint holds the last line before it, which is
+written again if it is lost. The file is then the file of a run never interrupted, except for the values named
+in ``TIMING_KEYS``.
+
+TensorBoard gets the figures of single layers too, as ``routing/maxvio/layer_3``.
 """
 
 from __future__ import annotations
@@ -14,12 +17,14 @@ import json
 import logging
 import math
 import os
-import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+
+from vl_jax.runtime import disk
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -29,7 +34,10 @@ TIMING_KEYS = ("tokens_per_second", "step_ms", "samples_per_second", "data_wait_
 
 _RESERVED = ("step", "stage")
 # What a log holds beside what a stage's objective measures: the parts of names before a "/".
-_BESIDE = ("loss", "auxiliary_loss", "grad_norm", "learning_rate", "skipped", "routing")
+_BESIDE = (
+    *("loss", "auxiliary_loss", "grad_norm", "learning_rate"),
+    *("skipped", "skipped_updates", "routing", "eval"),
+)
 
 
 class MetricsWriter:
@@ -41,16 +49,26 @@ class MetricsWriter:
       workdir: folder of the run; made if absent.
       resume_step: step of the checkpoint the run continues from: lines of later steps are dropped, and
         writing that step or an earlier one again is an error. None starts a new log.
+      last: the last line up to that step, as ``last`` gave it; it is written if the file lacks it.
     """
 
-    def __init__(self, workdir: str | Path, *, resume_step: int | None = None):
+    def __init__(
+        self,
+        workdir: str | Path,
+        *,
+        resume_step: int | None = None,
+        last: Mapping[str, Any] | None = None,
+    ):
         folder = Path(workdir)
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / METRICS_FILE
         first_step = 0 if resume_step is None else resume_step + 1
         truncate(self.path, first_step=first_step)
         self._first_step = first_step
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = self.path.open("ab", buffering=0)
+        self.last = last  # the last line, whoever wrote it
+        if last is not None and all(line["step"] < last["step"] for line in read_metrics(self.path)[-1:]):
+            self._append(last)
         self._board = _open_board(folder / TENSORBOARD_FOLDER, purge_step=first_step)
 
     def write(
@@ -71,6 +89,7 @@ class MetricsWriter:
 
         Raises:
           ValueError: the step is already in the log, or a name is taken.
+          OSError: the disk is full, or the file cannot be written for another reason.
         """
         if step < self._first_step:
             raise ValueError(f"step={step}: the log is at step {self._first_step} and steps never decrease")
@@ -85,15 +104,24 @@ class MetricsWriter:
         line: dict[str, Any] = {"step": step} if stage is None else {"step": step, "stage": stage}
         line |= {name: _finite(float(value)) for name, value in scalars.items()}
         line |= {name: _nested(np.asarray(value, np.float64).tolist()) for name, value in arrays.items()}
-        self._file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
-        self._file.flush()
+        self._append(line)
+        self.last = line
         if self._board is not None:
-            for name, value in scalars.items():
-                if math.isfinite(value):
-                    self._board.add_scalar(name, float(value), step)
+            self._board.write(step, {name: float(value) for name, value in scalars.items()} | _layers(line))
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        content = (json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
+        with disk.naming(self.path, needed=len(content)):
+            while content:  # A disk that gets full takes a part.
+                content = content[self._file.write(content) :]
+
+    def flush(self) -> None:
+        """Returns when all lines are on the disk, whatever happens to the machine."""
+        with disk.naming(self.path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Flushes and closes the files; the writer cannot be used afterwards."""
+        """Closes the files; the writer cannot be used afterwards."""
         self._file.close()
         if self._board is not None:
             self._board.close()
@@ -150,13 +178,7 @@ def truncate(path: str | Path, *, first_step: int) -> None:
     kept = [line + b"\n" for line, step in zip(complete, steps, strict=True) if step < first_step]
     if b"".join(kept) == content:
         return
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    # A temporary file is private; the log of a run is as readable as the file it replaces.
-    os.chmod(file.name, path.stat().st_mode)
-    os.replace(file.name, path)
+    disk.write_bytes(path, b"".join(kept))
 
 
 def _finite(value: float) -> float | None:
@@ -169,11 +191,59 @@ def _nested(value: Any) -> Any:
     return [_nested(v) for v in value] if isinstance(value, list) else _finite(float(f"{value:.7g}"))
 
 
-def _open_board(folder: Path, *, purge_step: int) -> Any:
-    """A TensorBoard writer that hides points of earlier runs from ``purge_step`` on, or None."""
+def _layers(line: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of single layers on a line, by names of their own; those of single experts are too many."""
+    return {
+        f"{name}/layer_{number}": value
+        for name, values in line.items()
+        if isinstance(values, list)
+        for number, value in enumerate(values)
+        if isinstance(value, float)
+    }
+
+
+class _Board:
+    """Scalars for TensorBoard, on their way to disk when a call returns.
+
+    The writer of tensorboardX does that in a thread, which dies of a full disk, and a run would wait for it.
+    """
+
+    def __init__(self, folder: Path, *, purge_step: int):
+        """Hides points of earlier runs from ``purge_step`` on; raises ImportError without tensorboardX."""
+        from tensorboardX import summary
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2
+
+        self._folder, self._summary, self._proto = folder, summary, cast(Any, event_pb2)
+        folder.mkdir(parents=True, exist_ok=True)
+        with disk.naming(folder):
+            self._writer = EventsWriter(str(folder / "events"))
+        self._write(step=purge_step, file_version="brain.Event:2")
+        start = self._proto.SessionLog(status=self._proto.SessionLog.START)
+        self._write(step=purge_step, session_log=start)
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Adds the scalars that are finite."""
+        finite = {name: value for name, value in scalars.items() if math.isfinite(value)}
+        for name, value in finite.items():
+            self._write(step=step, summary=self._summary.scalar(name, value))
+        with disk.naming(self._folder):
+            self._writer.flush()
+
+    def _write(self, **content: Any) -> None:
+        with disk.naming(self._folder):
+            self._writer.write_event(self._proto.Event(wall_time=time.time(), **content))
+
+    def close(self) -> None:
+        """Closes the file."""
+        with disk.naming(self._folder):
+            self._writer.close()
+
+
+def _open_board(folder: Path, *, purge_step: int) -> _Board | None:
+    """The log for TensorBoard, or None without the package that writes it."""
     try:
-        from tensorboardX import SummaryWriter
+        return _Board(folder, purge_step=purge_step)
     except ImportError as error:
         logging.getLogger(__name__).warning("no TensorBoard log: %s", error)
         return None
-    return SummaryWriter(str(folder), purge_step=purge_step)

@@ -10,7 +10,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,11 @@ import vl_jax
 from vl_jax import config as config_lib
 from vl_jax import params as params_lib
 from vl_jax import schema
+from vl_jax.batch import Batch
 from vl_jax.checkpoint import CHECKPOINTS, Checkpointer
 from vl_jax.data.config import opened
 from vl_jax.data.images.resolution import resolution_warning
+from vl_jax.data.stream.held_out_batches import held_out_batches
 from vl_jax.evaluate.runner import evaluate
 from vl_jax.experiment import (
     RUN_CONFIG,
@@ -39,14 +41,16 @@ from vl_jax.interop import pretrained
 from vl_jax.layout import Layout, rows_here
 from vl_jax.report.results import read_result
 from vl_jax.report.run import write_report
-from vl_jax.runtime import allocator, atomic_file
+from vl_jax.runtime import allocator, disk, lock
 from vl_jax.train import initial, loop, resume
 from vl_jax.train.best import Best, scores_of
+from vl_jax.train.evaluation import EvaluationHook
 from vl_jax.train.hooks import Hook
 from vl_jax.train.probe import Probe
 from vl_jax.train.program import Program
 from vl_jax.train.stages import Stage
 from vl_jax.train.step import TrainState
+from vl_jax.train.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +60,8 @@ def run(experiment: Experiment, workdir: Path) -> dict[str, Any]:
 
     Raises:
       loop.Stopped: the run was asked to stop and saved its state.
-      ValueError: the configuration does not fit the machine, the data or an earlier run of this folder.
+      ValueError: the configuration does not fit the machine, the data or an earlier run of this folder, or
+        another process runs there.
     """
     allocator.keep_freed_memory()
     start, experiment = time.time(), resolve(experiment)
@@ -66,6 +71,14 @@ def run(experiment: Experiment, workdir: Path) -> dict[str, Any]:
         opened(data, source)
     if jax.process_index() == 0 and (warning := resolution_warning(sources, data.tiling)):
         logger.warning(warning)
+    process = jax.process_index()
+    watchdog = Watchdog(experiment.loop.watchdog, workdir / loop.LOGS, process=process)
+    with contextlib.nullcontext() if process else lock.held(workdir), watchdog:
+        return _run(experiment, workdir, start, watchdog.alive)
+
+
+def _run(experiment: Experiment, workdir: Path, start: float, alive: loop.Alive) -> dict[str, Any]:
+    """The same of a resolved experiment, in a folder where no other process runs."""
     layout = plan(experiment)
     _claim(experiment, workdir)
 
@@ -80,33 +93,76 @@ def run(experiment: Experiment, workdir: Path) -> dict[str, Any]:
         workdir=workdir,
         config=experiment.loop,
         seed=experiment.seed,
-        hooks=_hooks(experiment, layout, stream_of),
+        hooks=_hooks(experiment, layout, stream_of, workdir, alive),
+        alive=alive,
     )
-    results = evaluate_all(experiment, layout, state, workdir)
+    results = evaluate_all(experiment, layout, state, workdir, alive=alive)
     if results:
         Best(experiment.loop.best, workdir).add(_steps(experiment), scores_of(results))
     if jax.process_index() == 0:
+        alive("writing the report")
         facts = {"wall_time_s": round(time.time() - start, 1), **_facts(layout)}
-        atomic_file.write_text(workdir / "run.json", json.dumps(facts, indent=2) + "\n")
+        disk.write_text(workdir / "run.json", json.dumps(facts, indent=2) + "\n")
         write_report(workdir)
     return results
 
 
 def _hooks(
-    experiment: Experiment, layout: Layout, stream_of: Callable[[Stage], loop.TrainingStream]
+    experiment: Experiment,
+    layout: Layout,
+    stream_of: Callable[[Stage], loop.TrainingStream],
+    workdir: Path,
+    alive: loop.Alive,
 ) -> tuple[Hook, ...]:
     """What the experiment wants to be done around the steps."""
-    if not experiment.loop.churn:
-        return ()
-    with contextlib.closing(stream_of(experiment.stages[0])) as stream:
-        return (Probe(layout, next(stream), every=experiment.loop.routing_every),)
+    hooks: list[Hook] = []
+    if experiment.loop.churn:
+        with contextlib.closing(stream_of(experiment.stages[0])) as stream:
+            hooks.append(Probe(layout, next(stream), every=experiment.loop.routing_every))
+    if experiment.loop.evaluate_every:
+        hooks.append(_evaluation_hook(experiment, layout, workdir, alive))
+    return tuple(hooks)
 
 
 def _steps(experiment: Experiment) -> int:
     return sum(stage.steps for stage in experiment.stages)
 
 
-def evaluate_all(experiment: Experiment, layout: Layout, state: TrainState, workdir: Path) -> dict[str, Any]:
+def _evaluation_hook(
+    experiment: Experiment, layout: Layout, workdir: Path, alive: loop.Alive
+) -> EvaluationHook:
+    """The hook that examines the model while it trains, as it is examined at the end."""
+    config = experiment.evaluation
+
+    def held_out(source: str, stage: Stage) -> Iterator[Batch]:
+        batches = held_out_batches(
+            experiment.data,
+            model_spec(experiment),
+            source,
+            targets=stage.targets,
+            batch_size=config.batch_size,
+            limit=config.limit,
+        )
+        for batch in batches:
+            alive(f"computing the loss on {source}", compiles=True)
+            yield batch
+
+    def examine(source: str, state: TrainState, step: int) -> dict[str, float | None]:
+        return evaluate_task(experiment, layout, state, workdir, source, step, alive=alive)["scores"]
+
+    sources = [source.name for source in experiment.data.evaluation]
+    every = experiment.loop.evaluate_every
+    return EvaluationHook(layout, sources, every=every, held_out=held_out, examine=examine)
+
+
+def evaluate_all(
+    experiment: Experiment,
+    layout: Layout,
+    state: TrainState,
+    workdir: Path,
+    *,
+    alive: loop.Alive = loop.unwatched,
+) -> dict[str, Any]:
     """Evaluates every held-out source of the experiment that has no result of this step yet."""
     step, results = _steps(experiment), {}
     for source in experiment.data.evaluation:
@@ -114,12 +170,21 @@ def evaluate_all(experiment: Experiment, layout: Layout, state: TrainState, work
         if done.exists():
             results[source.name] = read_result(done)
         else:
-            results[source.name] = evaluate_task(experiment, layout, state, workdir, source.name, step)
+            results[source.name] = evaluate_task(
+                experiment, layout, state, workdir, source.name, step, alive=alive
+            )
     return results
 
 
 def evaluate_task(
-    experiment: Experiment, layout: Layout, state: TrainState, workdir: Path, task: str, step: int
+    experiment: Experiment,
+    layout: Layout,
+    state: TrainState,
+    workdir: Path,
+    task: str,
+    step: int,
+    *,
+    alive: loop.Alive = loop.unwatched,
 ) -> dict[str, Any]:
     """Evaluates one held-out source; writes ``eval/<task>/<step>.json`` and returns its content."""
     return evaluate(
@@ -133,6 +198,7 @@ def evaluate_task(
         task=task,
         step=step,
         workdir=workdir,
+        alive=lambda: alive(f"evaluating {task} after step {step}", compiles=True),
     )
 
 
@@ -270,7 +336,7 @@ def _claim(experiment: Experiment, workdir: Path) -> None:
     for line in allowed:
         logger.info("the run goes on with %s", line)
     workdir.mkdir(parents=True, exist_ok=True)
-    atomic_file.write_text(path, text)
+    disk.write_text(path, text)
 
 
 def _facts(layout: Layout) -> dict[str, Any]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
-import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from numbers import Integral
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +20,7 @@ from vl_jax.evaluate.tasks.answers import Answers
 from vl_jax.evaluate.tasks.labels import Labels
 from vl_jax.evaluate.tasks.retrieval import Retrieval
 from vl_jax.layout import NO_COLLECTIONS, Layout
+from vl_jax.runtime import disk
 from vl_jax.schema import Open
 
 # Samples whose image is kept beside the predictions, for the report and for a person to look at.
@@ -45,20 +46,28 @@ def evaluate(
     task: str,
     step: int,
     workdir: Path,
+    alive: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Runs ``config.task`` on a held-out source; writes ``eval/<task>/<step>.json`` with its records.
 
     Args:
       task: name of the source, which is that of the results.
+      alive: called before every batch.
 
     Returns:
       The content of the JSON file: ``task``, ``step``, and what ``Findings`` holds, with its headline.
 
     Raises:
       ValueError: the task gave no findings, or its headline is not among the scores.
+      OSError: they cannot be written, such as on a full disk.
     """
+    alive()
     examinee = Examinee(
-        layout, params, routing_state, data, spec, source=task, extent=config, collections=collections
+        *(layout, params, routing_state, data, spec),
+        source=task,
+        extent=config,
+        collections=collections,
+        alive=alive,
     )
     records, findings = _collect(config.task, examinee)
     result = {"task": task, "step": step, **_summary(config.task, findings)}
@@ -113,9 +122,11 @@ def _write(folder: Path, step: int, result: dict[str, Any], records: list[Record
         name, picture = None, record.get("image")
         if isinstance(picture, PilImage.Image):
             name = f"images/{step}_{number:04d}.png"
-            picture.save(folder / name)
+            encoded = io.BytesIO()
+            picture.save(encoded, "PNG")
+            content = encoded.getvalue()
+            with disk.naming(folder / name, needed=len(content)):
+                (folder / name).write_bytes(content)
         lines.append(json.dumps({**record, "image": name}, ensure_ascii=False))
-    (folder / f"{step}.samples.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    temporary = folder / f"{step}.json.tmp"
-    temporary.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / f"{step}.json")
+    disk.write_text(folder / f"{step}.samples.jsonl", "\n".join(lines) + "\n")
+    disk.write_text(folder / f"{step}.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")

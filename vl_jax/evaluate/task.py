@@ -63,6 +63,7 @@ class Examinee:
     source: str  # name in ``data.evaluation``
     extent: Extent
     collections: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of the model
+    alive: Callable[[], None] = lambda: None  # called before every batch
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -77,7 +78,7 @@ class Examinee:
 
     def prompts(self, *, with_image: bool = True) -> Iterator[tuple[list[dict[str, Any]], Batch]]:
         """The source's questions as records and batches; see ``evaluation_prompts``."""
-        return evaluation_prompts(
+        prompts = evaluation_prompts(
             self.data,
             self.spec,
             self.source,
@@ -86,12 +87,21 @@ class Examinee:
             per_sample=self.extent.per_sample,
             with_image=with_image,
         )
+        return self._one_by_one(prompts)
 
     def samples(self) -> Iterator[tuple[list[dict[str, Any]], Batch]]:
         """The source's samples as records and batches; see ``evaluation_samples``."""
-        return evaluation_samples(
+        samples = evaluation_samples(
             self.data, self.spec, self.source, batch_size=self.extent.batch_size, limit=self.extent.limit
         )
+        return self._one_by_one(samples)
+
+    def _one_by_one(
+        self, batches: Iterator[tuple[list[dict[str, Any]], Batch]]
+    ) -> Iterator[tuple[list[dict[str, Any]], Batch]]:
+        for batch in batches:
+            self.alive()
+            yield batch
 
 
 @dataclasses.dataclass(frozen=True)

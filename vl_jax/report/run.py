@@ -33,6 +33,7 @@ from vl_jax.report.load import (
     logged_stacks,
 )
 from vl_jax.report.matrices import matrix_card
+from vl_jax.runtime import disk
 from vl_jax.schema import TYPE_KEY
 
 REPORT_FILE = "report.html"
@@ -55,10 +56,11 @@ def write_report(workdir: str | Path) -> Path:
 
     Raises:
       ValueError: the folder does not exist, or one of its files is not valid JSON.
+      OSError: it cannot be written, such as on a full disk.
     """
     run = read_run(workdir)
     path = run.folder / REPORT_FILE
-    path.write_text(render(run), encoding="utf-8")
+    disk.write_text(path, render(run))
     return path
 
 

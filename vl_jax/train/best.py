@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import jax
 
-from vl_jax.runtime import atomic_file
+from vl_jax.runtime import disk
 
 BEST_FILE = "best.json"  # in the folder of a run
 
@@ -72,7 +72,7 @@ class Best:
         if jax.process_index() == 0:
             steps = {str(step): self._scores[step] for step in sorted(self._scores)}
             text = json.dumps({"score": config.score, "steps": steps}, indent=2, ensure_ascii=False)
-            atomic_file.write_text(self._path, text + "\n")
+            disk.write_text(self._path, text + "\n")
         return step in self.steps()
 
     def steps(self) -> set[int]:

@@ -2,7 +2,8 @@
 
 A run is a position (stage, step, data cursor) and arrays. Both are in every checkpoint, so a killed run that
 is launched again continues with the batch it would have seen next, and ends with the same losses. What a
-stage computes is its program; what else is done around the steps are hooks.
+stage computes is its program; what else is done around the steps are hooks. Updates that would harm the model
+are skipped: ``guard``.
 """
 
 from __future__ import annotations
@@ -11,31 +12,35 @@ import contextlib
 import dataclasses
 import logging
 import signal
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
 from vl_jax import sharding
 from vl_jax.batch import Batch
-from vl_jax.checkpoint import CHECKPOINTS, Checkpointer
+from vl_jax.checkpoint import CHECKPOINTS, Checkpointer, CheckpointError
 from vl_jax.layout import Layout, Variables, put_batch
 from vl_jax.metrics import MetricsWriter
-from vl_jax.train import saved
+from vl_jax.train import saved, signals
 from vl_jax.train.best import Best, BestConfig
+from vl_jax.train.clock import Clock
+from vl_jax.train.guard import BEHIND, SKIPPED, Guard, GuardConfig
 from vl_jax.train.hooks import Hook, Moment
 from vl_jax.train.optimizer import schedule
 from vl_jax.train.program import Program, programs
 from vl_jax.train.progress import Progress
 from vl_jax.train.stages import Stage, trainable_table
-from vl_jax.train.step import TrainState
+from vl_jax.train.step import Metrics, TrainState
+from vl_jax.train.watchdog import WatchdogConfig
 
 logger = logging.getLogger(__name__)
+
+LOGS = "logs"  # the folder of a run for what is written of its troubles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +53,15 @@ class LoopConfig:
     checkpoint_every: int = 500
     keep_checkpoints: int = 3  # the newest ones
     best: BestConfig = BestConfig()  # those that stay besides
+    evaluate_every: int = 0  # and as a stage ends; 0: only as the run ends
+    guard: GuardConfig = GuardConfig()  # which updates are skipped
+    watchdog: WatchdogConfig = WatchdogConfig()  # how long the run may stand still
 
     def __post_init__(self):
+        if self.evaluate_every < 0:
+            raise ValueError(
+                f"evaluate_every={self.evaluate_every} must be >= 0; 0 evaluates at the end only"
+            )
         for name in ("log_every", "routing_every", "checkpoint_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be >= 1")
@@ -65,6 +77,17 @@ class TrainingStream(Protocol):
     def get_state(self) -> dict[str, Any]: ...
     def set_state(self, state: dict[str, Any]) -> None: ...
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class Alive(Protocol):
+    """Is told that the run has moved and what it does next; see ``Watchdog.alive``."""
+
+    def __call__(self, task: str, *, compiles: bool = False) -> None: ...
+
+
+def unwatched(task: str, *, compiles: bool = False) -> None:
+    """Where nobody watches."""
 
 
 class Stopped(Exception):
@@ -90,6 +113,8 @@ class Session:
     writer: MetricsWriter | None  # None on all processes but one
     progress: Progress
     stop: Callable[[], int | None]  # number of the signal that asked to stop, if any
+    guard: Guard
+    alive: Alive
     seed: int
 
 
@@ -101,6 +126,8 @@ class Position:
     step: int = 0  # optimiser steps done in this stage
     global_step: int = 0
     data: dict[str, Any] | None = None  # cursor of the stage's stream; None at its beginning
+    guard: dict[str, Any] | None = None  # what ``Guard`` knows of the updates before
+    line: dict[str, Any] | None = None  # the last one of the log, which a crash may have cut
 
 
 def train(
@@ -113,6 +140,7 @@ def train(
     config: LoopConfig,
     seed: int,
     hooks: tuple[Hook, ...] = (),
+    alive: Alive = unwatched,
 ) -> TrainState:
     """Runs the stages, from the newest checkpoint in ``workdir`` if there is one.
 
@@ -120,12 +148,15 @@ def train(
       begin: gives what a run begins with, where it lives.
       seed: of fresh adapters, and of the noise of routing.
       hooks: what is done around every step, in this order.
+      alive: told again and again that the run has moved.
 
     Returns:
       The state at the end, adapters merged into the parameters.
 
     Raises:
-      Stopped: after SIGTERM or SIGINT, once the state is on disk.
+      Stopped: after SIGTERM, SIGHUP or SIGINT, once the state is on disk.
+      UpdatesSkipped: too many updates in a row would have harmed the model.
+      CheckpointError: parameters are not finite, and are not saved.
     """
     best = Best(config.best, workdir)
     checkpointer = Checkpointer(workdir / CHECKPOINTS, keep=config.keep_checkpoints, others=best.steps)
@@ -137,13 +168,16 @@ def train(
         state, position = restored
         total = sum(stage.steps for stage in stages)
         lead = jax.process_index() == 0  # the one process that writes the log and talks
+        step = position.global_step
+        guard = Guard(config.guard, workdir / LOGS, state=position.guard, step=step)
         with (
-            _writer(workdir, position.global_step, lead=lead) as writer,
-            Progress(total, position.global_step, quiet=not lead) as progress,
-            _signals() as stop,
+            _writer(workdir, position, lead=lead) as writer,
+            Progress(total, step, quiet=not lead) as progress,
+            signals.noted() as stop,
         ):
             run = Session(
-                layout, made, open_stream, hooks, config, checkpointer, writer, progress, stop, seed
+                *(layout, made, open_stream, hooks, config, checkpointer, writer, progress, stop),
+                *(guard, alive, seed),
             )
             while not _finished(position, stages):
                 state, position = _run_stage(run, state, position)
@@ -206,7 +240,11 @@ def _run_stage(run: Session, state: TrainState, position: Position) -> tuple[Tra
     stage = program.stage
     run.progress.announce(stage.name, stage.steps, trainable_table(stage, layout.params, layout.roles))
     stream = run.open_stream(stage)
-    rate, clock = schedule(stage.optimizer, stage.steps), _Clock()
+    rate, clock = schedule(stage.optimizer, stage.steps), Clock()
+    run.guard.begin_stage(program.gradient_names, anew=position.step == 0)
+    compiled = (
+        position.step + BEHIND + 1
+    )  # Up to this step, the computation of one may wait for its compiler.
     with contextlib.closing(stream), sharding.use_mesh(layout.mesh, layout.rules):
         if position.data is not None:
             stream.set_state(position.data)
@@ -214,24 +252,21 @@ def _run_stage(run: Session, state: TrainState, position: Position) -> tuple[Tra
             for _ in range(position.step):
                 next(stream)
         while position.step < stage.steps:
+            moment = Moment(stage, position.step + 1, position.global_step + 1)
+            run.alive(f"waiting for the data of step {moment.global_step}")
             with clock.waiting():
                 batch = next(stream)
             learning_rate = float(np.asarray(rate(position.step)))
-            position.step += 1
-            position.global_step += 1
-            moment = Moment(stage, position.step, position.global_step)
-            for hook in run.hooks:
-                hook.before_step(state, moment)
-            state, metrics = program.step(state, put_batch(batch, layout), np.float32(learning_rate))
-            for hook in run.hooks:
-                metrics = hook.after_step(state, metrics, moment)
+            position.step, position.global_step = moment.step, moment.global_step
+            run.alive(f"computing step {moment.global_step}", compiles=moment.step <= compiled)
+            state, metrics = _step(run, program, state, batch, learning_rate, moment, stream)
             _report(run, moment, batch, metrics, learning_rate, clock, stream.skipped)
             ends = position.step == stage.steps
             stopped = _asked_to_stop(run, position.global_step)
             if stopped or ends or position.global_step % run.config.checkpoint_every == 0:
                 position.data = stream.get_state()
                 if not ends:
-                    _save(run, state, position)
+                    position = _save(run, state, position)
             if stopped and not ends:
                 run.checkpointer.wait()
                 raise Stopped(stopped, position.global_step)
@@ -240,11 +275,31 @@ def _run_stage(run: Session, state: TrainState, position: Position) -> tuple[Tra
         state = program.merge(state)
         variables = Variables(state.params, state.routing, state.collections)
         state = run.programs[position.stage].begin(variables, _key(run.seed, position.stage))
-    _save(run, state, position)
+    position = _save(run, state, position)
     if stopped := _asked_to_stop(run, position.global_step):
         run.checkpointer.wait()
         raise Stopped(stopped, position.global_step)
     return state, position
+
+
+def _step(
+    run: Session,
+    program: Program,
+    state: TrainState,
+    batch: Batch,
+    learning_rate: float,
+    moment: Moment,
+    stream: TrainingStream,
+) -> tuple[TrainState, Metrics]:
+    """One step with what stands around it; its figures may still be on their way."""
+    for hook in run.hooks:
+        hook.before_step(state, moment)
+    limit, rate = run.guard.limit(moment.global_step), np.float32(learning_rate)
+    state, metrics = program.step(state, put_batch(batch, run.layout), rate, np.float32(limit))
+    metrics = run.guard.watch(moment, metrics, limit, getattr(stream, "ids", ()))
+    for hook in run.hooks:
+        metrics = hook.after_step(state, metrics, moment)
+    return state, metrics
 
 
 def _asked_to_stop(run: Session, step: int) -> int | None:
@@ -260,64 +315,68 @@ def _asked_to_stop(run: Session, step: int) -> int | None:
     return number or None
 
 
-def _save(run: Session, state: TrainState, position: Position) -> None:
+def _save(run: Session, state: TrainState, position: Position) -> Position:
+    """Begins to write a checkpoint, of a state that is finite; gives the position with all it holds.
+
+    Raises:
+      CheckpointError: the state is not finite; the checkpoints before stay.
+    """
+    step = position.global_step
+    run.alive(f"saving the checkpoint of step {step}", compiles=True)
+    run.guard.settle()
+    line = None if run.writer is None else run.writer.last
+    position = dataclasses.replace(position, guard=run.guard.get_state(), line=line)
+    if run.writer is not None:
+        run.writer.flush()  # The log is never behind a checkpoint.
     training, record = saved.to_saved(state)
+    if wrong := not_finite({"params": state.params, **training}):
+        raise CheckpointError(
+            f"{wrong[0]} is not finite at step {step} ({len(wrong)} such arrays): this state is not saved, "
+            "the checkpoints before it stay; set a lower learning rate, or mend what the model computes"
+        )
     record = {"position": dataclasses.asdict(position), **record}
-    run.checkpointer.save(position.global_step, params=state.params, training=training, record=record)
+    run.checkpointer.save(step, params=state.params, training=training, record=record)
+    return position
 
 
-class _Clock:
-    """Tokens per second and milliseconds waited for data, since the last reading."""
+def not_finite(tree: Any) -> list[str]:
+    """Paths of the leaves of a tree of arrays that hold an infinite number or none."""
+    named, _ = jax.tree_util.tree_flatten_with_path(tree)
+    leaves = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in named}
+    floats = {path: leaf for path, leaf in leaves.items() if jnp.issubdtype(leaf.dtype, jnp.inexact)}
+    finite = jax.device_get(_are_finite(list(floats.values()))) if floats else ()
+    return [path for path, fine in zip(floats, finite, strict=True) if not fine]
 
-    def __init__(self):
-        self._reset()
 
-    def _reset(self) -> None:
-        self._start, self._waited, self._steps = time.perf_counter(), 0.0, 0
-        self._tokens = self._samples = 0
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._waited += time.perf_counter() - start
-        self._steps += 1
-
-    def count(self, batch: Batch) -> None:
-        self._tokens += int(np.count_nonzero(batch.segment_ids))
-        self._samples += int(batch.segment_ids.max(axis=1).sum())
-
-    def read(self) -> dict[str, float]:
-        elapsed = time.perf_counter() - self._start
-        result = {
-            "tokens_per_second": self._tokens / elapsed,
-            "samples_per_second": self._samples / elapsed,
-            "data_wait_ms": 1000 * self._waited / max(1, self._steps),
-            "step_ms": 1000 * elapsed / max(1, self._steps),
-        }
-        self._reset()
-        return result
+@jax.jit
+def _are_finite(leaves: list[jax.Array]) -> jax.Array:
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves])
 
 
 def _report(
     run: Session,
     moment: Moment,
     batch: Batch,
-    metrics: dict[str, jax.Array],
+    metrics: Metrics,
     learning_rate: float,
-    clock: _Clock,
+    clock: Clock,
     skipped: dict[str, int],
 ) -> None:
     """Writes this step's figures when they are due, and moves the progress line."""
     clock.count(batch)
     step, stage = moment.global_step, moment.stage
     scalars: dict[str, float] = {}
-    if moment.is_due(run.config.log_every) or moment.step == 1:
+    config = run.config
+    often = [every for every in (config.log_every, config.evaluate_every) if every]
+    if moment.step == 1 or any(map(moment.is_due, often)):
+        run.guard.settle()
         fetched = {k: v for k, v in jax.device_get(metrics).items()}
         scalars = {k: float(v) for k, v in fetched.items() if np.ndim(v) == 0}
         scalars |= {"learning_rate": learning_rate, "skipped": float(sum(skipped.values()))} | clock.read()
+        if run.guard.skipped:
+            scalars[SKIPPED] = float(run.guard.skipped)
         arrays = {}
-        if moment.is_due(run.config.routing_every):
+        if moment.is_due(config.routing_every):
             arrays = {k: np.asarray(v).tolist() for k, v in fetched.items() if np.ndim(v) > 0}
         if run.writer is not None:
             run.writer.write(step, scalars, arrays, stage=stage.name)
@@ -325,27 +384,8 @@ def _report(
 
 
 def _writer(
-    workdir: Path, step: int, *, lead: bool
+    workdir: Path, position: Position, *, lead: bool
 ) -> contextlib.AbstractContextManager[MetricsWriter | None]:
-    return MetricsWriter(workdir, resume_step=step) if lead else contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[Callable[[], int | None]]:
-    """Notes SIGTERM and SIGINT instead of dying of them; a second one gets through."""
-    noted: list[int] = []
-
-    def note(number: int, _: Any) -> None:
-        if noted:
-            raise KeyboardInterrupt
-        noted.append(number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: None
-        return
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield lambda: noted[0] if noted else None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    if not lead:
+        return contextlib.nullcontext()
+    return MetricsWriter(workdir, resume_step=position.global_step, last=position.line)

@@ -1,10 +1,10 @@
 """What a stage computes, apart from the loop that runs it.
 
     Program.of(layout, stage)
-        .begin(variables, key) -> state       fresh adapters and moments
-        .step(state, batch, learning rate)    compiled; consumes the state
-        .merge(state)                         adapters added to their weights
-        .abstract_optimizer                   what a checkpoint of the stage holds
+        .begin(variables, key) -> state              fresh adapters and moments
+        .step(state, batch, learning rate, limit)    compiled; consumes the state; see ``guard``
+        .merge(state)                                adapters added to their weights
+        .abstract_optimizer                          what a checkpoint of the stage holds
 
 Stages that differ only in what they read, how long and how fast they train share one compiled step.
 """
@@ -24,9 +24,10 @@ from vl_jax import params as params_lib
 from vl_jax.layout import Layout, Variables
 from vl_jax.moe import stacks
 from vl_jax.train import lora
+from vl_jax.train.guard import GuardedStep, guarded
 from vl_jax.train.optimizer import make_optimizer, without_schedule
 from vl_jax.train.stages import Stage, adapter_shapes, trainable_paths
-from vl_jax.train.step import Step, TrainState, make_train_step, split_trained
+from vl_jax.train.step import TrainState, gradient_names, make_train_step, split_trained
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,7 +39,7 @@ class Program:
     trainable: set[str]  # paths of the parameters that train
     adapters: dict[str, Any]  # shapes of the adapters, where each lives; empty without any
     optimizer: optax.GradientTransformation
-    step: Step  # compiled when it is first called; consumes its state
+    step: GuardedStep  # compiled when it is first called; consumes its state
 
     @classmethod
     def of(cls, layout: Layout, stage: Stage, others: Iterable[Program] = (), *, seed: int = 0) -> Program:
@@ -59,8 +60,15 @@ class Program:
         roles = layout.roles | dict.fromkeys(factors, lora.FACTOR)
         optimizer = make_optimizer(stage.optimizer, trainable | factors.keys(), roles)
         same = next((p for p in others if computation(p.stage) == computation(stage)), None)
-        step = _compiled(layout, stage, trainable, optimizer, seed) if same is None else same.step
+        stacked = _stacked(layout, factors)
+        step = _compiled(layout, stage, trainable, optimizer, stacked, seed) if same is None else same.step
         return cls(layout, stage, trainable, adapters, optimizer, step)
+
+    @property
+    def gradient_names(self) -> list[str]:
+        """What the single gradient norms of a step are of: a leaf, or a layer of it."""
+        trained, _ = split_trained(self.layout.params, self.adapters, self.trainable)
+        return gradient_names(trained, _stacked(self.layout, params_lib.flatten(self.adapters)))
 
     @property
     def abstract_optimizer(self) -> Any:
@@ -140,8 +148,9 @@ def _compiled(
     stage: Stage,
     trainable: set[str],
     optimizer: optax.GradientTransformation,
+    stacked: set[str],
     seed: int,
-) -> Step:
+) -> GuardedStep:
     step = make_train_step(
         layout.model,
         optimizer,
@@ -150,11 +159,18 @@ def _compiled(
         lora_scale=stage.lora_scale,
         objective=stage.objective,
         roles=layout.roles,
+        stacked=stacked,
         seed=seed,
     )
     for wrapper in stage.wrap:
         step = wrapper(step)
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(guarded(step), donate_argnums=0)
+
+
+def _stacked(layout: Layout, adapters: Iterable[str]) -> set[str]:
+    """The parameters, and the adapters of such, whose first axis counts layers."""
+    found = {path for path, placement in layout.placements.items() if placement.names[:1] == ("layers",)}
+    return found | {path for path in adapters if path.rpartition("/")[0] in found}
 
 
 def _shardings(tree: Any) -> Any:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jax.typing import ArrayLike
@@ -29,9 +30,10 @@ from vl_jax.train import lora
 from vl_jax.train.objectives.next_token import NextToken
 from vl_jax.train.objectives.objective import Objective, Sums
 
-Metrics = dict[str, jax.Array]
+Metrics = dict[str, jax.Array | np.number]  # by name; what a hook adds may be on the host already
 NEXT_TOKEN = NextToken()
 NO_ROLES: Mapping[str, Role] = {}
+GRADIENT_NORMS = "gradient_norms"  # among the metrics: f32[N], see ``gradient_norms``
 
 
 @struct.dataclass
@@ -165,6 +167,23 @@ def weighted(losses: dict[str, jax.Array], objective: Objective) -> jax.Array:
     return functools.reduce(jnp.add, terms)
 
 
+def gradient_norms(grads: Any, stacked: Collection[str]) -> jax.Array:
+    """The norm of each leaf, in the order of their paths, of stacked leaves one for each layer: f32[N]."""
+    norms = []
+    for path, leaf in sorted(params_lib.flatten(grads).items()):
+        axes = tuple(range(1, leaf.ndim)) if path in stacked else None
+        norms.append(jnp.sqrt(jnp.sum(jnp.square(leaf.astype(jnp.float32)), axis=axes)).reshape(-1))
+    return jnp.concatenate(norms)
+
+
+def gradient_names(trained: Any, stacked: Collection[str]) -> list[str]:
+    """What the figures of ``gradient_norms`` are of, from the leaves that train or their shapes."""
+    names = []
+    for path, leaf in sorted(params_lib.flatten(trained).items()):
+        names += [f"{path}[{layer}]" for layer in range(leaf.shape[0])] if path in stacked else [path]
+    return names
+
+
 def make_train_step(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
@@ -175,6 +194,7 @@ def make_train_step(
     objective: Objective = NEXT_TOKEN,
     roles: Mapping[str, Role] = NO_ROLES,
     seed: int = 0,
+    stacked: Collection[str] = (),
 ) -> Step:
     """The step of one stage, ``(state, batch, learning_rate)``, to be compiled by the caller.
 
@@ -184,6 +204,7 @@ def make_train_step(
       roles: of the parameters that have adapters, by path.
       objective: what the stage minimises.
       seed: of the noise of routing.
+      stacked: the leaves that train whose first axis counts layers.
 
     Raises:
       ValueError: rows of the objective act on one another, and micro-batches would part them.
@@ -212,6 +233,7 @@ def make_train_step(
         updates = jax.tree.map(lambda u: (learning_rate * u).astype(u.dtype), updates)
         trained = optax.apply_updates(trained, updates)
         metrics["grad_norm"] = optax.tree.norm(grads)
+        metrics[GRADIENT_NORMS] = gradient_norms(grads, stacked)
         parts: Stacks = model.config.stacks  # pyright: ignore[reportAttributeAccessIssue]
         load = stacks.update_load(state.load, sums.stats)
         metrics |= stacks.summarize(sums.stats, load, parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import queue
 import threading
 from collections import Counter
@@ -13,6 +14,19 @@ from vl_jax.data.reasons import in_words
 
 T = TypeVar("T")
 _MAX_BAD_RUN = 2000
+DATA_THREAD = "data"  # what the names of threads begin with that read data
+_PATIENCE = 30.0  # seconds that a thread which is told to stop may take
+_log = logging.getLogger(__name__)
+
+
+class DataFailure(ValueError):
+    """What ended the work on data and is no ordinary error, such as a panic in a library; in one line."""
+
+    @classmethod
+    def of(cls, error: BaseException, where: str) -> DataFailure:
+        """Says what was raised, and where."""
+        said = " ".join(str(error).split())
+        return cls(f"{where}: {type(error).__name__}: {said}" if said else f"{where}: {type(error).__name__}")
 
 
 class Background(Generic[T]):
@@ -26,11 +40,16 @@ class Background(Generic[T]):
         """
         self._queue: queue.Queue[T | Exception] = queue.Queue(prefetch)
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=_run, args=(make, self._queue, self._stop), daemon=True)
+        arguments = (make, self._queue, self._stop)
+        self._thread = threading.Thread(target=_run, args=arguments, name=DATA_THREAD, daemon=True)
         self._thread.start()
 
     def next(self) -> T:
-        """The next item; raises what the iterator raised, again and again."""
+        """The next item; raises what the iterator raised, again and again.
+
+        Raises:
+          DataFailure: what it raised is no ``Exception``, such as the panic of a tokenizer.
+        """
         item = self._queue.get()
         if isinstance(item, Exception):
             self._queue.put(item)  # Whoever asks again is told again.
@@ -38,12 +57,14 @@ class Background(Generic[T]):
         return item
 
     def stop(self) -> None:
-        """Ends the work and waits for it."""
+        """Ends the work and waits for it; a thread that is stuck is left alone after a while."""
         self._stop.set()
         with contextlib.suppress(queue.Empty):
             self._queue.get_nowait()  # So that the thread does not wait for room.
         if threading.current_thread() is not self._thread:  # Garbage collection may call from anywhere.
-            self._thread.join()
+            self._thread.join(_PATIENCE)
+            if self._thread.is_alive():
+                _log.warning("the data thread is stuck and has not ended for %g s", _PATIENCE)
 
 
 def _run(
@@ -57,6 +78,8 @@ def _run(
                 return
     except Exception as error:
         _put(out, error, stop)
+    except BaseException as error:  # The thread ends here; nobody else would ever hear of it.
+        _put(out, DataFailure.of(error, "while data was read"), stop)
 
 
 def _put(out: queue.Queue[T | Exception], item: T | Exception, stop: threading.Event) -> None:

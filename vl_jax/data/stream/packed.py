@@ -184,7 +184,7 @@ class _PackedWork:
         with ThreadPoolExecutor(1) as planning:
             rows, read = self._rows(cursor, planning), []
             ahead = self.batch_size + self.reader.config.loading.parallel
-            for row, results in in_order(self.reader.pool(), rows, ahead=ahead):
+            for row, results in in_order(self.reader.pool(stop), rows, ahead=ahead):
                 if stop.is_set():
                     return
                 read.append((row, results))

@@ -124,7 +124,7 @@ class _SampleWork:
         guard = BadRuns({name: len(s) for name, s in self.reader.sources.items()})
         rows: list[list[Example]] = []
         skipped: dict[str, tuple[str, str]] = {}
-        for place, result in self._results(start):
+        for place, result in self._results(start, stop):
             if stop.is_set():
                 return
             if isinstance(result, BadSample):
@@ -138,11 +138,11 @@ class _SampleWork:
                 yield Made(self.reader.encoder.collate(rows), ids, place.index + 1, skipped)
                 rows, skipped = [], {}
 
-    def _results(self, start: int) -> Iterator[tuple[Place, Example | BadSample]]:
+    def _results(self, start: int, stop: threading.Event) -> Iterator[tuple[Place, Example | BadSample]]:
         width = self.reader.config.loading.parallel
         # One chunk of a batch for each thread: work that goes stage by stage is quicker in large chunks.
         size = min(max(self.batch_size // width, 1), _MOST_IN_CHUNK)
-        pool, ahead = self.reader.pool(size), 2 * width + -(-self.batch_size // size)
+        pool, ahead = self.reader.pool(size, stop), 2 * width + -(-self.batch_size // size)
         for places, results in in_order(pool, self._chunks(start, size), ahead=ahead):
             yield from zip(places, results, strict=True)
 

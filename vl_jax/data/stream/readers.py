@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
@@ -51,12 +52,12 @@ class SampleReader:
     seed: int
     told: set[tuple[str, str]] = field(default_factory=set, compare=False)  # of what was left out
 
-    def pool(self, rows: int) -> Pool[Place, Example | BadSample]:
+    def pool(self, rows: int, stop: threading.Event | None = None) -> Pool[Place, Example | BadSample]:
         """What the config says, this thread, several or processes, to read chunks of so many rows."""
         facts = (self.config, self.encoder.spec, tuple(self.sources), self.targets, self.seed)
         row = self.encoder.row_bytes
         room = max(min(rows * row, _MOST_ROOM), row)
-        return _pool(self, functools.partial(_open_samples, *facts), self.config, room)
+        return _pool(self, functools.partial(_open_samples, *facts), self.config, room, stop)
 
     def __call__(self, places: Sequence[Place]) -> list[Example | BadSample]:
         """The example of each place, or why its record cannot be used."""
@@ -88,10 +89,11 @@ class ItemReader:
     seed: int
     told: set[tuple[str, str]] = field(default_factory=set, compare=False)  # of what was left out
 
-    def pool(self) -> Pool[Item, Example | BadSample]:
+    def pool(self, stop: threading.Event | None = None) -> Pool[Item, Example | BadSample]:
         """What the config says, this thread, several or processes, to read the items of a row."""
         facts = (self.config, self.encoder.spec, tuple(self.sources), self.targets, self.seed)
-        return _pool(self, functools.partial(_open_items, *facts), self.config, self.encoder.row_bytes)
+        room = self.encoder.row_bytes
+        return _pool(self, functools.partial(_open_items, *facts), self.config, room, stop)
 
     def __call__(self, items: Sequence[Item]) -> list[Example | BadSample]:
         """The encoded draws, or why a record cannot be used after all.
@@ -159,9 +161,13 @@ def _open_items(
 
 
 def _pool(
-    read: Read[Task], make: Callable[[], Read[Task]], config: DataConfig, room: int
+    read: Read[Task],
+    make: Callable[[], Read[Task]],
+    config: DataConfig,
+    room: int,
+    stop: threading.Event | None,
 ) -> Pool[Task, Example | BadSample]:
     loading = config.loading
     if loading.num_workers:
-        return Processes(make, loading.num_workers, room=room)
+        return Processes(make, loading.num_workers, room=room, stop=stop)
     return Threads(read, loading.num_threads) if loading.num_threads > 1 else Here(read)

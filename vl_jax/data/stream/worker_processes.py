@@ -18,17 +18,19 @@ import multiprocessing
 import os
 import queue
 import signal
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnContext
 from multiprocessing.shared_memory import SharedMemory
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
 from vl_jax.data.example import Example
 from vl_jax.data.sample import BadSample
+from vl_jax.data.stream.background import DataFailure
 from vl_jax.parts import Portable
 
 Task = TypeVar("Task")
@@ -40,6 +42,8 @@ _ARRAYS |= {name: np.dtype(np.int32) for name in ("visual_slot", "visual_index",
 _ARRAYS |= {"loss_weights": np.dtype(np.float32), "tiles": np.dtype(np.uint8)}
 _PIPED = ("id", "num_turns", "grids", "answer_runs", "media", "labels")  # what is left of an example
 _ALIGNED = 8  # bytes
+_GLANCE = 0.5  # seconds between looks at whether an answer is still wanted
+_PATIENCE = 5.0  # seconds that a worker may take for an answer that is not
 
 
 class _Packed(NamedTuple):
@@ -58,19 +62,23 @@ class _Packed(NamedTuple):
 class Processes(Generic[Task]):
     """A pool of worker processes; for what it does see ``workers.Threads``."""
 
-    def __init__(self, make: Callable[[], Read[Task]], count: int, *, room: int):
+    def __init__(
+        self, make: Callable[[], Read[Task]], count: int, *, room: int, stop: threading.Event | None = None
+    ):
         """Starts the workers.
 
         Args:
           make: called in every worker, gives what to do with a chunk. Has to be picklable.
           room: bytes of shared memory of each; examples beyond it come through the pipe, which is slower.
+          stop: once it is set, a worker that does not answer is killed.
 
         Raises:
           ValueError: there is not so much shared memory.
         """
         _check_room(count, room)
         context = multiprocessing.get_context("spawn")  # a copy of a process with threads may hang
-        self._workers = [_Worker(context, make, room) for _ in range(count)]
+        stop = stop or threading.Event()
+        self._workers = [_Worker(context, make, room, stop) for _ in range(count)]
         self._free: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         for worker in self._workers:
             self._free.put(worker)
@@ -99,7 +107,8 @@ class Processes(Generic[Task]):
 class _Worker:
     """One worker process as seen from here."""
 
-    def __init__(self, context: SpawnContext, make: Callable, room: int):
+    def __init__(self, context: SpawnContext, make: Callable, room: int, stop: threading.Event):
+        self._stop = stop
         self._memory, self._named = SharedMemory(create=True, size=room), True
         self._pipe, theirs = context.Pipe()
         arguments = (theirs, Portable(make), self._memory.name)
@@ -116,10 +125,10 @@ class _Worker:
         """
         try:
             if self._named:
-                self._pipe.recv()  # It has opened the memory.
+                self._answer()  # It has opened the memory.
                 self._forget_name()
             self._pipe.send(tasks)
-            answer = self._pipe.recv()
+            answer = self._answer()
         except (EOFError, OSError):
             raise ChildProcessError(self._death()) from None
         if isinstance(answer, Exception):
@@ -127,6 +136,15 @@ class _Worker:
         results, used = answer
         data = np.array(np.frombuffer(_buffer(self._memory), np.uint8, used))  # the next chunk may come now
         return [_unpack(result, data) if isinstance(result, _Packed) else result for result in results]
+
+    def _answer(self) -> Any:
+        """What comes through the pipe; a worker that is stuck is killed when nobody waits for it any more."""
+        unwanted = 0.0
+        while not self._pipe.poll(_GLANCE):
+            unwanted = unwanted + _GLANCE if self._stop.is_set() else 0.0
+            if unwanted >= _PATIENCE:
+                self._process.kill()
+        return self._pipe.recv()
 
     def hang_up(self) -> None:
         """Lets the worker end."""
@@ -186,6 +204,8 @@ def _serve(pipe: Connection, make: Portable[Callable[[], Read[Task]]], memory_na
                 answer = error
             except Exception as error:
                 answer = RuntimeError(f"in a data worker: {type(error).__name__}: {error}")
+            except BaseException as error:  # such as the panic of a library
+                answer = DataFailure.of(error, "in a data worker")
             pipe.send(answer)
 
 

@@ -1,0 +1,49 @@
+"""A lock on the folder of a run, which one process holds and which ends with that process.
+
+The operating system keeps the lock, not a file's presence: whoever dies, and however, leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+LOCK_FILE = "run.lock"  # who holds the lock, in words; the file stays
+_WITHOUT_LOCKS = (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL)  # what such file systems answer
+_log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def held(workdir: Path) -> Iterator[None]:
+    """Holds the lock of a folder, which is made if it is absent.
+
+    On a file system without locks it holds nothing and warns.
+
+    Raises:
+      ValueError: another process holds it; the message names that process and its host.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    with (workdir / LOCK_FILE).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise ValueError(
+                f"--workdir={workdir} is in use by another run ({holder}); wait until it ends, stop it, or "
+                "choose another folder"
+            ) from None
+        except OSError as error:
+            if error.errno not in _WITHOUT_LOCKS:
+                raise
+            _log.warning("%s cannot be locked (%s): begin no second run there", workdir, error.strerror)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield

@@ -1,0 +1,90 @@
+"""A model is examined while it trains: the loss on held-out sources, and the scores of the run's task."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from vl_jax.batch import Batch
+from vl_jax.layout import Layout, put_batch
+from vl_jax.train import lora
+from vl_jax.train.hooks import Moment
+from vl_jax.train.objectives.objective import Objective
+from vl_jax.train.stages import Stage
+from vl_jax.train.step import Metrics, TrainState, total_of
+
+Examine = Callable[[str, TrainState, int], Mapping[str, float | None]]
+HeldOut = Callable[[str, Stage], Iterable[Batch]]
+
+
+class EvaluationHook:
+    """Logs ``eval/<source>/loss`` and ``eval/<source>/<score>`` every so many steps; a ``Hook``."""
+
+    def __init__(
+        self, layout: Layout, sources: Iterable[str], *, every: int, held_out: HeldOut, examine: Examine
+    ):
+        """Takes what to look at.
+
+        Args:
+          sources: names of held-out sources.
+          every: steps from one examination to the next; one is made as a stage ends, too.
+          held_out: batches of a source as a stage reads them; the loss is of these.
+          examine: the scores of a source from a state without adapters, after a step of the run.
+        """
+        self._layout, self._sources, self._every = layout, tuple(sources), every
+        self._held_out, self._examine = held_out, examine
+        self._compiled: list[tuple[Objective, Callable]] = []
+        self._merge = jax.jit(functools.partial(lora.merge, roles=layout.roles), static_argnames=("scale",))
+
+    def before_step(self, state: TrainState, moment: Moment) -> None:
+        """Does nothing: what counts is the state after the step."""
+
+    def after_step(self, state: TrainState, metrics: Metrics, moment: Moment) -> Metrics:
+        """Adds what it finds, if it is time."""
+        if not moment.is_due(self._every):
+            return metrics
+        stage, found = moment.stage, dict[str, Any]()
+        if stage.lora is not None:
+            params = self._merge(state.params, state.adapters, scale=stage.lora_scale)
+            state = dataclasses.replace(state, params=params, adapters={})
+        for source in self._sources:
+            loss = self._loss(source, stage, state)
+            scores = self._examine(source, state, moment.global_step)
+            values = {"loss": loss} | {name: value for name, value in scores.items() if value is not None}
+            found |= {f"eval/{source}/{name}": np.float64(value) for name, value in values.items()}
+        return metrics | found
+
+    def _loss(self, source: str, stage: Stage, state: TrainState) -> float:
+        """The weighted loss over all samples of a source; not a number if none has a target."""
+        sums_of, losses, totals = self._sums_of(stage.objective), Counter(), Counter()
+        for batch in self._held_out(source, stage):
+            found = jax.device_get(sums_of(state, put_batch(batch, self._layout)))
+            for kept, sums in zip((losses, totals), found, strict=True):
+                kept.update({name: float(value) for name, value in sums.items()})
+        if not losses or not all(totals.values()):
+            return float("nan")
+        return sum(stage.objective.weights[name] * losses[name] / totals[name] for name in losses)
+
+    def _sums_of(self, objective: Objective) -> Callable:
+        """``held_out_sums`` of an objective, compiled once."""
+        for known, compiled in self._compiled:
+            if known == objective:
+                return compiled
+        compiled = jax.jit(functools.partial(held_out_sums, objective=objective, model=self._layout.model))
+        self._compiled.append((objective, compiled))
+        return compiled
+
+
+def held_out_sums(
+    state: TrainState, batch: Batch, *, objective: Objective, model: Any
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """Every loss of some rows as a sum, and what it is divided by, by the same names; f32[] each."""
+    found = objective(state.params, state, batch, model=model, rngs=None)
+    totals = objective.total(batch)
+    return found.losses, {name: total_of(name, totals) for name in found.losses}
