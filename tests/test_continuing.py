@@ -25,7 +25,8 @@ from vl_jax.experiment import read_run
 from vl_jax.moe.stacks import init_state
 from vl_jax.report.run import read_run as read_files
 from vl_jax.train import initial, resume
-from vl_jax.train.best import BEST_FILE, Best, BestConfig, scores_of
+from vl_jax.train.best import BEST_FILE, Best, BestConfig
+from vl_jax.train.loop import LoopConfig
 
 CONFIG = {
     "_type": "Experiment",
@@ -113,7 +114,7 @@ def test_the_best_are_those_of_a_sort(tmp_path_factory, found):
         config = BestConfig(2, "a/loss", order)  # type: ignore[arg-type]
         (folder / BEST_FILE).unlink(missing_ok=True)
         best = Best(config, folder)
-        said = [best.add(step, {"a/loss": value}) for step, value in found]
+        said = [best.add(step, {"eval/a/loss": value, "loss": 9.0}) for step, value in found]
         last = {step: value for step, value in found}
         ranked = sorted((sign * v, s) for s, v in last.items() if np.isfinite(v))
         assert best.steps() == {step for _, step in ranked[-2:]} == Best(config, folder).steps()
@@ -122,31 +123,24 @@ def test_the_best_are_those_of_a_sort(tmp_path_factory, found):
 
 def test_a_score_that_there_is_not_is_named(tmp_path):
     best = Best(BestConfig(1, "val/acc"), tmp_path)
-    with pytest.raises(ValueError, match="config.loop.best.score='val/acc': evaluation gives val/loss, b"):
-        best.add(1, {"val/loss": 1.0, "b": 2.0})
+    with pytest.raises(ValueError, match="config.loop.best.score='val/acc': evaluation gives val/loss, b$"):
+        best.add(1, {"eval/val/loss": 1.0, "eval/b": 2.0, "loss": 1.0})
+    assert not best.add(2, {"loss": 1.0})  # nothing was examined
     assert not Best(BestConfig(), tmp_path).add(1, {}) and not (tmp_path / BEST_FILE).exists()
     (tmp_path / BEST_FILE).write_text('{"score"')
     with pytest.raises(ValueError, match="best.json: cut or damaged .*; delete it"):
-        Best(BestConfig(1), tmp_path)
-
-
-def test_the_headline_is_the_score_unless_another_is_named(tmp_path):
-    results = {
-        "val": {"headline": "acc", "scores": {"loss": 2.0, "acc": None}},
-        "b": {"headline": "x", "scores": {"x": 1}},
-    }
-    scores = scores_of(results)
-    assert list(scores) == ["val/acc", "val/loss", "b/x"] and scores_of({}) == {}
-    assert not Best(BestConfig(1), tmp_path).add(3, scores)  # it is no number
-    assert Best(BestConfig(1), tmp_path).add(4, {**scores, "val/acc": 0.5})
-    assert json.loads((tmp_path / BEST_FILE).read_text()) == {"score": "", "steps": {"4": 0.5}}
+        Best(BestConfig(1, "val/acc"), tmp_path)
+    with pytest.raises(ValueError, match="score='' must name a score"):
+        BestConfig(1)
+    with pytest.raises(ValueError, match="best.keep=1 needs evaluate_every > 0"):
+        LoopConfig(best=BestConfig(1, "val/acc"))
 
 
 def test_the_best_steps_stay_beside_the_newest(tmp_path):
-    best = Best(BestConfig(1, "loss", "lowest"), tmp_path)
+    best = Best(BestConfig(1, "val/loss", "lowest"), tmp_path)
     checkpointer = Checkpointer(tmp_path / "checkpoints", keep=1, others=best.steps)
     for step, loss in enumerate((3.0, 1.0, 2.0, 4.0), start=1):
-        best.add(step, {"loss": loss})
+        best.add(step, {"eval/val/loss": loss})
         checkpointer.save(step, params={"a": jnp.ones(2)}, training={"b": jnp.ones(2)}, record={})
     checkpointer.close()
     assert Checkpointer(tmp_path / "checkpoints").steps == [2, 4]

@@ -43,7 +43,6 @@ from vl_jax.report.results import read_result
 from vl_jax.report.run import write_report
 from vl_jax.runtime import allocator, disk, lock
 from vl_jax.train import initial, loop, resume
-from vl_jax.train.best import Best, scores_of
 from vl_jax.train.evaluation import EvaluationHook
 from vl_jax.train.hooks import Hook
 from vl_jax.train.probe import Probe
@@ -97,8 +96,6 @@ def _run(experiment: Experiment, workdir: Path, start: float, alive: loop.Alive)
         alive=alive,
     )
     results = evaluate_all(experiment, layout, state, workdir, alive=alive)
-    if results:
-        Best(experiment.loop.best, workdir).add(_steps(experiment), scores_of(results))
     if jax.process_index() == 0:
         alive("writing the report")
         facts = {"wall_time_s": round(time.time() - start, 1), **_facts(layout)}
@@ -122,10 +119,6 @@ def _hooks(
     if experiment.loop.evaluate_every:
         hooks.append(_evaluation_hook(experiment, layout, workdir, alive))
     return tuple(hooks)
-
-
-def _steps(experiment: Experiment) -> int:
-    return sum(stage.steps for stage in experiment.stages)
 
 
 def _evaluation_hook(
@@ -164,7 +157,7 @@ def evaluate_all(
     alive: loop.Alive = loop.unwatched,
 ) -> dict[str, Any]:
     """Evaluates every held-out source of the experiment that has no result of this step yet."""
-    step, results = _steps(experiment), {}
+    step, results = sum(stage.steps for stage in experiment.stages), {}
     for source in experiment.data.evaluation:
         done = workdir / "eval" / source.name / f"{step}.json"
         if done.exists():

@@ -1,10 +1,10 @@
 """The best checkpoints of a run, by a score of evaluation; they stay beside the newest ones.
 
-    evaluation --(step, scores)--> Best.add --> best.json --> Best.steps --> what the checkpointer keeps
+    metrics of a step --> Best.add --> best.json --> Best.steps --> what the checkpointer keeps
 
     {"score": "heldout/accuracy", "steps": {"500": 0.61, "1000": 0.64}}
 
-Whatever evaluates calls ``add``, and saves the step if it says so and there is no checkpoint of it yet.
+The metrics of a step hold scores where ``loop.evaluate_every`` had the model examined.
 """
 
 from __future__ import annotations
@@ -28,12 +28,14 @@ class BestConfig:
     """Which checkpoints stay because evaluation found them good."""
 
     keep: int = 0  # how many stay beside the newest ones; 0: none
-    score: str = ""  # by which: ``<source>/<score>``, as evaluation names them; empty: headline of the first
+    score: str = ""  # by which: ``<source>/<score>`` or ``<source>/loss``, as ``evaluate_every`` logs them
     order: Literal["highest", "lowest"] = "highest"  # which value of the score is the best
 
     def __post_init__(self):
         if self.keep < 0:
             raise ValueError(f"keep={self.keep} must be >= 0")
+        if self.keep and not self.score:
+            raise ValueError("score='' must name a score if keep > 0, such as 'heldout/exact_match'")
 
 
 class Best:
@@ -48,30 +50,29 @@ class Best:
         self._config, self._path = config, workdir / BEST_FILE
         self._scores = _read(self._path, config) if config.keep else {}
 
-    def add(self, step: int, scores: Mapping[str, float | None]) -> bool:
-        """Takes the scores of a step, and says whether it is one of the best.
+    def add(self, step: int, metrics: Mapping[str, Any]) -> bool:
+        """Takes the metrics of a step, and says whether the step is one of the best.
 
         Args:
-          scores: by name, the first of them the headline. One that is not finite is never good.
+          metrics: scores are under ``eval/``; without any, the model was not examined at this step. A score
+            that is not finite is never good.
 
         Raises:
           ValueError: there is no such score.
         """
-        config = self._config
-        if not config.keep:
+        prefix, name = "eval/", self._config.score
+        scores = {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
+        if not self._config.keep or not scores:
             return False
-        name = config.score or next(iter(scores), "")
         if name not in scores:
-            raise ValueError(
-                f"config.loop.best.score={config.score!r}: evaluation gives {', '.join(scores) or 'none'}"
-            )
+            raise ValueError(f"config.loop.best.score={name!r}: evaluation gives {', '.join(scores)}")
         value = scores[name]
         self._scores.pop(step, None)
-        if value is not None and math.isfinite(value):
+        if math.isfinite(value):
             self._scores[step] = float(value)
         if jax.process_index() == 0:
             steps = {str(step): self._scores[step] for step in sorted(self._scores)}
-            text = json.dumps({"score": config.score, "steps": steps}, indent=2, ensure_ascii=False)
+            text = json.dumps({"score": name, "steps": steps}, indent=2, ensure_ascii=False)
             disk.write_text(self._path, text + "\n")
         return step in self.steps()
 
@@ -80,16 +81,6 @@ class Best:
         sign = 1 if self._config.order == "highest" else -1
         ranked = sorted(self._scores, key=lambda step: (sign * self._scores[step], step), reverse=True)
         return set(ranked[: self._config.keep])
-
-
-def scores_of(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
-    """The scores of results, as ``<source>/<score>``; the headline of the first source comes first."""
-    scores = {f"{task}/{name}": v for task, result in results.items() for name, v in result["scores"].items()}
-    if not results:
-        return scores
-    task, result = next(iter(results.items()))
-    first = f"{task}/{result['headline']}"
-    return {first: scores[first], **scores}
 
 
 def _read(path: Path, config: BestConfig) -> dict[int, float]:

@@ -56,8 +56,11 @@ class EvaluationHook:
         for source in self._sources:
             loss = self._loss(source, stage, state)
             scores = self._examine(source, state, moment.global_step)
-            values = {"loss": loss} | {name: value for name, value in scores.items() if value is not None}
-            found |= {f"eval/{source}/{name}": np.float64(value) for name, value in values.items()}
+            values = {"loss": loss, **scores}
+            found |= {
+                f"eval/{source}/{name}": np.float64(np.nan if value is None else value)
+                for name, value in values.items()
+            }
         return metrics | found
 
     def _loss(self, source: str, stage: Stage, state: TrainState) -> float:

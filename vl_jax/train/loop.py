@@ -62,6 +62,8 @@ class LoopConfig:
             raise ValueError(
                 f"evaluate_every={self.evaluate_every} must be >= 0; 0 evaluates at the end only"
             )
+        if self.best.keep and not self.evaluate_every:
+            raise ValueError(f"best.keep={self.best.keep} needs evaluate_every > 0, for scores to choose by")
         for name in ("log_every", "routing_every", "checkpoint_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be >= 1")
@@ -110,6 +112,7 @@ class Session:
     hooks: tuple[Hook, ...]
     config: LoopConfig
     checkpointer: Checkpointer
+    best: Best
     writer: MetricsWriter | None  # None on all processes but one
     progress: Progress
     stop: Callable[[], int | None]  # number of the signal that asked to stop, if any
@@ -176,7 +179,7 @@ def train(
             signals.noted() as stop,
         ):
             run = Session(
-                *(layout, made, open_stream, hooks, config, checkpointer, writer, progress, stop),
+                *(layout, made, open_stream, hooks, config, checkpointer, best, writer, progress, stop),
                 *(guard, alive, seed),
             )
             while not _finished(position, stages):
@@ -242,9 +245,7 @@ def _run_stage(run: Session, state: TrainState, position: Position) -> tuple[Tra
     stream = run.open_stream(stage)
     rate, clock = schedule(stage.optimizer, stage.steps), Clock()
     run.guard.begin_stage(program.gradient_names, anew=position.step == 0)
-    compiled = (
-        position.step + BEHIND + 1
-    )  # Up to this step, the computation of one may wait for its compiler.
+    compiled = position.step + BEHIND + 1  # up to this step, one may wait for its compiler
     with contextlib.closing(stream), sharding.use_mesh(layout.mesh, layout.rules):
         if position.data is not None:
             stream.set_state(position.data)
@@ -263,7 +264,8 @@ def _run_stage(run: Session, state: TrainState, position: Position) -> tuple[Tra
             _report(run, moment, batch, metrics, learning_rate, clock, stream.skipped)
             ends = position.step == stage.steps
             stopped = _asked_to_stop(run, position.global_step)
-            if stopped or ends or position.global_step % run.config.checkpoint_every == 0:
+            due = position.global_step % run.config.checkpoint_every == 0
+            if run.best.add(position.global_step, metrics) or due or stopped or ends:
                 position.data = stream.get_state()
                 if not ends:
                     position = _save(run, state, position)
@@ -370,7 +372,7 @@ def _report(
     often = [every for every in (config.log_every, config.evaluate_every) if every]
     if moment.step == 1 or any(map(moment.is_due, often)):
         run.guard.settle()
-        fetched = {k: v for k, v in jax.device_get(metrics).items()}
+        fetched = jax.device_get(metrics)
         scalars = {k: float(v) for k, v in fetched.items() if np.ndim(v) == 0}
         scalars |= {"learning_rate": learning_rate, "skipped": float(sum(skipped.values()))} | clock.read()
         if run.guard.skipped:
