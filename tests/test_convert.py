@@ -208,7 +208,7 @@ def test_a_conversion_whose_writing_fails_leaves_nothing(tmp_path, monkeypatch):
         return assemble(*args)
 
     monkeypatch.setattr(rules, "_assemble", fail_late)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(CheckpointError, match=r"is not saved in .* \(OSError: no space left\)"):
         convert(tmp_path / "published", tmp_path / "ours")
     assert next(calls) > 20
     assert {path.name for path in tmp_path.iterdir()} == {"published"}

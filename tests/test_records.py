@@ -87,7 +87,8 @@ def test_a_bad_record_names_its_reason_and_place(tmp_path, record, reason):
 
 
 def test_a_field_that_no_record_has_is_refused_when_the_file_is_opened(tmp_path):
-    with pytest.raises(ValueError, match=r"source 'goods': field 'lable' is in no record of .*data\.json$"):
+    text = r"source 'goods': field 'lable' is in no record of .*data\.json; .*; rename 'label' to 'lable'$"
+    with pytest.raises(ValueError, match=text):
         opened(tmp_path, GOODS, image="image", labels=("lable",))
     with pytest.raises(ValueError, match="field 'x' is in no record"):
         opened(tmp_path, "a,b\n1,2\n", "data.csv", text="x")

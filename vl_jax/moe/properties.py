@@ -195,7 +195,7 @@ def every_expert_is_reached(router: Router) -> None:
     after = [router.decide(*pair, state) for pair in _pool(router)]
     _reached(after, f" after {UPDATES} updates of the state")
     loads = (np.sum([d.chosen for d in found], axis=(0, 1, 2)) for found in (decided, after))
-    before, now = (float(balance.max_violation(load)) for load in loads)
+    before, now = (float(balance.max_violation(jnp.asarray(load))) for load in loads)
     assert now <= before + 1, (
         f"{UPDATES} updates of the state make load uneven: its highest is {now + 1:.1f} times the mean, it "
         f"was {before + 1:.1f}"

@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def held(workdir: Path) -> Iterator[None]:
-    """Holds the lock of a folder, which is made if it is absent.
+    """Holds the lock of a folder, which is made if it is absent, and goes again if an error left it empty.
 
     On a file system without locks it holds nothing and warns.
 
@@ -46,4 +46,16 @@ def held(workdir: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
-        yield
+        try:
+            yield
+        except BaseException:
+            _remove_if_empty(workdir)
+            raise
+
+
+def _remove_if_empty(workdir: Path) -> None:
+    """Removes a folder in which there is only the lock, which must be held: nothing has begun there."""
+    with contextlib.suppress(OSError):
+        if os.listdir(workdir) == [LOCK_FILE]:
+            (workdir / LOCK_FILE).unlink()
+            workdir.rmdir()
