@@ -4,7 +4,7 @@
         --config.init=deepseek-vl2-tiny --config.data.root=my_data --workdir=runs/finetune
 
 ``init`` is the folder as downloaded: config, safetensors, tokenizer and processor, all of which are used.
-``my_data`` holds ``train.json``, ``val.json`` (LLaVA JSON: see ``vl_jax/data/sources/llava.py``) and their images.
+``my_data`` holds ``train.json``, ``val.json`` (LLaVA JSON: see ``docs/data.md``) and their images.
 
 What trains:
 
