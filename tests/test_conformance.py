@@ -18,6 +18,8 @@ NAMES = (*SCHEMES, "my_router")
 NOTHING_DROPPED = ("soft_moe", "smear")
 # A kernel sees an assignment, not the scheme: choices in equal and in differing number, and those of experts.
 ALL_KERNELS = ("top_k", "top_p", "expert_choice", *NOTHING_DROPPED)
+# Kernels, capacity and devices see no difference between these and ``top_k``: K choices for every token.
+LIKE_TOP_K = ("top_k_softmax", "switch", "gshard", "v_moe", "modality_bias")
 # Each is close to another scheme.
 TWINS = (
     *("sinkhorn", "modality_top_k", "top_p"),
@@ -30,10 +32,15 @@ def failures(results: list[conformance.Result]) -> list[str]:
     return [str(result) for result in results if result.passed is False]
 
 
-def every_scheme(*slow: str):
-    marks = [pytest.mark.slow if name in slow else () for name in NAMES]
+def every_scheme(*slow: str, but: tuple[str, ...] = ()):
+    """All schemes ``but`` some as parameters; some are slow."""
     return pytest.mark.parametrize(
-        "scheme", [pytest.param(*p[:1], id=p[1], marks=p[2]) for p in zip(EVERY, NAMES, marks, strict=True)]
+        "scheme",
+        [
+            pytest.param(scheme, id=name, marks=pytest.mark.slow if name in slow else ())
+            for scheme, name in zip(EVERY, NAMES, strict=True)
+            if name not in but
+        ],
     )
 
 
@@ -44,7 +51,7 @@ def test_every_scheme_conforms(scheme):
     assert len(results) == 1 + len(conformance.PROPERTIES)
 
 
-@every_scheme(*NAMES)
+@every_scheme(*NAMES, but=LIKE_TOP_K)
 def test_kernels_capacity_and_devices_change_nothing(scheme, monkeypatch):
     if scheme not in ALL_KERNELS:
         monkeypatch.setattr(conformance, "KERNELS", ("reference", "blocked"))

@@ -18,14 +18,12 @@ from vl_jax.moe.config import BalanceConfig
 from vl_jax.moe.stacks import update_state
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "experiments" / "my_router.py"
-# Schemes that keep state or draw noise, and the balance over whole steps, with fields of ``MoEConfig``.
+# Every way to keep state or to draw noise, and the balance over whole steps, with fields of ``MoEConfig``.
 CASES: dict[str, dict[str, Any]] = {
     "loss_free over steps": {"scheme": "loss_free", "balance": BalanceConfig(weight=0.1, scope="step")},
-    "modality_bias": {},
     "remoe": {"options": (("initial_l1", 0.1),)},
     "expert_threshold": {"options": (("decay", 0.5),)},
     "noisy_top_k": {},
-    "sinkhorn": {},
     "my_router": {"scheme": f"{EXAMPLE}:my_router"},
 }
 
