@@ -213,8 +213,8 @@ def start(config):
     return {"bias": jnp.zeros(config.num_experts)}
 
 def more(state, stats, config):
-    load = stats.load.sum(axis=0)
-    return {"bias": state["bias"] + SIGN 1e-3 * jnp.sign(load - jnp.mean(load, dtype=jnp.float32))}
+    load = stats.load.sum(axis=0).astype(jnp.float32)
+    return {"bias": state["bias"] + SIGN 1e-3 * jnp.sign(load - jnp.mean(load))}
 
 def writes(logits, context, state, config):
     state["bias"] = state["bias"] + 1.0

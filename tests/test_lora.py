@@ -417,7 +417,7 @@ def test_a_stage_begins_with_the_merged_weights_of_the_one_before(run, tmp_path)
 def test_a_finished_run_keeps_its_adapters_and_gives_merged_weights(run, tmp_path):
     _, result = run
     last, position = restored(run[0], tmp_path, 7)
-    assert position.stage == 2 and result.adapters == {}
+    assert (position.stage, position.step) == (1, 3) and result.adapters == {}
     config = STAGES[1].lora
     expected = jax.jit(functools.partial(merged, scale=config.scale))(last.params, last.adapters)
     for path, leaf in params_lib.flatten(expected).items():

@@ -81,7 +81,7 @@ class Conversation:
 def identity_of(record: Mapping[str, Any], default: str) -> str:
     """The id of a record, which can be printed in a line; the default if it has none."""
     given = record.get("id")
-    return in_one_line(default if given is None else str(given))
+    return in_one_line(default if given is None or given == "" else str(given))
 
 
 def parse(
