@@ -56,7 +56,7 @@ def twemoji():
 
 def flickr8k():
     """623 photographs with ten captions each; 74 photographs are held out."""
-    text = dataclasses.replace(TEXT, num_layers=1)
+    text = dataclasses.replace(TEXT, num_layers=1, max_length=64)
     found = _pairs("flickr8k_bilingual", IMAGE, text, max_tokens=48, steps=300)
     # So few photographs are learned by heart: they are changed more, and weights decay more.
     changes = AugmentationConfig(brightness=0.3, contrast=0.3, saturation=0.3, crop=0.5, flip_rate=0.5)

@@ -19,7 +19,7 @@ NOTHING_DROPPED = ("soft_moe", "smear")
 # A kernel sees an assignment, not the scheme: choices in equal and in differing number, and those of experts.
 ALL_KERNELS = ("top_k", "top_p", "expert_choice", *NOTHING_DROPPED)
 # Kernels, capacity and devices see no difference between these and ``top_k``: K choices for every token.
-LIKE_TOP_K = ("top_k_softmax", "switch", "gshard", "v_moe", "modality_bias")
+LIKE_TOP_K = ("top_k_softmax", "switch", "gshard", "v_moe")
 # Each is close to another scheme.
 TWINS = (
     *("sinkhorn", "modality_top_k", "top_p"),
