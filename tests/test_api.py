@@ -226,3 +226,15 @@ def test_a_wheel_holds_every_file_of_the_package_and_the_experiments(monkeypatch
     }
     held = {path for pattern in given["package_data"]["vl_jax"] for path in (root / "vl_jax").glob(pattern)}
     assert others == held
+
+
+@pytest.mark.parametrize(("orientation", "size"), [("shown", (2, 4)), ("stored", (4, 2))])
+def test_a_picture_is_predicted_from_the_way_up_that_the_run_reads_pictures(tmp_path, orientation, size):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying on its side
+    Image.new("RGB", (4, 2)).save(tmp_path / "a.jpg", exif=exif)
+    data = DataConfig(max_tokens=16, tiling=TilingConfig(tile_size=16, orientation=orientation))
+    run = object.__new__(Run)
+    object.__setattr__(run, "experiment", Experiment("e", JOINT, data, (Stage("s", 1),)))
+    (image,) = _Given(tmp_path / "a.jpg", None, "").sample(run).images
+    assert image().size == size

@@ -18,7 +18,7 @@ from typing import Any
 
 from vl_jax import config, runs
 from vl_jax.api.run import Run
-from vl_jax.experiment import Experiment, resolve
+from vl_jax.experiment import Experiment
 from vl_jax.runtime import errors, start
 
 
@@ -32,9 +32,8 @@ def load_experiment(file: str | PathLike[str], overrides: Mapping[str, Any] | No
     Raises:
       UserError: the file is wrong, or a value breaks a rule.
     """
-    pairs = [(path, str(value)) for path, value in (overrides or {}).items()]
     with errors.told():
-        return _checked(config.load(fspath(file), pairs), fspath(file))
+        return _checked(config.load(fspath(file), _pairs(overrides)), fspath(file))
 
 
 def train(
@@ -58,12 +57,11 @@ def train(
     folder = Path(workdir)
     if isinstance(experiment, Experiment):
         with errors.told():
-            pairs = [(path, str(value)) for path, value in (overrides or {}).items()]
-            chosen = config.replace(experiment, pairs) if pairs else experiment
+            chosen = config.replace(experiment, _pairs(overrides)) if overrides else experiment
     else:
         chosen = load_experiment(experiment, overrides)
     with errors.told():
-        runs.run(resolve(chosen), folder)
+        runs.run(chosen, folder)
     return load_run(folder)
 
 
@@ -98,9 +96,13 @@ def evaluate(
     start.set_up()
     folder = run.workdir if isinstance(run, Run) else Path(run)
     names = (tasks,) if isinstance(tasks, str) else tuple(tasks)
-    pairs = [(path, str(value)) for path, value in (overrides or {}).items()]
     with errors.told():
-        return runs.evaluate_run(folder, names, pairs)
+        return runs.evaluate_run(folder, names, _pairs(overrides))
+
+
+def _pairs(overrides: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """Overrides as the command line has them."""
+    return [(path, str(value)) for path, value in (overrides or {}).items()]
 
 
 def _checked(found: Any, file: str) -> Experiment:

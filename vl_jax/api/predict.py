@@ -92,7 +92,10 @@ class _Given:
 
     def sample(self, run: Run) -> Sample:
         """It as a sample of the run's data."""
-        images: list[Any] = [FileImage(self.image, where="--image")] if self.image else []
+        images: list[Any] = []
+        if self.image:
+            orientation = run.experiment.data.tiling.orientation
+            images.append(FileImage(self.image, where="--image", orientation=orientation))
         if self.audio:
             images.append(SoundImage(self.audio, "--audio", ask.hearing(run.experiment)))
         return Sample("prediction", (Turn("", self.text, kind=TEXT),), tuple(images))

@@ -50,9 +50,7 @@ class GuardConfig:
     """Which updates are skipped beside those that are not finite, and how many in a row end a run."""
 
     max_in_a_row: int = 10
-    spike_factor: float = (
-        0.0  # an update is a spike if its gradient norm is above so many medians; 0: none is
-    )
+    spike_factor: float = 0.0  # a gradient norm above so many medians is a spike; 0: none is
     spike_window: int = 100  # steps that the median is of; before there are so many no update is a spike
 
     def __post_init__(self):

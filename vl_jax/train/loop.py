@@ -179,8 +179,19 @@ def train(
             signals.noted() as stop,
         ):
             run = Session(
-                *(layout, made, open_stream, hooks, config, checkpointer, best, writer, progress, stop),
-                *(guard, alive, seed),
+                layout=layout,
+                programs=made,
+                open_stream=open_stream,
+                hooks=hooks,
+                config=config,
+                checkpointer=checkpointer,
+                best=best,
+                writer=writer,
+                progress=progress,
+                stop=stop,
+                guard=guard,
+                alive=alive,
+                seed=seed,
             )
             while not _finished(position, stages):
                 state, position = _run_stage(run, state, position)

@@ -12,7 +12,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-# Paths of what may change: no step computes anything else by them, but for the order of sums on another mesh.
+# Paths of what may change: no step computes anything else by them, but for the order of sums on another mesh
+# and for the updates that ``loop.guard`` skips.
 MAY_CHANGE = (
     r"name",
     r"loop(\..*)?",
