@@ -252,6 +252,7 @@ class FileImage(_PictureFile):
     where: str  # "sample ID (FILE, record N)", for messages
     max_pixels: int = DEFAULT_MAX_PIXELS
     orientation: Orientation = "shown"
+    rule: str = ""  # by which its name was read, for messages
 
     @property
     def key(self) -> tuple[str, int, Orientation]:
@@ -264,8 +265,8 @@ class FileImage(_PictureFile):
 
     def _open(self, use: Callable[[PilImage.Image], T]) -> T:
         if not os.path.isfile(self.path):
-            rule = "names are relative to the folder of the record file, or to root of the source"
-            raise BadSample("missing_image", f"{self.where}: no image file {self.path} ({rule})")
+            rule = f" ({self.rule})" if self.rule else ""
+            raise BadSample("missing_image", f"{self.where}: no image file {self.path}{rule}")
         return _open(self.path, str(self.path), self.where, self.max_pixels, use)
 
 
@@ -287,7 +288,8 @@ def image_in(
     folder: Path, name: str, where: str, max_pixels: int, orientation: Orientation = "shown"
 ) -> FileImage:
     """The image file of that name; raises as ``path_in``."""
-    return FileImage(path_in(folder, name, where, kind="image"), where, max_pixels, orientation)
+    rule = "names are relative to the folder of the record file, or to root of the source"
+    return FileImage(path_in(folder, name, where, kind="image"), where, max_pixels, orientation, rule)
 
 
 def path_in(folder: Path, name: str, where: str, *, kind: str) -> Path:
