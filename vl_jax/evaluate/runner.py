@@ -15,9 +15,14 @@ import jax
 from PIL import Image as PilImage
 
 from vl_jax.data.config import DataConfig, ModelSpec
+from vl_jax.evaluate.exams.exam import Exam
 from vl_jax.evaluate.task import Examinee, Extent, Findings, Record, Scores, Task
 from vl_jax.evaluate.tasks.answers import Answers
+from vl_jax.evaluate.tasks.found_boxes import FoundBoxes
+from vl_jax.evaluate.tasks.held_out_loss import HeldOutLoss
 from vl_jax.evaluate.tasks.labels import Labels
+from vl_jax.evaluate.tasks.pixel_classes import PixelClasses
+from vl_jax.evaluate.tasks.pixel_depths import PixelDepths
 from vl_jax.evaluate.tasks.retrieval import Retrieval
 from vl_jax.layout import NO_COLLECTIONS, Layout
 from vl_jax.runtime import disk
@@ -25,13 +30,17 @@ from vl_jax.schema import Open
 
 # Samples whose image is kept beside the predictions, for the report and for a person to look at.
 NUM_PICTURES = 120
+PREDICTIONS = ".predictions.jsonl"  # how the name of a file ends in which a task keeps what it has so far
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig(Extent):
     """What is asked of a trained model about every held-out source, and how much of it."""
 
-    task: Annotated[Answers | Labels | Retrieval | Task, Open("task", needs=("headline", "run"))] = Answers()
+    task: Annotated[
+        Answers | Labels | FoundBoxes | PixelClasses | PixelDepths | Retrieval | HeldOutLoss | Exam | Task,
+        Open("task", needs=("headline", "run")),
+    ] = Answers()
 
 
 def evaluate(
@@ -69,11 +78,30 @@ def evaluate(
         collections=collections,
         alive=alive,
     )
-    records, findings = _collect(config.task, examinee)
-    result = {"task": task, "step": step, **_summary(config.task, findings)}
+    return examine(examinee, config.task, step=step, workdir=workdir)
+
+
+def examine(examinee: Examinee, task: Task, *, step: int, workdir: Path) -> dict[str, Any]:
+    """``evaluate`` of an examinee that is put together already; raises the same."""
+    folder = workdir / "eval" / examinee.source
+    examinee = dataclasses.replace(examinee, kept=folder / f"{step}{PREDICTIONS}")
+    records, findings = _collect(task, examinee)
+    result = {"task": examinee.source, "step": step, **as_result(task, findings)}
     if jax.process_index() == 0:
-        _write(workdir / "eval" / task, step, result, records)
+        _write(folder, step, result, records)
     return result
+
+
+def forget_results(workdir: Path, *, after: int) -> None:
+    """Deletes the results of later steps than one, with their predictions, records and pictures.
+
+    A run that goes on from an earlier step, or begins anew, has not taken those steps yet.
+    """
+    for folder in (workdir / "eval").glob("*"):
+        for file in [*folder.glob("*.json*"), *folder.glob("images/*.png")]:
+            step = file.name.partition(".")[0].partition("_")[0]
+            if step.isdecimal() and int(step) > after:
+                file.unlink()
 
 
 def _collect(task: Task, examinee: Examinee) -> tuple[list[Record], Findings]:
@@ -93,7 +121,7 @@ def _collect(task: Task, examinee: Examinee) -> tuple[list[Record], Findings]:
         records.append(record if len(records) < NUM_PICTURES else {**record, "image": None})
 
 
-def _summary(task: Task, findings: Findings) -> dict[str, Any]:
+def as_result(task: Task, findings: Findings) -> dict[str, Any]:
     """The findings as JSON values; a score that is not finite is null."""
     if task.headline not in findings.scores:
         known = ", ".join(findings.scores)
@@ -111,6 +139,15 @@ def _summary(task: Task, findings: Findings) -> dict[str, Any]:
         "groups": {kind: {k: plain(v) for k, v in found.items()} for kind, found in findings.groups.items()},
         "shares": list(findings.shares),
         "matrices": [dataclasses.asdict(matrix) for matrix in findings.matrices],
+        **({"intervals": _ends(findings.intervals)} if findings.intervals else {}),
+        **({"settings": dict(findings.settings)} if findings.settings else {}),
+    }
+
+
+def _ends(intervals: Mapping[str, tuple[float, float]]) -> dict[str, list[float | None]]:
+    """The ends of intervals as JSON values; one that is not finite is null."""
+    return {
+        name: [float(end) if math.isfinite(end) else None for end in ends] for name, ends in intervals.items()
     }
 
 
@@ -127,6 +164,6 @@ def _write(folder: Path, step: int, result: dict[str, Any], records: list[Record
             content = encoded.getvalue()
             with disk.naming(folder / name, needed=len(content)):
                 (folder / name).write_bytes(content)
-        lines.append(json.dumps({**record, "image": name}, ensure_ascii=False))
-    disk.write_text(folder / f"{step}.samples.jsonl", "\n".join(lines) + "\n")
+        lines.append(json.dumps({**record, "image": name}, ensure_ascii=False) + "\n")
+    disk.write_text(folder / f"{step}.samples.jsonl", "".join(lines))
     disk.write_text(folder / f"{step}.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")

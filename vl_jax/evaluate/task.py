@@ -18,15 +18,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol, SupportsFloat, runtime_checkable
 
+import jax
 from jax.experimental import multihost_utils
 
 from vl_jax import sharding
-from vl_jax.batch import Batch
+from vl_jax.batch import Batch, without_blank_pictures
 from vl_jax.data.config import DataConfig, ModelSpec
+from vl_jax.data.sample import BadSample, Sample
 from vl_jax.data.stream.evaluation_prompts import evaluation_prompts
 from vl_jax.data.stream.evaluation_samples import evaluation_samples
+from vl_jax.evaluate.metrics.per_sample import PerSample
 from vl_jax.layout import Layout, put_batch
 from vl_jax.moe.stacks import RoutingState
 
@@ -64,6 +68,11 @@ class Examinee:
     extent: Extent
     collections: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of the model
     alive: Callable[[], None] = lambda: None  # called before every batch
+    kept: Path | None = None  # file in which a task may keep what it has so far, if it is stopped
+    # Of a model that is asked through a processor of its own: what it says to each sample, in so many tokens
+    # at most, or why it could not be asked.
+    respond: Callable[[Sequence[Sample], int], list[str | BadSample]] | None = None
+    pictures: str = ""  # how that processor reads pictures, in words
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -72,6 +81,8 @@ class Examinee:
 
     def apply(self, compiled: Callable[[Any, RoutingState, Batch], Any], batch: Batch) -> Any:
         """What a compiled ``(variables, routing_state, batch)`` gives for a host batch, on every host."""
+        if getattr(self.layout.model.config, "budget", None) is not None and jax.process_count() == 1:
+            batch = without_blank_pictures(batch)
         with sharding.use_mesh(self.layout.mesh, self.layout.rules):
             found = compiled(self.variables, self.routing_state, put_batch(batch, self.layout))
         return multihost_utils.process_allgather(found, tiled=True)
@@ -124,12 +135,16 @@ class Findings:
       groups: scores by kind of group and name of group, ``{"language": {"en": {...}}}``.
       shares: names of the scores that are shares of one, which are shown as percentages.
       matrices: tables that tell more than scores.
+      intervals: low and high end of 95 % intervals, of scores that have one.
+      settings: what the scores follow from, as JSON values.
     """
 
     scores: Scores
     groups: Mapping[str, Mapping[str, Scores]] = dataclasses.field(default_factory=dict)
     shares: tuple[str, ...] = ()
     matrices: tuple[Matrix, ...] = ()
+    intervals: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @runtime_checkable
@@ -142,17 +157,49 @@ class Metric(Protocol):
 
 
 @runtime_checkable
+class SampledMetric(Protocol):
+    """A metric whose scores are made of a value for each sample, so that an interval can be given.
+
+    Its ``update`` takes the name of a ``cluster`` too: samples of one, such as the questions about one
+    picture, are not independent of one another.
+    """
+
+    def update(self, *args: Any, cluster: str | None = None, **kwargs: Any) -> None: ...
+
+    def compute(self) -> Scores: ...
+
+    def samples(self) -> Mapping[str, PerSample]: ...
+
+
+@runtime_checkable
 class AnswerMetric(Protocol):
-    """The config of a metric of answers, a frozen dataclass: how far texts agree with the truth."""
+    """The config of a metric of answers, a frozen dataclass: how far texts agree with the truth.
+
+    One that gives several scores lists their names in ``scores``, and in ``shares`` those that are shares of
+    one. Without them its one score has its own name, and is a share.
+    """
 
     @property
     def name(self) -> str:
-        """Of its score, which is a share of one."""
+        """Of the metric, and of its score."""
         ...
 
     def start(self) -> Metric:
-        """A metric that has seen nothing: ``update(truth, prediction)`` takes the texts of one question."""
+        """A metric that has seen nothing: ``update(truth, prediction)`` takes the texts of one question.
+
+        The truth is a text, or a sequence of texts where a question has several references.
+        """
         ...
+
+
+def scores_of(metric: AnswerMetric) -> tuple[str, ...]:
+    """The names of the scores of a metric of answers."""
+    return tuple(getattr(metric, "scores", (metric.name,)))
+
+
+def shares_of(metric: AnswerMetric) -> tuple[str, ...]:
+    """The names of those scores of a metric of answers that are shares of one."""
+    return tuple(getattr(metric, "shares", scores_of(metric)))
 
 
 @runtime_checkable
@@ -181,22 +228,38 @@ class Compared:
         self._count = 0
         self._by_answerer = {name: [m.start() for m in metrics] for name in ("", *baselines)}
 
-    def update(self, truth: str, prediction: str, **baselines: str) -> None:
-        """Takes one question: its truth, what the model says, and what each baseline says."""
+    def update(
+        self, truth: str | Sequence[str], prediction: str, *, cluster: str | None = None, **baselines: str
+    ) -> None:
+        """Takes one question: its truth, what the model says, and what each baseline says.
+
+        Args:
+          truth: a text, or several where a question has several references.
+          cluster: questions of one hang together; None: this one hangs together with no other.
+        """
         self._count += 1
         for name, text in {"": prediction, **baselines}.items():
             for metric in self._by_answerer[name]:
-                metric.update(truth, text)
+                if isinstance(metric, SampledMetric):
+                    metric.update(truth, text, cluster=cluster)
+                else:
+                    metric.update(truth, text)
 
     def compute(self) -> dict[str, SupportsFloat]:
         """All scores, and ``count``."""
-        scores = {
+        return {**self._named(lambda metric: metric.compute()), "count": self._count}
+
+    def samples(self) -> dict[str, PerSample]:
+        """Every score that is made of values by sample, baselines included; in the order of the questions."""
+        return self._named(lambda metric: metric.samples() if isinstance(metric, SampledMetric) else {})
+
+    def _named(self, found: Callable[[Metric], Mapping[str, Any]]) -> dict[str, Any]:
+        return {
             f"{name}_{score}" if name else score: value
             for name, metrics in self._by_answerer.items()
             for metric in metrics
-            for score, value in metric.compute().items()
+            for score, value in found(metric).items()
         }
-        return {**scores, "count": self._count}
 
 
 class Grouped:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from vl_jax.data.text.normalize import normalize
+from vl_jax.evaluate.metrics.per_sample import PerSample, SampleList, references_of
 
 
 def is_match(truth: str, prediction: str) -> bool:
@@ -31,13 +33,17 @@ class Matches:
     """
 
     def __init__(self, name: str = "exact_match"):
-        self._name, self._right, self._count = name, 0, 0
+        self._name, self._found = name, SampleList((name,))
 
-    def update(self, truth: str, prediction: str) -> None:
-        """Counts one question: its truth, and what was answered."""
-        self._count += 1
-        self._right += is_match(truth, prediction)
+    def update(self, truth: str | Sequence[str], prediction: str, *, cluster: str | None = None) -> None:
+        """Counts one question: its truth, or the texts any of which is right, and what was answered."""
+        references = references_of(truth, prediction, len(self._found))
+        self._found.add({self._name: float(any(is_match(r, prediction) for r in references))}, cluster)
+
+    def samples(self) -> dict[str, PerSample]:
+        """The matches, question by question; ValueError without a question."""
+        return self._found.samples()
 
     def compute(self) -> dict[str, float]:
         """The share, which is 0 without a question."""
-        return {self._name: self._right / max(1, self._count)}
+        return self._found.compute() if len(self._found) else {self._name: 0.0}

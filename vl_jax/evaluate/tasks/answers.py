@@ -10,7 +10,6 @@ import collections
 import dataclasses
 import itertools
 from collections.abc import Generator, Iterable, Iterator
-from pathlib import Path
 from typing import Annotated, Any
 
 from jax.experimental import multihost_utils
@@ -20,17 +19,50 @@ from rich.progress import track
 from vl_jax import sharding
 from vl_jax.batch import Batch
 from vl_jax.data.config import DataConfig, opened
-from vl_jax.data.published.stops import read_stops
+from vl_jax.data.published.stops import stops_of_data
 from vl_jax.data.sample import BadSample
 from vl_jax.data.text.normalize import normalize
 from vl_jax.data.text.tokenizer import Tokenizer, load_tokenizer
+from vl_jax.evaluate.gates import gate_use
 from vl_jax.evaluate.metrics.exact_match import ExactMatch, is_match
-from vl_jax.evaluate.task import AnswerMetric, Compared, Examinee, Findings, Grouped, Record
+from vl_jax.evaluate.metrics.pixels.boxes import BoxAccuracy
+from vl_jax.evaluate.metrics.text.anls import ANLS
+from vl_jax.evaluate.metrics.text.bleu import BLEU, ChrF
+from vl_jax.evaluate.metrics.text.cider import CIDErD
+from vl_jax.evaluate.metrics.text.error_rate import ErrorRate
+from vl_jax.evaluate.metrics.text.relaxed import RelaxedAccuracy
+from vl_jax.evaluate.metrics.text.rouge import RougeL
+from vl_jax.evaluate.metrics.text.vqa import VQAAccuracy
+from vl_jax.evaluate.metrics.text.yes_no import YesNo
+from vl_jax.evaluate.task import (
+    AnswerMetric,
+    Compared,
+    Examinee,
+    Findings,
+    Grouped,
+    Record,
+    scores_of,
+    shares_of,
+)
 from vl_jax.generation.choice import GenerationConfig
 from vl_jax.generation.decode import warn_if_not_causal
 from vl_jax.generation.generate import answer_ids, generate
 from vl_jax.layout import put_batch
 from vl_jax.schema import Open
+
+BuiltIn = (
+    ExactMatch
+    | VQAAccuracy
+    | ANLS
+    | RelaxedAccuracy
+    | YesNo
+    | BoxAccuracy
+    | CIDErD
+    | RougeL
+    | BLEU
+    | ChrF
+    | ErrorRate
+)
 
 _BASELINES = ("blind", "prior")
 _GROUPS = ("kind", "language")
@@ -41,26 +73,25 @@ class Answers:
     """Every question of the source, answered greedily; by kind of question and by language."""
 
     headline: str = "exact_match"  # the score that is shown first, one of those of ``metrics``
-    metrics: tuple[Annotated[ExactMatch | AnswerMetric, Open("metric", ("name", "start"))], ...] = (
+    metrics: tuple[Annotated[BuiltIn | AnswerMetric, Open("metric", ("name", "start"))], ...] = (
         ExactMatch(),
     )
 
     def __post_init__(self):
-        if self.headline not in self._shares:
-            raise ValueError(f"headline={self.headline!r}: expected one of {', '.join(self._shares)}")
-
-    @property
-    def _shares(self) -> tuple[str, ...]:
-        """The names of the scores: those of the model, then those of every baseline."""
-        own = tuple(metric.name for metric in self.metrics)
-        return (*own, *(f"{baseline}_{name}" for baseline in _BASELINES for name in own))
+        names = _with_baselines(name for metric in self.metrics for name in scores_of(metric))
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"metrics: two scores are called {twice!r}; give one metric another name")
+        if self.headline not in names:
+            raise ValueError(f"headline={self.headline!r}: expected one of {', '.join(names)}")
 
     def run(self, examinee: Examinee) -> Generator[Record, None, Findings]:
         """Answers everything without the image first, then with it."""
         warn_if_not_causal(examinee.layout.model)
+        # Before the first answer, as a metric's package may be missing.
+        grouped = Grouped(lambda: Compared(self.metrics, _BASELINES), _GROUPS)
         prior = Prior(training_turns(examinee.data, examinee.extent.prior_samples))
         blind = {record["id"]: text for record, text in answered(examinee, with_image=False)}
-        grouped = Grouped(lambda: Compared(self.metrics, _BASELINES), _GROUPS)
         for record, text in answered(examinee):
             guesses = {
                 "blind": blind.get(record["id"], ""),
@@ -75,7 +106,14 @@ class Answers:
                 "image": record["image"],
                 "boxes": [dataclasses.asdict(box) for box in record["boxes"]],
             }
-        return grouped.findings(shares=self._shares)
+        shares = _with_baselines(name for metric in self.metrics for name in shares_of(metric))
+        return grouped.findings(shares=shares, matrices=gate_use(examinee, examinee.prompts(), _GROUPS))
+
+
+def _with_baselines(names: Iterable[str]) -> tuple[str, ...]:
+    """The names of the model's scores, then those of every baseline."""
+    own = tuple(names)
+    return (*own, *(f"{baseline}_{name}" for baseline in _BASELINES for name in own))
 
 
 class Prior:
@@ -113,28 +151,24 @@ def answered(examinee: Examinee, *, with_image: bool = True) -> Iterator[tuple[d
 
     def one_by_one() -> Iterator[tuple[dict[str, Any], str]]:
         for records, batch in examinee.prompts(with_image=with_image):
-            yield from zip(records, _generate(examinee, batch, tokenizer), strict=False)
+            texts = generated(examinee, batch, tokenizer, examinee.extent.max_new_tokens)
+            yield from zip(records, texts, strict=False)
 
     title = f"{examinee.source}: {'with image' if with_image else 'image withheld'}"
     yield from track(one_by_one(), title, console=Console(stderr=True))
 
 
-def _generate(examinee: Examinee, batch: Batch, tokenizer: Tokenizer) -> list[str]:
-    layout, stop = examinee.layout, _stops(examinee.data.tokenizer, tokenizer)
+def generated(examinee: Examinee, batch: Batch, tokenizer: Tokenizer, max_new_tokens: int) -> list[str]:
+    """What the model says to every prompt of a host batch, greedily; every process has all of it."""
+    layout, stop = examinee.layout, stops_of_data(examinee.data.tokenizer, tokenizer)
     with sharding.use_mesh(layout.mesh, layout.rules):
         tokens = generate(
             examinee.variables,
             examinee.routing_state,
             put_batch(batch, layout),
             model=layout.model,
-            config=GenerationConfig(max_new_tokens=examinee.extent.max_new_tokens),
+            config=GenerationConfig(max_new_tokens=max_new_tokens),
             stop=stop,
         )
     tokens = multihost_utils.process_allgather(tokens, tiled=True)
     return [tokenizer.decode(ids) for ids in answer_ids(tokens, stop=stop)]
-
-
-def _stops(path: str, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The end token, and those that the folder of a published tokenizer names beside it."""
-    named = read_stops(path, tokenizer.added, None).tokens if path and Path(path).is_dir() else ()
-    return tuple(dict.fromkeys((tokenizer.eos, *named)))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vl_jax.batch import Batch
+from vl_jax.evaluate.gates import gate_use
 from vl_jax.evaluate.metrics.classification import LabelScores
 from vl_jax.evaluate.task import Examinee, Findings, Grouped, Matrix, Record
 from vl_jax.moe import stacks
@@ -70,7 +71,9 @@ class Labels:
                     **{name: str(record.get(name) or "") for name in self.groups},
                 }
         names = (*_SHARES, *(f"majority_{name}" for name in _SHARES))
-        return grouped.findings(shares=names, matrices=_matrices(overall, head, load, model))
+        matrices = _matrices(overall, head, load, model)
+        gates = gate_use(examinee, examinee.samples(), self.groups)
+        return grouped.findings(shares=names, matrices=(*matrices, *gates))
 
 
 @functools.cache

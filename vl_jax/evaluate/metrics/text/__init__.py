@@ -1,0 +1,1 @@
+"""Metrics of texts: answers, captions, transcripts. One metric a file."""
