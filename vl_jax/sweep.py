@@ -3,56 +3,206 @@
     sweep_top_k() in the experiment file --> [{"model.moe.top_k": 1}, ...] --> WORKDIR/top_k=1/, ...
 
 Every configuration is checked before the first run begins. A finished run is not repeated and an unfinished
-one resumes, so the same command continues a sweep that was stopped.
+one resumes, so the same command continues a sweep that was stopped; a finished run of another configuration
+is refused. ``ablation_NAME()`` and ``scaling_NAME()`` of the file are run by ``ablation`` instead.
 """
 
 from __future__ import annotations
 
-import logging
+import dataclasses
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
-from vl_jax import config, runs
+import jax
+
+from vl_jax import config, experiment
+from vl_jax.ablation import figures, identity, state, workers
+from vl_jax.ablation.ablation import Launch
+from vl_jax.ablation.plan import Ablation
+from vl_jax.ablation.scaling import declared as scalings
+from vl_jax.ablation.scaling import judged
+from vl_jax.ablation.scaling.declared import Scaling
+from vl_jax.ablation.workers import Job
 from vl_jax.report import comparison
+from vl_jax.runtime import disk
+from vl_jax.runtime.version import commit
 from vl_jax.schema import ConfigError
 
-logger = logging.getLogger(__name__)
+SWEEP, ABLATION, SCALING = "sweep_", "ablation_", "scaling_"
+Declared = TypeVar("Declared", Ablation, Scaling)
 
 
-def run(spec: str, names: Sequence[str], workdir: Path, overrides: Iterable[tuple[str, str]] = ()) -> Path:
-    """Trains every variant that has not finished yet and compares all of them; returns the page's path.
+def names_of(spec: str, given: str | None) -> list[str]:
+    """What is to be run of an experiment file: the names given, or the only one there is.
+
+    Raises:
+      ConfigError: none is given, and there are none or several.
+    """
+    if given is not None:
+        return given.split(",")
+    known = [name for prefix in (ABLATION, SCALING, SWEEP) for name in config.functions(spec, prefix)]
+    if len(known) != 1:
+        raise ConfigError(f"--sweep is missing: {spec} has {', '.join(known) or 'no sweep and no ablation'}")
+    return known
+
+
+def find_ablation(spec: str, names: Sequence[str]) -> Ablation | None:
+    """The ablation that is named; None where names are of something else.
+
+    Raises:
+      ConfigError: an ablation is named beside something else, or the function gives something else.
+    """
+    return _found(spec, names, ABLATION, "an ablation", Ablation)
+
+
+def find_scaling(spec: str, names: Sequence[str]) -> Scaling | None:
+    """The scaling curve that is named; raises as ``find_ablation``."""
+    return _found(spec, names, SCALING, "a scaling curve", Scaling)
+
+
+def _found(spec: str, names: Sequence[str], prefix: str, what: str, cls: type[Declared]) -> Declared | None:
+    known = config.functions(spec, prefix)
+    named = [name for name in names if name in known]
+    if not named:
+        return None
+    if len(names) > 1:
+        raise ConfigError(f"--sweep={','.join(names)}: {named[0]} is {what}, which is run by itself")
+    found = config.call(spec, f"{prefix}{named[0]}")
+    if not isinstance(found, cls):
+        raise ConfigError(f"{prefix}{named[0]}() gave {type(found).__name__}, no {cls.__name__}")
+    return found
+
+
+def launch(
+    spec: str,
+    name: str,
+    declared: Ablation,
+    workdir: Path,
+    overrides: Iterable[tuple[str, str]] = (),
+    *,
+    seeds: int | None = None,
+) -> Launch:
+    """An ablation, checked and counted, that is to be run in a folder.
+
+    Args:
+      seeds: runs of every arm, in place of what it declares.
+
+    Raises:
+      ConfigError: see ``Launch``.
+    """
+    if scalings.is_scaling(workdir):
+        raise ConfigError(f"--workdir={workdir} holds a scaling curve; choose another for an ablation")
+    return _checked(Launch(name, _with_seeds(declared, seeds), spec, overrides, workdir))
+
+
+def launch_scaling(
+    spec: str,
+    name: str,
+    declared: Scaling,
+    workdir: Path,
+    overrides: Iterable[tuple[str, str]] = (),
+    *,
+    seeds: int | None = None,
+) -> tuple[Launch, Scaling]:
+    """The runs of a scaling curve, checked and counted, and the curve with the seeds that it is run with.
+
+    Raises:
+      ConfigError: see ``Launch``; or the folder holds an ablation, or the grid cannot tell the law.
+    """
+    if state.is_ablation(workdir) and not scalings.is_scaling(workdir):
+        raise ConfigError(f"--workdir={workdir} holds an ablation; choose another for a scaling curve")
+    declared = _with_seeds(declared, seeds)
+    found = _checked(Launch(name, scalings.ablation_of(declared), spec, overrides, workdir))
+    judged.check(declared, {arm: dataclasses.asdict(cost) for arm, cost in found.costs.items()})
+    return found, declared
+
+
+def keep_scaling(found: Launch, declared: Scaling) -> None:
+    """Notes in the folder of a scaling curve what is declared of it, before it runs."""
+    if jax.process_index() == 0:
+        found.folder.mkdir(parents=True, exist_ok=True)
+        finished = sum(job.is_finished for job in found.jobs.values())
+        scalings.write(found.folder, declared, finished=finished, commit=commit())
+
+
+def _checked(found: Launch) -> Launch:
+    figures.check_sources(found.plan, (job.experiment for job in found.jobs.values()))
+    return found
+
+
+def _with_seeds(declared: Declared, seeds: int | None) -> Declared:
+    if seeds is None:
+        return declared
+    try:
+        return dataclasses.replace(declared, seeds=seeds)
+    except ValueError as error:
+        raise ConfigError(f"--seeds={seeds}: {error}") from None
+
+
+def jobs_of(
+    spec: str, names: Sequence[str], workdir: Path, overrides: Iterable[tuple[str, str]] = ()
+) -> list[Job]:
+    """The runs of the product of some sweeps.
 
     Args:
       spec: experiment file, as for ``config.load``.
-      names: of its sweeps, whose product is run.
       overrides: what all runs share.
 
     Raises:
-      ConfigError: a configuration is wrong; nothing has run then.
-      ValueError: some runs failed; the others are there, and compared.
+      ConfigError: a configuration is wrong, two runs would share a folder, or a folder holds a finished run
+        of another configuration.
     """
     variants = config.sweep(spec, names)
     folders = [workdir / folder_name(variant) for variant in variants]
     twice = next((f.name for f in folders if folders.count(f) > 1), None)
     if twice is not None:
         raise ConfigError(f"--sweep={','.join(names)}: two variants are called {twice!r}")
-    shared = tuple(overrides)
-    experiments = [config.load(spec, (*variant.items(), *shared)) for variant in variants]
-    failed = []
-    for number, (folder, chosen) in enumerate(zip(folders, experiments, strict=True), start=1):
-        if (folder / "run.json").is_file():
-            logger.info("run %d of %d: %s is finished", number, len(folders), folder.name)
-            continue
-        logger.info("run %d of %d: %s", number, len(folders), folder.name)
-        try:
-            runs.run(chosen, folder)
-        except ValueError as error:
-            logger.error("%s: %s", folder.name, error)
-            failed.append(folder.name)
+    shared, jobs = tuple(overrides), []
+    for variant, folder in zip(variants, folders, strict=True):
+        changes = (*variant.items(), *shared)
+        jobs.append(Job(folder, experiment.load(spec, changes), spec, changes))
+    for job in jobs:
+        if job.is_finished and (line := identity.difference(job.folder, job.experiment)) is not None:
+            raise ConfigError(
+                f"{job.folder} holds a finished run of another configuration: {line}; choose another "
+                "--workdir, or delete that folder"
+            )
+    return jobs
+
+
+def run(
+    spec: str,
+    names: Sequence[str],
+    workdir: Path,
+    overrides: Iterable[tuple[str, str]] = (),
+    *,
+    parallel: int = 1,
+) -> Path:
+    """Trains every variant that has not finished yet and compares all of them; returns the page's path.
+
+    Args:
+      parallel: runs at once, each in a process of its own.
+
+    Raises:
+      ConfigError: a configuration is wrong; nothing has run then.
+      ValueError: some runs failed; the others are there, and compared.
+    """
+    jobs = jobs_of(spec, names, workdir, overrides)
+    failed = workers.run(jobs, parallel=parallel)
+    labels = {folder_name(v): label_of(v) for v in config.sweep(spec, names)}
+    disk.write_text(workdir / comparison.LABELS_FILE, json.dumps(labels, indent=1, ensure_ascii=False) + "\n")
     page = comparison.write_comparison(workdir)
     if failed:
-        raise ValueError(f"{len(failed)} of {len(folders)} runs failed: {', '.join(failed)}; see {page}")
+        raise ValueError(f"{len(failed)} of {len(jobs)} runs failed: {', '.join(failed)}; see {page}")
     return page
+
+
+def listing(jobs: Sequence[Job]) -> str:
+    """Every run and what has become of it."""
+    lines = [f"{job.folder.name}: {state.status(job.folder)}" for job in jobs]
+    return "\n".join([*lines, f"{sum(job.is_finished for job in jobs)} of {len(jobs)} runs are finished"])
 
 
 def folder_name(variant: Mapping[str, str]) -> str:
@@ -63,3 +213,14 @@ def folder_name(variant: Mapping[str, str]) -> str:
     pairs = (f"{path.rpartition('.')[2]}={value}" for path, value in variant.items())
     text = "".join(c if c.isalnum() or c in "=,._+-" else "-" for c in ",".join(pairs))
     return text.strip("-.") or "base"
+
+
+def label_of(variant: Mapping[str, str]) -> str:
+    """The same to be read: a part of a file of one's own by its name and that of the file."""
+
+    def shown(value: str) -> str:
+        file, colon, name = value.rpartition(":")
+        return f"{name} ({Path(file).name})" if colon and file.endswith(".py") else value
+
+    pairs = (f"{path.rpartition('.')[2]}={shown(value)}" for path, value in variant.items())
+    return ",".join(pairs) or "base"

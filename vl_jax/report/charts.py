@@ -62,6 +62,14 @@ def percent(value: float | None) -> str:
     return "–" if value is None or not math.isfinite(value) else f"{100 * value:.1f} %"
 
 
+def with_error(mean: float, half: float) -> str:
+    """A mean with half the width of its interval, which has two digits: 0.7169 ± 0.0093."""
+    decimals = 1 - math.floor(math.log10(half)) if 0 < half < math.inf else -1
+    if decimals in range(7) and 0.01 <= abs(mean) < 1e4 and half < abs(mean):
+        return f"{mean:.{decimals}f} ± {half:.{decimals}f}"
+    return f"{number(mean)} ± {number(half)}"
+
+
 def absent(reason: str) -> str:
     """A line that says why there is nothing to see."""
     return f'<p class="absent">{html.escape(reason)}</p>'
@@ -71,6 +79,13 @@ def ramp(index: int, count: int) -> str:
     """Colour of an ordered series, the ``index``-th of ``count``, between the two ends of the page's ramp."""
     share = 100 * index / max(count - 1, 1)
     return f"color-mix(in oklab, var(--ramp-end) {share:.0f}%, var(--ramp-start))"
+
+
+def colour(index: int) -> str:
+    """The colour of the ``index``-th line: the page's palette, then ever other hues."""
+    if index < NUM_COLOURS:
+        return f"var(--c{index + 1})"
+    return f"hsl({index * 137.5 % 360:.0f} 55% 50%)"  # by the golden angle, so that no two are alike
 
 
 def ticks(low: float, high: float, *, count: int = 5) -> list[float]:
@@ -108,7 +123,7 @@ def line_chart(
         dataclasses.replace(
             s,
             points=thin(s.points, limit=_MAX_POINTS),
-            colour=s.colour or f"var(--c{n % NUM_COLOURS + 1})",
+            colour=s.colour or colour(n),
         )
         for n, s in enumerate(series)
     ]
@@ -167,8 +182,11 @@ def heatmap(
     title: str,
     row_name: str = "layer",
     column_name: str = "expert",
+    numbers: Sequence[int] = (),
 ) -> str:
     """Load of every expert of every layer, as a multiple of an even share.
+
+    Rows have the ``numbers`` given, or are counted from 0.
 
     A cell of value 1 has the page's neutral colour; 1/4 and 4 have the full cold and warm one. An expert
     with no load at all carries a dot.
@@ -177,10 +195,11 @@ def heatmap(
     cell = min(max(760 // max(width, 1), 9), 34)
     left, bottom = 44, 20
     parts = []
-    for n, row in enumerate(rows):
-        parts.append(_text(left - 8, n * cell + cell / 2 + 3.5, str(n), anchor="end"))
+    for n, (number_of, row) in enumerate(zip(numbers or range(len(rows)), rows, strict=True)):
+        parts.append(_text(left - 8, n * cell + cell / 2 + 3.5, str(number_of), anchor="end"))
         for k, value in enumerate(row):
-            parts.append(_cell(left + k * cell, n * cell, cell, value, f"{row_name} {n}, {column_name} {k}"))
+            name = f"{row_name} {number_of}, {column_name} {k}"
+            parts.append(_cell(left + k * cell, n * cell, cell, value, name))
     for k in sorted({round(t) for t in ticks(0, max(width - 1, 0), count=8)}):
         parts.append(_text(left + k * cell + cell / 2, len(rows) * cell + 13, str(k)))
     middle = len(rows) * cell / 2
@@ -209,6 +228,8 @@ def _padded(low: float, high: float) -> tuple[float, float]:
     """A y range with some air; it starts at zero if the values come near it."""
     if low >= 0 and low < 0.35 * high:
         low = 0.0
+    if high == low == 0:
+        return 0.0, 1.0  # counts and shares: less than nothing is not on the axis
     if high == low:
         return low - (abs(low) or 1) * 0.5, high + (abs(high) or 1) * 0.5
     air = 0.06 * (high - low)
@@ -295,8 +316,8 @@ def _text(x: float, y: float, text: str, *, anchor: str = "middle", kind: str = 
 
 def _svg(parts: Sequence[str], *, title: str, width: float, height: float, fixed: bool = False) -> str:
     """``fixed`` keeps the drawn size on wide pages; otherwise the chart fills its column."""
-    style = f' style="max-width:{width:.0f}px"' if fixed else ""
+    style, kind = (f' style="max-width:{width:.0f}px"', "chart fixed") if fixed else ("", "chart")
     return (
-        f'<svg class="chart" role="img" viewBox="0 0 {width:.0f} {height:.0f}"{style}>'
+        f'<svg class="{kind}" role="img" viewBox="0 0 {width:.0f} {height:.0f}"{style}>'
         f"<title>{html.escape(title)}</title>{''.join(parts)}</svg>"
     )

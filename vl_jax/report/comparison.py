@@ -1,27 +1,40 @@
-"""The page that puts runs side by side: one table, and the curves of all of them in one chart each.
+"""The page that puts runs side by side: a row for every kind of run, its seeds together, and all curves.
 
 Reads the folders that ``sweep`` (or any number of ``train`` commands) left below one folder, and imports no
-model. The table is also written as ``comparison.csv``.
+model. The table of single runs is also written as ``comparison.csv``, that of the page as ``comparison.md``
+and ``comparison.tex``.
 """
 
 from __future__ import annotations
 
 import csv
+import fnmatch
+import json
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from vl_jax.evaluate.statistics import t_interval
 from vl_jax.metrics import objective_metrics
-from vl_jax.report.charts import Series, line_chart, number, percent
-from vl_jax.report.results import is_share, label, others
+from vl_jax.report.charts import Series, colour, line_chart, number, percent, with_error
+from vl_jax.report.results import label, read_json
+from vl_jax.report.row import FAILED_FILE, better, points, row, shares
 from vl_jax.report.run import RunFiles, is_run, page, read_run
+from vl_jax.report.tables import Cell, TextTable, mark_best, to_html, to_latex, to_markdown
+from vl_jax.runtime import disk
+from vl_jax.runtime.errors import UserError
+
+__all__ = ["is_collection", "row", "write_comparison"]
 
 COMPARISON_FILE, TABLE_FILE = "comparison.html", "comparison.csv"
+LABELS_FILE = "labels.json"  # readable names of folders, where a sweep knows any
+# Columns of the page where none are chosen; scores of tasks come before them, without those of groups.
+_USUAL = ("failed", "eval/*", "steps", "loss", "routing/maxvio_mean", "tokens_per_second", "wall_time_s")
 # Plotted after loss and what the objectives measure: field of the log, title.
 _MAXVIO = ("routing/maxvio_mean", "Busiest expert above the even share (MaxVio), mean of layers")
-_LAST_LINES = 10  # the log's end, over which noisy values are averaged
 
 
 def is_collection(folder: Path) -> bool:
@@ -29,11 +42,15 @@ def is_collection(folder: Path) -> bool:
     return not is_run(folder) and bool(_runs(folder))
 
 
-def write_comparison(folder: Path) -> Path:
-    """Writes ``comparison.html`` and ``comparison.csv`` and returns the path of the page.
+def write_comparison(folder: Path, columns: Sequence[str] = ()) -> Path:
+    """Writes ``comparison.html`` and the tables beside it, and returns the path of the page.
+
+    Args:
+      columns: patterns of the columns that the page has, such as ``routing/*``; empty: the usual ones.
 
     Raises:
-      ValueError: there is no run below the folder, or a file of one is not valid JSON.
+      ValueError: there is no run below the folder, a file of one is not valid JSON, or no column has such
+        a name.
     """
     found = _runs(folder)
     if not found:
@@ -45,88 +62,123 @@ def write_comparison(folder: Path) -> Path:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(rows)
+    grouped = groups(runs, read_json(folder / LABELS_FILE) or {})
+    table = summary(grouped, choose(names, columns), shares(runs))
+    single = [
+        [Cell(r["run"], link=f"{r['run']}/report.html"), *_cells(r, names[1:], shares(runs))] for r in rows
+    ]
+    sections = [("Results", to_html(table)), ("Training", charts(grouped))]
+    if len(grouped) < len(runs) or len(table.head) - 2 < len(names) - 1:
+        sections.append(("Single runs", to_html(TextTable(names, single))))
     target = folder / COMPARISON_FILE
-    sections = [("Results", _table(rows, names, _shares(runs))), ("Training", _charts(runs))]
-    target.write_text(page(folder.resolve().name, f"{len(runs)} runs", sections), encoding="utf-8")
+    lead = f"{len(runs)} runs" + (f" of {len(grouped)} kinds" if len(grouped) < len(runs) else "")
+    disk.write_text(target, page(folder.resolve().name, lead, sections))
+    disk.write_text(target.with_suffix(".md"), to_markdown(table))
+    disk.write_text(target.with_suffix(".tex"), to_latex(table))
     return target
 
 
 def _runs(folder: Path) -> list[Path]:
-    return sorted(path.parent for path in folder.glob("*/config.json") if is_run(path.parent))
+    found = {path.parent for path in folder.glob("*/config.json") if is_run(path.parent)}
+    return sorted(found | {path.parent for path in folder.glob(f"*/{FAILED_FILE}")})
 
 
-def row(run: RunFiles) -> dict[str, Any]:
-    """What the table says of one run; an unfinished run has fewer entries."""
-    result: dict[str, Any] = {"run": run.folder.name}
-    for task, history in run.history.items():
-        last = history[-1]
-        first, scores = last["headline"], last["scores"]
-        names = [name for name in (first, *others(last, scores)) if name in scores]
-        result |= {f"{task}: {name}": scores[name] for name in names}
-        for kind, groups in last["groups"].items():
-            result |= {f"{task}: {kind}={group}": found.get(first) for group, found in groups.items()}
-    result["steps"] = run.lines[-1]["step"] if run.lines else 0
-    for name in ("loss", _MAXVIO[0], "tokens_per_second"):
-        values = [value for _, value in _points(run, name)][-_LAST_LINES:]
-        if values:
-            result[name] = statistics.fmean(values)
-    if run.facts and "wall_time_s" in run.facts:
-        result["wall_time_s"] = run.facts["wall_time_s"]
-    return result
+def groups(runs: Sequence[RunFiles], labels: Mapping[str, str]) -> dict[str, list[RunFiles]]:
+    """Runs that differ in nothing but their seed, by the readable name of what they have in common."""
+    by_config: dict[str, list[RunFiles]] = {}
+    for run in runs:
+        config = {k: v for k, v in (run.config or {"folder": run.folder.name}).items() if k != "seed"}
+        by_config.setdefault(json.dumps(config, sort_keys=True), []).append(run)
+    named: dict[str, list[RunFiles]] = {}
+    for members in by_config.values():
+        name = labels.get(members[0].folder.name, members[0].folder.name)
+        if len(members) > 1:
+            name = re.sub(r"(^|,)seed=\d+", "", name).strip(",") or "base"
+        while name in named:
+            name += "'"
+        named[name] = members
+    return named
 
 
-def _shares(runs: Sequence[RunFiles]) -> set[str]:
-    """The entries of ``row`` that are shares of one."""
-    names: set[str] = set()
-    for task, last in ((task, history[-1]) for run in runs for task, history in run.history.items()):
-        names |= {f"{task}: {name}" for name in last["shares"]}
-        if is_share(last, last["headline"]):
-            names |= {f"{task}: {kind}={group}" for kind, found in last["groups"].items() for group in found}
-    return names
+def choose(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
+    """The columns that patterns name, in the order of the patterns; the usual ones without any.
+
+    Raises:
+      UserError: a pattern matches no column.
+    """
+    known = [name for name in names if name != "run"]
+    if not patterns:
+        scores = [name for name in known if ": " in name and "=" not in name]
+        return list(dict.fromkeys([*scores, *(n for p in _USUAL for n in fnmatch.filter(known, p))]))
+    for pattern in patterns:
+        if not fnmatch.filter(known, pattern):
+            raise UserError(f"--columns={pattern}: no figure is called so; there are {', '.join(known)}")
+    return list(dict.fromkeys(n for pattern in patterns for n in fnmatch.filter(known, pattern)))
 
 
-def _points(run: RunFiles, name: str) -> list[tuple[float, float]]:
-    """A value of the log by step; ``routing/<x>_mean`` is the mean of ``routing/<x>`` over layers."""
-    source = name.removesuffix("_mean")
-    points = []
-    for line in run.lines:
-        value = line.get(source)
-        if isinstance(value, list):
-            known = [v for v in value if v is not None]
-            value = statistics.fmean(known) if known else None
-        if value is not None:
-            points.append((line["step"], value))
-    return points
+def summary(grouped: Mapping[str, Sequence[RunFiles]], names: Sequence[str], shares: set[str]) -> TextTable:
+    """A row for each group: means over seeds, half the width of their 95 % intervals, the best marked."""
+    rows = {name: [row(run) for run in members] for name, members in grouped.items()}
+    values = [[_mean([entry.get(n) for entry in entries]) for n in names] for entries in rows.values()]
+    ways = {n: way for n, name in enumerate(names) if (way := better(name, shares)) is not None}
+    best, cells = mark_best(ways, values), []
+    for r, (name, entries) in enumerate(rows.items()):
+        link = f"{entries[0]['run']}/report.html" if len(entries) == 1 else ""
+        line = [Cell(name, link=link), Cell(str(len(entries)))]
+        for c, column in enumerate(names):
+            line.append(spread([entry.get(column) for entry in entries], column in shares, (r, c) in best))
+        cells.append(line)
+    return TextTable(["", "runs", *(label(name) for name in names)], cells)
 
 
-def _table(rows: Sequence[Mapping[str, Any]], names: Sequence[str], shares: set[str]) -> str:
-    """A column for each run, which leads to its own page."""
-    links = (f'<a href="{escape(r["run"])}/report.html">{escape(r["run"])}</a>' for r in rows)
-    head = "<th></th>" + "".join(f'<th class="num">{link}</th>' for link in links)
-    body = ""
-    for name in names[1:]:
-        cells = "".join(
-            f'<td class="num">{(percent if name in shares else number)(r.get(name))}</td>' for r in rows
-        )
-        body += f"<tr><th>{escape(name)}</th>{cells}</tr>"
-    table = f'<table class="comparison"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
-    return f'<div class="card wide"><div class="scroll">{table}</div></div>'
+def spread(values: Sequence[Any], is_share: bool, is_best: bool = False) -> Cell:
+    """The mean of a figure over runs, and half the width of its interval if there are several."""
+    known = [float(v) for v in values if isinstance(v, (int, float))]
+    if not known:
+        texts = sorted({str(v) for v in values if v is not None})
+        return Cell(", ".join(texts) or "–")
+    mean, low, high = t_interval(known)
+    half = (high - low) / 2
+    text = percent(mean) if is_share else number(mean)
+    if len(known) > 1 and half > 0:
+        text = f"{text} ± {percent(half)}" if is_share else with_error(mean, half)
+    return Cell(text, value=repr(mean), best=is_best)
 
 
-def _charts(runs: Sequence[RunFiles]) -> str:
-    cards = ""
+def _mean(values: Sequence[Any]) -> float | None:
+    known = [float(v) for v in values if isinstance(v, (int, float))]
+    return statistics.fmean(known) if known else None
+
+
+def _cells(entry: Mapping[str, Any], names: Sequence[str], shares: set[str]) -> list[Cell]:
+    return [spread([entry.get(name)], name in shares) for name in names]
+
+
+def charts(grouped: Mapping[str, Sequence[RunFiles]]) -> str:
+    """A card for every figure of the log: a curve for each group, the mean of its runs."""
+    cards, runs = "", [run for members in grouped.values() for run in members]
     measured = dict.fromkeys(name for run in runs for line in run.lines for name in objective_metrics(line))
-    curves = [(name, label(name).capitalize()) for name in ("loss", *measured)]
+    held_out = dict.fromkeys(n for run in runs for line in run.lines for n in line if n.startswith("eval/"))
+    curves = [(name, label(name).capitalize()) for name in ("loss", *measured, *held_out)]
     for name, title in [*curves, _MAXVIO]:
-        series = [Series(run.folder.name, _points(run, name)) for run in runs]
+        series = [
+            Series(group, _mean_curve([points(run, name) for run in members]), colour(n))
+            for n, (group, members) in enumerate(grouped.items())
+        ]
         series = [s for s in series if s.points]
         if series:
             legend = "".join(
-                f'<span><i style="background:var(--c{n % 8 + 1})"></i>{escape(s.name)}</span>'
-                for n, s in enumerate(series)
+                f'<span><i style="background:{s.colour}"></i>{escape(s.name)}</span>' for s in series
             )
             cards += (
                 f'<div class="card"><h3>{escape(title)}</h3><div class="legend">{legend}</div>'
                 f"{line_chart(series, title=title)}</div>"
             )
     return f'<div class="grid">{cards}</div>'
+
+
+def _mean_curve(curves: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, float | None]]:
+    """The mean of curves at every step that all of them have."""
+    tables = [dict(curve) for curve in curves if curve]
+    steps = sorted(set.intersection(*(set(table) for table in tables))) if tables else []
+    return [(step, statistics.fmean(table[step] for table in tables)) for step in steps]

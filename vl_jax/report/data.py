@@ -90,13 +90,14 @@ def _lengths(examinations: Sequence[Examination], max_tokens: int, max_tiles: in
             note = f"The line is max_{unit}={limit}; {over:,} of {len(values):,} are above."
             chart = histogram(values, title=title, limit=limit)
             cards.append(f'<div class="card"><h3>{escape(title)}</h3>{chart}<p class="note">{note}</p></div>')
-    same = [
-        f"{e.source}: every sample has {values[0]:,} {unit}{'' if values[0] == 1 else 's'}."
-        for e in examinations
-        for unit, values in (("token", e.tokens), ("tile", e.tiles))
-        if values and len(set(values)) == 1
-    ]
-    notes = "".join(f'<p class="note">{escape(line)}</p>' for line in same)
+    same: dict[str, list[str]] = {}
+    for e in examinations:
+        for unit, values in (("token", e.tokens), ("tile", e.tiles)):
+            if values and len(set(values)) == 1:
+                text = f"every sample has {values[0]:,} {unit}{'' if values[0] == 1 else 's'}."
+                same.setdefault(text, []).append(e.source)
+    lines = (f"{', '.join(sources)}: {text}" for text, sources in same.items())
+    notes = "".join(f'<p class="note">{escape(line)}</p>' for line in lines)
     return f'{notes}<div class="grid">{"".join(cards)}</div>'
 
 

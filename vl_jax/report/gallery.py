@@ -104,11 +104,13 @@ def _picture(sample: Mapping[str, Any], folder: Path) -> str:
 
 def _box(box: Mapping[str, Any], *, width: int) -> str:
     x0, y0, x1, y1 = box["corners"]
-    size = width * 0.065
+    size, label = width * 0.065, escape(str(box.get("label", "")))
+    # A label begins at its box; one in the right half ends there, so that the picture's edge does not cut it.
+    x, anchor = (x1, "end") if x0 + x1 > width else (x0, "start")
     return (
         f'<rect class="box" x="{x0:g}" y="{y0:g}" width="{x1 - x0:g}" height="{y1 - y0:g}"/>'
-        f'<text class="box" x="{x0:g}" y="{max(y0 - 0.25 * size, size):g}" font-size="{size:g}" '
-        f'stroke-width="{size / 7:g}">{escape(str(box.get("label", "")))}</text>'
+        f'<text class="box" x="{x:g}" y="{max(y0 - 0.25 * size, size):g}" font-size="{size:g}" '
+        f'text-anchor="{anchor}" stroke-width="{size / 7:g}">{label}</text>'
     )
 
 

@@ -63,11 +63,16 @@ def load_cards(lines: Sequence[Mapping[str, Any]]) -> str:
         if not any(value is not None for row in rows for value in row):
             chart = absent(f"No {name} token was routed.")
         else:
-            scale = '<span>¼ <i class="load"></i> 4 × even share</span><span>● no token</span>'
-            chart = f'<div class="legend">{scale}</div>'
+            chart = scale("even share", "no token")
             chart += heatmap(rows, title=f"Expert load of {name} tokens by layer")
         cards += f'<div class="card"><h3>Expert load of {name} tokens</h3>{chart}</div>'
     return cards
+
+
+def scale(unit: str, none: str) -> str:
+    """The legend of a heat map: multiples of a unit, and what a dot means."""
+    colours = f'<span>¼ <i class="load"></i> 4 × {unit}</span>'
+    return f'<div class="legend">{colours}<span>● {none}</span></div>'
 
 
 def _relative(loads: Sequence[Sequence[float | None]]) -> list[float | None]:

@@ -23,6 +23,8 @@ from vl_jax.report.charts import number, percent
 COUNT = "count"
 # The scores of earlier versions, and the fields that they grouped samples by.
 _FLAT_SCORES = ("exact_match", "blind_exact_match", "prior_exact_match")
+_PARTS = {"headline": str, "scores": dict, "groups": dict, "shares": list}
+_AGAIN = "delete it and run again what wrote it, `train` or `evaluate`"
 _FLAT_GROUPS = {"by_kind": "kind", "by_language": "language"}
 
 
@@ -30,10 +32,17 @@ def read_result(path: Path) -> dict[str, Any]:
     """The content of a result file, in today's form.
 
     Raises:
-      ValueError: the file is not valid JSON.
+      ValueError: the file is not valid JSON, or a part of it is missing; one line.
     """
     found = read_json(path)
-    return _from_flat(found) if _is_flat(found) else found
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: must hold an object; {_AGAIN}")
+    if _is_flat(found):
+        return _from_flat(found)
+    for name, kind in _PARTS.items():
+        if not isinstance(found.get(name), kind):
+            raise ValueError(f"{path}: {name} is missing, or of another kind; {_AGAIN}")
+    return found
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -58,9 +67,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(
-            f"{path}: not valid JSON ({error}); delete it and run again what wrote it, `train` or `evaluate`"
-        ) from None
+        raise ValueError(f"{path}: not valid JSON ({error}); {_AGAIN}") from None
 
 
 def headline(result: Mapping[str, Any]) -> float | None:

@@ -27,6 +27,7 @@ from vl_jax.layout import Layout
 from vl_jax.moe import balance
 from vl_jax.moe.stacks import Stacks
 from vl_jax.report.charts import heatmap, number, percent
+from vl_jax.report.load import scale
 from vl_jax.report.run import page
 from vl_jax.runs import restore
 from vl_jax.train.step import TrainState
@@ -137,7 +138,12 @@ def _sections(
 ) -> list[tuple[str, str]]:
     names = [f"layer {layer}" for layer in found.layers]
     load = "".join(
-        _card(f"Load of {name} tokens", _relative(found.load[:, m]), "Multiples of an even share.")
+        _card(
+            f"Load of {name} tokens",
+            _relative(found.load[:, m]),
+            scale("even share", "no token"),
+            numbers=found.layers,
+        )
         for m, name in enumerate(MODALITIES)
         if found.load[:, m].any()
     )
@@ -145,12 +151,17 @@ def _sections(
     knockout = _card(
         "Loss without one expert",
         _relative(np.maximum(harm, 0.0)),
-        "How much the loss rises when the expert is taken away and its tokens go to their next best one, "
-        "as a multiple of the mean over experts of the layer.",
+        '<p class="note">How much the loss rises when the expert is taken away and its tokens go to their '
+        "next best one, as a multiple of the mean over experts of the layer.</p>"
+        + scale("mean of the layer", "no harm"),
+        numbers=found.layers,
     )
     pairs = "".join(
         _card(
-            f"Chosen together, {name}", _lift(found.choices[i]), "Multiples of independent choice.", "expert"
+            f"Chosen together, {name}",
+            _lift(found.choices[i]),
+            scale("independent choice", "never"),
+            row_name="expert",
         )
         for i, name in enumerate(names)
         if found.choices.shape[-1] > 1
@@ -165,12 +176,14 @@ def _sections(
 
 
 def _card(
-    title: str, rows: Sequence[Sequence[float | None]], note: str, row_name: str = "sparse layer"
+    title: str,
+    rows: Sequence[Sequence[float | None]],
+    said: str,
+    row_name: str = "layer",
+    numbers: Sequence[int] = (),
 ) -> str:
-    return (
-        f'<div class="card"><h3>{escape(title)}</h3><p class="note">{escape(note)}</p>'
-        f"{heatmap(rows, title=title, row_name=row_name)}</div>"
-    )
+    chart = heatmap(rows, title=title, row_name=row_name, numbers=numbers)
+    return f'<div class="card"><h3>{escape(title)}</h3>{said}{chart}</div>'
 
 
 def _relative(values: np.ndarray) -> list[list[float | None]]:

@@ -172,6 +172,10 @@ def _task_card(task: str, result: Mapping[str, Any]) -> str:
     count = f"step {result.get('step', 0):,}"
     if results.COUNT in scores:
         count += f" · {scores[results.COUNT]:,} samples"
+    ends = (result.get("intervals") or {}).get(name, ())
+    if ends and None not in ends:
+        low, high = (results.show(result, name, end) for end in ends)
+        count += f" · 95 % interval {low} to {high}"
     return (
         f'<div class="card task"><header><b>{escape(task)}</b><span class="num">{count}</span></header>'
         f'<div class="big num">{results.show(result, name, value)}'
@@ -203,9 +207,11 @@ def _training(run: RunFiles) -> str:
         dict.fromkeys(n for line in run.lines for n, v in line.items() if _is_number(v) and n != "step")
     )
     measured = objective_metrics(dict.fromkeys(names, 0))
+    held_out = [n for n in names if n.startswith("eval/") and n.endswith("/loss")]
     rates = [n for n in names if n.startswith("learning_rate")]
     main = [
         ("Loss", [n for n in names if n == "loss" or n.startswith("loss/")], number),
+        *([("Loss on held-out sources", held_out, number)] if held_out else []),
         *((results.label(n).capitalize(), [n], number) for n in measured),
         ("Learning rate", rates, number),
         ("Tokens per second", [n for n in names if n == "tokens_per_second"], number),
@@ -251,7 +257,8 @@ def _chart_card(
 
 def _series(lines: Sequence[Mapping[str, Any]], name: str) -> Series:
     points = [(line["step"], line[name]) for line in lines if name in line]
-    return Series(name.removeprefix("learning_rate/"), points)
+    short = name.removeprefix("learning_rate/").removeprefix("eval/")
+    return Series(short, points)
 
 
 def _stages(lines: Sequence[Mapping[str, Any]]) -> list[Band]:

@@ -1,0 +1,1 @@
+"""Ablations: arms times seeds on equal budgets, and what was expected of them before they ran."""
