@@ -12,7 +12,7 @@ from vl_jax.data.images.augment import AugmentationConfig
 from vl_jax.data.images.tiling import TilingConfig
 from vl_jax.data.sample import Sample, Source
 from vl_jax.data.sources.build import SourceConfig, open_source
-from vl_jax.data.text.chat import Turns
+from vl_jax.data.text.chat import Targets, Turns
 from vl_jax.data.text.turns import TurnSampling
 
 # How pictures become tiles: whole, as the published processors do; or quicker, JPEG files decoded at 1/2, 1/4
@@ -237,6 +237,7 @@ class ModelSpec:
     reads: Literal["dialogue", "text"] = "dialogue"  # text: what was written alone, without answers and marks
     labels: tuple[RowField, ...] = ()  # what rows are to be told apart by
     media: tuple[RowField, ...] = ()  # inputs beside text and tiles
+    targets: tuple[Targets, ...] = ("all", "answers", "text")  # what its rows may predict
 
     def __post_init__(self):
         if self.reads == "text" and self.fusion == "prefix":

@@ -16,6 +16,7 @@ import numpy as np
 from vl_jax.data.config import DataConfig, Decoding, ModelSpec, RowField, check_packing
 from vl_jax.data.example import Example
 from vl_jax.data.files.memory_cache import MemoryCache
+from vl_jax.data.images.spatial import cut_labels, is_spatial
 from vl_jax.data.images.tiles import Pictures, read_pictures
 from vl_jax.data.images.tiling import (
     TilingConfig,
@@ -23,8 +24,9 @@ from vl_jax.data.images.tiling import (
     max_visual_tokens,
     num_views_tiles,
     num_visual_tokens,
+    shown,
 )
-from vl_jax.data.sample import BadSample, Sample, each
+from vl_jax.data.sample import BadSample, Sample, each, image_size
 from vl_jax.data.text import chat
 from vl_jax.data.text.bounded import bounded
 from vl_jax.data.text.tokenizer import GROUNDING, Tokenizer, load_tokenizer
@@ -259,8 +261,21 @@ class Encoder:
             grids=pictures.grids,
             answer_runs=dialogue.answer_runs,
             media=_read(sample, self.spec.media, "bad_media"),
-            labels=_read(sample, self.spec.labels, "bad_label"),
+            labels=_read(self._in_tile(sample), self.spec.labels, "bad_label"),
         )
+
+    def _in_tile(self, sample: Sample) -> Sample:
+        """The sample with labels that lie in its first picture as the first tile of it shows them."""
+        if not self.spec.labels or not is_spatial(sample.labels):
+            return sample
+        if not sample.images:
+            raise BadSample("bad_label", f"sample {sample.id}: labels that lie in a picture, and no picture")
+        size = image_size(sample.images[0])
+        try:
+            labels = cut_labels(sample.labels, shown(size, self.tiling), size)
+        except BadSample as error:
+            raise BadSample(error.reason, f"sample {sample.id}: {error.args[1]}") from None
+        return dataclasses.replace(sample, labels=labels)
 
 
 def _read(sample: Sample, fields: Sequence[RowField], reason: str) -> dict[str, np.ndarray]:

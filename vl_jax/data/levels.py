@@ -71,7 +71,8 @@ def scale(values: Shaped[np.ndarray, "h w"], limits: Range) -> UInt8[np.ndarray,
     bits = int(high + 1).bit_length() - 1
     if values.dtype.kind in "iu" and low == 0 and high + 1 == 2**bits and 8 <= bits <= 16:
         return (values >> (bits - 8)).astype(np.uint8)  # the high byte, as of colours
-    return ((values.astype(np.float32) - low) * np.float32(255 / (high - low)) + 0.5).astype(np.uint8)
+    # In double precision, and divided first: 255 by a range as narrow as floats allow is no float any more.
+    return ((values.astype(np.float64) - low) / (high - low) * 255 + 0.5).astype(np.uint8)
 
 
 def _stated(tags: Mapping[int, Any]) -> Range | None:

@@ -96,6 +96,15 @@ class Note:
         return f"{in_one_line(self.message)} [{self.reason}]"
 
 
+@dataclass(frozen=True)
+class Strays:
+    """Parts of a source's file that belong to none of its records, hence to no ``Sample.notes``."""
+
+    reason: str  # as that of a ``Note``
+    count: int
+    examples: tuple[str, ...]  # the first few
+
+
 _LONGEST = 2000  # characters of a message
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029\ud800-\udfff]+")
 
@@ -239,6 +248,10 @@ class _PictureFile:
     def at_least(self, width: int, height: int) -> PilImage.Image:
         """Decodes to RGB, no smaller than that where the file is not, but quicker where the format can."""
         return self._open(lambda picture: decode_reduced(picture, self.orientation, width, height))
+
+    def opened(self, use: Callable[[PilImage.Image], T]) -> T:
+        """What a function makes of the opened file, of which the header is read; raises as a call."""
+        return self._open(use)
 
     def _open(self, use: Callable[[PilImage.Image], T]) -> T:
         raise NotImplementedError

@@ -11,15 +11,18 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image as PilImage
 from PIL import ImageEnhance
 
 from vl_jax.data.files.memory_cache import MemoryCache, decode
+from vl_jax.data.images import spatial
 from vl_jax.data.images.audio import SoundImage
+from vl_jax.data.images.spatial import Corners, Cut
 from vl_jax.data.sample import Box, Image, ReducibleImage, Sample, Turn, image_size
 from vl_jax.data.text import grounding
 
@@ -64,9 +67,6 @@ class AugmentationConfig:
             raise ValueError(f"augmentation.min_visible={self.min_visible}: must lie above 0, up to 1")
 
 
-Corners = tuple[float, float, float, float]  # x0, y0, x1, y1
-
-
 @dataclass(frozen=True)
 class Geometry:
     """The part of a picture that is shown, in shares of its width and height, and whether it is mirrored."""
@@ -74,13 +74,11 @@ class Geometry:
     shown: Corners = (0.0, 0.0, 1.0, 1.0)
     mirrored: bool = False
 
-    def move(self, corners: Corners, width: float, height: float) -> Corners:
-        """Where a rectangle goes in a picture of that size; beyond its edges where it is cut off."""
+    def cut(self, width: int, height: int) -> Cut:
+        """What it shows of a picture of that size, which keeps its size."""
         left, top, right, bottom = self.shown
-        x0, x1 = ((x / width - left) / (right - left) for x in corners[::2])
-        y0, y1 = ((y / height - top) / (bottom - top) for y in corners[1::2])
-        x0, x1 = (1 - x1, 1 - x0) if self.mirrored else (x0, x1)
-        return x0 * width, y0 * height, x1 * width, y1 * height
+        corners = (left * width, top * height, right * width, bottom * height)
+        return Cut(corners, (width, height), self.mirrored)
 
 
 @dataclass(frozen=True)
@@ -167,7 +165,8 @@ def augment(
         turns = _moved(sample, geometry, config.min_visible, length)
         if turns is not None:
             images = tuple(AugmentedImage(image, geometry, look, cache) for image in sample.images)
-            return dataclasses.replace(sample, turns=turns, images=images)
+            labels = _moved_labels(sample, geometry, config.min_visible)
+            return dataclasses.replace(sample, turns=turns, images=images, labels=labels)
     raise AssertionError("the picture as it is can always be taken")
 
 
@@ -199,13 +198,21 @@ def _moved(
         boxes = turn.boxes
         if boxes:
             size = image_size(sample.images[0])
-            moved = [_clipped(geometry, box.corners, *size, min_visible) for box in boxes]
+            moved = [spatial.clipped(geometry.cut(*size), box.corners, min_visible) for box in boxes]
             boxes = tuple(Box(b.label, c) for b, c in zip(boxes, moved, strict=True) if c)
         texts = [_rewritten(text, geometry, min_visible, length) for text in (turn.question, turn.answer)]
         if len(boxes) < len(turn.boxes) or None in texts:
             return None
         turns.append(dataclasses.replace(turn, question=texts[0], answer=texts[1], boxes=boxes))
     return tuple(turns)
+
+
+def _moved_labels(sample: Sample, geometry: Geometry, min_visible: float) -> Mapping[str, Any]:
+    """Labels that lie in the picture, moved with it; objects that get lost are left out."""
+    if geometry == Geometry() or not spatial.is_spatial(sample.labels):
+        return sample.labels
+    size = image_size(sample.images[0])
+    return spatial.cut_labels(sample.labels, geometry.cut(*size), size, min_visible=min_visible)
 
 
 def _rewritten(text: str, geometry: Geometry, min_visible: float, length: Callable[[str], int]) -> str | None:
@@ -215,20 +222,9 @@ def _rewritten(text: str, geometry: Geometry, min_visible: float, length: Callab
     def move(corners: grounding.Corners) -> grounding.Corners:
         nonlocal lost
         size = (grounding.GRID, grounding.GRID)
-        found = _clipped(geometry, corners, *size, min_visible)
+        found = spatial.clipped(geometry.cut(*size), corners, min_visible)
         lost |= found is None
         return grounding.to_grid(found or corners, *size)
 
     result = grounding.rewrite(text, move)
     return None if lost or (result != text and length(result) != length(text)) else result
-
-
-def _clipped(
-    geometry: Geometry, corners: Corners, width: float, height: float, min_visible: float
-) -> Corners | None:
-    """Where a rectangle goes, clipped to the picture; None if too little of it is left to see."""
-    x0, y0, x1, y1 = geometry.move(corners, width, height)
-    left, right = (min(max(x, 0.0), float(width)) for x in (x0, x1))
-    top, bottom = (min(max(y, 0.0), float(height)) for y in (y0, y1))
-    area, visible = (x1 - x0) * (y1 - y0), (right - left) * (bottom - top)
-    return None if visible <= 0 or visible < min_visible * area else (left, top, right, bottom)

@@ -52,13 +52,16 @@ def evenly(count: int, most: int) -> list[int]:
 
 
 def mark_frames(messages: Sequence[tuple[str, str]], count: int) -> list[tuple[str, str]]:
-    """(role, text) of messages with a mark for every frame where there was one for the clip."""
-    texts = [text for _, text in messages]
-    mark = VIDEO_PLACEHOLDER if any(VIDEO_PLACEHOLDER in text for text in texts) else IMAGE_PLACEHOLDER
-    if sum(text.count(mark) for text in texts) != 1:
+    """(role, text) of messages with a mark for every frame where a question had one for the clip.
+
+    In an answer such a mark is text.
+    """
+    asked = [text for role, text in messages if role == "user"]
+    mark = VIDEO_PLACEHOLDER if any(VIDEO_PLACEHOLDER in text for text in asked) else IMAGE_PLACEHOLDER
+    if sum(text.count(mark) for text in asked) != 1:
         return list(messages)
     every = "\n".join([IMAGE_PLACEHOLDER] * count)
-    return [(role, text.replace(mark, every)) for role, text in messages]
+    return [(role, text.replace(mark, every) if role == "user" else text) for role, text in messages]
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

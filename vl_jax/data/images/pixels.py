@@ -11,7 +11,6 @@ resolution, pads it, and makes the low resolution from that (so it is resized tw
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from PIL import Image as PilImage
 
 from vl_jax.data.images.tiling import TilingConfig
 from vl_jax.data.picture import to_rgb
+from vl_jax.runtime import json_text
 
 _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _HALF = (0.5, 0.5, 0.5)
@@ -175,9 +175,11 @@ def load_image_processor(folder: str | Path) -> ImageProcessor:
     if not file.is_file():
         raise ValueError(f"image processor {str(folder)!r}: no such file {file}")
     try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
+        settings = json_text.read(file)
     except ValueError as error:
         raise ValueError(f"{file}: not JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file}: must hold an object, not {type(settings).__name__}")
     return read_image_processor(settings)
 
 

@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image as PilImage
 from PIL import ImageOps
 
+from vl_jax.data.images.spatial import Cut
 from vl_jax.data.picture import Orientation
 
 Grid = tuple[int, int]  # tiles across, tiles down
@@ -108,6 +109,30 @@ def make_tiles(image: PilImage.Image, *, grid: Grid, config: TilingConfig, quick
         overview = _fit(image, (size, size), config)
     local = np.asarray(mosaic).reshape(down, size, across, size, 3).swapaxes(1, 2)
     return np.concatenate([np.asarray(overview)[None], local.reshape(-1, size, size, 3)])
+
+
+def shown(size: tuple[int, int], config: TilingConfig) -> Cut:
+    """What the global view, the first tile, shows of a picture of that width and height."""
+    (width, height), side = size, config.tile_size
+    across, down = float(width), float(height)  # of the picture, in the whole tile
+    left = top = 0.0
+    if config.fit == "pad":
+        # As ``ImageOps.pad``: one side fits, the other is rounded, and the margins are as even as can be.
+        drawn = (side, side)
+        if width > height:
+            drawn = side, max(round(height / width * side), 1)
+        elif height > width:
+            drawn = max(round(width / height * side), 1), side
+        offset = round((side - drawn[0]) * 0.5), round((side - drawn[1]) * 0.5)
+        across, down = side * width / drawn[0], side * height / drawn[1]
+        left, top = -offset[0] * width / drawn[0], -offset[1] * height / drawn[1]
+    elif config.fit == "crop" and (width, height) != (side, side):
+        shorter = min(width, height)
+        drawn = side * width // shorter, side * height // shorter
+        across, down = side * width / drawn[0], side * height / drawn[1]
+        left = (drawn[0] - side) // 2 * width / drawn[0]
+        top = (drawn[1] - side) // 2 * height / drawn[1]
+    return Cut((left, top, left + across, top + down), (side, side))
 
 
 def visual_sources(num_tiles: int, tile_tokens: int) -> tuple[int, int]:

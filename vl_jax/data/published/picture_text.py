@@ -9,6 +9,7 @@ The text is read as the published processors read it: special tokens written in 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from vl_jax.batch import Batch
+from vl_jax.batch import FIELDS, Batch, Field
 from vl_jax.data.images.pixels import ImageProcessor, load_image_processor
 from vl_jax.data.picture import Orientation
 from vl_jax.data.published.request import Message, Picture, Request, templated, to_sample
@@ -122,6 +123,19 @@ class PictureTextProcessor:
         pixels = {name: self._stack(views, name) for name in self.shapes}
         return make_row(tokens, visual, pixels[LOW], pixels.get(HIGH))
 
+    @property
+    def pictures(self) -> str:
+        """How pictures are read, in words."""
+        return str(self.images)
+
+    def prompts(self, requests: Sequence[Request]) -> Batch:
+        """Conversations that are to be answered, as rows of a batch, padded before them.
+
+        Raises:
+          ValueError: as for one of them.
+        """
+        return stacked([self(conversations=r.conversation, images=r.images) for r in requests])
+
     def _encode(self, text: str, mark: str) -> list[int]:
         bos = self.tokenizer.bos_text
         complete = self.template is not None and bos is not None and text.startswith(bos)
@@ -145,6 +159,36 @@ class PictureTextProcessor:
                 )
         stacked = [view[name].astype(np.float32) for view in views] or [np.zeros(shape, np.float32)]
         return np.stack(stacked)[None]
+
+
+def stacked(rows: Sequence[Batch]) -> Batch:
+    """Rows of one sequence each as one batch: padding stands before the tokens, and behind the pictures.
+
+    A row's visual tokens count its own tiles, so that more tiles behind them change nothing.
+    """
+
+    length = max(row.tokens.shape[1] for row in rows)
+    rows = [
+        dataclasses.replace(row, visual_start=row.visual_start + np.int32(length - row.tokens.shape[1]))
+        for row in rows
+    ]
+
+    def column(name: str) -> np.ndarray | None:
+        values, field = [getattr(row, name) for row in rows], FIELDS.get(name, Field(()))
+        if values[0] is None:
+            return None
+        most = max(value.shape[1] for value in values)
+
+        def padded(value: np.ndarray) -> np.ndarray:
+            more = most - value.shape[1]
+            ends = (more, 0) if field.axes == ("T",) else (0, more)
+            others = [(0, 0)] * (value.ndim - 2)
+            return np.pad(value, [(0, 0), ends, *others], constant_values=field.padding)
+
+        return np.concatenate([padded(value) for value in values])
+
+    columns: dict[str, Any] = {name: column(name) for name in (*FIELDS, "high_tiles")}
+    return Batch(**columns)
 
 
 def make_row(tokens: np.ndarray, visual: np.ndarray, low: np.ndarray, high: np.ndarray | None) -> Batch:

@@ -15,7 +15,6 @@ arrays under the names, and with the unshifted labels, that the published proces
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,12 +34,14 @@ from vl_jax.data.published.stops import Stops, read_stops
 from vl_jax.data.sample import IMAGE_PLACEHOLDER, Sample, Turn
 from vl_jax.data.text.chat_template import ChatTemplate
 from vl_jax.data.text.tokenizer import BOS, Tokenizer, load_published_tokenizer
+from vl_jax.runtime import json_text
 
 Padding = Literal["left", "right"]
 
 IGNORED = -100  # the label of a position that is no target
 
 _UNLIMITED = 1 << 31
+_TILE_MULTIPLE = 4  # of prompts: batches whose tiles differ a little share a program
 
 
 @dataclass(frozen=True)
@@ -204,9 +205,18 @@ class Processor:
         return self.batch(requests, padding=side, length=length, max_tiles=max_tiles)
 
     def batch(
-        self, requests: Sequence[Request], *, padding: Padding = "left", length: int = 0, max_tiles: int = 0
+        self,
+        requests: Sequence[Request],
+        *,
+        padding: Padding = "left",
+        length: int = 0,
+        max_tiles: int = 0,
+        tile_multiple: int = 1,
     ) -> Batch:
         """Requests as rows of a batch; for training, its targets are the published labels.
+
+        Args:
+          tile_multiple: without ``max_tiles``, rows have room for a multiple of so many tiles.
 
         Raises:
           ValueError: a conversation is malformed (roles, turns, images, see ``Request``), longer than the
@@ -217,7 +227,8 @@ class Processor:
         tiles = max([self._smallest, *(self._num_tiles(sample) for sample in samples)])
         if max_tiles and max_tiles < tiles:
             raise ValueError(f"max_tiles={max_tiles}: the pictures need {tiles}")
-        encoder = self.encoder(max_tiles=max_tiles or tiles)
+        room = -(-tiles // tile_multiple) * tile_multiple
+        encoder = self.encoder(max_tiles=max_tiles or room)
         pairs = zip(samples, requests, strict=True)
         examples = [self._example(encoder, sample, request) for sample, request in pairs]
         longest = max(len(e.tokens) for e in examples)
@@ -289,6 +300,15 @@ class Processor:
         )
 
     @property
+    def pictures(self) -> str:
+        """How pictures are read, in words."""
+        return str(self.config.tiling(self.views))
+
+    def prompts(self, requests: Sequence[Request]) -> Batch:
+        """Requests to answer, as rows of a batch of few different shapes; raises as ``batch``."""
+        return self.batch(requests, tile_multiple=_TILE_MULTIPLE)
+
+    @property
     def orientation(self) -> Orientation:
         """Which way up it reads picture files."""
         return self.config.orientation
@@ -349,7 +369,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"checkpoint: no such file {file}")
     try:
-        result = json.loads(file.read_text(encoding="utf-8"))
+        result = json_text.read(file)
     except ValueError as error:
         raise ValueError(f"{file}: not JSON: {error}") from None
     if not isinstance(result, dict):

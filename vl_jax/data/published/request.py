@@ -100,10 +100,11 @@ def _turns(request: Request, name: str) -> tuple[str, tuple[Turn, ...]]:
     for number, message in enumerate(messages):
         if not isinstance(message.get("content"), str):
             raise ValueError(f"{name}: message {number} has no text under content")
-        if message.get("role") not in _ROLES:
-            known, role = ", ".join(_ROLES), message.get("role")
+        role = message.get("role")
+        if not isinstance(role, str) or role not in _ROLES:
+            known = ", ".join(_ROLES)
             raise ValueError(f"{name}: unknown role {role!r} of message {number}, known: {known}")
-        roles.append(_ROLES[message["role"]])
+        roles.append(_ROLES[role])
     contents = [message["content"] for message in messages]
     system = contents.pop(0) if roles[0] == "system" else ""
     first = len(messages) - len(contents)

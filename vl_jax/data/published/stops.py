@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vl_jax.data.text.chat_template import SPECIAL, TOKENIZER, ChatTemplate, read_object, token_text
+from vl_jax.data.text.tokenizer import Tokenizer
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 # The configs of the language model inside another model's.
@@ -48,6 +49,19 @@ def read_stops(folder: str | Path, added: Mapping[str, int], template: ChatTempl
     if template is not None:
         tokens += _turn_ends(template, added)
     return Stops(tuple(dict.fromkeys(tokens)), tuple(dict.fromkeys(_strings(folder / GENERATION))))
+
+
+def stops_of_data(path: str, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """What ends an answer of a run: its tokenizer's end, and what that tokenizer's folder names beside it.
+
+    Args:
+      path: ``tokenizer`` of a data config: a folder, a file, or empty.
+
+    Raises:
+      ValueError: as ``read_stops``.
+    """
+    named = read_stops(path, tokenizer.added, None).tokens if path and Path(path).is_dir() else ()
+    return tuple(dict.fromkeys((tokenizer.eos, *named)))
 
 
 def named_ids(folder: Path) -> Iterator[int]:

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from vl_jax.batch import Batch
-from vl_jax.data.published.picture_text import make_row
-from vl_jax.data.published.request import Message, Picture
+from vl_jax.data.published.picture_text import make_row, stacked
+from vl_jax.data.published.request import Message, Picture, Request
 from vl_jax.data.published.stops import Stops, read_stops
 from vl_jax.data.published.vocabulary import PublishedTokenizer
 from vl_jax.data.text.chat_template import ChatTemplate
@@ -71,3 +71,7 @@ class TextProcessor:
         if len(tokens) > self.max_tokens:
             raise ValueError(f"conversation: {len(tokens)} tokens, the context has {self.max_tokens}")
         return make_row(tokens, np.zeros(len(tokens), bool), np.zeros((1, 0, 1, 1, 3), np.uint8), None)
+
+    def prompts(self, requests: Sequence[Request]) -> Batch:
+        """Conversations that are to be answered, as rows of a batch; raises as for one of them."""
+        return stacked([self(conversations=r.conversation, images=r.images) for r in requests])

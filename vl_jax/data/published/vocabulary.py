@@ -9,7 +9,7 @@ import tokenizers
 
 from vl_jax.data.published.stops import named_ids
 from vl_jax.data.text.chat_template import SPECIAL, TOKENIZER, read_object, token_text
-from vl_jax.data.text.tokenizer import naming, stands_for_byte
+from vl_jax.data.text.tokenizer import naming, parsed, stands_for_byte, whole
 
 
 class PublishedTokenizer:
@@ -26,7 +26,9 @@ class PublishedTokenizer:
         if not self.file.is_file():
             raise ValueError(f"tokenizer={str(folder)!r}: no such file {self.file}")
         with naming(self.file, "not a tokenizer file"):
-            self._plain = tokenizers.Tokenizer.from_file(str(self.file))
+            text = self.file.read_text(encoding="utf-8")
+            parsed(text)
+            self._plain = whole(tokenizers.Tokenizer.from_str(text))
         self.bos_text = self._named(folder, "bos_token")
         ids = [self._plain.id_to_token(token) for token in named_ids(folder)]
         self.eos_text: str = self._named(folder, "eos_token") or next(filter(None, ids), "</s>")

@@ -9,12 +9,16 @@ from vl_jax.data.picture import Orientation
 from vl_jax.data.sample import BadSample, Box, Image, Sample, Source, Turn
 from vl_jax.data.sources.array_records import ArrayRecordConfig
 from vl_jax.data.sources.coco import CocoConfig
-from vl_jax.data.sources.label_studio import LabelStudioConfig
+from vl_jax.data.sources.exams.questions import ExamConfig
+from vl_jax.data.sources.label_studio.source import LabelStudioConfig
 from vl_jax.data.sources.llava import LlavaConfig
 from vl_jax.data.sources.meta import MetaConfig
 from vl_jax.data.sources.parquet import ParquetConfig
+from vl_jax.data.sources.placed import PlacedConfig
 from vl_jax.data.sources.records import RecordsConfig
-from vl_jax.data.sources.scenes import ScenesConfig
+from vl_jax.data.sources.scenes import ScenesConfig, SceneTextsConfig
+from vl_jax.data.sources.synthesis.boards import SyntheticBoardsConfig
+from vl_jax.data.sources.synthesis.scenes import SyntheticScenesConfig
 from vl_jax.data.sources.tfds import TfdsConfig
 from vl_jax.data.sources.webdataset import WebDatasetConfig
 from vl_jax.schema import Open
@@ -24,16 +28,21 @@ __all__ = [
     "BadSample",
     "Box",
     "CocoConfig",
+    "ExamConfig",
     "Image",
     "LabelStudioConfig",
     "LlavaConfig",
     "MetaConfig",
     "ParquetConfig",
+    "PlacedConfig",
     "RecordsConfig",
     "Sample",
+    "SceneTextsConfig",
     "ScenesConfig",
     "Source",
     "SourceConfig",
+    "SyntheticBoardsConfig",
+    "SyntheticScenesConfig",
     "TfdsConfig",
     "Turn",
     "WebDatasetConfig",
@@ -68,6 +77,9 @@ class OwnSourceConfig(Protocol):
 
 SourceConfig = Annotated[
     ScenesConfig
+    | SceneTextsConfig
+    | SyntheticScenesConfig
+    | SyntheticBoardsConfig
     | LlavaConfig
     | MetaConfig
     | CocoConfig
@@ -77,6 +89,8 @@ SourceConfig = Annotated[
     | TfdsConfig
     | ArrayRecordConfig
     | RecordsConfig
+    | PlacedConfig
+    | ExamConfig
     | OwnSourceConfig,
     Open("source", ("name", "open")),
 ]

@@ -5,8 +5,8 @@
 
 Turns: one that asks for the kinds of object, and one for each kind that asks where they are. Crowds are left
 out, as they have no box of their own. Numbers may be written as texts. An annotation that cannot be read is
-noted, and the others of its picture are kept. Entries stay in the file: where they are is kept for the next
-time.
+noted, and the others of its picture are kept; those of pictures that are not there are counted by ``inspect
+data``. Entries stay in the file: where they are is kept for the next time.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from vl_jax.data.sample import (
     Box,
     Note,
     Sample,
+    Strays,
     Turn,
     image_in,
     in_one_line,
@@ -43,6 +44,7 @@ from vl_jax.data.sources.keys import meant, number
 from vl_jax.data.sources.llava import parse_line
 from vl_jax.data.text import grounding
 
+_EXAMPLES = 3  # of annotations that belong to no picture
 _LISTS = ("images", "categories", "annotations")
 
 
@@ -90,6 +92,21 @@ class CocoSource:
 
     def __len__(self) -> int:
         return len(self._pictures)
+
+    @property
+    def strays(self) -> tuple[Strays, ...]:
+        """The annotations with a box whose ``image_id`` no picture has."""
+        of = self._index
+        opened = np.zeros(len(of["order"]) + 1, np.int64)
+        np.add.at(opened, of["begins"], 1)
+        np.add.at(opened, of["ends"], -1)
+        places = np.sort(of["order"][np.cumsum(opened)[:-1] == 0])
+        examples = []
+        for place in places[:_EXAMPLES].tolist():
+            where = f"{self._file}, annotations[{place}]"
+            identity = _entry(self._annotations[place], where).get("image_id")
+            examples.append(in_one_line(f"{where}: image_id={str(identity)[:40]!r} is of no picture"))
+        return (Strays("unknown_image_id", len(places), tuple(examples)),) if len(places) else ()
 
     def __repr__(self) -> str:
         return f"CocoSource({str(self._file)!r}, {len(self)} pictures)"

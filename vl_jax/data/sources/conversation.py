@@ -140,7 +140,7 @@ def parse(
     _check_marks(record, system, [text for role, text in pairs if role == "user"], count, where)
     if count["audio"]:
         pairs, media = _in_order(pairs, media)
-    boxes = _boxes(record, where)
+    boxes = boxes_of(record.get("boxes"), where)
     pictures = [medium for medium in media if medium.kind == "image"]
     frame, odd = _frame(record, [text for _, text in pairs], lambda: images(pictures, where), where)
     notes += odd
@@ -318,8 +318,13 @@ def _turn(
     return Turn(question, _BOX_MARK.sub(written, answer), kind="grounding", language=language, boxes=named)
 
 
-def _boxes(record: dict[str, Any], where: str) -> list[Box]:
-    found = record.get("boxes") or []
+def boxes_of(given: Any, where: str) -> list[Box]:
+    """The boxes of a record, ``[{"label", "bbox": [x0, y0, x1, y1]}]``; none where it is null.
+
+    Raises:
+      BadSample: it is no list of boxes.
+    """
+    found = given or []
     if not isinstance(found, list):
         raise BadSample("bad_box", f"{where}: boxes must be a list")
     return [_box(box, index, where) for index, box in enumerate(found)]

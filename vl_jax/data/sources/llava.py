@@ -59,9 +59,7 @@ class LlavaSource:
         self._orientation: Orientation = orientation
         self._file, self._folder = file_and_folder(root, config.file, config.root, config.name)
         self.files = [self._file]
-        by_line = self._file.suffix == ".jsonl"
-        self._records = lines(self._file) if by_line else json_items(self._file)
-        self._hint = list_hint(self._records) if by_line else ""
+        self._records, self._hint = json_records(self._file)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -103,10 +101,16 @@ class LlavaSource:
         )
 
 
-def list_hint(records: Spans) -> str:
-    """What to say of a file of lines that looks as if it were a JSON list."""
+def json_records(file: Path) -> tuple[Spans, str]:
+    """The records of a file, by its name one a line or those of a JSON list.
+
+    With them comes what messages add of a file of lines that looks as if it were a list; mostly nothing.
+    """
+    if file.suffix != ".jsonl":
+        return json_items(file), ""
+    records = lines(file)
     is_list = bool(len(records)) and records[0].lstrip()[:1] == b"["
-    return ", in a file that begins with '[': a JSON list is named .json" if is_list else ""
+    return records, ", in a file that begins with '[': a JSON list is named .json" if is_list else ""
 
 
 def read_json(file: Path) -> Any:

@@ -6,10 +6,11 @@ See ``conversation`` for the dialects.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from vl_jax.data.images.clips import VIDEO_PLACEHOLDER
 from vl_jax.data.sample import IMAGE_PLACEHOLDER, REMOTE, BadSample, Note
 from vl_jax.data.sources.keys import meant, unread, weight_of
 
@@ -81,7 +82,8 @@ def read_messages(record: dict[str, Any], dialect: str, where: str, count: dict[
         text = checked_text(record[dialect], where)
         return Talk([("user", _marked("", count)), ("assistant", text)], [1.0, 1.0])
     if dialect == "question":
-        question = _marked(checked_text(record["question"], where), count)
+        question = checked_text(record["question"], where)
+        question = _marked(question, _to_mark(record, [question], count))
         answer = checked_text(record.get("answer"), f"{where}: answer")
         return Talk([("user", question), ("assistant", answer)], [1.0, 1.0])
     if dialect == "instruction":
@@ -127,10 +129,16 @@ def _instruction(record: dict[str, Any], where: str, count: dict[str, int]) -> l
     said = [*before, [asked, record.get("output")]]
     questions = [checked_text(question, where) for question, _ in said]
     if not any(ANY_MARK.search(question) for question in questions):
-        questions[0] = _marked(questions[0], count)
+        questions[0] = _marked(questions[0], _to_mark(record, questions, count))
     answers = [checked_text(answer, f"{where}: output") for _, answer in said]
     pairs = zip(questions, answers, strict=True)
     return [message for q, a in pairs for message in (("user", q), ("assistant", a))]
+
+
+def _to_mark(record: Mapping[str, Any], questions: Sequence[str], count: dict[str, int]) -> dict[str, int]:
+    """How many of each kind have no mark yet, where no question has any: a clip may have its own."""
+    placed = "frames" in record and any(VIDEO_PLACEHOLDER in question for question in questions)
+    return {**count, "image": 0} if placed else count
 
 
 def _marked(question: str, count: dict[str, int]) -> str:
@@ -151,7 +159,7 @@ def _content(content: Any, where: str, media: list[Medium]) -> str:
         if kind == "text":
             pieces.append(checked_text(part.get("text"), where))
             continue
-        if kind not in _PARTS:
+        if not isinstance(kind, str) or kind not in _PARTS:
             raise BadSample("bad_conversation", f"{where}: a part of type {str(kind)[:40]!r}")
         pieces.append(f"{MARKS[_PARTS[kind]]}\n")
         name = part.get(kind)

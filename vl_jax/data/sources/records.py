@@ -18,7 +18,7 @@ from typing import Any
 
 from vl_jax.data.files.encoding import check_encoding
 from vl_jax.data.files.shards import check_fields, file_and_folder
-from vl_jax.data.files.spans import Spans, json_items, lines
+from vl_jax.data.files.spans import Spans
 from vl_jax.data.images.audio import AudioConfig, sound_in
 from vl_jax.data.picture import Orientation
 from vl_jax.data.sample import (
@@ -33,7 +33,7 @@ from vl_jax.data.sample import (
 )
 from vl_jax.data.sources.conversation import checked_text, labels_of
 from vl_jax.data.sources.keys import meant
-from vl_jax.data.sources.llava import list_hint, parse_line
+from vl_jax.data.sources.llava import json_records, parse_line
 
 
 @dataclass(frozen=True)
@@ -141,9 +141,7 @@ class RecordsSource:
         if self._file.suffix == ".csv":
             self._records = _Table(self._file)
         else:
-            by_line = self._file.suffix == ".jsonl"
-            spans = lines(self._file) if by_line else json_items(self._file)
-            self._hint = list_hint(spans) if by_line else ""
+            spans, self._hint = json_records(self._file)
             self._records = _Json(spans)
         absent = _absent(self._records, config.fields)
         if absent:
@@ -168,7 +166,7 @@ class RecordsSource:
         if not isinstance(record, dict):
             raise BadSample("not_an_object", f"sample ? ({where}): expected an object")
         given = record.get(config.identity or "id")
-        identity = in_one_line(f"{config.name}-{index}" if given is None else str(given))
+        identity = in_one_line(f"{config.name}-{index}" if given in (None, "") else str(given))
         where = f"sample {identity[:80]} ({where})"
         labels_of(record, config.fields, where)  # None is missing.
         images = []

@@ -13,7 +13,7 @@ from typing import Literal
 
 from vl_jax.data.sample import Box, Turn
 
-Kind = Literal["colour", "shape", "count", "position", "relation", "word", "caption"]
+Kind = Literal["colour", "shape", "count", "position", "relation", "word", "caption", "said"]
 KINDS: tuple[Kind, ...] = ("colour", "shape", "count", "position", "relation", "word")
 Language = Literal["en", "zh"]
 
@@ -112,6 +112,10 @@ TEMPLATES: dict[Kind, dict[Language, tuple[str, ...]]] = {
         "en": ("describe the picture.", "what is in the picture?"),
         "zh": ("描述这张图。", "图中有什么？"),
     },
+    "said": {
+        "en": ("think of a {0} {1}. what colour is it?", "my {1} is {0}. what colour is my {1}?"),
+        "zh": ("想象一个{0}的{1}。它是什么颜色？", "我的{1}是{0}的。我的{1}是什么颜色？"),
+    },
 }
 
 
@@ -120,12 +124,12 @@ def make_turns(
 ) -> tuple[Turn, ...]:
     """Every applicable question of the wanted kinds, in random order, each in a random language.
 
-    ``caption`` always applies; every other kind may not, so a scene without any question of the wanted
-    kinds counts its objects instead.
+    ``caption`` and ``said`` always apply; every other kind may not, so a scene without any question of the
+    wanted kinds counts its objects instead.
     """
     makers = {
         "colour": _colour, "shape": _shape, "count": _count, "position": _position,
-        "relation": _relation, "word": _word, "caption": _caption,
+        "relation": _relation, "word": _word, "caption": _caption, "said": _said,
     }  # fmt: skip
     turns = [turn for kind in kinds for turn in makers[kind](scene, languages, rng)]
     if not turns:
@@ -247,6 +251,14 @@ def _word(scene: Scene, languages: Sequence[Language], rng: random.Random) -> li
         return []
     box = Box(scene.word, scene.word_corners)
     return [_turn("word", rng.choice(languages), rng, [], scene.word, [box])]
+
+
+def _said(scene: Scene, languages: Sequence[Language], rng: random.Random) -> list[Turn]:
+    """A question that says its answer itself, of what the picture need not hold: nothing to look at."""
+    language = rng.choice(languages)
+    colour, shape = rng.choice(COLOUR_NAMES[:4]), rng.choice(SHAPE_NAMES[:4])
+    nouns = [say(colour, language), say(shape, language)]
+    return [_turn("said", language, rng, nouns, say(colour, language), [])]
 
 
 def _caption(scene: Scene, languages: Sequence[Language], rng: random.Random) -> list[Turn]:

@@ -25,7 +25,7 @@ from PIL import Image as PilImage
 from PIL import ImageDraw, ImageFont
 
 from vl_jax.data.picture import Orientation
-from vl_jax.data.sample import Sample
+from vl_jax.data.sample import IMAGE_PLACEHOLDER, TEXT, Sample
 from vl_jax.data.sources.glyphs import GLYPHS, draw_glyph
 from vl_jax.data.sources.scene_text import KINDS, SHAPE_NAMES, Kind, Scene, SceneObject, make_turns
 
@@ -130,6 +130,45 @@ class ScenesSource:
             turns=turns,
             images=(SceneImage(scene),),
         )
+
+
+@dataclass(frozen=True)
+class SceneTextsConfig:
+    """What is said of procedural scenes, with fewer pictures or questions than ``ScenesConfig`` has."""
+
+    name: str
+    scenes: ScenesConfig = dataclasses.field(default_factory=lambda: ScenesConfig("scenes"))
+    pictures: bool = False  # whether a text comes with its picture
+    questions: bool = False  # or instead of them one sentence that says what is where, without a question
+
+    def __post_init__(self):
+        if not self.name:
+            raise ValueError("name='' of a source: must not be empty")
+
+    def open(self, root: str, *, orientation: Orientation = "shown") -> SceneTexts:
+        """The source; it reads no file, and its pictures have one orientation."""
+        return SceneTexts(self)
+
+
+class SceneTexts:
+    """Random access to texts about scenes; what is asked or said is what ``ScenesSource`` asks and says."""
+
+    def __init__(self, config: SceneTextsConfig):
+        self._config = config
+        kinds = config.scenes.kinds if config.questions else ("caption",)
+        self._scenes = ScenesSource(dataclasses.replace(config.scenes, kinds=kinds))
+
+    def __len__(self) -> int:
+        return len(self._scenes)
+
+    def __getitem__(self, index: int) -> Sample:
+        """The texts of one scene."""
+        sample = self._scenes[index]
+        if not self._config.questions:
+            (turn,) = sample.turns
+            turn = dataclasses.replace(turn, question=f"{IMAGE_PLACEHOLDER}\n", kind=TEXT)
+            sample = dataclasses.replace(sample, turns=(turn,))
+        return sample if self._config.pictures else sample.without_images()
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from typing import Any
 
 from vl_jax.data.sample import IMAGE_PLACEHOLDER
 from vl_jax.data.text import rendering
+from vl_jax.runtime import json_text
 
 PROGRAM, TOKENIZER, SPECIAL = "chat_template.jinja", "tokenizer_config.json", "special_tokens_map.json"
 # Where a template may stand, the first one wins: files of its own, the processor's config, the tokenizer's.
@@ -232,8 +233,8 @@ def read_object(file: Path) -> dict[str, Any]:
       ValueError: it is none; the message names the file.
     """
     try:
-        value = json.loads(file.read_text(encoding="utf-8-sig")) if file.is_file() else {}
-    except (ValueError, RecursionError) as error:
+        value = json_text.read(file) if file.is_file() else {}
+    except ValueError as error:
         raise ValueError(f"{file}: not JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{file}: must hold an object, not {type(value).__name__}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,8 +79,12 @@ class Drawing:
     legend: dict[str, str]  # such numbers, and the labels they stand for
 
 
-def draw(picture: Image.Image, boxes: Sequence[Box]) -> Drawing:
+def draw(picture: Image.Image, boxes: Sequence[Box], captions: Sequence[str] = ()) -> Drawing:
     """A copy of the picture with labelled boxes, one colour for each label.
+
+    Args:
+      captions: what is written at each box; none: its label. Where no font here can write the label, its
+        number stands in its place.
 
     Labels that Pillow's own font cannot write, as Chinese ones, are written with a font of the system.
     """
@@ -91,14 +95,18 @@ def draw(picture: Image.Image, boxes: Sequence[Box]) -> Drawing:
     colours = dict(zip(labels, itertools.cycle(_COLOURS), strict=False))
     fonts = {label: _font(label, size) for label in labels}
     numbers = {label: str(i) for i, label in enumerate(labels, 1) if fonts[label] is None}
-    for box in boxes:
+    for box, written in zip(boxes, captions or [box.label for box in boxes], strict=True):
         x0, y0, x1, y1 = box.corners
         pen.rectangle((x0, y0, x1, y1), outline=colours[box.label], width=width)
-        corner, caption = (x0, max(y0 - 1.3 * size, 0)), numbers.get(box.label, box.label)
+        corner, caption = (x0, max(y0 - 1.3 * size, 0)), _caption(written, box.label, numbers)
         font = fonts[box.label] or ImageFont.load_default(size)
         pen.rectangle(pen.textbbox(corner, caption, font), fill=colours[box.label])
         pen.text(corner, caption, "white", font)
     return Drawing(result, {number: label for label, number in numbers.items()})
+
+
+def _caption(text: str, label: str, numbers: Mapping[str, str]) -> str:
+    return text.replace(label, numbers[label]) if label in numbers else text
 
 
 def _font(text: str, size: int) -> Font | None:

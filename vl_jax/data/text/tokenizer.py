@@ -18,6 +18,8 @@ from typing import Any, Literal
 import tokenizers
 
 from vl_jax.data.sample import IMAGE_PLACEHOLDER
+from vl_jax.data.text import patterns
+from vl_jax.runtime import json_text
 
 BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
@@ -31,6 +33,8 @@ SPECIAL = (BOS, EOS, PAD, IMAGE, *GROUNDING, USER, ASSISTANT)
 Reads = Literal["dialogue", "text"]
 
 _CACHED_TEXTS, _CACHED_CHARACTERS = 1 << 14, 64
+# Of a ``tokenizer.json``: the largest published ones have 35 MB and three million marks.
+_LONGEST_FILE, _MOST_MARKS = 400_000_000, 8_000_000
 _SHIPPED = Path(__file__).with_name("tokenizer.json")
 
 
@@ -48,6 +52,26 @@ def naming(file: str | Path, what: str) -> Iterator[None]:
             raise
         message = " ".join(str(error).split())[:300]
         raise ValueError(f"{file}: {what}: {message or type(error).__name__}") from None
+
+
+def parsed(text: str) -> dict[str, Any]:
+    """The content of a ``tokenizer.json``, of which no part takes time or memory without bound.
+
+    Raises:
+      ValueError: it is no JSON object, it is too large, or a pattern in it may be slow (see ``patterns``).
+    """
+    found = json_text.parse(text.encode(), longest=_LONGEST_FILE, most_marks=_MOST_MARKS)
+    if not isinstance(found, dict):
+        raise ValueError(f"must hold an object, not {type(found).__name__}")
+    patterns.check_file(found)
+    return found
+
+
+def whole(library: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """The same one, which leaves texts as long as they are: files may say that it cuts and fills them up."""
+    library.no_truncation()
+    library.no_padding()
+    return library
 
 
 class Tokenizer:
@@ -69,11 +93,12 @@ class Tokenizer:
         named = {EOS: eos, PAD: pad}
         special = tuple(named.get(s, s) for s in (SPECIAL if reads == "dialogue" else named))
         with naming(source, "not a tokenizer file"):
-            description = json.loads(text)
+            description = parsed(text)
             for token in description.get("added_tokens", []):
                 # Whatever the file says, the special strings are special: see ``encode``.
                 token["special"] = token["special"] or token["content"] in special
-            self.plain = tokenizers.Tokenizer.from_str(json.dumps(description, ensure_ascii=False))
+            self.plain = whole(tokenizers.Tokenizer.from_str(json.dumps(description, ensure_ascii=False)))
+        self._source = source
         missing = [s for s in special if self.plain.token_to_id(s) is None]
         if missing:
             raise ValueError(f"{source}: the vocabulary lacks the special tokens {', '.join(missing)}")
@@ -86,9 +111,16 @@ class Tokenizer:
 
     @functools.cached_property
     def around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """What stands before and after a text that is read alone: what the file puts there, and an EOS."""
-        bare, whole = (self.plain.encode("a", add_special_tokens=added).ids for added in (False, True))
-        first = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+        """What stands before and after a text that is read alone: what the file puts there, and an EOS.
+
+        Raises:
+          ValueError: the file leaves the text out, or names what it lacks.
+        """
+        with naming(self._source, "cannot read the text"):
+            bare, whole = (self.plain.encode("a", add_special_tokens=added).ids for added in (False, True))
+        first = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), None)
+        if first is None:
+            raise ValueError(f"{self._source}: what it puts around a text does not hold the text")
         before, after = tuple(whole[:first]), tuple(whole[first + len(bare) :])
         return before, after if self.eos in after else (*after, self.eos)
 
@@ -115,9 +147,24 @@ class Tokenizer:
         encode = self._cached if len(text) <= _CACHED_CHARACTERS else self._encode
         return list(encode(text, tuple(allowed)))
 
+    def places(self, text: str) -> list[int]:
+        """Where in a text each of its tokens begins.
+
+        Raises:
+          ValueError: the library fails on it.
+        """
+        with naming(self._source, "cannot read the text"):
+            found = self.plain.encode(text, add_special_tokens=False).offsets
+        return [start for start, _ in found]
+
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
-        """The text of ids; incomplete UTF-8 shows as U+FFFD."""
-        return self.plain.decode(list(ids), skip_special_tokens=skip_special)
+        """The text of ids; incomplete UTF-8 shows as U+FFFD.
+
+        Raises:
+          ValueError: the library fails on them.
+        """
+        with naming(self._source, "cannot write the tokens as text"):
+            return self.plain.decode(list(ids), skip_special_tokens=skip_special)
 
     def is_byte(self, token: int) -> bool:
         """See ``pieces.Decodes``."""
@@ -148,7 +195,8 @@ class Tokenizer:
             if piece in allowed:
                 ids.append(self.token_id(piece))
             else:
-                ids += self.plain.encode(piece, add_special_tokens=False).ids
+                with naming(self._source, "cannot read the text"):
+                    ids += self.plain.encode(piece, add_special_tokens=False).ids
         return tuple(ids)
 
 
@@ -213,6 +261,7 @@ def load_published_tokenizer(folder: str | Path) -> Tokenizer:
     pad = named["pad"] or PAD
     with naming(file, "not a tokenizer file"):
         text = file.read_text(encoding="utf-8")
+        parsed(text)
         published = tokenizers.Tokenizer.from_str(text)
     marks = [pad] * (named["pad"] is None) + [IMAGE, *GROUNDING, USER, ASSISTANT]
     published.add_special_tokens([tokenizers.AddedToken(m, normalized=False) for m in marks])
@@ -244,10 +293,10 @@ def _named_tokens(folder: str | Path) -> tuple[Path, Path, dict[str, str | None]
     if not file.is_file():
         raise ValueError(f"tokenizer={str(folder)!r}: no such file {file}")
     try:
-        config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+        config = json_text.read(config_file) if config_file.is_file() else {}
         named = {name: config.get(f"{name}_token") for name in ("bos", "eos", "pad")}
         named = {k: v["content"] if isinstance(v, dict) else v for k, v in named.items()}
-    except (ValueError, KeyError, AttributeError, RecursionError):
+    except (ValueError, KeyError, AttributeError):
         raise ValueError(f"{config_file}: not a tokenizer config") from None
     wrong = [name for name, value in named.items() if not isinstance(value, str | None)]
     if wrong:

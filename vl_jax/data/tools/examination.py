@@ -89,6 +89,10 @@ class _Notes:
         if len(self.examples[what]) < _EXAMPLES:
             self.examples[what].append(example)
 
+    def add_all(self, what: str, count: int, examples: Sequence[str]) -> None:
+        self.counts[what] += count
+        self.examples[what] = [*self.examples[what], *examples][:_EXAMPLES]
+
     def findings(self) -> tuple[Finding, ...]:
         return tuple(Finding(w, n, tuple(self.examples[w])) for w, n in self.counts.most_common())
 
@@ -145,6 +149,8 @@ def examine(
             notes.add(f"left out: {note.reason.replace('_', ' ')}", str(note))
         for turn in sample.turns:
             answers[normalize(turn.question.replace("<image>", ""))][normalize(turn.answer)] += 1
+    for stray in getattr(source, "strays", ()):
+        notes.add_all(f"left out: {stray.reason.replace('_', ' ')}", stray.count, stray.examples)
     repeated = {q: found for q, found in answers.items() if found.total() >= _OFTEN}
     asked = sum(found.total() for found in repeated.values())
     right = sum(found.most_common(1)[0][1] for found in repeated.values())

@@ -60,9 +60,9 @@ def _place(text: str, start: int, token: int, tokenizer: Tokenizer) -> int:
     """Where a token behind ``start`` begins, or the text ends; at least one character further."""
     size = 4 * token
     while True:  # No more of a long text is encoded than it takes.
-        piece = tokenizer.plain.encode(text[start : start + size], add_special_tokens=False)
-        if token < len(piece.offsets):
-            return start + max(piece.offsets[token][0], 1)
+        places = tokenizer.places(text[start : start + size])
+        if token < len(places):
+            return start + max(places[token], 1)
         if start + size >= len(text):
             return len(text)
         size *= 2

@@ -20,8 +20,8 @@ from typing import Any
 from vl_jax.data.picture import PictureFrame
 from vl_jax.data.sample import IMAGE_PLACEHOLDER, BadSample, Box, Note, Turn, in_one_line
 from vl_jax.data.sources.coco import turns_about
+from vl_jax.data.sources.label_studio.regions import DRAWN, DrawnRegion, read_region
 from vl_jax.data.sources.messages import checked_text
-from vl_jax.data.sources.regions import DRAWN, DrawnRegion, read_region
 from vl_jax.data.text import grounding
 
 _PLACE = ("x", "y", "width", "height", "rotation", "radiusX", "radiusY", "points", "rle")

@@ -45,11 +45,11 @@ from vl_jax.data.sample import (
     image_in,
     in_one_line,
 )
-from vl_jax.data.sources.annotated import annotated
 from vl_jax.data.sources.keys import meant
+from vl_jax.data.sources.label_studio.annotated import annotated
+from vl_jax.data.sources.label_studio.regions import DRAWN
 from vl_jax.data.sources.llava import parse_line
 from vl_jax.data.sources.messages import checked_text
-from vl_jax.data.sources.regions import DRAWN
 
 _TASK = ("data", "annotations")
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")

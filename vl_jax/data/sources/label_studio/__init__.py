@@ -1,0 +1,1 @@
+"""Label Studio: what people marked and answered there."""

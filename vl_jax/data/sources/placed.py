@@ -1,0 +1,277 @@
+"""Pictures with labels that lie in them: boxes, maps of classes, objects with masks, depth.
+
+    [{"id": "7", "image": "a.jpg", "boxes": [{"label": "cat", "bbox": [x0, y0, x1, y1]}],
+      "mask": "a.png", "depth": "b.png", "label": "indoors"}, ...]        a JSON list, or a record a line
+
+The config says which field is what; its label has the name of the field. Boxes are in pixels of ``width`` x
+``height``, if the record has them (see ``frames``). A mask is a picture whose grey levels are class indices.
+In one of objects, level i is the object whose box says ``"instance": i``, or the i-th box where none says so.
+Depth is a picture of whole numbers, ``depth_levels`` to a metre, 0 where nothing was measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image as PilImage
+from PIL import ImageChops
+
+from vl_jax.data.files.shards import check_fields, file_and_folder
+from vl_jax.data.images.frames import declared_frame, frames_of
+from vl_jax.data.images.spatial import Boxes, Instances, PixelMap, whole
+from vl_jax.data.picture import Orientation
+from vl_jax.data.sample import (
+    DEFAULT_MAX_PIXELS,
+    IMAGE_PLACEHOLDER,
+    TEXT,
+    BadSample,
+    Box,
+    FileImage,
+    Note,
+    Sample,
+    Turn,
+    image_in,
+    image_size,
+    path_in,
+)
+from vl_jax.data.sources.conversation import boxes_of, identity_of, labels_of
+from vl_jax.data.sources.keys import meant
+from vl_jax.data.sources.llava import json_records, parse_line
+
+NO_CLASS, NO_DEPTH = 255, 0.0  # of a pixel that says nothing
+# What two pictures of a record become: one of them alone, or one picture whose channels are the last, the
+# first and how far they differ, in grey levels.
+Pair = Literal["first", "last", "difference"]
+
+
+@dataclass(frozen=True)
+class PlacedConfig:
+    """A file of records, and which of their fields are what; an empty name: it is not read."""
+
+    name: str
+    file: str  # .json or .jsonl, relative to the data root
+    image: str = "image"  # field with the path of a picture, or with a list of two
+    pair: Pair = "first"
+    boxes: str = ""  # field with boxes; the label has its name, so for those that follow
+    classes: str = ""  # field with the path of a mask of classes
+    objects: str = ""  # field with the path of a mask of objects, whose boxes are in ``boxes``
+    depth: str = ""  # field with the path of a picture of depth
+    labels: tuple[str, ...] = ()  # fields of other labels
+    void: tuple[int, ...] = ()  # levels of a mask of classes that say nothing
+    background: int | None = None  # class of all pixels of a record without a mask; None: it has no label
+    depth_levels: float = 1000.0  # to a metre
+    root: str = ""  # folder of pictures, relative to the data root; empty: that of ``file``
+    max_pixels: int = DEFAULT_MAX_PIXELS
+
+    def __post_init__(self):
+        check_fields(self.name, self.file, (".json", ".jsonl"), self.max_pixels)
+        if not self.image:
+            raise ValueError(f"source {self.name!r}: image must name a field")
+        if self.objects and not self.boxes:
+            raise ValueError(f"source {self.name!r}: objects={self.objects!r} needs boxes")
+        if not self.depth_levels > 0:
+            raise ValueError(f"depth_levels={self.depth_levels} of source {self.name!r}: must be above 0")
+
+    def open(self, root: str, *, orientation: Orientation = "shown") -> PlacedSource:
+        """The source; files are relative to ``root``."""
+        return PlacedSource(self, root=root, orientation=orientation)
+
+
+class PlacedSource:
+    """Random access to the records of one file.
+
+    Raises (on opening):
+      ValueError: the whole file is unusable; one line.
+    """
+
+    def __init__(self, config: PlacedConfig, *, root: str = ".", orientation: Orientation = "shown"):
+        self._config = config
+        self._orientation: Orientation = orientation
+        self._file, self._folder = file_and_folder(root, config.file, config.root, config.name)
+        self.files = [self._file]
+        self._records, self._hint = json_records(self._file)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __repr__(self) -> str:
+        return f"PlacedSource({str(self._file)!r}, {len(self)} records)"
+
+    def __getitem__(self, index: int) -> Sample:
+        """The sample of record ``index``: a picture without words, and its labels.
+
+        Raises:
+          BadSample: this record breaks a rule; the message names the sample, the file and the record.
+        """
+        config, where = self._config, f"{self._file}, record {index}{self._hint}"
+        record = parse_line(self._records[index], where)
+        if not isinstance(record, dict):
+            raise BadSample("not_an_object", f"sample ? ({where}): expected an object")
+        identity = identity_of(record, f"{config.name}-{index}")
+        where = f"sample {identity[:80]} ({where})"
+        image = self._image(record, where)
+        labels, notes = labels_of(record, config.labels, where), []
+        if config.boxes:
+            labels[config.boxes], notes = self._boxes(record, image, where)
+        for field in (config.classes, config.objects, config.depth):
+            found = self._map(record, field, image, where) if field else None
+            if found is not None:
+                labels[field] = found
+        turn = Turn(f"{IMAGE_PLACEHOLDER}\n", "", kind=TEXT)
+        return Sample(identity, (turn,), (image,), labels=labels, notes=tuple(notes))
+
+    def _image(self, record: Mapping[str, Any], where: str) -> FileImage | Difference:
+        given = record.get(self._config.image)
+        names = [name for name in (given if isinstance(given, list) else [given]) if isinstance(name, str)]
+        if not all(names) or not 1 <= len(names) <= 2 or (isinstance(given, list) and names != given):
+            rule = meant(record, [self._config.image])
+            message = f"{where}: {self._config.image} must be a path, or a list of two; {rule}"
+            raise BadSample("bad_image_field", message)
+        most, orientation = self._config.max_pixels, self._orientation
+        images = [image_in(self._folder, name, where, most, orientation) for name in names]
+        if self._config.pair != "difference":
+            return images[0 if self._config.pair == "first" else -1]
+        if len(images) != 2:
+            message = f"{where}: pair='difference' needs two pictures, {self._config.image} names one"
+            raise BadSample("bad_image_field", message)
+        return Difference(images[1], images[0])
+
+    def _boxes(
+        self, record: Mapping[str, Any], image: FileImage | Difference, where: str
+    ) -> tuple[Boxes, list[Note]]:
+        """The boxes on the picture as it is read, clipped to it, and notes of those that lie outside."""
+        field = self._config.boxes
+        if field not in record:
+            raise BadSample("missing_field", f"{where}: no field {field!r}; {meant(record, [field])}")
+        found = boxes_of(record[field], where)
+        size = [record.get(name) for name in ("width", "height")]
+        whole_numbers = [n for n in size if isinstance(n, int) and 0 < n < 10**6]
+        declared = (whole_numbers[0], whole_numbers[1]) if len(whole_numbers) == 2 else None
+        frame = declared_frame(declared, frames_of([image]), where)
+        placed = tuple(Box(box.label, frame.place(box.corners)) for box in found)
+        kept, notes = whole(Boxes(placed, frame.size)), list(frame.notes(where) if placed else ())
+        if lost := len(placed) - len(kept.boxes):
+            width, height = frame.size
+            message = f"{where}: {lost} of {len(placed)} boxes lie outside the {width}x{height} picture"
+            notes.append(Note("box_outside", message))
+        return kept, notes
+
+    def _map(
+        self, record: Mapping[str, Any], field: str, image: FileImage | Difference, where: str
+    ) -> PixelMap | Instances | None:
+        """The label that a field names the picture of; None if the record has none."""
+        config, name, size = self._config, record.get(field), image_size(image)
+        if name is None:
+            if field == config.classes and config.background is not None:
+                return PixelMap(_Everywhere(config.background, size), size, NO_CLASS)
+            return None
+        if not isinstance(name, str):
+            raise BadSample("bad_mask_field", f"{where}: {field} must be a path, not {str(name)[:40]!r}")
+        levels = Levels(path_in(self._folder, name, where, kind="mask"), where, config.max_pixels)
+        if field == config.depth:
+            return PixelMap(_Scaled(levels, config.depth_levels), size, NO_DEPTH)
+        if field == config.classes:
+            return PixelMap(_Classes(levels, config.void), size, NO_CLASS)
+        boxes, _ = self._boxes(record, image, where)
+        if len(boxes.boxes) < len(record[config.boxes]):
+            raise BadSample("bad_box", f"{where}: a box of an object lies outside the picture")
+        given = [box.get("instance", i) for i, box in enumerate(record[config.boxes], start=1)]
+        return Instances(boxes.boxes, _Objects(levels, tuple(given)), size)
+
+
+@dataclass(frozen=True)
+class Levels:
+    """The grey levels of a picture file as they are, i[h w]."""
+
+    path: Path
+    where: str
+    max_pixels: int = DEFAULT_MAX_PIXELS
+
+    def __call__(self) -> np.ndarray:
+        """Reads the file.
+
+        Raises:
+          BadSample: it is missing, too large, has colours or cannot be decoded.
+        """
+        return FileImage(self.path, self.where, self.max_pixels).opened(self._levels)
+
+    def _levels(self, picture: PilImage.Image) -> np.ndarray:
+        if picture.mode not in ("1", "L", "P", "I", "I;16", "I;16B", "I;16L"):
+            message = (
+                f"{self.where}: {self.path} has colours ({picture.mode}), expected one number for a pixel"
+            )
+            raise BadSample("bad_mask", message)
+        return np.asarray(picture).astype(np.int32)
+
+
+@dataclass(frozen=True)
+class _Classes:
+    levels: Levels
+    void: tuple[int, ...]
+
+    def __call__(self) -> np.ndarray:
+        found = self.levels()
+        if self.void:
+            found = np.where(np.isin(found, self.void), NO_CLASS, found)
+        return found.astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class _Scaled:
+    levels: Levels
+    scale: float
+
+    def __call__(self) -> np.ndarray:
+        return (self.levels() / self.scale).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class _Objects:
+    levels: Levels
+    numbers: tuple[Any, ...]
+
+    def __call__(self) -> np.ndarray:
+        found = self.levels()
+        return np.stack([found == n for n in self.numbers]) if self.numbers else np.zeros((0, 1, 1), bool)
+
+
+@dataclass(frozen=True)
+class _Everywhere:
+    value: int
+    size: tuple[int, int]
+
+    def __call__(self) -> np.ndarray:
+        return np.full(self.size[::-1], self.value, np.uint8)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Two pictures of one thing as one: channels are the first, the second and how far they differ."""
+
+    first: FileImage
+    second: FileImage
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """See ``image_key``."""
+        return ("difference", self.first.key, self.second.key)
+
+    def size(self) -> tuple[int, int]:
+        """That of the first; raises as it does."""
+        return self.first.size()
+
+    def __call__(self) -> PilImage.Image:
+        """Reads both.
+
+        Raises:
+          BadSample: one cannot be read, or they differ in size.
+        """
+        first, second = (image().convert("L") for image in (self.first, self.second))
+        if first.size != second.size:
+            message = f"{self.first.where}: pictures of {first.size} and {second.size} have no difference"
+            raise BadSample("wrong_size", message)
+        return PilImage.merge("RGB", (first, second, ImageChops.difference(first, second)))

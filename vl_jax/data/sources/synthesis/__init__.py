@@ -1,0 +1,1 @@
+"""Pictures drawn from a seed, with exact labels: textured scenes and circuit boards."""
