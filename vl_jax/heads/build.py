@@ -9,7 +9,10 @@ import numpy as np
 
 from vl_jax.data.sample import Sample
 from vl_jax.heads.classification import Classification
+from vl_jax.heads.depth import Depth
+from vl_jax.heads.detection import Detection
 from vl_jax.heads.pairs import Pairs
+from vl_jax.heads.segmentation import Segmentation
 from vl_jax.schema import Open
 
 
@@ -24,7 +27,9 @@ class HeadConfig(Protocol):
     ``sums(prediction, label) -> (loss, metrics)``, each summed over the rows that have a label. One whose
     prediction can be said has ``decode(prediction of a row) -> JSON value``, and one of classes
     ``probabilities(prediction of a row) -> {class: share}`` too. One whose streams have to fit
-    one another has ``check_widths(widths of the pooled vectors by stream)``, which raises ``ValueError``.
+    one another has ``check_widths(widths of the pooled vectors by stream)``, which raises ``ValueError``. One
+    whose labels are of the size of the tiles has ``check_tile(pixels on the side of a tile)``, which does the
+    same. One that can show what it says has ``draw(picture of the tile, what decode gave) -> picture``.
     """
 
     @property
@@ -57,4 +62,6 @@ class HeadConfig(Protocol):
 
 
 HEAD_NEEDS = ("name", "inputs", "shape", "dtype", "read", "build")
-AnyHead = Annotated[Classification | Pairs | HeadConfig, Open("head", HEAD_NEEDS)]
+AnyHead = Annotated[
+    Classification | Pairs | Detection | Segmentation | Depth | HeadConfig, Open("head", HEAD_NEEDS)
+]
