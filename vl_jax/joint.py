@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import keyword
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -25,6 +26,7 @@ from vl_jax.data.config import DataConfig, ModelSpec, check_packing
 from vl_jax.data.sample import BadSample, Sample
 from vl_jax.encoders.adapter import used_tiles
 from vl_jax.encoders.build import AnyEncoder
+from vl_jax.fusion.budget import BudgetConfig, GateOutput
 from vl_jax.fusion.build import AnyFusion, Apart
 from vl_jax.fusion.streams import Stream
 from vl_jax.heads.build import AnyHead
@@ -118,6 +120,11 @@ class JointConfig:
             if stack is not None
         }
 
+    @property
+    def budget(self) -> BudgetConfig | None:
+        """Of the fusion's gate, if it has one."""
+        return getattr(self.fusion, "budget", None)
+
     def spec(self) -> ModelSpec:
         """What the data side must know."""
         media = tuple(MediaInput(t.input, t.encoder.input_shape) for t in self.towers if self._is_media(t))
@@ -155,6 +162,24 @@ class JointConfig:
             raise ValueError(f"head {name!r}: the model has {', '.join(found)}")
         return found[name]
 
+    def trunk_of(self, head: str) -> tuple[str, ...]:
+        """The modules that a head stands on: towers and fusion, as far as they act on what it reads."""
+        inputs, towers = self.head(head).inputs, tuple(tower.name for tower in self.towers)
+        if isinstance(self.fusion, Apart):
+            return tuple(name for name in towers if name in inputs)
+        return *towers, "fusion"
+
+    def only(self, heads: Sequence[str]) -> JointConfig:
+        """The same model with some of its heads alone, and of its towers those that these stand on.
+
+        Raises:
+          ValueError: there is no such head.
+        """
+        kept = tuple(self.head(name) for name in heads)
+        trunk = {module for name in heads for module in self.trunk_of(name)}
+        towers = tuple(tower for tower in self.towers if tower.name in trunk)
+        return dataclasses.replace(self, towers=towers, heads=kept)
+
     def check_data(self, data: DataConfig) -> None:
         """Refuses data of another size than the towers read.
 
@@ -176,6 +201,9 @@ class JointConfig:
                 raise ValueError(
                     f"data.max_tokens={length} differs from the {most} of {where}, which sees padding too"
                 )
+        for head in self.heads:
+            if hasattr(head, "check_tile"):
+                head.check_tile(data.tiling.tile_size)  # pyright: ignore[reportAttributeAccessIssue]
         check_packing(data, self.spec())
 
     def build(self) -> Joint:
@@ -206,6 +234,7 @@ class JointOutput:
     streams: dict[str, Stream]
     predictions: dict[str, Any]  # by head
     routed: dict[str, MoEOutput]  # by tower, over its sparse layers
+    gates: GateOutput | None = None  # of a fusion whose gate has a budget
 
 
 class Joint(nn.Module):
@@ -226,15 +255,19 @@ class Joint(nn.Module):
         batch = jax.tree.map(jnp.asarray, batch)  # a host batch will do
         streams, routed = {}, {}
         for tower in self.config.towers:
-            inputs, valid = _inputs(batch, tower)
             rows = batch.tokens.shape[0]
+            if tower.input == TILES and not batch.tiles.shape[1]:
+                streams[tower.name] = _nothing_seen(tower.encoder, rows, jnp.dtype(self.config.dtype))
+                continue
+            inputs, valid = _inputs(batch, tower)
             encoded = getattr(self, tower.name)(inputs, valid, routing_state.get(tower.name, {}))
             streams[tower.name] = _stream(encoded, valid, rows)
             if encoded.routed is not None:
                 routed[tower.name] = encoded.routed
         streams = self.fusion(streams)
         predictions = {head.name: getattr(self, head.name)(streams) for head in self.config.heads}
-        return JointOutput(streams, predictions, routed)
+        gates = next((s.gates for s in streams.values() if s.gates is not None), None)
+        return JointOutput(streams, predictions, routed, gates)
 
     def initialize(self, batch: Batch, routing_state: RoutingState) -> dict[str, Any]:
         """Touches every parameter once; the method to call ``init`` with."""
@@ -258,9 +291,20 @@ def _inputs(batch: Batch, tower: Tower) -> tuple[jax.Array, Bool[Array, "..."]]:
     return given.values, given.present
 
 
+def _nothing_seen(encoder: Any, rows: int, dtype: Any) -> Stream:
+    """The stream of a tower that is not run, since no row has anything for it."""
+    width = getattr(encoder, "pooled_dim", None)
+    pooled = None if width is None else jnp.zeros((rows, width), dtype)
+    return Stream(jnp.zeros((rows, 0, encoder.output_dim), dtype), jnp.zeros((rows, 0), bool), pooled)
+
+
 def _stream(encoded: Any, valid: jax.Array, rows: int) -> Stream:
-    """A tower's output by rows: the tokens of several tiles are joined, their vectors averaged."""
+    """A tower's output by rows: the tokens of several tiles are joined, their vectors averaged.
+
+    Maps are handed on where a row is one input; those of several tiles are no map of the picture.
+    """
     tokens, pooled = encoded.tokens, encoded.pooled
+    maps = encoded.maps if tokens.shape[0] == rows else ()
     mask = valid if valid.shape == tokens.shape[:2] else jnp.broadcast_to(valid[:, None], tokens.shape[:2])
     if tokens.shape[0] != rows:
         tokens, mask = tokens.reshape(rows, -1, tokens.shape[-1]), mask.reshape(rows, -1)
@@ -268,4 +312,4 @@ def _stream(encoded: Any, valid: jax.Array, rows: int) -> Stream:
             weights = valid.reshape(rows, -1, 1).astype(pooled.dtype)
             total = jnp.sum(pooled.reshape(*weights.shape[:2], -1) * weights, axis=1)
             pooled = total / jnp.maximum(jnp.sum(weights, axis=1), 1)
-    return Stream(tokens, mask, pooled)
+    return Stream(tokens, mask, pooled, maps)

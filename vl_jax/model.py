@@ -23,15 +23,16 @@ from vl_jax.batch import Batch, blank
 from vl_jax.data.config import DataConfig, ModelSpec
 from vl_jax.encoders.adapter import Adapter, AdapterConfig, used_tiles
 from vl_jax.encoders.build import AnyEncoder
-from vl_jax.encoders.high_resolution import HighResolution, HighResolutionConfig, HybridAligner
+from vl_jax.encoders.high_resolution import HighResolution, HighResolutionConfig, ResolutionAligner
 from vl_jax.encoders.transformer import Encoded
 from vl_jax.encoders.vit import ViTConfig
+from vl_jax.fusion.budget import LEARNING, BudgetConfig, GateOutput, budget_loss
 from vl_jax.fusion.gate import CrossModalGateConfig
 from vl_jax.language.decoder import Decoder, DecoderConfig, LayerContext
 from vl_jax.moe.config import BalanceConfig, GateConfig
 from vl_jax.moe.layer import MoEOutput
-from vl_jax.moe.routing import MoEConfig, RoutingContext, State, is_causal
-from vl_jax.moe.stacks import RoutingState, Stack
+from vl_jax.moe.routing import MoEConfig, RoutingContext, State
+from vl_jax.moe.stacks import RoutingState, Stack, check_packed
 from vl_jax.nn import attention
 from vl_jax.nn import cache as cache_lib
 from vl_jax.nn.cache import Cache
@@ -155,17 +156,19 @@ class VisionLanguageConfig:
                 f"data.tiling.tile_size={side} differs from the images of model.encoder, {height} x {width}"
             )
         if data.packing is not None and LANGUAGE in self.stacks:
-            if not is_causal(self.moe):
-                raise ValueError(
-                    f"data.packing with model.moe.scheme={self.moe.scheme!r}, limit.priority="
-                    f"{self.moe.limit.priority!r}: tokens of a row are routed together, and the samples "
-                    "packed in it would act on one another"
-                )
-            if self.moe.balance.scope == "sequence":
-                raise ValueError(
-                    "data.packing with model.moe.balance.scope='sequence': a packed row is no sequence; "
-                    "it must be 'batch' or 'step'"
-                )
+            check_packed(self.moe, "model.moe")
+        if self.budget is not None:
+            talk = data.conversation
+            branches = talk.turns == "independent" and talk.max_turns != 1
+            packing = data.packing is not None
+            self.budget.refuse_shared_rows(
+                packing=packing, branches=branches, where="model.fusion.gate.budget"
+            )
+
+    @property
+    def budget(self) -> BudgetConfig | None:
+        """Of the gate between pictures and text, if it has one."""
+        return self.fusion.gate.budget if self.fusion.kind == "gated" else None
 
     def build(self) -> VisionLanguage:
         """The module."""
@@ -183,6 +186,25 @@ class VisionLanguageConfig:
         batch = blank(sizes, rows)
         return batch.replace(segment_ids=batch.segment_ids + 1, high_tiles=high)  # pyright: ignore
 
+    @property
+    def decoding_moe(self) -> MoEConfig | None:
+        """The experts of the part that writes; None if it has none."""
+        return self.moe if self.language.sparse_layers else None
+
+    def opening(self, batch: Batch) -> Batch:
+        """What the decoder reads of prompts before it writes: all of them."""
+        return batch
+
+    def init_cache(self, *, batch: int, slots: int) -> Cache:
+        """An empty cache for ``slots`` tokens a row."""
+        return cache_lib.create(
+            runs=[len(run.layers) for run in self.language.runs],
+            batch=batch,
+            slots=slots,
+            kept=self.language.attention.kept,
+            dtype=jnp.dtype(self.dtype),
+        )
+
 
 @struct.dataclass
 class ModelOutput:
@@ -191,6 +213,15 @@ class ModelOutput:
     hidden: Leaf  # [B T D] after the final norm
     routed: dict[str, MoEOutput]  # by stack, over its layers
     cache: Cache | None
+    gates: GateOutput | None = None  # of gates with a budget, where there was something to look at
+
+
+@struct.dataclass
+class Seen:
+    """What is made of a row's pictures once, where the row decides whether it looks at them."""
+
+    vision: Leaf  # [B S D]
+    looks: Leaf  # f32[B L] logits
 
 
 class VisionLanguage(nn.Module):
@@ -206,19 +237,29 @@ class VisionLanguage(nn.Module):
             self.adapter = Adapter(c.adapter, c.language.embed_dim)
         if c.high_resolution is not None:
             self.high = HighResolution(c.high_resolution, dtype, remat=c.language.remat != "none")
-            self.aligner = HybridAligner(c.language.embed_dim)
+            self.aligner = ResolutionAligner(c.language.embed_dim)
         gate = c.fusion.gate if c.fusion.kind == "gated" else None
         self.language = Decoder(c.language, c.moe, gate, dtype)
 
     def see(
         self, batch: Batch, routing_state: RoutingState | None = None
-    ) -> tuple[Float[Array, "B S D"], MoEOutput | None]:
+    ) -> tuple[Float[Array, "B S D"] | Seen, MoEOutput | None]:
         """The visual tokens of every row, in reading order, zeros where a row has none.
 
-        With them comes what the sparse layers of the encoder returned, if it has any.
+        With them comes what the sparse layers of the encoder returned, if it has any. Where a budget is over
+        rows, so does how far each is to look, which the words before its first answer decide.
         """
+        vision, routed = self._vision(batch, routing_state)
+        budget = self.config.budget
+        if budget is None or budget.grain == "token" or not vision.shape[1]:
+            return vision, routed
+        return Seen(vision, self.language.looks(batch.tokens, before_answers(batch))), routed
+
+    def _vision(
+        self, batch: Batch, routing_state: RoutingState | None
+    ) -> tuple[Float[Array, "B S D"], MoEOutput | None]:
         rows, tiles = batch.tiles.shape[:2]
-        if self.config.encoder is None:
+        if self.config.encoder is None or not batch.visual_index.shape[1]:
             shape = (*batch.visual_index.shape, self.config.language.embed_dim)
             return jnp.zeros(shape, self.config.dtype), None
         used = used_tiles(jnp.asarray(batch.visual_index), tiles=tiles, tile_tokens=self.config.tile_tokens)
@@ -256,21 +297,20 @@ class VisionLanguage(nn.Module):
         batch: Batch,
         routing_state: RoutingState,
         *,
-        vision: Float[Array, "B S D"] | None = None,
+        seen: Float[Array, "B S D"] | Seen | None = None,
         cache: Cache | None = None,
     ) -> ModelOutput:
         """Hidden states for every position of the batch.
 
         Args:
           routing_state: as ``stacks.init_state`` makes it.
-          vision: the visual tokens, if ``see`` already ran; the encoder's statistics are then left out.
+          seen: the visual tokens, if ``see`` already ran; the encoder's statistics are then left out.
           cache: if given, the batch is appended to it (a row's segment must not begin before).
         """
-        seen = None
-        if vision is None:
-            vision, seen = self.see(batch, routing_state)
+        seen, in_encoder = (seen, None) if seen is not None else self.see(batch, routing_state)
+        vision, looks = (seen.vision, seen.looks) if isinstance(seen, Seen) else (seen, None)
         x = self.embed(batch, vision)
-        gated = self.config.fusion.kind == "gated"
+        gated = self.config.fusion.kind == "gated" and vision.shape[1] > 0
         if cache is None:
             mask, offset = attention.causal_mask(batch.segment_ids, batch.branch_ids), 0
         else:
@@ -287,17 +327,24 @@ class VisionLanguage(nn.Module):
             vision=vision if gated else None,
             vision_mask=_vision_mask(batch, offset) if gated else None,
             length=None if cache is None else cache.length,
+            learning=self.has_rng(LEARNING),
         )
-        hidden, routed, kept = self.language(x, context, routing_state.get(LANGUAGE, {}), cache)
+        hidden, routed, kept, decided = self.language(
+            x, context, routing_state.get(LANGUAGE, {}), cache, looks
+        )
         if cache is not None:
             cache = cache_lib.append(cache, kept, batch.segment_ids)
-        by_stack = {name: o for name, o in ((LANGUAGE, routed), (ENCODER, seen)) if o is not None}
-        return ModelOutput(hidden, by_stack, cache)
+        by_stack = {name: o for name, o in ((LANGUAGE, routed), (ENCODER, in_encoder)) if o is not None}
+        gates = None
+        if decided is not None:
+            assert self.config.budget is not None
+            gates = GateOutput(decided, budget_loss(decided, self.config.budget))
+        return ModelOutput(hidden, by_stack, cache, gates)
 
     def embed(self, batch: Batch, vision: Float[Array, "B S D"]) -> Float[Array, "B T D"]:
         """What enters the decoder: embeddings of text, with ``prefix`` fusion visual tokens among them."""
         x = self.language.embed(batch.tokens)
-        if self.config.fusion.kind == "gated" or self.config.encoder is None:
+        if self.config.fusion.kind == "gated" or self.config.encoder is None or not vision.shape[1]:
             return x
         return merge_visual(x, vision, batch.visual_slot)
 
@@ -322,6 +369,14 @@ def _vision_mask(batch: Batch, offset: Any) -> jax.Array:
     )
 
 
+def before_answers(batch: Batch) -> Bool[Array, "B T"]:
+    """The tokens of each row up to the first that is predicted from; all of them where nothing is."""
+    length = batch.tokens.shape[1]
+    first = jnp.where(batch.loss_weights > 0, batch.target_index, length)
+    first = jnp.min(first, axis=1, initial=length, keepdims=True)
+    return (batch.segment_ids > 0) & (jnp.arange(length) <= first)
+
+
 def merge_visual(
     x: Float[Array, "B T D"], vision: Float[Array, "B S D"], visual_slot: Int[Array, "B T"]
 ) -> Float[Array, "B T D"]:
@@ -329,14 +384,3 @@ def merge_visual(
     index = jnp.maximum(visual_slot, 0)[..., None]
     placed = jnp.take_along_axis(vision, index, axis=1)
     return jnp.where(visual_slot[..., None] >= 0, placed.astype(x.dtype), x)
-
-
-def init_cache(config: VisionLanguageConfig, *, batch: int, slots: int) -> Cache:
-    """An empty cache for ``slots`` tokens a row."""
-    return cache_lib.create(
-        runs=[len(run.layers) for run in config.language.runs],
-        batch=batch,
-        slots=slots,
-        kept=config.language.attention.kept,
-        dtype=jnp.dtype(config.dtype),
-    )

@@ -16,6 +16,7 @@ import flax.linen as nn
 from jax.typing import DTypeLike
 
 from vl_jax.encoders.high_resolution import HighResolutionConfig
+from vl_jax.encoders.hybrid import HybridConfig
 from vl_jax.encoders.resnet import ResNetConfig
 from vl_jax.encoders.sam import SAMConfig
 from vl_jax.encoders.text import TextEncoderConfig
@@ -75,6 +76,12 @@ class EncoderConfig(Protocol):
 NEEDS = ("output_dim", "num_tokens", "grid", "input_shape", "stack", "build")
 
 AnyEncoder = Annotated[
-    ViTConfig | SAMConfig | ResNetConfig | HighResolutionConfig | TextEncoderConfig | EncoderConfig,
+    ViTConfig
+    | SAMConfig
+    | ResNetConfig
+    | HybridConfig
+    | HighResolutionConfig
+    | TextEncoderConfig
+    | EncoderConfig,
     Open("encoder", NEEDS),
 ]

@@ -4,7 +4,7 @@
                       '--> first global layer --> neck --+--resize, 2 convolutions--> [P W]
     low-res pixels --SigLIP-----------------------------------------------------> [P D]
 
-Both towers give P tokens, those of the low-resolution one; ``HybridAligner`` makes one sequence of them.
+Both towers give P tokens, those of the low-resolution one; ``ResolutionAligner`` makes one sequence of them.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class HighResolution(nn.Module):
         return from_grid(reduce(seen.features) + reduce(early) * share)
 
 
-class HybridAligner(nn.Module):
+class ResolutionAligner(nn.Module):
     """Tokens of both towers to the width of the language model: half of the channels from each."""
 
     embed_dim: int

@@ -25,6 +25,7 @@ from vl_jax.moe.routing import State
 from vl_jax.moe.stacks import Stack
 from vl_jax.nn.conv import Conv
 from vl_jax.nn.layers import fan_in, named
+from vl_jax.nn.still import STILL
 from vl_jax.params import Leaf
 from vl_jax.sharding import constrain
 
@@ -48,7 +49,8 @@ class ResNetConfig:
     # Of the stem and behind each sum; between the convolutions of a block published models have ReLU always.
     activation: Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "selu"] = "relu"
     # Of batch normalisation in training. frozen: the running ones, which stay, while scale and bias learn.
-    # moving: those of the batch, towards which the running ones move.
+    # moving: those of the batch, towards which the running ones move; of a micro-batch where a stage has
+    # several, and the running ones then move once, to the mean. Where scale and bias do not train they stay.
     statistics: Literal["frozen", "moving"] = "frozen"
     image_size: int = 224  # pixels on the side; the module itself takes images of any size
     pixel_mean: Levels = (0.485, 0.456, 0.406)  # of pixel values scaled to 0..1
@@ -144,7 +146,8 @@ class BatchNorm(nn.Module):
     """Batch normalisation (Ioffe and Szegedy 2015, arXiv 1502.03167), by running statistics if ``frozen``.
 
     Otherwise by those of the batch if ``batch_stats`` is mutable, towards which the running ones then move.
-    Where it is not, as in evaluation, the running ones are all there is.
+    Where it is not, as in evaluation, the running ones are all there is; and so where they are marked as ones
+    that stay (``nn.still``), as in a stage that does not train scale and bias.
     """
 
     frozen: bool
@@ -159,7 +162,8 @@ class BatchNorm(nn.Module):
         bias = self.param("bias", named(nn.initializers.zeros, None), shape)
         mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
         variance = self.variable("batch_stats", "variance", jnp.ones, shape)
-        if self.frozen or not self.is_mutable_collection("batch_stats"):
+        still = self.has_variable(STILL, "mean") or not self.is_mutable_collection("batch_stats")
+        if self.frozen or still:
             return batch_norm(x, mean.value, variance.value, scale, bias)
         now_mean, now_variance, count = batch_statistics(x, valid)
         if not self.is_initializing():
@@ -227,8 +231,9 @@ class ResNet(nn.Module):
         valid: Bool[Array, " M"] | None = None,
         routing_state: State | None = None,
     ) -> Encoded:
-        """The last stage as tokens, row by row, and their mean. No layer is sparse."""
-        return from_grid(self.stages(pixels, valid).stages[-1])
+        """The last stage as tokens, row by row, and their mean; every stage as a map. No layer is sparse."""
+        stages = self.stages(pixels, valid).stages
+        return from_grid(stages[-1], stages[1:])
 
     @nn.compact
     def stages(
@@ -255,7 +260,7 @@ class ResNet(nn.Module):
             if blocks > 1:
                 others = nn.scan(
                     block,
-                    variable_axes={"params": 0, "batch_stats": 0, "intermediates": 0},
+                    variable_axes={"params": 0, "batch_stats": 0, STILL: 0, "intermediates": 0},
                     split_rngs={"params": True},
                     in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
                     length=blocks - 1,

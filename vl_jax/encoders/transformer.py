@@ -87,12 +87,13 @@ class Encoded:
     pooled: Leaf  # [B E], the input as one vector; or None
     states: tuple[Leaf, ...] = ()  # [B T D] each: the hidden states that the config asks for
     routed: MoEOutput | None = None  # of the sparse layers, stacked; None where there are none
+    maps: tuple[Leaf, ...] = ()  # [B h w D] each: what an image looks like, from the finest to the coarsest
 
 
-def from_grid(features: Float[Array, "M u v D"]) -> Encoded:
-    """The cells of a grid as tokens, row by row, and their mean."""
+def from_grid(features: Float[Array, "M u v D"], maps: tuple[Leaf, ...] = ()) -> Encoded:
+    """The cells of a grid as tokens, row by row, and their mean; with ``maps`` of several resolutions."""
     pooled = jnp.mean(features.astype(jnp.float32), axis=(1, 2)).astype(features.dtype)
-    return Encoded(features.reshape(features.shape[0], -1, features.shape[-1]), pooled)
+    return Encoded(features.reshape(features.shape[0], -1, features.shape[-1]), pooled, maps=maps)
 
 
 class Attention(nn.Module):

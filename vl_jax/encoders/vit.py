@@ -18,7 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, UInt8
+from jaxtyping import Array, Bool, Float, UInt8, UInt32
 
 from vl_jax.batch import VISION
 from vl_jax.encoders.transformer import (
@@ -270,12 +270,13 @@ class ViT(nn.Module):
         pixels: UInt8[Array, "M h w c"] | Float[Array, "M h w c"],
         valid: Bool[Array, " M"] | None = None,
         routing_state: State | None = None,
+        content: UInt32[Array, " M"] | None = None,
     ) -> Encoded:
         """As ``encode``, with the tokens that the config names as features, [M T F].
 
         F is D times the number of layers it joins.
         """
-        encoded = self.encode(pixels, valid, routing_state)
+        encoded = self.encode(pixels, valid, routing_state, content)
         return dataclasses.replace(encoded, tokens=select_features(encoded, self.config))
 
     @nn.compact
@@ -284,6 +285,7 @@ class ViT(nn.Module):
         pixels: UInt8[Array, "M h w c"] | Float[Array, "M h w c"],
         valid: Bool[Array, " M"] | None = None,
         routing_state: State | None = None,
+        content: UInt32[Array, " M"] | None = None,
     ) -> Encoded:
         """Final tokens, the pooled vector and chosen hidden states.
 
@@ -291,6 +293,7 @@ class ViT(nn.Module):
           pixels: grey levels, or floats that are normalised already.
           valid: images that are used; the tokens of others take no experts. None: all of them.
           routing_state: state of the scheme, stacked over the sparse blocks.
+          content: a number of every picture, which the noise of routing follows; None: that of the pixels.
         """
         c = self.config
         x = self._embed(as_floats(pixels, mean=c.pixel_mean, std=c.pixel_std).astype(self.dtype))
@@ -299,7 +302,8 @@ class ViT(nn.Module):
         x = constrain(x, "batch", None, None)
         valid = jnp.ones(x.shape[:1], bool) if valid is None else valid
         valid = jnp.broadcast_to(valid[:, None], x.shape[:2])
-        content = content_of(pixels) if self.has_rng("routing") else None
+        if content is None and self.has_rng("routing"):
+            content = content_of(pixels)
         x, states, routed = run_blocks(
             x,
             None,

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 import flax.linen as nn
+import jax
 
-from vl_jax.fusion.gate import CrossModalGate, CrossModalGateConfig
+from vl_jax.fusion.budget import LEARNING, BudgetConfig, GateOutput, Openings, budget_loss
+from vl_jax.fusion.gate import CrossModalGate, CrossModalGateConfig, SkippingGate
 from vl_jax.fusion.streams import Stream, Streams
 from vl_jax.nn.layers import Linear
 
@@ -19,6 +21,11 @@ class GatedStreams:
     source: str = "image"  # the tower that is looked at
     gate: CrossModalGateConfig = CrossModalGateConfig()
     name: str = "fused"  # of the stream that comes of it
+
+    @property
+    def budget(self) -> BudgetConfig | None:
+        """Of the gate, if it has one."""
+        return self.gate.budget
 
     def streams(self, towers: tuple[str, ...]) -> tuple[str, ...]:
         """The towers, and the fused stream.
@@ -51,5 +58,17 @@ class GateBetween(nn.Module):
         if seen.shape[-1] != width:
             seen = Linear(width, ("embed", None), name="width")(seen)
         mask = reader.mask[:, :, None] & source.mask[:, None, :]
-        tokens = reader.tokens + CrossModalGate(c.gate, name="gate")(reader.tokens, seen, mask)
-        return {**streams, c.name: Stream(tokens, reader.mask)}
+        if c.budget is None or not mask.shape[2]:
+            tokens = reader.tokens
+            if mask.shape[2]:
+                tokens = tokens + CrossModalGate(c.gate, name="gate")(tokens, seen, mask)
+            return {**streams, c.name: Stream(tokens, reader.mask)}
+        logits = None
+        if c.budget.grain != "token":
+            logits = Openings(1, name="looks")(reader.tokens, reader.mask)[:, 0]
+        found, decided = SkippingGate(c.gate, name="gate")(
+            reader.tokens, seen, mask, logits, learning=self.has_rng(LEARNING)
+        )
+        decided = jax.tree.map(lambda a: a[None], decided)  # one layer
+        gates = GateOutput(decided, budget_loss(decided, c.budget))
+        return {**streams, c.name: Stream(reader.tokens + found, reader.mask, gates=gates)}

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
 
+from vl_jax.fusion.budget import GateOutput
 from vl_jax.params import Leaf
 
 
@@ -18,6 +19,8 @@ class Stream:
     tokens: Leaf  # [B S D]
     mask: Leaf  # bool[B S] tokens that are there
     pooled: Leaf = None  # [B E] the tower's own vector, if it has one
+    maps: tuple[Leaf, ...] = ()  # [B h w D] each, finest first: of a tower that sees one picture a row
+    gates: GateOutput | None = None  # what a gate with a budget decided, where one made this stream
 
 
 Streams = Mapping[str, Stream]  # by the name of the tower or fusion

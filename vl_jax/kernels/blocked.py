@@ -4,6 +4,8 @@
 
 Full blocks read an expert's weights seldom; the cut keeps many small groups from being mostly padding. The
 finer one is for groups of about a block: it halves their padding, and there is twice as much to compile.
+
+Under ``vmap`` one element follows another: mapped as a whole, every cut would be computed for every block.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float, Int
 
 from vl_jax.kernels.activation import Activation
@@ -79,6 +82,15 @@ def blocked_mlp(
 def _forward(
     activation: Activation, rows: jax.Array, group_sizes: jax.Array, weights: ExpertWeights
 ) -> tuple[jax.Array, tuple]:
+    compute = sequential_vmap(functools.partial(_outputs, activation))
+    out, projected = compute(rows, group_sizes, weights)
+    return out, (rows, group_sizes, weights, projected)
+
+
+def _outputs(
+    activation: Activation, rows: jax.Array, group_sizes: jax.Array, weights: ExpertWeights
+) -> tuple[jax.Array, jax.Array]:
+    """The rows after their experts, and their projections before the activation."""
     num_rows = rows.shape[0]
     blocks = Blocks.of(num_rows, group_sizes.shape[0])
     padded = blocks.pad(rows)
@@ -99,13 +111,24 @@ def _forward(
 
     begun = jnp.zeros_like(padded), jnp.zeros((padded.shape[0], flat(weights.w_in).shape[-1]), rows.dtype)
     (out, projected), _ = jax.lax.scan(one_expert, begun, (*_bounds(group_sizes), _flat_weights(weights)))
-    return _without_rest(out, group_sizes, num_rows), (rows, group_sizes, weights, projected)
+    return _without_rest(out, group_sizes, num_rows), projected
 
 
 def _backward(
     activation: Activation, residual: tuple, grad: jax.Array
 ) -> tuple[jax.Array, None, ExpertWeights]:
-    rows, group_sizes, weights, projected = residual
+    grad_rows, total = sequential_vmap(functools.partial(_gradients, activation))(*residual, grad)
+    return grad_rows, None, total
+
+
+def _gradients(
+    activation: Activation,
+    rows: jax.Array,
+    group_sizes: jax.Array,
+    weights: ExpertWeights,
+    projected: jax.Array,
+    grad: jax.Array,
+) -> tuple[jax.Array, ExpertWeights]:
     blocks = Blocks.of(rows.shape[0], group_sizes.shape[0])
     padded, padded_grad = blocks.pad(rows), blocks.pad(grad)
 
@@ -139,8 +162,7 @@ def _backward(
 
     experts = (*_bounds(group_sizes), _flat_weights(weights))
     grad_rows, total = jax.lax.scan(one_expert, jnp.zeros_like(padded), experts)
-    grad_rows = _without_rest(grad_rows, group_sizes, rows.shape[0])
-    return grad_rows, None, total
+    return _without_rest(grad_rows, group_sizes, rows.shape[0]), total
 
 
 blocked_mlp.defvjp(_forward, _backward)

@@ -17,10 +17,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from vl_jax import losses
-from vl_jax.fusion.gate import CrossModalGate, CrossModalGateConfig
+from vl_jax.fusion.budget import Decided, Openings
+from vl_jax.fusion.gate import CrossModalGate, CrossModalGateConfig, SkippingGate
 from vl_jax.kernels.activation import SWIGLU, Activation
 from vl_jax.language.gqa import GQA, GQAConfig
 from vl_jax.language.mla import MLA, MLAConfig
@@ -109,9 +110,10 @@ class LayerContext:
     positions: Leaf  # i32[B T]
     mask: Leaf  # bool[B T T]; with slots of a cache bool[B T S+T]
     routing: RoutingContext
-    vision: Leaf | None  # [B S D] visual tokens, for the gate
+    vision: Leaf | None  # [B S D] visual tokens, for the gate; None: there are none, and no gate runs
     vision_mask: Leaf | None  # bool[B T S]
     length: Leaf | None  # i32[] filled slots of the cache; None: there is none to keep anything in
+    learning: bool = struct.field(pytree_node=False, default=False)  # gates with a budget are to learn
 
 
 @struct.dataclass
@@ -121,6 +123,7 @@ class LayerState:
     routing: State  # state of the routing scheme; empty for a dense layer
     cached: Leaf | None  # what the cache keeps for this layer, unless it is empty
     window: Leaf | None  # i32[] tokens the layer looks back on, 0: all
+    looks: Leaf | None = None  # f32[B] logits of the rows that are to look; None: nobody decides for a row
 
 
 class DecoderLayer(nn.Module):
@@ -133,11 +136,9 @@ class DecoderLayer(nn.Module):
     @nn.compact
     def __call__(
         self, x: Float[Array, "B T D"], state: LayerState, context: LayerContext
-    ) -> tuple[Float[Array, "B T D"], tuple[Leaf | None, MoEOutput | None]]:
+    ) -> tuple[Float[Array, "B T D"], tuple[Leaf | None, MoEOutput | None, Decided | None]]:
         c = self.config
-        if self.gate is not None:
-            assert context.vision is not None and context.vision_mask is not None
-            x = x + CrossModalGate(self.gate, name="gate")(x, context.vision, context.vision_mask)
+        x, decided = self._look(x, state, context)
         mask, length = context.mask, context.length
         if state.window is not None:
             mask = within_window(mask, state.window, offset=0 if length is None else length)
@@ -155,7 +156,21 @@ class DecoderLayer(nn.Module):
             y = GatedMLP(c.mlp_dim, c.activation, c.mlp_bias, name="mlp")(normed)
         else:
             y, routed = DynamicMoE(self.moe, name="moe")(normed, context.routing, state.routing)
-        return constrain(x + y, "batch", None, None), (None if length is None else kept, routed)
+        return constrain(x + y, "batch", None, None), (None if length is None else kept, routed, decided)
+
+    def _look(
+        self, x: jax.Array, state: LayerState, context: LayerContext
+    ) -> tuple[jax.Array, Decided | None]:
+        """What vision says is added, and what a gate with a budget decided comes with it."""
+        if self.gate is None or context.vision is None:
+            return x, None
+        assert context.vision_mask is not None
+        if self.gate.budget is None:
+            return x + CrossModalGate(self.gate, name="gate")(x, context.vision, context.vision_mask), None
+        found, decided = SkippingGate(self.gate, name="gate")(
+            x, context.vision, context.vision_mask, state.looks, learning=context.learning
+        )
+        return x + found, decided
 
 
 class Decoder(nn.Module):
@@ -174,6 +189,14 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(c.norm_epsilon)
         if not c.tie_embeddings:
             self.head = Linear(c.vocab_size, ("embed", "vocab"), hidden=False)
+        budget = None if self.gate is None else self.gate.budget
+        if budget is not None and budget.grain != "token":
+            self.gate_looks = Openings(c.num_layers if budget.grain == "layer" else 1)
+
+    def looks(self, tokens: Int[Array, "B T"], words: Bool[Array, "B T"]) -> Float[Array, "B L"]:
+        """How far every row is to look in each layer, as logits, from the words that count."""
+        logits = self.gate_looks(self.embed(tokens), words)
+        return jnp.broadcast_to(logits, (logits.shape[0], self.config.num_layers))
 
     def _stack(self, run: LayerRun) -> nn.Module:
         layer = DecoderLayer
@@ -217,21 +240,24 @@ class Decoder(nn.Module):
         context: LayerContext,
         routing_state: State,
         cache: Cache | None,
-    ) -> tuple[Float[Array, "B T D"], MoEOutput | None, tuple[Leaf, ...]]:
+        looks: Float[Array, "B L"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], MoEOutput | None, tuple[Leaf, ...], Decided | None]:
         """Runs the layers.
 
         Args:
           routing_state: state of the scheme, stacked over the sparse layers.
           cache: what attention kept of the tokens before, or None in training.
+          looks: as ``looks`` gives them, where rows decide.
 
         Returns:
-          Hidden states after the final norm, what the sparse layers returned (stacked), and what attention
-          keeps of the new tokens, for each run of layers (see ``cache.append``).
+          Hidden states after the final norm, what the sparse layers returned (stacked), what attention
+          keeps of the new tokens, for each run of layers (see ``cache.append``), and what gates decided
+          (stacked over all layers), if they have a budget.
         """
         windows = jnp.array(self.config.windows, jnp.int32) if self.config.windows else None
         runs = self.config.runs
         cached = [None] * len(runs) if cache is None or cache.empty else cache.runs
-        kept, routed, first_sparse = [], [], 0
+        kept, routed, decided, first_sparse = [], [], [], 0
         for run, stack, before in zip(runs, self.stacks, cached, strict=True):
             layers = slice(run.layers[0], run.layers[-1] + 1)
             sparse = slice(first_sparse, first_sparse + len(run.layers) * run.sparse)
@@ -239,12 +265,15 @@ class Decoder(nn.Module):
                 routing=jax.tree.map(lambda a, s=sparse: a[s], routing_state) if run.sparse else {},
                 cached=before,
                 window=None if windows is None else windows[layers],
+                looks=None if looks is None else looks.T[layers],
             )
-            x, (kept_here, routed_here) = stack(x, state, context)
+            x, (kept_here, routed_here, decided_here) = stack(x, state, context)
             kept.append(kept_here)
+            decided += [] if decided_here is None else [decided_here]
             routed += [routed_here] * run.sparse
             first_sparse = sparse.stop
-        return self.norm(x), _stacked(routed) if routed else None, tuple(kept)
+        stacked = (_stacked(trees) if trees else None for trees in (routed, decided))
+        return self.norm(x), next(stacked), tuple(kept), next(stacked)
 
 
 def _stacked(trees: list[Any]) -> Any:

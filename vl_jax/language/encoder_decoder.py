@@ -6,39 +6,41 @@
 
 Each part reads the norm of what it is added to.
 
-Scores are not divided by sqrt(H); initialisation makes up for it. Positions enter as a number per head and
-bucket of distances that is added to the scores of self-attention, the same in all layers of a stack.
+Positions enter the scores of self-attention (see ``biased_attention``); those of attention to the source know
+none.
 
 Experts are those of ``DynamicMoE``. The Switch Transformer's have top_k=1, ungated ReLU and ``limit.slots``:
-a token that finds no slot keeps what it was, for its experts add zero. Here is no state for routing schemes
-to keep, and one scheme serves both stacks.
+a token that finds no slot keeps what it was, for its experts add zero.
+
+How rows of a ``Batch`` become source and target is said in ``text_to_text``.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from vl_jax.batch import TEXT
 from vl_jax.kernels.activation import Activation
+from vl_jax.language.biased_attention import BiasedAttention, offset_bias, position_bias
 from vl_jax.language.decoder import REMAT_POLICIES, LayerRun
-from vl_jax.moe import routing
 from vl_jax.moe.layer import DynamicMoE, MoEOutput
-from vl_jax.moe.routing import MoEConfig, RoutingContext
-from vl_jax.nn import attention
-from vl_jax.nn.layers import GatedMLP, Linear, RMSNorm, fan_in, named
+from vl_jax.moe.routing import MoEConfig, RoutingContext, State
+from vl_jax.nn import cache as cache_lib
+from vl_jax.nn.cache import Cache
+from vl_jax.nn.layers import GatedMLP, Linear, RMSNorm, named
 from vl_jax.params import Leaf
 from vl_jax.sharding import constrain
+
+NO_STATE: State = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,105 +93,32 @@ class EncoderDecoderConfig:
             )
 
 
-# Positions.
+@struct.dataclass
+class SourceView:
+    """What a decoder attends to besides itself: hidden states, or what its layers have made of them."""
 
-
-def distance_buckets(
-    offsets: np.ndarray, *, num_buckets: int, max_distance: int, bidirectional: bool
-) -> np.ndarray:
-    """The bucket of each offset of a key from its query (T5, section 2.1).
-
-    Half of the buckets hold one distance each; the others grow with the logarithm up to ``max_distance``.
-    Looking both ways, keys before and after the query have half of all buckets each; looking back only, all
-    later keys are at distance 0.
-    """
-    first = np.zeros_like(offsets)
-    distances = np.maximum(-offsets, 0)
-    if bidirectional:
-        num_buckets //= 2
-        first, distances = np.where(offsets > 0, num_buckets, 0), np.abs(offsets)
-    exact = num_buckets // 2
-    # Published models round every step to float32, and at the border of two buckets that decides.
-    ratio = np.maximum(distances, exact).astype(np.float32) / np.float32(exact)
-    log_ratio = np.log(ratio.astype(np.float64)).astype(np.float32)
-    wide = log_ratio / np.float32(math.log(max_distance / exact)) * np.float32(num_buckets - exact)
-    buckets = np.minimum(exact + wide.astype(offsets.dtype), num_buckets - 1)
-    return first + np.where(distances < exact, distances, buckets)
-
-
-def position_bias(
-    table: Float[Array, "buckets N"], length: int, *, max_distance: int, bidirectional: bool
-) -> Float[Array, "1 N T T"]:
-    """What positions add to the scores of self-attention over ``length`` tokens, from a row per bucket.
-
-    Offsets, ``2 length - 1`` of them, are put in buckets once, on the host.
-    """
-    offsets = np.arange(1 - length, length)
-    buckets = distance_buckets(
-        offsets, num_buckets=table.shape[0], max_distance=max_distance, bidirectional=bidirectional
-    )
-    by_offset = table.astype(jnp.float32)[buckets]
-    order = jnp.arange(length)
-    return jnp.moveaxis(by_offset[order - order[:, None] + length - 1], -1, 0)[None]
-
-
-def attention_weights(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B S N H"],
-    *,
-    mask: Bool[Array, "B #T S"],
-    bias: Float[Array, "1 N T S"] | None,
-) -> Float[Array, "B N T S"]:
-    """Softmax of ``query . key + bias`` in float32, not scaled."""
-    scores = jnp.einsum("BTNH,BSNH->BNTS", query, key, preferred_element_type=jnp.float32)
-    return attention.masked_softmax(scores if bias is None else scores + bias, mask[:, None])
-
-
-# The modules.
+    mask: Leaf  # bool[B #T S]
+    tokens: Leaf | None = None  # [B S D]
+    projected: Leaf | None = None  # for each run of layers keys and values, [B L S N H] both
 
 
 @struct.dataclass
 class BlockContext:
     """What every layer of a stack reads and none changes."""
 
-    bias: Leaf  # f32[1 N T T]
-    mask: Leaf  # bool[B #T T]
-    source: Leaf | None  # [B S D] what a decoder attends to besides itself
-    source_mask: Leaf  # bool[B 1 S], or None with it
+    bias: Leaf  # f32[1 N T S]
+    mask: Leaf  # bool[B #T S]
+    source: SourceView | None
     routing: RoutingContext
+    keep: bool = struct.field(pytree_node=False, default=False)  # keys and values are wanted, for a cache
 
 
-class BiasedAttention(nn.Module):
-    """Attention from ``x`` to ``source``, or to ``x`` itself; scores are not scaled."""
+@struct.dataclass
+class BlockState:
+    """What belongs to one layer and is not a parameter; stacked over layers outside the scan."""
 
-    num_heads: int
-    head_dim: int
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        source: Float[Array, "B S D"],
-        *,
-        mask: Bool[Array, "B #T S"],
-        bias: Float[Array, "1 N T S"] | None = None,
-    ) -> Float[Array, "B T D"]:
-        width, heads, dim = x.shape[-1], self.num_heads, self.head_dim
-
-        def project(name: str, tokens: jax.Array, scale: float = 1.0) -> jax.Array:
-            init = named(fan_in(scale=scale), "embed", "heads", None, inputs=(0,))
-            kernel = self.param(name, init, (width, heads, dim))
-            return jnp.einsum("BTD,DNH->BTNH", tokens, kernel.astype(x.dtype))
-
-        # The initial queries have the factor 1/sqrt(H) that scores lack.
-        query = project("query", x, scale=1 / dim)
-        key, value = project("key", source), project("value", source)
-        weights = attention_weights(query, key, mask=mask, bias=bias)
-        self.sow("intermediates", "weights", weights)
-        mixed = jnp.einsum("BNTS,BSNH->BTNH", weights.astype(value.dtype), value)
-        init = named(fan_in(in_axis=(0, 1)), "heads", None, "embed", inputs=(0, 1))
-        output = self.param("output", init, (heads, dim, width)).astype(x.dtype)
-        return jnp.einsum("BTNH,NHD->BTD", mixed, output)
+    routing: State  # state of the routing scheme; empty for a dense layer
+    cached: Leaf | None  # keys and values of the tokens before, unless there are none
 
 
 class CrossBlock(nn.Module):
@@ -200,23 +129,24 @@ class CrossBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], context: BlockContext
-    ) -> tuple[Float[Array, "B T D"], MoEOutput | None]:
-        c, routed = self.config, None
+        self, x: Float[Array, "B T D"], state: BlockState, projected: Leaf | None, context: BlockContext
+    ) -> tuple[Float[Array, "B T D"], tuple[Leaf | None, MoEOutput | None]]:
+        c, source, routed = self.config, context.source, None
         normed = RMSNorm(c.norm_epsilon, name="attention_norm")(x)
         attend = BiasedAttention(c.num_heads, c.head_dim, name="attention")
-        x = x + attend(normed, normed, mask=context.mask, bias=context.bias)
-        if context.source is not None:
+        mixed, kept = attend(normed, mask=context.mask, bias=context.bias, cached=state.cached)
+        x = x + mixed
+        if source is not None:
             normed = RMSNorm(c.norm_epsilon, name="cross_norm")(x)
             attend = BiasedAttention(c.num_heads, c.head_dim, name="cross_attention")
-            x = x + attend(normed, context.source, mask=context.source_mask)
+            x = x + attend(normed, source.tokens, mask=source.mask, projected=projected)[0]
         x = constrain(x, "batch", None, None)
         normed = RMSNorm(c.norm_epsilon, name="mlp_norm")(x)
         if self.moe is None:
             y = GatedMLP(c.mlp_dim, c.activation, name="mlp")(normed)
         else:
-            y, routed = DynamicMoE(self.moe, name="moe")(normed, context.routing, {})
-        return constrain(x + y, "batch", None, None), routed
+            y, routed = DynamicMoE(self.moe, name="moe")(normed, context.routing, state.routing)
+        return constrain(x + y, "batch", None, None), (kept if context.keep else None, routed)
 
 
 class BlockStack(nn.Module):
@@ -231,32 +161,49 @@ class BlockStack(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        valid: Bool[Array, "B T"],
-        source: Float[Array, "B S D"] | None = None,
-        source_valid: Bool[Array, "B S"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], MoEOutput | None]:
-        c, shape = self.config, x.shape[:2]
+        mask: Bool[Array, "B #T S"],
+        routing: RoutingContext,
+        routing_state: State,
+        source: SourceView | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Float[Array, "B T D"], MoEOutput | None, tuple[Leaf, ...]]:
+        """Runs the layers.
+
+        Args:
+          routing_state: state of the scheme, stacked over the sparse layers.
+          cache: keys and values of the tokens before, which the mask begins with.
+
+        Returns:
+          Hidden states, what the sparse layers returned (stacked), and for each run of layers the keys and
+          values of the new tokens, if there is a cache for them.
+        """
+        c = self.config
         init = named(nn.initializers.normal(c.embed_dim**-0.5), None, "heads")
         table = self.param("position_bias", init, (c.num_buckets, c.num_heads))
-        bias = position_bias(table, shape[1], max_distance=c.max_distance, bidirectional=not self.causal)
+        bias = self._bias(table, x.shape[1], cache)
         self.sow("intermediates", "bias", bias)
-        mask = valid[:, None]
-        if self.causal:
-            mask = mask & jnp.tril(jnp.ones((shape[1], shape[1]), bool))
-        routed_tokens = jnp.ones_like(valid) if c.route_padding else valid
-        context = BlockContext(
-            bias=bias,
-            mask=mask,
-            source=source,
-            source_mask=None if source_valid is None else source_valid[:, None],
-            routing=RoutingContext(valid=routed_tokens, modality=jnp.full(shape, TEXT, jnp.int32)),
-        )
-        routed = []
-        for run in self.layers.runs:
-            x, output = self._run(run)(x, context)
-            routed += [output] * run.sparse
+        context = BlockContext(bias, mask, source, routing, keep=cache is not None)
+        before = [None] * len(self.layers.runs) if cache is None or cache.empty else cache.runs
+        crossed = [None] * len(before) if source is None or source.projected is None else source.projected
+        kept, routed, first_sparse = [], [], 0
+        for run, cached, projected in zip(self.layers.runs, before, crossed, strict=True):
+            own = slice(first_sparse, first_sparse + len(run.layers) * run.sparse)
+            first_sparse = own.stop
+            state = jax.tree.map(lambda a, s=own: a[s], routing_state) if run.sparse else {}
+            x, (kept_here, routed_here) = self._run(run)(x, BlockState(state, cached), projected, context)
+            kept.append(kept_here)
+            routed += [routed_here] * run.sparse
         stacked = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *routed) if routed else None
-        return RMSNorm(c.norm_epsilon, name="norm")(x), stacked
+        return RMSNorm(c.norm_epsilon, name="norm")(x), stacked, tuple(kept)
+
+    def _bias(self, table: jax.Array, length: int, cache: Cache | None) -> jax.Array:
+        options = {"max_distance": self.config.max_distance, "bidirectional": not self.causal}
+        if cache is None or cache.empty:
+            return position_bias(table, length, **options)
+        slots = cache.segment_ids.shape[1]
+        new = cache.length + jnp.arange(length)
+        offsets = jnp.concatenate([jnp.arange(slots), new]) - new[:, None]
+        return offset_bias(table, offsets, farthest=slots + length, **options)
 
     def _run(self, run: LayerRun) -> nn.Module:
         block = CrossBlock
@@ -265,8 +212,8 @@ class BlockStack(nn.Module):
         scanned = nn.scan(
             block,
             variable_axes={"params": 0, "intermediates": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
+            split_rngs={"params": True, "routing": True},  # "routing": noise of schemes, in training
+            in_axes=(0, 1, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=len(run.layers),
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
@@ -285,28 +232,15 @@ class EncoderDecoderOutput:
 
 
 class EncoderDecoder(nn.Module):
-    """The model; ``encode``, ``decode`` and ``logits`` are its parts.
-
-    Raises:
-      ValueError: the routing scheme keeps state or needs token ids, or decides for a target token by later
-        ones.
-    """
+    """The model; ``encode``, ``decode`` and ``logits`` are its parts."""
 
     config: EncoderDecoderConfig
     moe: MoEConfig
+    decoder_moe: MoEConfig | None = None  # None: as the encoder's
     dtype: jnp.dtype = jnp.dtype(jnp.float32)
 
     def setup(self):
         c = self.config
-        if routing.init_state(self.moe):
-            raise ValueError(f"scheme={self.moe.scheme!r} keeps state, for which there is no place here")
-        if routing.scheme_of(self.moe).tokens:
-            raise ValueError(f"scheme={self.moe.scheme!r} routes by token ids, which are not handed on here")
-        if c.decoder.sparse_layers and not routing.is_causal(self.moe):
-            raise ValueError(
-                f"scheme={self.moe.scheme!r}, limit.priority={self.moe.limit.priority!r}: a decoder's must "
-                "be causal"
-            )
         if c.tie_embeddings:
             self.embedding = self._table("embedding")
         else:
@@ -314,26 +248,85 @@ class EncoderDecoder(nn.Module):
             self.target_embedding = self._table("target_embedding")
             self.head = Linear(c.vocab_size, ("embed", "vocab"), hidden=False)
         self.encoder = BlockStack(c, c.encoder, self.moe, causal=False)
-        self.decoder = BlockStack(c, c.decoder, self.moe, causal=True)
+        self.decoder = BlockStack(c, c.decoder, self.decoder_moe or self.moe, causal=True)
 
     def encode(
-        self, source: Int[Array, "B S"], valid: Bool[Array, "B S"] | None = None
+        self,
+        source: Int[Array, "B S"],
+        valid: Bool[Array, "B S"] | None = None,
+        *,
+        segment_ids: Int[Array, "B S"] | None = None,
+        positions: Int[Array, "B S"] | None = None,
+        routing_state: State = NO_STATE,
     ) -> tuple[Float[Array, "B S D"], MoEOutput | None]:
-        """Hidden states of the source; ``valid`` is False on padding, which nothing attends to."""
+        """Hidden states of the source.
+
+        Args:
+          valid: False on padding, which nothing attends to.
+          segment_ids: tokens attend to those of their own segment only; None: a row is one.
+          positions: of the tokens in their segments, for routing; None: from 0.
+          routing_state: state of the scheme, stacked over the sparse layers.
+        """
         table = self.embedding if self.config.tie_embeddings else self.source_embedding
-        return self.encoder(self._embed(table, source), _or_all(valid, source))
+        valid = _or_all(valid, source)
+        mask = valid[:, None]
+        if segment_ids is not None:
+            mask = mask & same_segment(segment_ids, segment_ids)
+        routing = self._routing(source, valid, positions)
+        return self.encoder(self._embed(table, source), mask, routing, routing_state)[:2]
 
     def decode(
         self,
         target: Int[Array, "B T"],
-        encoded: Float[Array, "B S D"],
-        source_valid: Bool[Array, "B S"] | None = None,
-        target_valid: Bool[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], MoEOutput | None]:
-        """Hidden states of the target, each of which knows the tokens up to its own, and the source."""
+        source: SourceView,
+        valid: Bool[Array, "B T"] | None = None,
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        routing_state: State = NO_STATE,
+        cache: Cache | None = None,
+    ) -> tuple[Float[Array, "B T D"], MoEOutput | None, Cache | None]:
+        """Hidden states of the target, each of which knows the tokens up to its own, and the source.
+
+        Args:
+          cache: if given, the tokens are appended to it. For the other arguments see ``encode``.
+        """
         table = self.embedding if self.config.tie_embeddings else self.target_embedding
-        source_valid = _or_all(source_valid, encoded[..., 0])
-        return self.decoder(self._embed(table, target), _or_all(target_valid, target), encoded, source_valid)
+        valid = _or_all(valid, target)
+        segments = valid.astype(jnp.int32) if segment_ids is None else segment_ids
+        if cache is not None:
+            mask = cache_lib.causal_mask(cache, segments)
+        else:
+            mask = valid[:, None] & jnp.tril(jnp.ones((target.shape[1],) * 2, bool))
+            if segment_ids is not None:
+                mask = mask & same_segment(segment_ids, segment_ids)
+        routing, x = self._routing(target, valid, positions), self._embed(table, target)
+        hidden, routed, kept = self.decoder(x, mask, routing, routing_state, source, cache)
+        if cache is not None:
+            cache = cache_lib.append(cache, kept, segments)
+        return hidden, routed, cache
+
+    def project(self, encoded: Float[Array, "B S D"]) -> tuple[tuple[Leaf, Leaf], ...]:
+        """Keys and values [B L S N H] that the decoder's layers make of a source, for each run of layers."""
+        weights = self.decoder.variables["params"]
+        kernels = [weights[run.name]["cross_attention"] for run in self.config.decoder.runs]
+
+        def heads(kernel: Float[Array, "L D N H"]) -> Float[Array, "B L S N H"]:
+            return jnp.einsum("BSD,LDNH->BLSNH", encoded, kernel.astype(encoded.dtype))
+
+        return tuple((heads(of["key"]), heads(of["value"])) for of in kernels)
+
+    def _routing(
+        self, tokens: Int[Array, "B T"], valid: Bool[Array, "B T"], positions: Int[Array, "B T"] | None
+    ) -> RoutingContext:
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        return RoutingContext(
+            valid=jnp.ones_like(valid) if self.config.route_padding else valid,
+            modality=jnp.full(tokens.shape, TEXT, jnp.int32),
+            tokens=tokens,
+            positions=positions,
+        )
 
     def _table(self, name: str) -> jax.Array:
         # Of variance 1, for nothing else scales what enters the first layer.
@@ -345,12 +338,19 @@ class EncoderDecoder(nn.Module):
         return constrain(constrain(table.astype(self.dtype), "vocab", None)[tokens], "batch", None, None)
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Vocabulary scores in float32; a tied table has variance 1, which the factor undoes."""
+        """Vocabulary scores in float32; a tied table has variance 1, which a factor undoes."""
         if self.config.tie_embeddings:
-            scores = hidden * self.config.embed_dim**-0.5 @ self.embedding.astype(hidden.dtype).T
+            scaled, kernel = self.head_inputs(hidden)
+            scores = scaled @ kernel.astype(hidden.dtype)
         else:
             scores = self.head(hidden)
         return constrain(scores.astype(jnp.float32), "batch", None, "vocab")
+
+    def head_inputs(self, hidden: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], Float[Array, "D V"]]:
+        """What the scores are products of."""
+        if self.config.tie_embeddings:
+            return hidden * self.config.embed_dim**-0.5, self.embedding.T
+        return hidden, self.head.variables["params"]["kernel"]
 
     def __call__(
         self,
@@ -362,8 +362,14 @@ class EncoderDecoder(nn.Module):
     ) -> EncoderDecoderOutput:
         """The training pass; ``target`` is what the decoder reads, see ``shift_right``."""
         encoded, encoder_routed = self.encode(source, source_valid)
-        hidden, decoder_routed = self.decode(target, encoded, source_valid, target_valid)
+        seen = SourceView(_or_all(source_valid, source)[:, None], encoded)
+        hidden, decoder_routed, _ = self.decode(target, seen, target_valid)
         return EncoderDecoderOutput(self.logits(hidden), encoded, hidden, encoder_routed, decoder_routed)
+
+
+def same_segment(queries: Int[Array, "B T"], keys: Int[Array, "B S"]) -> Bool[Array, "B T S"]:
+    """Which keys are of a query's segment."""
+    return queries[:, :, None] == keys[:, None, :]
 
 
 def _or_all(valid: Bool[Array, "B T"] | None, tokens: Array) -> Bool[Array, "B T"]:

@@ -66,7 +66,8 @@ class CapacityConfig:
 
     factor: float | None = None  # slots per expert over the mean load
     slots: int | None = None  # slots per expert and row, as a number
-    priority: Literal["position", "gate"] = "position"  # who keeps a slot when they run out
+    # Who keeps a slot when they run out: see ``dispatch.slot_ranks``.
+    priority: Literal["position", "gate", "rank"] = "position"
 
     def __post_init__(self):
         if self.factor is not None and not 0 < self.factor < math.inf:

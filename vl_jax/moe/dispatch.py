@@ -43,8 +43,7 @@ def apply_capacity(
     """Turns choices that find no slot into unused ones; returns also which were dropped.
 
     Every expert has ``limit.slots`` per group, or ceil(limit.factor * valid tokens * K / E) slots. They are
-    filled in order of position (causal: a token never loses to a later one), or of gate, highest first
-    (V-MoE's batch priority, arXiv 2106.05974).
+    filled in the order of ``limit.priority``, see ``slot_ranks``.
     """
     if not isinstance(assignment, TokenChoice):  # an even load by construction
         return assignment, jnp.zeros((*valid.shape, 1), bool)
@@ -58,18 +57,39 @@ def apply_capacity(
         slots = ceil_times(jnp.sum(valid, axis=1, dtype=jnp.int32), share, most=length)
 
     def kept(experts: jax.Array, gates: jax.Array, slots: jax.Array) -> jax.Array:
-        flat = experts.reshape(-1)
-        if config.limit.priority == "gate":
-            by_gate = jnp.argsort(-gates.reshape(-1), stable=True)
-            rank = jnp.zeros_like(flat).at[by_gate].set(rank_by_sorting(flat[by_gate], config.num_experts))
-        else:
-            rank = rank_by_sorting(flat, config.num_experts)
-        return (rank < slots).reshape(experts.shape)
+        priority, number = config.limit.priority, config.num_experts
+        return slot_ranks(experts, gates, priority=priority, num_experts=number) < slots
 
     keep = jax.vmap(kept)(assignment.experts, assignment.gates, slots)
     dropped = ~keep & (assignment.experts < config.num_experts)
     experts = jnp.where(keep, assignment.experts, config.num_experts)
     return TokenChoice(experts, jnp.where(keep, assignment.gates, 0.0)), dropped
+
+
+def slot_ranks(
+    experts: Int[Array, "T K"], gates: Float[Array, "T K"], *, priority: str, num_experts: int
+) -> Int[Array, "T K"]:
+    """How many choices of one group come before each in the queue for the slots of its expert.
+
+    position  token after token, the choices of a token side by side: none loses to a later token (causal)
+    gate      highest gate first (after V-MoE's batch priority, arXiv 2106.05974, section 4, which orders
+              tokens by their highest gate)
+    rank      the first choices of all tokens, then their second ones, and so on (GShard, arXiv 2006.16668,
+              algorithm 1; V-MoE's vanilla routing, its algorithm 1)
+
+    Args:
+      experts: unused choices name ``num_experts``; they stand in a queue of their own.
+    """
+    if priority == "rank":
+        length, top_k = experts.shape
+        return rank_by_sorting(experts.T.reshape(-1), num_experts).reshape(top_k, length).T
+    flat = experts.reshape(-1)
+    if priority == "gate":
+        by_gate = jnp.argsort(-gates.reshape(-1), stable=True)
+        rank = jnp.zeros_like(flat).at[by_gate].set(rank_by_sorting(flat[by_gate], num_experts))
+    else:
+        rank = rank_by_sorting(flat, num_experts)
+    return rank.reshape(experts.shape)
 
 
 def rank_by_sorting(experts: Int[Array, " A"], num_experts: int) -> Int[Array, " A"]:

@@ -271,8 +271,8 @@ def _load(spec: str) -> Scheme:
 
 def is_causal(config: MoEConfig) -> bool:
     """Whether a token's experts depend on no later token; without that, decoding differs from training."""
-    by_gate = not config.is_dropless and config.limit.priority == "gate"
-    return scheme_of(config).causal and not by_gate
+    looks_ahead = not config.is_dropless and config.limit.priority != "position"
+    return scheme_of(config).causal and not looks_ahead
 
 
 def init_state(config: MoEConfig) -> State:

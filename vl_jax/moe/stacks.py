@@ -35,6 +35,27 @@ class Stack:
 Stacks = Mapping[str, Stack]  # by name; the first is the main one
 
 
+def check_packed(moe: MoEConfig, where: str) -> None:
+    """Refuses routing by which samples that are packed in a row would act on one another.
+
+    Args:
+      where: the path of the config, for the message.
+
+    Raises:
+      ValueError: names what does not fit packed rows.
+    """
+    if not routing.is_causal(moe):
+        raise ValueError(
+            f"data.packing with {where}.scheme={moe.scheme!r}, limit.priority={moe.limit.priority!r}: tokens "
+            "of a row are routed together, and the samples packed in it would act on one another"
+        )
+    if moe.balance.scope == "sequence":
+        raise ValueError(
+            f"data.packing with {where}.balance.scope='sequence': a packed row is no sequence; it must be "
+            "'batch' or 'step'"
+        )
+
+
 def init_state(stacks: Stacks) -> RoutingState:
     """The initial state of every stack's scheme."""
 

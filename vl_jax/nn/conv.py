@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vl_jax.nn.layers import Init, fan_in, named
@@ -42,3 +43,32 @@ class Conv(nn.Module):
             bias = self.param("bias", named(nn.initializers.zeros, "embed"), (self.features,))
             y = y + bias.astype(x.dtype)
         return y
+
+
+def group_norm(
+    x: Float[Array, "M h w D"],
+    scale: Float[Array, " D"],
+    bias: Float[Array, " D"],
+    *,
+    groups: int,
+    epsilon: float,
+) -> Float[Array, "M h w D"]:
+    """Group normalisation in float32, cast back; ``groups`` must divide D (Wu and He 2018, 1803.08494)."""
+    wide = x.astype(jnp.float32).reshape(*x.shape[:-1], groups, -1)
+    centred = wide - jnp.mean(wide, axis=(1, 2, 4), keepdims=True)
+    variance = jnp.mean(centred * centred, axis=(1, 2, 4), keepdims=True)
+    normed = (centred * jax.lax.rsqrt(variance + epsilon)).reshape(x.shape)
+    return (normed * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+
+
+class GroupNorm(nn.Module):
+    """Normalisation of each picture by itself, over its cells and the channels of a group."""
+
+    groups: int = 8
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "M h w D"]) -> Float[Array, "M h w D"]:
+        scale = self.param("scale", named(nn.initializers.ones, None), (x.shape[-1],))
+        bias = self.param("bias", named(nn.initializers.zeros, None), (x.shape[-1],))
+        return group_norm(x, scale, bias, groups=self.groups, epsilon=self.epsilon)

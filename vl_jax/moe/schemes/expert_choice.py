@@ -85,7 +85,8 @@ def _choices(config: MoEConfig) -> Fraction:
 
 def _validate(config: MoEConfig) -> None:
     limit = config.limit
-    for what, given in (("priority='gate'", limit.priority == "gate"), ("slots", limit.slots)):
+    order = f"priority={limit.priority!r}"
+    for what, given in ((order, limit.priority != "position"), ("slots", limit.slots)):
         if given:
             raise ValueError(
                 f"limit.{what} has no meaning for scheme={config.scheme!r}: experts never overflow"

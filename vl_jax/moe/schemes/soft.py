@@ -45,7 +45,7 @@ def _slot_scores(logits: jax.Array, config: MoEConfig) -> jax.Array:
 
 
 def _validate(config: MoEConfig) -> None:
-    if not config.is_dropless or config.limit.priority == "gate":
+    if not config.is_dropless or config.limit.priority != "position":
         raise ValueError(f"limit has no meaning for scheme={config.scheme!r}: nothing is dropped")
 
 

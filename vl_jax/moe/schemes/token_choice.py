@@ -56,8 +56,8 @@ def gshard(
     """The two best experts; in training the second one at random (arXiv 2006.16668, algorithm 1).
 
     It stays with probability ``min(1, 2 g_2)``, of gates that sum to one. The balance loss counts first
-    choices only. The paper gives slots to all first choices before any second one; here a token's two choices
-    stand side by side in the queue.
+    choices only. The paper gives slots to all first choices before any second one, as does
+    ``limit.priority="rank"``; by default a token's two choices stand side by side in the queue.
     """
     scores = jax.nn.softmax(logits, axis=-1)
     experts = best(scores, 2, context)
@@ -100,9 +100,9 @@ def v_moe(
 ) -> tuple[TokenChoice, Losses]:
     """Probabilities of logits with noise of 1/E, their best K as they are (arXiv 2106.05974, section 2).
 
-    With ``limit.priority="gate"`` slots are given out as in its batch-priority routing. Losses: half
-    importance, half load (appendix A there), where the load is the chance to be among the best K with new
-    noise.
+    ``limit.priority="rank"`` gives slots out as its vanilla routing, ``"gate"`` much as its batch priority.
+    Losses: half importance, half load (appendix A there), where the load is the chance to be among the best K
+    with new noise.
     """
     deviation = 1.0 / config.num_experts
     noisy = logits
