@@ -41,15 +41,32 @@ REQUIRED = [
     "tokenizers>=0.23.3",
 ]
 
+# What some metrics of evaluate/metrics are computed by; each is imported when its metric starts.
+EVAL = [
+    "faster-coco-eval>=1.8",
+    "jiwer>=4.0",
+    "rapidfuzz>=3.14",
+    "sacrebleu>=2.6",
+    "scikit-learn>=1.9",
+]
+
+# What docs/notebooks draw with, and what opens them.
+FIGURES = ["matplotlib>=3.10"]
+
 EXTRAS = {
+    "eval": EVAL,
     "test": [
+        *EVAL,
+        *FIGURES,
         "beartype>=0.23.1",
         "hypothesis>=6.170",
+        "pycocotools>=2.0.11",
         "pyright>=1.1.414",
         "pytest>=9.2",
         "pytest-xdist>=3.8",
         "ruff>=0.17.5,<0.18",
     ],
+    "notebooks": [*FIGURES, "ipykernel>=7.0"],
     "audio": ["soundfile>=0.13.1"],
     "parquet": ["pyarrow>=25"],
     "benchmark": ["torch>=2.9", "transformers>=5.0"],
@@ -67,10 +84,18 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     # The experiments lie beside the package in a checkout, and inside it in a wheel (runtime/shipped.py).
-    packages=[*find_packages(include=["vl_jax", "vl_jax.*"]), "vl_jax.experiments"],
+    packages=[
+        *find_packages(include=["vl_jax", "vl_jax.*"]),
+        "vl_jax.experiments",
+        "vl_jax.experiments.ablations",
+    ],
     package_dir={"vl_jax.experiments": "experiments"},
     package_data={"vl_jax": ["py.typed", "report/*.css", "data/text/*.json"]},
     install_requires=REQUIRED,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["vl_jax=vl_jax.cli:run"]},
+    entry_points={
+        "console_scripts": ["vl_jax=vl_jax.cli:run"],
+        # By which lmms-eval finds our models; it is no dependency.
+        "lmms_eval.models": ["vl_jax=vl_jax.kits.lmms_eval:manifest"],
+    },
 )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vl_jax.api.calls import evaluate, load_experiment, load_run, train
+    from vl_jax.api.heads import add_head, export_head, read_head, remove_head
     from vl_jax.api.predict import predict
     from vl_jax.api.run import Run
     from vl_jax.fusion.gate import CrossModalGate
@@ -24,10 +25,14 @@ _PUBLIC = {
     "Run": "vl_jax.api.run",
     "UserError": "vl_jax.runtime.errors",
     "VisionLanguage": "vl_jax.model",
+    "add_head": "vl_jax.api.heads",
+    "export_head": "vl_jax.api.heads",
     "from_pretrained": "vl_jax.interop.pretrained",
     "load_experiment": "vl_jax.api.calls",
     "load_run": "vl_jax.api.calls",
     "predict": "vl_jax.api.predict",
+    "read_head": "vl_jax.api.heads",
+    "remove_head": "vl_jax.api.heads",
 }
 _ROOMS = ("evaluate", "train")  # folders that can be called, see runtime/callable_module.py
 __all__ = [
@@ -36,11 +41,15 @@ __all__ = [
     "Run",
     "UserError",
     "VisionLanguage",
+    "add_head",
     "evaluate",
+    "export_head",
     "from_pretrained",
     "load_experiment",
     "load_run",
     "predict",
+    "read_head",
+    "remove_head",
     "train",
 ]
 

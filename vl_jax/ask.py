@@ -23,10 +23,10 @@ from vl_jax.data.sources.records import RecordsConfig
 from vl_jax.data.text.pieces import pieces
 from vl_jax.experiment import Experiment, model_spec
 from vl_jax.generation.choice import GenerationConfig
+from vl_jax.generation.decode import Writer
 from vl_jax.generation.generate import stream
 from vl_jax.interop.pretrained import Pretrained, from_pretrained
 from vl_jax.layout import Layout, put_batch
-from vl_jax.model import VisionLanguage
 from vl_jax.runs import restore
 from vl_jax.train.step import TrainState
 
@@ -76,7 +76,7 @@ def of_run(folder: Path) -> AskedRun:
       ValueError: the folder holds no run, or its model writes no text.
     """
     experiment, layout, state, _ = restore(folder)
-    if not isinstance(layout.model, VisionLanguage):
+    if not isinstance(layout.model, Writer):
         kind = type(experiment.model).__name__
         raise ValueError(
             f"{folder}: its model is a {kind}, which writes no text; `evaluate` says what it can"
@@ -108,6 +108,9 @@ class AskedRun:
             pictures.append(FileImage(image, where="--image", orientation=self.orientation))
         pictures += [SoundImage(audio, "--audio", hearing(self.experiment))] if audio else []
         question = f"{IMAGE_PLACEHOLDER}\n" * len(pictures) + prompt
+        if pictures and not self.encoder.spec.tile_tokens_side:
+            kind = type(self.experiment.model).__name__
+            raise ValueError(f"{'--image' if image else '--audio'}: the model, a {kind}, reads text alone")
         name = str(image or audio or "prompt")
         sample = Sample(id=name, turns=(Turn(question, ""),), images=tuple(pictures))
         rows = [[self.encoder.prompt(sample)]] * sharding.batch_axes(layout.mesh)

@@ -107,6 +107,24 @@ class Batch:
         return (self.visual_slot >= 0).astype(np.int32)
 
 
+def without_blank_pictures(batch: Batch) -> Batch:
+    """The batch without room for pictures, if no row has any; else the batch itself.
+
+    Its shapes are others then, so a compiled function has a second program for it, in which no part that
+    looks at pictures stands. That is decided on the host: where other processes hold rows of the batch, or a
+    trace does, nothing is known of them, and the batch stays as it is.
+    """
+    used = batch.visual_segment_ids
+    if not isinstance(used, np.ndarray) and not getattr(used, "is_fully_addressable", False):
+        return batch
+    if not batch.tiles.shape[1] or np.asarray(used).any():
+        return batch
+    names = [name for name, field in FIELDS.items() if {"M", "S"} & set(field.axes)]
+    empty = {name: getattr(batch, name)[:, :0] for name in names}
+    high = None if batch.high_tiles is None else batch.high_tiles[:, :0]
+    return dataclasses.replace(batch, **empty, high_tiles=high)
+
+
 def blank(sizes: dict[str, int], rows: int) -> Batch:
     """A host batch of which no place is used.
 

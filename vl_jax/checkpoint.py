@@ -25,12 +25,18 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from vl_jax import params as params_lib
+from vl_jax.runtime import late_writes
 from vl_jax.runtime.checkpoint_record import LEAVES, damage, differences, infinite, is_sound, sealed, shapes
 from vl_jax.runtime.lazy_array import LazyArray
 from vl_jax.runtime.lazy_storage import lazy_handler
 
 CHECKPOINTS = "checkpoints"  # the folder of a run or a conversion that holds them
 DAMAGED = "damaged"  # below it, the steps that were set aside
+_SMALL = 2**24  # bytes: an array of fewer is written by one device
+# Seconds that writing may take. Orbax counts them by the time of day: a clock that is set forward, or a
+# computer that slept, would end a save that has only begun. A run that stands still is the watchdog's.
+_NO_BOUND = 10**9
 logger = logging.getLogger(__name__)
 
 
@@ -74,8 +80,11 @@ class Checkpointer:
           lazy: takes and gives back trees of ``LazyArray``, of which memory then holds pieces only. Their
             values may be infinite: nothing has computed them here.
         """
+        late_writes.hide()
         policy: Any = _Retention(keep, others)
         options = ocp.CheckpointManagerOptions(preservation_policy=policy, create=True)
+        if jax.process_count() == 1:
+            options.async_options = ocp.options.AsyncOptions(timeout_secs=_NO_BOUND)
         handler = lazy_handler if lazy else ocp.StandardCheckpointHandler
         handlers = {"params": handler(), "training": handler(), "record": ocp.JsonCheckpointHandler()}
         self._lazy, self._folder = lazy, folder.absolute()
@@ -100,11 +109,11 @@ class Checkpointer:
         trees = {"params": params, "training": training}
         if not self._lazy and (problem := infinite(params)):
             raise CheckpointError(f"step {step} is not saved: {problem}; {self._newest()}")
+        record = sealed(step, record, trees)
         item = ocp.args.PyTreeSave if self._lazy else ocp.args.StandardSave
         args = ocp.args.Composite(
-            params=item(params),
-            training=item(training),
-            record=ocp.args.JsonSave(sealed(step, record, trees)),
+            **{name: item(jax.tree.map(_at_once, tree)) for name, tree in trees.items()},
+            record=ocp.args.JsonSave(record),
         )
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
         # Of several processes each may have a disk of its own, for its part.
@@ -186,7 +195,11 @@ class Checkpointer:
         return self._newest_sound(steps, wanted, mend=mend)
 
     def restore_stored(
-        self, parts: Collection[str], *, only: int | None = None
+        self,
+        parts: Collection[str],
+        *,
+        only: int | None = None,
+        chosen: Callable[[str], bool] = lambda path: True,
     ) -> tuple[int, Any, Any, dict[str, Any]] | None:
         """``restore``, whatever the newest step holds; of its training state the named parts alone.
 
@@ -194,11 +207,14 @@ class Checkpointer:
 
         Args:
           only: this step, and no other.
+          chosen: whether the parameter of a path is read, and checked.
         """
 
         def wanted(step: int, record: dict[str, Any]) -> dict[str, Any]:
             training = {k: v for k, v in self._stored(step, "training").items() if k in parts}
-            return {"params": self._stored(step, "params"), "training": training}
+            flat = params_lib.flatten(self._stored(step, "params"))
+            params = params_lib.unflatten({path: leaf for path, leaf in flat.items() if chosen(path)})
+            return {"params": params, "training": training}
 
         steps = [step for step in self.steps if only is None or step == only]
         return self._newest_sound(steps, wanted, whole=False)
@@ -325,6 +341,16 @@ class Checkpointer:
             return ocp.args.StandardRestore(tree)
         each = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=LazyArray), tree)
         return ocp.args.PyTreeRestore(tree, restore_args=each, partial_restore=not whole)
+
+
+def _at_once(x: Any) -> Any:
+    """Of a small array that all devices hold whole, one copy.
+
+    Orbax would have each device write a part of its copy, and compile a program for every such part.
+    """
+    if not isinstance(x, jax.Array) or x.nbytes >= _SMALL or jax.process_count() > 1:
+        return x
+    return x.addressable_data(0) if x.is_fully_replicated else x
 
 
 def _cause(error: Exception) -> str:

@@ -142,14 +142,40 @@ def sweep(spec: str, names: Iterable[str]) -> list[dict[str, str]]:
     """
     path = _file_of(spec)
     module, result = _execute(path), [{}]
-    known = [name.removeprefix("sweep_") for name in vars(module) if name.startswith("sweep_")]
+    known = _named(module, "sweep_")
     for name in names:
         if name not in known:
-            raise ConfigError(f"--sweep={name}: {path} has {', '.join(known) or 'no sweep'}")
+            others = ", ".join([*known, *_named(module, "ablation_"), *_named(module, "scaling_")])
+            raise ConfigError(f"--sweep={name}: {path} has {others or 'no sweep'}")
         with _errors_of(path):
             variants = [{k: str(v) for k, v in v.items()} for v in getattr(module, f"sweep_{name}")()]
         result = [{**before, **variant} for before in result for variant in variants]
     return result
+
+
+def functions(spec: str, prefix: str) -> list[str]:
+    """The names, behind a prefix, of the functions of an experiment file that have it.
+
+    Raises:
+      ConfigError: the file is missing or fails.
+    """
+    return _named(_execute(_file_of(spec)), prefix)
+
+
+def call(spec: str, function: str) -> Any:
+    """What a function of an experiment file gives.
+
+    Raises:
+      ConfigError: the file or the function fails.
+    """
+    path = _file_of(spec)
+    module = _execute(path)
+    with _errors_of(path):
+        return getattr(module, function)()
+
+
+def _named(module: ModuleType, prefix: str) -> list[str]:
+    return [name.removeprefix(prefix) for name in vars(module) if name.startswith(prefix)]
 
 
 def _file_of(spec: str) -> Path:

@@ -5,28 +5,30 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 
-from vl_jax import schema, sharding
+from vl_jax import config, schema, sharding
 from vl_jax.batch import Batch
 from vl_jax.checkpoint import CHECKPOINTS
 from vl_jax.data.config import DataConfig, ModelSpec
 from vl_jax.data.encode import make_encoder
 from vl_jax.data.images.tiling import TilingConfig
 from vl_jax.evaluate.runner import EvaluationConfig
-from vl_jax.interop import pretrained
+from vl_jax.interop import parts, pretrained
 from vl_jax.interop.folder import CONFIG
+from vl_jax.interop.run_as import run_as
 from vl_jax.joint import JointConfig
+from vl_jax.language.text_to_text import TextToTextConfig
 from vl_jax.layout import Layout, ModelConfig, Variables, init_variables, plan_layout
 from vl_jax.model import VisionLanguageConfig
 from vl_jax.runtime import errors
-from vl_jax.schema import Open
+from vl_jax.schema import ConfigError, Open
 from vl_jax.sharding import MeshConfig
-from vl_jax.train import initial, loop
+from vl_jax.train import initial, loop, saved
 from vl_jax.train.loop import LoopConfig
 from vl_jax.train.stages import Stage, adapter_shapes, trainable_paths
 
@@ -42,12 +44,17 @@ class Experiment:
     """What ``get_config`` of an experiment file builds."""
 
     name: str
-    model: Annotated[VisionLanguageConfig | JointConfig | ModelConfig, Open("model", MODEL_NEEDS)]
+    model: Annotated[
+        VisionLanguageConfig | JointConfig | TextToTextConfig | ModelConfig, Open("model", MODEL_NEEDS)
+    ]
     data: DataConfig
     stages: tuple[Stage, ...]
     # Folder to begin with: a published checkpoint (see ``resolve``), or a run (see ``train.initial``), its
     # checkpoints or one of them; empty: random weights.
     init: str = ""
+    # Parts that begin with published encoders all the same: path of the part and folder (see
+    # ``interop.parts``), as (("image/trunk", "resnet-18"),).
+    init_parts: tuple[tuple[str, str], ...] = ()
     mesh: MeshConfig = MeshConfig()
     loop: LoopConfig = LoopConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -67,10 +74,25 @@ class Experiment:
                 )
 
 
+def load(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> Experiment:
+    """The experiment of a file with overrides applied, resolved.
+
+    Args:
+      spec: experiment file, as for ``config.load``.
+
+    Raises:
+      ConfigError: the file is wrong, or gives something else than an experiment.
+    """
+    found = config.load(spec, overrides)
+    if not isinstance(found, Experiment):
+        raise ConfigError(f"--config={spec}: get_config() gave no Experiment")
+    return resolve(found)
+
+
 def resolve(experiment: Experiment) -> Experiment:
     """Fills in what ``init`` names: the model of the published checkpoint, its tokenizer and its tiling.
 
-    Of the experiment's model, what ``pretrained.run_as`` names stays; of its data, a tokenizer or a tiling
+    Of the experiment's model, what ``run_as`` names stays; of its data, a tokenizer or a tiling
     other than the default. With a run to begin with the model is the experiment's own. Resolving twice
     changes nothing.
 
@@ -79,12 +101,14 @@ def resolve(experiment: Experiment) -> Experiment:
         for it.
     """
     if not experiment.init:
+        parts.find(experiment.model, experiment.init_parts)
         return experiment
     folder, ours, data = Path(experiment.init), experiment.model, experiment.data
     if not folder.is_dir():
         raise ValueError(f"config.init={experiment.init}: no such folder")
     if initial.find(folder) is not None:
         ours.check_data(data)
+        parts.find(ours, experiment.init_parts)
         return experiment
     if not (folder / CONFIG).is_file():
         raise ValueError(
@@ -92,13 +116,14 @@ def resolve(experiment: Experiment) -> Experiment:
             f"{CHECKPOINTS}/)"
         )
     published = pretrained.read_published(folder)
-    model = pretrained.run_as(published.config, ours)
+    model = run_as(published.config, ours)
     if not data.tokenizer:
         data = dataclasses.replace(data, tokenizer=str(folder))
     way = data.tiling.orientation
     if data.tiling == TilingConfig(orientation=way) and (tiling := published.tiling) is not None:
         data = dataclasses.replace(data, tiling=dataclasses.replace(tiling, orientation=way))
     model.check_data(data)
+    parts.find(model, experiment.init_parts)
     return dataclasses.replace(experiment, model=model, data=data)
 
 
@@ -117,8 +142,16 @@ def plan(experiment: Experiment) -> Layout:
     """Builds the mesh and decides where every parameter lives, without allocating any.
 
     Raises:
-      ValueError: the mesh does not divide devices or batches, or a stage's pattern matches no parameter.
+      ValueError: the mesh does not divide devices or batches, a stage's pattern matches no parameter, or the
+        model cannot predict its targets.
     """
+    allowed = model_spec(experiment).targets
+    for stage in experiment.stages:
+        if stage.targets not in allowed:
+            raise ValueError(
+                f"config.stages.{stage.name}.targets={stage.targets!r}: a row of this model can predict "
+                f"{' or '.join(map(repr, allowed))}"
+            )
     mesh = sharding.make_mesh(experiment.mesh)
     rows = sharding.batch_axes(mesh)
     sizes = {
@@ -157,11 +190,18 @@ def plan(experiment: Experiment) -> Layout:
 
 
 def first_weights(experiment: Experiment, layout: Layout) -> Variables:
-    """What a run begins with: parameters and routing state of ``init``, or fresh ones.
+    """What a run begins with: the variables of ``init``, or fresh ones, with the parts of ``init_parts``.
 
     Raises:
-      ValueError: the checkpoint of ``init`` is damaged, or not for the model.
+      ValueError: the checkpoint of ``init`` or of a part is damaged, or not for the model.
     """
+    variables = _whole_weights(experiment, layout)
+    found = parts.find(experiment.model, experiment.init_parts)
+    return parts.load(variables, layout, found) if found else variables
+
+
+def _whole_weights(experiment: Experiment, layout: Layout) -> Variables:
+    """Parameters and routing state of ``init``, or fresh ones."""
     folder = Path(experiment.init)
     origin = initial.find(folder) if experiment.init else None
     if experiment.init and origin is None:  # no model that is published has collections
@@ -186,7 +226,7 @@ def first_weights(experiment: Experiment, layout: Layout) -> Variables:
                 f"config.init={folder}: its adapters are not merged, and there is no {RUN_CONFIG} beside to "
                 "say how much they count; give the folder of the run"
             )
-        return loop.stage_at(before.stages, loop.Position(**record["position"])).lora_scale
+        return saved.stage_at(before.stages, saved.Position(**record["position"])).lora_scale
 
     return initial.load(origin, layout, example, seed=experiment.seed, scale_of=scale_of)
 

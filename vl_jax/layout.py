@@ -7,7 +7,8 @@ changes without a gradient. They are whole on every device.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+import functools
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import flax.linen as nn
@@ -81,6 +82,17 @@ class Layout:
     def replicated(self) -> NamedSharding:
         return NamedSharding(self.mesh, P())
 
+    @functools.cached_property
+    def created(self) -> Callable[[jax.Array, Batch], tuple[Any, dict[str, Any]]]:
+        """Fresh parameters and collections of a key and a batch, each where it lives; compiled once."""
+        model, routing = self.model, stacks.init_state(self.model.config.stacks)
+
+        def init(key: jax.Array, batch: Batch) -> tuple[Any, dict[str, Any]]:
+            return nn.meta.unbox(_created(model.init(key, batch, routing, method="initialize")))
+
+        targets = jax.tree.map(lambda leaf: leaf.sharding, (self.params, self.collections))
+        return jax.jit(init, out_shardings=targets)
+
 
 NO_COLLECTIONS: Mapping[str, Any] = {}  # what most models have
 
@@ -132,13 +144,8 @@ def _created(variables: Any) -> tuple[Any, dict[str, Any]]:
 def init_variables(layout: Layout, example: Batch, seed: int) -> Variables:
     """Fresh parameters and collections, each created where it lives, and the initial routing state."""
     routing = stacks.init_state(layout.model.config.stacks)
-
-    def init(key: jax.Array, batch: Batch) -> Any:
-        return nn.meta.unbox(_created(layout.model.init(key, batch, routing, method="initialize")))
-
-    targets = jax.tree.map(lambda leaf: leaf.sharding, (layout.params, layout.collections))
     with sharding.use_mesh(layout.mesh, layout.rules):
-        params, collections = jax.jit(init, out_shardings=targets)(jax.random.key(seed), example)
+        params, collections = layout.created(jax.random.key(seed), example)
     return Variables(params, routing, collections)
 
 

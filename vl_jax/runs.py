@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import math
 import os
 import platform
+import resource
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -26,7 +29,7 @@ from vl_jax.checkpoint import CHECKPOINTS, Checkpointer
 from vl_jax.data.config import opened
 from vl_jax.data.images.resolution import resolution_warning
 from vl_jax.data.stream.held_out_batches import held_out_batches
-from vl_jax.evaluate.runner import evaluate
+from vl_jax.evaluate.runner import evaluate, forget_results
 from vl_jax.experiment import (
     RUN_CONFIG,
     Experiment,
@@ -38,15 +41,17 @@ from vl_jax.experiment import (
     resolve,
 )
 from vl_jax.interop import pretrained
+from vl_jax.interop.run_as import run_as
 from vl_jax.layout import Layout, rows_here
 from vl_jax.report.results import read_result
 from vl_jax.report.run import write_report
 from vl_jax.runtime import allocator, disk, lock
-from vl_jax.train import initial, loop, resume
+from vl_jax.runtime.version import commit
+from vl_jax.train import initial, lockstep, loop, resume, saved, signals
 from vl_jax.train.evaluation import EvaluationHook
 from vl_jax.train.hooks import Hook
 from vl_jax.train.probe import Probe
-from vl_jax.train.program import Program
+from vl_jax.train.program import Program, programs
 from vl_jax.train.stages import Stage
 from vl_jax.train.step import TrainState
 from vl_jax.train.watchdog import Watchdog
@@ -64,44 +69,125 @@ def run(experiment: Experiment, workdir: Path) -> dict[str, Any]:
     """
     allocator.keep_freed_memory()
     start, experiment = time.time(), resolve(experiment)
+    _open_data(experiment)
+    with signals.noted() as stop, _launched(experiment, workdir, start) as launched:
+        made = programs(launched.layout, experiment.stages, seed=experiment.seed)
+        return launched.conclude(loop.drive(launched.course(made, stop)))
+
+
+def run_together(experiments: Sequence[Experiment], workdirs: Sequence[Path]) -> list[Exception | None]:
+    """Does for each what ``run`` does; experiments that differ only in their seed train as one program.
+
+    Their figures are those of single runs, up to the rounding of sums; times are those of all runs together.
+    It is for one process.
+
+    Returns:
+      Why each run failed; None where it did not.
+
+    Raises:
+      loop.Stopped: the runs were asked to stop and saved their state.
+      ValueError: the experiments differ in more than their seed.
+    """
+    allocator.keep_freed_memory()
+    start, first = time.time(), resolve(experiments[0])
+    if any(dataclasses.replace(other, seed=experiments[0].seed) != experiments[0] for other in experiments):
+        raise ValueError("runs that train together may differ in their seed and in nothing else")
+    _open_data(first)
+    layout, reasons = plan(first), dict[int, Exception | None]()
+    with signals.noted() as stop, contextlib.ExitStack() as stack:
+        launched: dict[int, _Launched] = {}
+        for number, (experiment, workdir) in enumerate(zip(experiments, workdirs, strict=True)):
+            mine = dataclasses.replace(first, seed=experiment.seed)
+            try:
+                launched[number] = stack.enter_context(_launched(mine, workdir, start, layout))
+            except Exception as error:
+                reasons[number] = error
+        made = programs(layout, first.stages)
+        lead = min(launched, default=0)
+        ends = lockstep.drive(
+            [functools.partial(one.course, made, quiet=number != lead) for number, one in launched.items()],
+            layout=layout,
+            seeds=[one.experiment.seed for one in launched.values()],
+            stop=stop,
+        )
+        for (number, one), end in zip(launched.items(), ends, strict=True):
+            reasons[number] = end if isinstance(end, Exception) else None
+            if not isinstance(end, Exception):
+                try:
+                    one.conclude(end, together=len(ends))
+                except Exception as error:
+                    reasons[number] = error
+    return [reasons[number] for number in range(len(experiments))]
+
+
+def _open_data(experiment: Experiment) -> None:
+    """Opens every source, so that one that cannot be read ends a run before it has a folder."""
     data = experiment.data
     sources = {source.name: opened(data, source) for source in data.sources}
     for source in data.evaluation:
         opened(data, source)
     if jax.process_index() == 0 and (warning := resolution_warning(sources, data.tiling)):
         logger.warning(warning)
+
+
+@contextlib.contextmanager
+def _launched(
+    experiment: Experiment, workdir: Path, start: float, layout: Layout | None = None
+) -> Iterator[_Launched]:
+    """A run of a resolved experiment, about to begin in a folder of its own, which is watched meanwhile."""
     process = jax.process_index()
     watchdog = Watchdog(experiment.loop.watchdog, workdir / loop.LOGS, process=process)
     with contextlib.nullcontext() if process else lock.held(workdir), watchdog:
-        return _run(experiment, workdir, start, watchdog.alive)
+        layout = plan(experiment) if layout is None else layout
+        _claim(experiment, workdir)
+        yield _Launched(experiment, workdir, layout, start, watchdog.alive)
 
 
-def _run(experiment: Experiment, workdir: Path, start: float, alive: loop.Alive) -> dict[str, Any]:
-    """The same of a resolved experiment, in a folder where no other process runs."""
-    layout = plan(experiment)
-    _claim(experiment, workdir)
+@dataclasses.dataclass(frozen=True)
+class _Launched:
+    """A run of a resolved experiment, in a folder where no other process runs."""
 
-    def stream_of(stage: Stage) -> loop.TrainingStream:
-        return open_stream(experiment, stage, rows_here(layout, stage.batch_size))
+    experiment: Experiment
+    workdir: Path
+    layout: Layout
+    start: float  # seconds since the epoch
+    alive: loop.Alive
 
-    state = loop.train(
-        layout,
-        experiment.stages,
-        stream_of,
-        begin=lambda: first_weights(experiment, layout),
-        workdir=workdir,
-        config=experiment.loop,
-        seed=experiment.seed,
-        hooks=_hooks(experiment, layout, stream_of, workdir, alive),
-        alive=alive,
-    )
-    results = evaluate_all(experiment, layout, state, workdir, alive=alive)
-    if jax.process_index() == 0:
-        alive("writing the report")
-        facts = {"wall_time_s": round(time.time() - start, 1), **_facts(layout)}
-        disk.write_text(workdir / "run.json", json.dumps(facts, indent=2) + "\n")
-        write_report(workdir)
-    return results
+    def course(
+        self, made: Sequence[Program], stop: Callable[[], int | None], *, quiet: bool = False
+    ) -> loop.Course:
+        """Its training, step by step."""
+        experiment, layout = self.experiment, self.layout
+        return loop.course(
+            layout,
+            made,
+            self._stream_of,
+            begin=lambda: first_weights(experiment, layout),
+            workdir=self.workdir,
+            config=experiment.loop,
+            seed=experiment.seed,
+            stop=stop,
+            hooks=_hooks(experiment, layout, self._stream_of, self.workdir, self.alive),
+            alive=self.alive,
+            go_on_from=lambda step: forget_results(self.workdir, after=step),
+            quiet=quiet,
+        )
+
+    def _stream_of(self, stage: Stage) -> loop.TrainingStream:
+        return open_stream(self.experiment, stage, rows_here(self.layout, stage.batch_size))
+
+    def conclude(self, state: TrainState, *, together: int = 1) -> dict[str, Any]:
+        """Evaluates the trained model and writes the report; returns the results by task."""
+        workdir, layout = self.workdir, self.layout
+        results = evaluate_all(self.experiment, layout, state, workdir, alive=self.alive)
+        if jax.process_index() == 0:
+            self.alive("writing the report")
+            facts = {"wall_time_s": round(time.time() - self.start, 1), **_facts(layout)}
+            if together > 1:
+                facts["runs_together"] = together
+            disk.write_text(workdir / "run.json", json.dumps(facts, indent=2) + "\n")
+            write_report(workdir)
+        return results
 
 
 def _hooks(
@@ -204,17 +290,22 @@ def evaluate_run(workdir: Path, tasks: Sequence[str], overrides: Sequence[tuple[
     Raises:
       ValueError: the folder holds no run, it has no such task, or an override concerns what was trained.
     """
-    wrong = next((path for path, _ in overrides if path.split(".")[0] not in ("evaluation", "data")), None)
-    if wrong is not None:
-        raise ValueError(
-            f"--config.{wrong}: of a finished run only config.evaluation and config.data may change"
-        )
+    check_overrides(overrides)
     experiment, layout, state, step = restore(workdir, overrides)
     names = _tasks(experiment, tasks)
     results = {name: evaluate_task(experiment, layout, state, workdir, name, step) for name in names}
     if jax.process_index() == 0:
         write_report(workdir)
     return results
+
+
+def check_overrides(overrides: Sequence[tuple[str, str]]) -> None:
+    """Makes sure that overrides concern no more than how a finished run is evaluated; ValueError if not."""
+    wrong = next((path for path, _ in overrides if path.split(".")[0] not in ("evaluation", "data")), None)
+    if wrong is not None:
+        raise ValueError(
+            f"--config.{wrong}: of a finished run only config.evaluation and config.data may change"
+        )
 
 
 def evaluate_published(experiment: Experiment, tasks: Sequence[str], workdir: Path) -> dict[str, Any]:
@@ -237,30 +328,35 @@ def _tasks(experiment: Experiment, names: Sequence[str]) -> Sequence[str]:
 
 
 def restore(
-    workdir: Path, overrides: Sequence[tuple[str, str]] = (), *, before: int | None = None
+    workdir: Path,
+    overrides: Sequence[tuple[str, str]] = (),
+    *,
+    before: int | None = None,
+    change: Callable[[Experiment], Experiment] = lambda experiment: experiment,
 ) -> tuple[Experiment, Layout, TrainState, int]:
     """The experiment of a run, its newest state on the devices here, adapters merged, and the state's step.
 
     Args:
       before: the newest state of an earlier step than this one.
+      change: what is done to the experiment before the overrides.
 
     Raises:
       ValueError: the folder holds no run, or no sound checkpoint.
     """
-    experiment = read_run(workdir)
+    experiment = change(read_run(workdir))
     if overrides:
         experiment = config_lib.replace(experiment, overrides)
     layout = plan(experiment)
     checkpointer = Checkpointer(workdir / CHECKPOINTS)
     try:
-        restored = loop.restore(checkpointer, layout, experiment.stages, before=before)
+        restored = saved.restore(checkpointer, layout, experiment.stages, before=before)
     finally:
         checkpointer.close()
     if restored is None:
         when = "" if before is None else f" of a step before {before}"
         raise ValueError(f"--workdir={workdir} holds no checkpoint{when} yet")
     state, position = restored
-    state = Program.of(layout, loop.stage_at(experiment.stages, position)).merge(state)
+    state = Program.of(layout, saved.stage_at(experiment.stages, position)).merge(state)
     return experiment, layout, state, position.global_step
 
 
@@ -275,7 +371,7 @@ def export(workdir: Path, target: Path) -> None:
     origin = _published_origin(workdir)
     experiment, _, state, _ = restore(workdir)
     published = pretrained.read_published(origin)
-    expected = pretrained.run_as(published.config, experiment.model)
+    expected = run_as(published.config, experiment.model)
     if expected != experiment.model:
         parts = [f.name for f in dataclasses.fields(expected)]
         other = [n for n in parts if getattr(expected, n) != getattr(experiment.model, n)]
@@ -297,7 +393,8 @@ def _published_origin(workdir: Path) -> Path:
             kind = type(experiment.model).__name__
             raise ValueError(
                 f"{workdir}: its model ({kind}) has no published form: {folder} did not begin with a "
-                "published checkpoint (config.init is empty), whose config.json and names it could take"
+                "published checkpoint (config.init is empty), whose config.json and names it could take; "
+                "vl_jax.load_run(...).params gives its parameters"
             )
         if not begun.is_dir():
             raise ValueError(f"{workdir}: {folder} began with {begun}, which is not there any more")
@@ -343,4 +440,14 @@ def _facts(layout: Layout) -> dict[str, Any]:
         "vl_jax": vl_jax.__version__,
         "jax": jax.__version__,
         "python": platform.python_version(),
+        "commit": commit(),
+        "peak_memory_mb": _peak_memory(device),
     }
+
+
+def _peak_memory(device: Any) -> int:
+    """The most that was in use at once, in MB: of a device that counts it, else of this process."""
+    used = (device.memory_stats() or {}).get("peak_bytes_in_use")
+    if used is None:
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return round(used / 1e6)

@@ -170,8 +170,23 @@ def place(boxed: Any, mesh: Mesh, rules: AxisRules) -> dict[str, Placement]:
 
 
 def shardings(placements: dict[str, Placement], mesh: Mesh) -> dict[str, Any]:
-    """The tree of ``NamedSharding`` that a placement stands for."""
-    return params_lib.unflatten({p: NamedSharding(mesh, x.spec) for p, x in placements.items()})
+    """The tree of ``NamedSharding`` that a placement stands for.
+
+    Mesh axes of one device, which cut nothing, are left out, as jax leaves them out of what a step returns.
+    The text of a program names the axes of its arguments: with others, a run that goes on would compile anew
+    what it had compiled before.
+    """
+    return params_lib.unflatten({p: NamedSharding(mesh, _cuts(x.spec, mesh)) for p, x in placements.items()})
+
+
+def _cuts(spec: P, mesh: Mesh) -> P:
+    """The spec without mesh axes of one device."""
+    parts = []
+    for part in spec:
+        axes = (part,) if isinstance(part, str) else (part or ())
+        axes = tuple(axis for axis in axes if mesh.shape[axis] > 1)
+        parts.append(axes[0] if len(axes) == 1 else axes or None)
+    return P(*parts)
 
 
 def batch_sharding(mesh: Mesh, rules: AxisRules | None = None) -> NamedSharding:

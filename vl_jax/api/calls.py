@@ -17,8 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from vl_jax import config, runs
+from vl_jax.api import sitting
+from vl_jax.api.part import load_heads
 from vl_jax.api.run import Run
-from vl_jax.experiment import Experiment
+from vl_jax.experiment import Experiment, read_run
+from vl_jax.joint import JointConfig
 from vl_jax.runtime import errors, start
 
 
@@ -65,15 +68,20 @@ def train(
     return load_run(folder)
 
 
-def load_run(workdir: str | PathLike[str]) -> Run:
+def load_run(workdir: str | PathLike[str], *, heads: str | Sequence[str] = ()) -> Run:
     """Opens the newest sound checkpoint of a run, finished or not.
 
+    Args:
+      heads: of a joint model, these alone; only they and the towers that they stand on are read. None: all.
+
     Raises:
-      UserError: the folder holds no run, or no checkpoint that can be used.
+      UserError: the folder holds no run, no checkpoint that can be used, or no such head.
     """
     start.set_up()
-    folder = Path(workdir)
+    folder, names = Path(workdir), (heads,) if isinstance(heads, str) else tuple(heads)
     with errors.told():
+        if names and isinstance(read_run(folder).model, JointConfig):
+            return load_heads(folder, names)
         experiment, layout, state, step = runs.restore(folder)
     return Run(folder, experiment, layout, state, step)
 
@@ -82,12 +90,15 @@ def evaluate(
     run: Run | str | PathLike[str],
     tasks: str | Sequence[str] = (),
     overrides: Mapping[str, Any] | None = None,
+    *,
+    data: str | PathLike[str] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Evaluates the newest checkpoint of a run anew; gives what ``eval/<task>/<step>.json`` then holds.
+    """Evaluates the newest checkpoint of a run; gives what ``eval/<task>/<step>.json`` then holds, by task.
 
     Args:
       run: an open run, or its folder.
-      tasks: names in the experiment's ``data.evaluation``; none: all of them.
+      tasks: names in the experiment's ``data.evaluation``; none: all of them. With ``data``, the one exam.
+      data: folder with the files of a published exam.
       overrides: changes to the run's ``evaluation`` and ``data``: ``{"evaluation.limit": 100}``.
 
     Raises:
@@ -97,7 +108,11 @@ def evaluate(
     folder = run.workdir if isinstance(run, Run) else Path(run)
     names = (tasks,) if isinstance(tasks, str) else tuple(tasks)
     with errors.told():
-        return runs.evaluate_run(folder, names, _pairs(overrides))
+        if data is None:
+            return runs.evaluate_run(folder, names, _pairs(overrides))
+        if len(names) != 1:
+            raise errors.UserError(f"tasks={names}: with data it is the name of one exam, such as 'docvqa'")
+        return sitting.take_by_run(sitting.Sitting(names[0], Path(data)), folder, _pairs(overrides))
 
 
 def _pairs(overrides: Mapping[str, Any] | None) -> list[tuple[str, str]]:

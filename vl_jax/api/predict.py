@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 from jaxtyping import Float
+from PIL import Image as PilImage
 
 from vl_jax import ask, sharding
 from vl_jax.api.calls import load_run
@@ -29,9 +30,9 @@ from vl_jax.data.sample import TEXT, FileImage, Sample, Turn
 from vl_jax.evaluate.task import Examinee
 from vl_jax.experiment import model_spec
 from vl_jax.fusion.build import Apart
+from vl_jax.generation.decode import Writer
 from vl_jax.heads.pairs import PairVectors
 from vl_jax.joint import TILES, TOKENS, Joint
-from vl_jax.model import VisionLanguage
 from vl_jax.moe.stacks import RoutingState
 from vl_jax.runtime import errors, start
 from vl_jax.runtime.errors import UserError
@@ -67,12 +68,12 @@ def predict(
       UserError: the folder holds no run, there is no such head, or the model needs something else.
     """
     start.set_up()
-    opened = run if isinstance(run, Run) else load_run(run)
-    given = _Given(None if image is None else Path(image), None if audio is None else Path(audio), text)
     names = (heads,) if isinstance(heads, str) else tuple(heads)
+    opened = run if isinstance(run, Run) else load_run(run, heads=names)
+    given = _Given(None if image is None else Path(image), None if audio is None else Path(audio), text)
     with errors.told():
         model = opened.layout.model
-        if isinstance(model, VisionLanguage):
+        if isinstance(model, Writer):
             return {ANSWER: _answer(opened, given, names, max_new_tokens)}
         if not isinstance(model, Joint):
             kind = type(opened.experiment.model).__name__
@@ -80,6 +81,33 @@ def predict(
                 f"{opened.workdir}: its model is a {kind}; only models with heads or text can say"
             )
         return _say(opened, given, names, tuple(candidates))
+
+
+def draw(run: Run, said: Mapping[str, Any], image: str | PathLike[str]) -> PilImage.Image:
+    """What the heads of an open run said of a picture, drawn on the tile that they saw.
+
+    Args:
+      said: what ``predict`` gave, by head. Each head that has ``draw`` draws its own picture; they stand
+        side by side.
+
+    Raises:
+      UserError: no head of those that said something can draw.
+    """
+    start.set_up()
+    with errors.told():
+        heads = {head.name: head for head in getattr(run.layout.model.config, "heads", ())}
+        able = [name for name in said if hasattr(heads.get(name), "draw")]
+        if not able:
+            known = ", ".join(said)
+            raise UserError(f"nothing to draw: no head of {known} has draw()")
+        tile = PilImage.fromarray(run.encoder.prompt(_Given(Path(image), None, "").sample(run)).tiles[0])
+        drawn = [heads[name].draw(tile, said[name]) for name in able]
+    width, height = sum(picture.width for picture in drawn), max(picture.height for picture in drawn)
+    result, left = PilImage.new("RGB", (width, height), (255, 255, 255)), 0
+    for picture in drawn:
+        result.paste(picture, (left, 0))
+        left += picture.width
+    return result
 
 
 @dataclasses.dataclass(frozen=True)

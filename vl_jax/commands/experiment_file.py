@@ -5,9 +5,6 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from vl_jax.config import load
-from vl_jax.schema import ConfigError
-
 if TYPE_CHECKING:
     from vl_jax.experiment import Experiment
 
@@ -29,9 +26,6 @@ def load_experiment(arguments: argparse.Namespace) -> Experiment:
     Raises:
       ConfigError: the file is wrong, or gives something else than an experiment.
     """
-    from vl_jax.experiment import Experiment, resolve
+    from vl_jax.experiment import load
 
-    experiment = load(arguments.config, arguments.overrides)
-    if not isinstance(experiment, Experiment):
-        raise ConfigError(f"--config={arguments.config}: get_config() gave no Experiment")
-    return resolve(experiment)
+    return load(arguments.config, arguments.overrides)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vl_jax.commands.drawing import draw_boxes
 from vl_jax.schema import ConfigError
 
 if TYPE_CHECKING:
     from vl_jax.ask import Asked
-    from vl_jax.data.picture import Orientation
 else:
-    Asked = Orientation = Any  # a command says what it can do without loading what does it
+    Asked = Any  # a command says what it can do without loading what does it
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,28 +40,13 @@ def run(arguments: argparse.Namespace) -> None:
     model = _open(arguments)
     text = _stream(model, arguments)
     if arguments.draw is not None:
-        _draw(text, arguments.image, arguments.draw, model.orientation)
+        draw_boxes(text, arguments.image, arguments.draw, model.orientation)
 
 
 def _open(arguments: argparse.Namespace) -> Asked:
     from vl_jax import ask
 
     return ask.of_run(arguments.workdir) if arguments.workdir else ask.of_published(arguments.model)
-
-
-def _draw(text: str, image: Path, target: Path, orientation: Orientation = "shown") -> None:
-    """Writes the image, as the model saw it, with the boxes of an answer, and says how many there are."""
-    from vl_jax.data.sample import FileImage
-    from vl_jax.data.text import grounding
-
-    picture = FileImage(image, where="--image", orientation=orientation)()
-    found = grounding.parse(text)
-    boxes = found.boxes(*picture.size)
-    drawing = grounding.draw(picture, boxes)
-    drawing.picture.save(target)
-    print(f"{target}: boxes drawn: {len(boxes)}, not readable: {found.malformed}", file=sys.stderr)
-    for number, label in drawing.legend.items():
-        print(f"{target}: {number} stands for {label!r}, which no font here can write", file=sys.stderr)
 
 
 def _stream(model: Asked, arguments: argparse.Namespace) -> str:

@@ -7,6 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from vl_jax.commands.drawing import draw_boxes
+from vl_jax.schema import ConfigError
+
 _SHOWN = 10  # classes
 
 
@@ -23,17 +26,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="texts to compare a picture with, a line each; held-out",
     )
+    parser.add_argument("--draw", type=Path, metavar="PNG", help="where the image goes, and what is said")
     parser.add_argument("--max-new-tokens", type=int, default=32, help="of an answer")
     parser.add_argument("--json", action="store_true", help="print JSON, all classes included")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Prints what every head says, under its name."""
-    from vl_jax.api.predict import predict
+    """Prints what every head says, under its name, and draws it where that is asked for.
 
+    Raises:
+      ConfigError: options that do not go together.
+      UserError: nothing that is said can be drawn.
+    """
+    from vl_jax.api.calls import load_run
+    from vl_jax.api.predict import ANSWER, draw, predict
+    from vl_jax.generation.decode import Writer
+
+    if arguments.draw is not None and arguments.image is None:
+        raise ConfigError("--draw needs --image, on which it draws")
+    opened = load_run(arguments.workdir, heads=arguments.head)
     lines = arguments.candidates.read_text(encoding="utf-8").splitlines() if arguments.candidates else []
     found = predict(
-        arguments.workdir,
+        opened,
         image=arguments.image,
         audio=arguments.audio,
         text=arguments.text,
@@ -43,9 +57,15 @@ def run(arguments: argparse.Namespace) -> None:
     )
     if arguments.json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
-        return
-    for head, said in found.items():
-        print("\n".join([head, *(f"  {line}" for line in said_lines(said))]))
+    else:
+        for head, said in found.items():
+            print("\n".join([head, *(f"  {line}" for line in said_lines(said))]))
+    if arguments.draw is not None:
+        if isinstance(opened.layout.model, Writer):
+            orientation = opened.experiment.data.tiling.orientation
+            draw_boxes(found[ANSWER], arguments.image, arguments.draw, orientation)
+        else:
+            draw(opened, found, arguments.image).save(arguments.draw)
 
 
 def said_lines(said: Any) -> list[str]:

@@ -33,7 +33,7 @@ COMMANDS = {
         "inspect params --config=experiments/quickstart.py",
     ),
     "sweep": Command(
-        "Train every variant that the sweeps of an experiment file name, and compare them on one page.",
+        "Train every variant that the sweeps of an experiment file name, or an ablation; compare them.",
         "sweep --config=experiments/quickstart.py --sweep=scheme --workdir=runs/schemes",
     ),
     "evaluate": Command(
@@ -41,7 +41,7 @@ COMMANDS = {
         "evaluate --workdir=runs/quickstart --task=heldout --config.evaluation.limit=100",
     ),
     "report": Command(
-        "Write the page of a run, or of several, anew from their files.",
+        "Write the page of a run, of several or of an ablation anew; judge what was declared.",
         "report --workdir=runs/quickstart",
         _FINISHED,
         light=True,
@@ -57,7 +57,8 @@ COMMANDS = {
         "the model is asked as it was trained",
     ),
     "convert": Command(
-        "Convert a published folder (safetensors) to a checkpoint; or back, or a fine-tuned run.",
+        "Convert a published folder (safetensors) to a checkpoint; or back, or a fine-tuned run; or one head "
+        "of a run to a folder of its own.",
         "convert --from=deepseek-vl2-tiny --to=checkpoints/tiny",
         "it copies weights as they are, and reads no experiment",
     ),

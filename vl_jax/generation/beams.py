@@ -12,8 +12,7 @@ from jaxtyping import Array, Int
 
 from vl_jax.batch import Batch
 from vl_jax.generation.choice import GenerationConfig
-from vl_jax.generation.decode import decode, empty_rows, is_any, prefill
-from vl_jax.model import VisionLanguage
+from vl_jax.generation.decode import Writer, decode, empty_rows, is_any, prefill
 from vl_jax.moe.stacks import RoutingState
 from vl_jax.nn.cache import Cache
 
@@ -23,7 +22,7 @@ def beam_search(
     routing_state: RoutingState,
     batch: Batch,
     *,
-    model: VisionLanguage,
+    model: Writer,
     config: GenerationConfig,
     stop: tuple[int, ...],
 ) -> Int[Array, "B new"]:
@@ -32,12 +31,13 @@ def beam_search(
     Every row keeps K running continuations and the K best that have ended. Of the 2 K best extensions at most
     K end (with one stop id), so K go on.
     """
-    (rows, length), beams, new = batch.tokens.shape, config.num_beams, config.max_new_tokens
-    logits, cache, vision = prefill(
+    (rows, length) = model.config.opening(batch).tokens.shape
+    beams, new = config.num_beams, config.max_new_tokens
+    logits, cache, seen = prefill(
         params, routing_state, batch, model=model, slots=length + new, chunk=config.prefill_chunk
     )
     repeat = functools.partial(jnp.repeat, repeats=beams, axis=0)
-    wide, vision, logits = jax.tree.map(repeat, (batch, vision, logits))
+    wide, seen, logits = jax.tree.map(repeat, (batch, seen, logits))
     cache = _gather_rows(cache, jnp.repeat(jnp.arange(rows), beams))
     low = jnp.finfo(jnp.float32).min
     # At first all beams of a row are the same: only one of them may be extended.
@@ -63,7 +63,7 @@ def beam_search(
         parent, token = jnp.take_along_axis(parent, on, axis=1), jnp.take_along_axis(token, on, axis=1)
         cache = _gather_rows(cache, (jnp.arange(rows)[:, None] * beams + parent).reshape(-1))
         logits, cache = decode(
-            params, routing_state, wide, vision, token.reshape(-1), index, cache, model=model
+            params, routing_state, wide, seen, token.reshape(-1), index, cache, model=model
         )
         return index + 1, running, tokens, ended, ended_tokens, logits, cache
 

@@ -18,11 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from vl_jax.batch import Batch
+from vl_jax.batch import Batch, without_blank_pictures
 from vl_jax.generation.beams import beam_search
 from vl_jax.generation.choice import GenerationConfig
-from vl_jax.generation.decode import Course, advance, empty_rows, is_any, prefill
-from vl_jax.model import VisionLanguage
+from vl_jax.generation.decode import Course, Writer, advance, empty_rows, is_any, prefill
 from vl_jax.moe.stacks import RoutingState
 
 # Caches of ``stream`` have a multiple of so many slots, so that lengths that differ a little share a program.
@@ -35,11 +34,11 @@ def generate(
     batch: Batch,
     key: jax.Array | None = None,
     *,
-    model: VisionLanguage,
+    model: Writer,
     config: GenerationConfig,
     stop: tuple[int, ...],
 ) -> Int[Array, "B new"]:
-    """A continuation of every row.
+    """A continuation of every row. Where no row has a picture, no part that looks at one is run.
 
     Args:
       batch: prompts, left-padded so that all rows end at the last index.
@@ -47,7 +46,7 @@ def generate(
       stop: ids that end a row; what follows one comes back as ``stop[0]``.
     """
     loop = _loop(model, config, stop)  # pyright: ignore[reportArgumentType] (modules hash by their fields)
-    return loop(params, routing_state, batch, key)
+    return loop(params, routing_state, without_blank_pictures(batch), key)
 
 
 def _generate(
@@ -56,14 +55,14 @@ def _generate(
     batch: Batch,
     key: jax.Array | None,
     *,
-    model: VisionLanguage,
+    model: Writer,
     config: GenerationConfig,
     stop: tuple[int, ...],
 ) -> Int[Array, "B new"]:
     if config.num_beams > 1:
         return beam_search(params, routing_state, batch, model=model, config=config, stop=stop)
-    rows, length = batch.tokens.shape
-    logits, cache, vision = prefill(
+    rows, length = model.config.opening(batch).tokens.shape
+    logits, cache, seen = prefill(
         params,
         routing_state,
         batch,
@@ -76,7 +75,7 @@ def _generate(
     def step(carry: tuple) -> tuple:
         course, cache, done, written = carry
         token, after, cache = advance(
-            params, routing_state, batch, vision, course, cache, model=model, config=config
+            params, routing_state, batch, seen, course, cache, model=model, config=config
         )
         token = jnp.where(done, stop[0], token)
         written = jax.lax.dynamic_update_slice_in_dim(written, token[:, None], course.index, axis=1)
@@ -97,7 +96,7 @@ def stream(
     batch: Batch,
     key: jax.Array | None = None,
     *,
-    model: VisionLanguage,
+    model: Writer,
     config: GenerationConfig,
     stop: tuple[int, ...],
 ) -> Iterator[list[int | None]]:
@@ -108,8 +107,10 @@ def stream(
     """
     if config.num_beams > 1:
         raise ValueError(f"num_beams={config.num_beams}: only num_beams=1 can be streamed")
-    slots = -(-(batch.tokens.shape[1] + config.max_new_tokens) // SLOT_BUCKET) * SLOT_BUCKET
-    logits, cache, vision = _prefill(
+    batch = without_blank_pictures(batch)
+    length = model.config.opening(batch).tokens.shape[1]
+    slots = -(-(length + config.max_new_tokens) // SLOT_BUCKET) * SLOT_BUCKET
+    logits, cache, seen = _prefill(
         params, routing_state, batch, model=model, slots=slots, chunk=config.prefill_chunk
     )
     done = np.asarray(empty_rows(batch)).tolist()
@@ -118,7 +119,7 @@ def stream(
     used = jnp.zeros_like(logits, bool) if config.repetition_penalty != 1 else None
     course = Course(jnp.zeros((), jnp.int32), key, logits, used)
     for _ in range(config.max_new_tokens):
-        token, course, cache = step(params, routing_state, batch, vision, course, cache)
+        token, course, cache = step(params, routing_state, batch, seen, course, cache)
         ids = np.asarray(token).tolist()
         done = [ended or i in stop for i, ended in zip(ids, done, strict=True)]
         yield [None if ended else i for i, ended in zip(ids, done, strict=True)]
@@ -136,13 +137,13 @@ _prefill = functools.partial(jax.jit, static_argnames=("model", "slots", "chunk"
 
 
 @functools.cache
-def _loop(model: VisionLanguage, config: GenerationConfig, stop: tuple[int, ...]) -> Any:
+def _loop(model: Writer, config: GenerationConfig, stop: tuple[int, ...]) -> Any:
     """``generate``, compiled."""
     return _compiled(functools.partial(_generate, model=model, config=config, stop=stop))
 
 
 @functools.cache
-def _step(model: VisionLanguage, config: GenerationConfig) -> Any:
+def _step(model: Writer, config: GenerationConfig) -> Any:
     """``advance``, compiled; to find it by model and config takes as long as a layer: once a stream does."""
     return _compiled(functools.partial(advance, model=model, config=config), donate_argnames=("cache",))
 

@@ -195,7 +195,7 @@ def high_resolution_rules(source: str = "model.", target: str = "high/") -> tupl
 
 
 def aligner_rules(source: str = "model.aligner.", target: str = "aligner/") -> tuple[Rule, ...]:
-    """Where the tensors of the hybrid aligner go."""
+    """Where the tensors of the aligner of two resolutions go."""
     return (
         *_linear(source + "vision_proj", target + "low"),
         *_linear(source + "high_res_vision_proj", target + "high"),

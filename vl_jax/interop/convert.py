@@ -41,6 +41,7 @@ from vl_jax.interop.safetensors import Entry, WeightsError
 from vl_jax.layout import abstract
 from vl_jax.model import LANGUAGE
 from vl_jax.moe import stacks
+from vl_jax.runtime import json_text
 from vl_jax.runtime.lazy_array import LazyArray
 
 PUBLISHED, TENSORS = "published", "tensors.json"
@@ -135,7 +136,7 @@ def _read_tensors(source: Path) -> tuple[Published, Weights]:
     folder, file = source / PUBLISHED, source / TENSORS
     kept = open_weights(folder)
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = json_text.read(file)
         entries = {key: Entry(tuple(shape), np.dtype(d)) for key, (d, *shape) in found["entries"].items()}
         tied = bool(found["tied"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -6,6 +6,7 @@ value of its own.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from vl_jax.interop.rules import Rule
 from vl_jax.interop.vision import ACTIVATIONS
 from vl_jax.kernels.activation import FUNCTIONS, Activation
 from vl_jax.language.encoder_decoder import EncoderDecoderConfig, StackConfig
+from vl_jax.language.text_to_text import TextToTextConfig
 from vl_jax.moe.config import BalanceConfig, CapacityConfig, SharedExpertsConfig
 from vl_jax.moe.routing import MoEConfig
 
@@ -118,6 +120,18 @@ def read_encoder_decoder(config: Fields) -> SwitchConfig:
         start_id=c["pad_token_id"] if c["decoder_start_token_id"] is None else c["decoder_start_token_id"],
         pad_id=c["pad_token_id"],
     )
+
+
+def read_text_to_text(config: Fields) -> TextToTextConfig:
+    """A published model as one that is trained on rows and asked: ``read_encoder_decoder``, but padding takes
+    no experts.
+
+    Raises:
+      ValueError: see there.
+    """
+    found = read_encoder_decoder(config)
+    network = dataclasses.replace(found.model, route_padding=False)
+    return TextToTextConfig(network, found.moe, start_id=found.start_id)
 
 
 def _sparse_step(c: Fields, side: str, layers: int) -> int:

@@ -15,6 +15,12 @@ from vl_jax.data.published.picture_text import PictureTextProcessor
 from vl_jax.data.published.processor import Processor
 from vl_jax.data.published.text_processor import TextProcessor
 from vl_jax.interop.deepseek_vl2 import deepseek_vl2_rules, read_deepseek_vl2
+from vl_jax.interop.encoder_decoder import IGNORED as SWITCH_IGNORED
+from vl_jax.interop.encoder_decoder import (
+    encoder_decoder_rules,
+    encoder_decoder_stacks,
+    read_text_to_text,
+)
 from vl_jax.interop.language import FAMILIES as TEXT_FAMILIES
 from vl_jax.interop.language import NAMES, Names, language_rules, read_language
 from vl_jax.interop.rules import Rule
@@ -27,12 +33,13 @@ from vl_jax.interop.vision_language import (
     vision_language_stacks,
 )
 from vl_jax.joint import JointConfig
+from vl_jax.language.text_to_text import TextToTextConfig
 from vl_jax.model import VisionLanguageConfig
 
 _CONTEXT = 2048  # tokens, of a language model whose config does not say
 
 Fields = Mapping[str, Any]
-PublishedConfig = VisionLanguageConfig | JointConfig
+PublishedConfig = VisionLanguageConfig | JointConfig | TextToTextConfig
 AnyProcessor = Processor | PictureTextProcessor | TextProcessor
 
 
@@ -50,6 +57,7 @@ class Family:
     tiling: Callable[[Path, Any], TilingConfig | None] = lambda *_: None
     # The layers each stack of parameters or state holds, for ``rules.plan``, where it is not all in one.
     stacks: Callable[[Any], dict[str, tuple[int, ...]]] = vision_language_stacks
+    ignored: tuple[str, ...] = ()  # regular expressions of further tensors that may go unused
 
 
 def _language_config(fields: Fields) -> VisionLanguageConfig:
@@ -113,5 +121,11 @@ FAMILIES: dict[str, Family] = {
             tiling=_contrastive_tiling,
             stacks=lambda _: {},
         ),
+    ),
+    "switch_transformers": Family(
+        read_text_to_text,
+        lambda *_: encoder_decoder_rules(),
+        stacks=lambda config: encoder_decoder_stacks(config.network),
+        ignored=SWITCH_IGNORED,
     ),
 }

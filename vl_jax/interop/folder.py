@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from vl_jax.interop.safetensors import Entry, TensorFile, WeightsError, open_file, write_file
+from vl_jax.runtime import json_text
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -62,8 +63,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        value = json_text.read(path)
+    except ValueError as error:
         raise WeightsError(f"{path}: not JSON ({error})") from None
     if not isinstance(value, dict):
         raise WeightsError(f"{path}: must be a JSON object, not {type(value).__name__}")

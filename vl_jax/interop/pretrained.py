@@ -21,24 +21,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from vl_jax import params as params_lib
 from vl_jax import sharding
 from vl_jax.batch import Batch
 from vl_jax.data.images.tiling import TilingConfig
+from vl_jax.data.published.request import Request
 from vl_jax.data.published.stops import Stops
 from vl_jax.data.text.pieces import pieces, whole
 from vl_jax.generation.choice import GenerationConfig
 from vl_jax.generation.decode import pad_prompts
 from vl_jax.generation.generate import answer_ids, generate, stream
-from vl_jax.heads.pairs import Pairs
 from vl_jax.interop import quantized, rules, surplus
 from vl_jax.interop.families import FAMILIES, AnyProcessor, Family, PublishedConfig
 from vl_jax.interop.folder import CONFIG, INDEX, Weights, open_weights, read_config, write_folder
 from vl_jax.interop.rules import Rule
 from vl_jax.interop.safetensors import Entry
-from vl_jax.joint import JointConfig
 from vl_jax.layout import Layout, plan_layout, put_batch
 from vl_jax.model import LANGUAGE, VisionLanguage, VisionLanguageConfig
 from vl_jax.moe import stacks
@@ -100,7 +100,8 @@ def read_published(folder: str | Path) -> Published:
     """
     folder = Path(folder)
     fields = read_config(folder)
-    return describe(folder, fields, open_weights(folder) if fields.get("model_type") in FAMILIES else None)
+    is_known = str(fields.get("model_type")) in FAMILIES
+    return describe(folder, fields, open_weights(folder) if is_known else None)
 
 
 def describe(
@@ -121,7 +122,7 @@ def describe(
       ValueError: see ``read_published``.
     """
     kind = fields.get("model_type")
-    if kind not in FAMILIES or weights is None:
+    if not isinstance(kind, str) or kind not in FAMILIES or weights is None:
         raise ValueError(f"{folder}: model_type={kind!r}: known are {', '.join(sorted(FAMILIES))}")
     family = FAMILIES[kind]
     try:
@@ -150,62 +151,8 @@ def describe(
         elif config.language.tie_embeddings:
             table = surplus.from_head(table, keys)
     ignored = surplus.passed_over(fields, layers, table, keys)
-    ignored += [re.escape(key) for key in copies]
+    ignored += [*family.ignored, *(re.escape(key) for key in copies)]
     return Published(folder, fields, config, table, weights, tuple(ignored), copies, absent)
-
-
-# What is no property of a published model, but of how it is run and trained here: see ``run_as``.
-MOE_SETTINGS = ("balance", "limit", "execution")
-
-
-def run_as(published: PublishedConfig, ours: Any) -> PublishedConfig:
-    """The published model, run and trained as ours is.
-
-    Of ours stay compute dtype and rematerialisation, of a language model ``scan_layers`` and
-    ``MOE_SETTINGS``, of a joint model what tells pictures apart (``Pairs.identity``).
-
-    Raises:
-      ValueError: ours is a model of another class, or a joint model with other parts.
-    """
-    if isinstance(published, VisionLanguageConfig) and isinstance(ours, VisionLanguageConfig):
-        return _run_vision_language(published, ours)
-    if isinstance(published, JointConfig) and isinstance(ours, JointConfig):
-        return _run_joint(published, ours)
-    raise ValueError(
-        f"config.init: a published {type(published).__name__} cannot begin a {type(ours).__name__}"
-    )
-
-
-def _run_joint(published: JointConfig, ours: JointConfig) -> JointConfig:
-    theirs, mine = (
-        {
-            "towers": [(tower.name, tower.input) for tower in config.towers],
-            "fusion": config.fusion,
-            "heads": [(head.name, type(head).__name__) for head in config.heads],
-        }
-        for config in (published, ours)
-    )
-    for part, expected in theirs.items():
-        if mine[part] != expected:
-            raise ValueError(
-                f"config.model.{part}: has {mine[part]}, the checkpoint of config.init {expected}"
-            )
-    heads = tuple(
-        dataclasses.replace(head, identity=own.identity)
-        if isinstance(head, Pairs) and isinstance(own, Pairs)
-        else head
-        for head, own in zip(published.heads, ours.heads, strict=True)
-    )
-    return dataclasses.replace(published, heads=heads, dtype=ours.dtype, remat=ours.remat)
-
-
-def _run_vision_language(published: VisionLanguageConfig, ours: VisionLanguageConfig) -> VisionLanguageConfig:
-    language = dataclasses.replace(
-        published.language, remat=ours.language.remat, scan_layers=ours.language.scan_layers
-    )
-    settings = {name: getattr(ours.moe, name) for name in MOE_SETTINGS}
-    moe = dataclasses.replace(published.moe, **settings)
-    return dataclasses.replace(published, language=language, moe=moe, dtype=ours.dtype)
 
 
 def load_params(published: Published | str | Path, layout: Layout) -> tuple[Any, RoutingState]:
@@ -346,19 +293,51 @@ class Pretrained:
         Raises:
           ValueError: the conversation is malformed or too long, or the checkpoint has no processor.
         """
-        config, processor, stops = GenerationConfig(**options), self._processor(), self.stops
+        prompt = self._prompt(conversation, images)
+        return self._said(prompt, GenerationConfig(**options), key, stop_strings)[0]
+
+    def prompts(self, requests: Sequence[Request], *, rows: int) -> Batch:
+        """Conversations to answer, as a host batch of so many rows; those past the requests repeat the last.
+
+        Raises:
+          ValueError: a conversation is malformed or too long, or the checkpoint has no processor.
+        """
+        batch, more = self._processor().prompts(requests), rows - len(requests)
+        return jax.tree.map(lambda a: np.concatenate([a, a[-1:].repeat(more, axis=0)]), batch)
+
+    def answers(
+        self,
+        prompts: Batch,
+        *,
+        key: jax.Array | None = None,
+        stop_strings: Sequence[str] = (),
+        **options: Any,
+    ) -> list[str]:
+        """What is said to every row of a host batch, greedily unless the options say otherwise.
+
+        Args:
+          prompts: rows that divide by the batch shards of the mesh, see ``prompts``.
+          key, stop_strings, options: as for ``generate``.
+        """
+        return self._said(self._put(prompts), GenerationConfig(**options), key, stop_strings)
+
+    def _said(
+        self, prompts: Batch, config: GenerationConfig, key: jax.Array | None, stop_strings: Sequence[str]
+    ) -> list[str]:
+        processor, stops = self._processor(), self.stops
         with sharding.use_mesh(self.layout.mesh, self.layout.rules):
             tokens = generate(
                 self.params,
                 self.routing_state,
-                self._prompt(conversation, images),
+                prompts,
                 key,
                 model=self.model,
                 config=config,
                 stop=stops.tokens,
             )
-        ids = answer_ids(tokens, stop=stops.tokens)[0]
-        return whole(ids, processor.tokenizer, (*stops.strings, *stop_strings))
+        tokens = multihost_utils.process_allgather(tokens, tiled=True)
+        ends = (*stops.strings, *stop_strings)
+        return [whole(ids, processor.tokenizer, ends) for ids in answer_ids(tokens, stop=stops.tokens)]
 
     def stream(
         self,
@@ -397,7 +376,10 @@ class Pretrained:
             messages.append({"role": "assistant", "content": ""})
         batch = self._processor()(conversations=messages, images=images)
         rows = sharding.batch_axes(self.layout.mesh)
-        batch = jax.tree.map(lambda a: a.repeat(rows, axis=0), batch)
+        return self._put(jax.tree.map(lambda a: a.repeat(rows, axis=0), batch))
+
+    def _put(self, batch: Batch) -> Batch:
+        """A host batch with more padding before its prompts, on the devices."""
         length = -(-batch.tokens.shape[1] // PROMPT_BUCKET) * PROMPT_BUCKET
         return put_batch(jax.device_get(pad_prompts(batch, length)), self.layout)
 
@@ -419,8 +401,10 @@ def from_pretrained(
     published = read_published(folder)
     if not isinstance(published.config, VisionLanguageConfig):
         kind = type(published.config).__name__
+        does = "is not asked by itself" if hasattr(published.config, "opening") else "writes no text"
         raise ValueError(
-            f"{folder}: its model is a {kind}, which writes no text; `evaluate` says what it can"
+            f"{folder}: its model is a {kind}, which {does}; `evaluate` says what it can, and `train` takes "
+            "it as config.init"
         )
     language = dataclasses.replace(published.config.language, scan_layers=scan_layers)
     config = dataclasses.replace(published.config, dtype=dtype, language=language)  # pyright: ignore[reportArgumentType]

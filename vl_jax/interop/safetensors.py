@@ -12,12 +12,15 @@ import dataclasses
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
+
+from vl_jax.runtime import json_text
 
 # The limit every reader of the format keeps; a longer header is damage or an attack.
 MAX_HEADER = 100_000_000
@@ -119,10 +122,10 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
             raise WeightsError(f"header has {length} bytes, at most {MAX_HEADER} are allowed")
         raw = file.read(length)
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+        header = json_text.parse(raw, longest=MAX_HEADER, hook=_unique)
     except WeightsError:
         raise
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise WeightsError(f"header is not JSON ({error})") from None
     if not isinstance(header, dict):
         raise WeightsError(f"header must be a JSON object, not {type(header).__name__}")
@@ -132,7 +135,8 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        twice = next(name for i, (name, _) in enumerate(pairs) if any(name == n for n, _ in pairs[:i]))
+        counts = Counter(name for name, _ in pairs)
+        twice = next(name for name, _ in pairs if counts[name] > 1)
         raise WeightsError(f"{twice!r} occurs twice in the header")
     return result
 

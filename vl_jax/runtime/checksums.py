@@ -63,19 +63,20 @@ def _named(tree: Any) -> dict[str, Any]:
 
 
 def _split(leaves: Mapping[str, Any]) -> tuple[dict[str, LazyArray], dict[str, jax.Array]]:
-    """Those that lie in host memory as a whole, and those on devices."""
+    """Those of which host memory holds a whole copy, and those on devices."""
     here = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, LazyArray)}
     here |= {
-        name: LazyArray.of(np.asarray(leaf))
+        name: LazyArray.of(np.asarray(leaf.addressable_data(0) if isinstance(leaf, jax.Array) else leaf))
         for name, leaf in leaves.items()
-        if name not in here and _in_one_piece(leaf)
+        if name not in here and _whole_on_host(leaf)
     }
     return here, {name: leaf for name, leaf in leaves.items() if name not in here}
 
 
-def _in_one_piece(x: Any) -> bool:
-    places = x.devices() if isinstance(x, jax.Array) else ()
-    return len(places) < 2 and all(device.platform == "cpu" for device in places)
+def _whole_on_host(x: Any) -> bool:
+    if not isinstance(x, jax.Array):
+        return True
+    return x.is_fully_replicated and all(device.platform == "cpu" for device in x.devices())
 
 
 def _of_leaves(

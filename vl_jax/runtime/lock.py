@@ -14,9 +14,15 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+from vl_jax.runtime import disk
+
 LOCK_FILE = "run.lock"  # who holds the lock, in words; the file stays
 _WITHOUT_LOCKS = (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL)  # what such file systems answer
 _log = logging.getLogger(__name__)
+
+
+class InUse(ValueError):
+    """Another process holds the lock of a folder; the message names that process and its host."""
 
 
 @contextlib.contextmanager
@@ -26,16 +32,18 @@ def held(workdir: Path) -> Iterator[None]:
     On a file system without locks it holds nothing and warns.
 
     Raises:
-      ValueError: another process holds it; the message names that process and its host.
+      InUse: another process holds it.
+      OSError: the disk is full.
     """
     workdir.mkdir(parents=True, exist_ok=True)
-    with (workdir / LOCK_FILE).open("a+", encoding="utf-8") as file:
+    path = workdir / LOCK_FILE
+    with path.open("ab+", buffering=0) as file:  # what is not written at once would fail once more at the end
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise ValueError(
+            holder = file.read().decode(errors="replace").strip() or "another process"
+            raise InUse(
                 f"--workdir={workdir} is in use by another run ({holder}); wait until it ends, stop it, or "
                 "choose another folder"
             ) from None
@@ -43,9 +51,10 @@ def held(workdir: Path) -> Iterator[None]:
             if error.errno not in _WITHOUT_LOCKS:
                 raise
             _log.warning("%s cannot be locked (%s): begin no second run there", workdir, error.strerror)
+        holder = f"process {os.getpid()} on {socket.gethostname()}\n".encode()
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+        with disk.naming(path, needed=len(holder)):
+            file.write(holder)
         try:
             yield
         except BaseException:

@@ -70,11 +70,22 @@ class Best:
         self._scores.pop(step, None)
         if math.isfinite(value):
             self._scores[step] = float(value)
+        self._write()
+        return step in self.steps()
+
+    def go_on_from(self, step: int) -> None:
+        """Forgets the scores of later steps: their checkpoints are gone, and the run takes them again."""
+        later = [known for known in self._scores if known > step]
+        for known in later:
+            del self._scores[known]
+        if later:
+            self._write()
+
+    def _write(self) -> None:
         if jax.process_index() == 0:
             steps = {str(step): self._scores[step] for step in sorted(self._scores)}
-            text = json.dumps({"score": name, "steps": steps}, indent=2, ensure_ascii=False)
+            text = json.dumps({"score": self._config.score, "steps": steps}, indent=2, ensure_ascii=False)
             disk.write_text(self._path, text + "\n")
-        return step in self.steps()
 
     def steps(self) -> set[int]:
         """The best steps; of equal ones the later."""

@@ -13,6 +13,7 @@ import numpy as np
 
 from vl_jax.batch import Batch
 from vl_jax.layout import Layout, put_batch
+from vl_jax.nn.still import resting
 from vl_jax.train import lora
 from vl_jax.train.hooks import Moment
 from vl_jax.train.objectives.objective import Objective
@@ -87,7 +88,11 @@ class EvaluationHook:
 def held_out_sums(
     state: TrainState, batch: Batch, *, objective: Objective, model: Any
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """Every loss of some rows as a sum, and what it is divided by, by the same names; f32[] each."""
+    """Every loss of some rows as a sum, and what it is divided by, by the same names; f32[] each.
+
+    Collections are taken as they are: what has running statistics is normalised by these.
+    """
+    state = dataclasses.replace(state, collections=resting(state.collections, lambda _: True))
     found = objective(state.params, state, batch, model=model, rngs=None)
     totals = objective.total(batch)
     return found.losses, {name: total_of(name, totals) for name in found.losses}

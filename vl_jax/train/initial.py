@@ -8,10 +8,11 @@ Adapters of the checkpoint are merged into their weights first.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,25 +77,13 @@ def load(
     Raises:
       ValueError: there is no sound checkpoint, or none of its parameters is one of the model's.
     """
-    checkpointer = Checkpointer(origin.checkpoints, lazy=True)
-    try:
-        found = checkpointer.restore_stored(_PARTS, only=origin.step)
-        if found is None:
-            raise ValueError(f"config.init={origin.folder}: holds no checkpoint")
-        step, params, training, record = found
-        routing = saved.by_stack(layout, training.get("routing", {}), record)
-        have = params_lib.flatten({"params": params, **training.get("collections", {}), "routing": routing})
-        need = params_lib.flatten({"params": layout.params, **layout.collections})
+    need = params_lib.flatten({"params": layout.params, **layout.collections})
+    with _read(origin, layout) as (step, have, adapters, record):
         taken = {path: leaf for path, leaf in need.items() if path in have and fits(have[path], leaf)}
         if not any(path.startswith("params/") for path in taken):
             raise ValueError(_nothing_fits(origin.folder, have, need))
-        values = {path: place(_cast(have[path], leaf.dtype), leaf) for path, leaf in taken.items()}
-        adapters = params_lib.flatten(training.get("adapters", {}))
-        if adapters:
-            values |= _merged(values, adapters, layout, scale_of(record))
+        values = _placed(taken, have, adapters, layout, scale_of, record)
         state, of_state = _state(layout, have)
-    finally:
-        checkpointer.close()
     if new := need.keys() - taken.keys():
         values |= init_leaves(layout, example, seed, new)
     count = sum(path.startswith("params/") for path in taken)
@@ -102,6 +91,67 @@ def load(
     logger.info("init: %d of %d parameters come from %s, step %d", count, total, origin.folder, step)
     for line in differences(have, need | of_state, where=str(origin.folder)):
         logger.warning("init: %s", line)
+    return _variables(layout, need, values, state)
+
+
+def load_part(
+    origin: Origin, layout: Layout, *, scale_of: Callable[[Mapping[str, Any]], float]
+) -> tuple[Variables, int]:
+    """What a checkpoint has of a model that is a part of its own, and its step; nothing else is read.
+
+    Args:
+      scale_of: as for ``load``.
+
+    Raises:
+      ValueError: there is no sound checkpoint, or it lacks something of the model.
+    """
+    need = params_lib.flatten({"params": layout.params, **layout.collections})
+    with _read(origin, layout, chosen=lambda path: f"params/{path}" in need) as read:
+        step, have, adapters, record = read
+        lacking = [path for path, leaf in need.items() if path not in have or not fits(have[path], leaf)]
+        if lacking:
+            raise ValueError(
+                f"{origin.folder}: its checkpoint has no {_shown(lacking[0])} that fits the model"
+            )
+        values = _placed(need, have, adapters, layout, scale_of, record)
+        state, _ = _state(layout, have)
+    return _variables(layout, need, values, state), step
+
+
+@contextlib.contextmanager
+def _read(
+    origin: Origin, layout: Layout, *, chosen: Callable[[str], bool] = lambda path: True
+) -> Iterator[tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]]:
+    """Step, leaves by path, adapters by path and record of a checkpoint; leaves are read while it is open."""
+    checkpointer = Checkpointer(origin.checkpoints, lazy=True)
+    try:
+        found = checkpointer.restore_stored(_PARTS, only=origin.step, chosen=chosen)
+        if found is None:
+            raise ValueError(f"config.init={origin.folder}: holds no checkpoint")
+        step, params, training, record = found
+        routing = saved.by_stack(layout, training.get("routing", {}), record)
+        have = params_lib.flatten({"params": params, **training.get("collections", {}), "routing": routing})
+        yield step, have, params_lib.flatten(training.get("adapters", {})), record
+    finally:
+        checkpointer.close()
+
+
+def _placed(
+    need: Mapping[str, Any],
+    have: Mapping[str, LazyArray],
+    adapters: Mapping[str, LazyArray],
+    layout: Layout,
+    scale_of: Callable[[Mapping[str, Any]], float],
+    record: Mapping[str, Any],
+) -> dict[str, jax.Array]:
+    """Leaves of a checkpoint where the model has them, adapters merged."""
+    values = {path: place(_cast(have[path], leaf.dtype), leaf) for path, leaf in need.items()}
+    return values | (_merged(values, adapters, layout, scale_of(record)) if adapters else {})
+
+
+def _variables(
+    layout: Layout, need: Mapping[str, Any], values: Mapping[str, jax.Array], state: dict[str, Any]
+) -> Variables:
     tree = params_lib.unflatten({path: values[path] for path in need})
     return Variables(tree["params"], state, {name: tree[name] for name in layout.collections})
 

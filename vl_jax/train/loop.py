@@ -4,6 +4,9 @@ A run is a position (stage, step, data cursor) and arrays. Both are in every che
 is launched again continues with the batch it would have seen next, and ends with the same losses. What a
 stage computes is its program; what else is done around the steps are hooks. Updates that would harm the model
 are skipped: ``guard``.
+
+    course(...)    a generator: it reads, logs and saves, and asks for each step of its program
+    drive(course)  takes the steps; ``lockstep`` takes those of several courses at once
 """
 
 from __future__ import annotations
@@ -12,12 +15,11 @@ import contextlib
 import dataclasses
 import logging
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -26,14 +28,15 @@ from vl_jax.batch import Batch
 from vl_jax.checkpoint import CHECKPOINTS, Checkpointer, CheckpointError
 from vl_jax.layout import Layout, Variables, put_batch
 from vl_jax.metrics import MetricsWriter
-from vl_jax.train import saved, signals
+from vl_jax.train import saved
 from vl_jax.train.best import Best, BestConfig
 from vl_jax.train.clock import Clock
 from vl_jax.train.guard import BEHIND, SKIPPED, Guard, GuardConfig
 from vl_jax.train.hooks import Hook, Moment
 from vl_jax.train.optimizer import schedule
-from vl_jax.train.program import Program, programs
+from vl_jax.train.program import Program
 from vl_jax.train.progress import Progress
+from vl_jax.train.saved import Position
 from vl_jax.train.stages import Stage, trainable_table
 from vl_jax.train.step import Metrics, TrainState
 from vl_jax.train.watchdog import WatchdogConfig
@@ -93,11 +96,16 @@ def unwatched(task: str, *, compiles: bool = False) -> None:
 
 
 class Stopped(Exception):
-    """The run was asked to stop by a signal and has saved its state; carries the signal number."""
+    """A run, or many of them, were asked to stop by a signal and have saved; carries the signal number.
 
-    def __init__(self, number: int, step: int):
+    Args:
+      step: of the run; None where there were many.
+    """
+
+    def __init__(self, number: int, step: int | None):
+        where = "" if step is None else f" at step {step}"
         super().__init__(
-            f"stopped at step {step} by {signal.Signals(number).name}; state is saved, run again to resume"
+            f"stopped{where} by {signal.Signals(number).name}; state is saved, run again to resume"
         )
         self.number = number
 
@@ -121,66 +129,102 @@ class Session:
     seed: int
 
 
-@dataclasses.dataclass
-class Position:
-    """Where a run stands; the JSON side of a checkpoint."""
+class StepDue(NamedTuple):
+    """A step that a course is about to take."""
 
-    stage: int = 0  # the last one when the run is at its end, from where a longer stage goes on
-    step: int = 0  # optimiser steps done in this stage
-    global_step: int = 0
-    data: dict[str, Any] | None = None  # cursor of the stage's stream; None at its beginning
-    guard: dict[str, Any] | None = None  # what ``Guard`` knows of the updates before
-    line: dict[str, Any] | None = None  # the last one of the log, which a crash may have cut
+    program: Program
+    state: Callable[[], TrainState]  # what the step consumes
+    batch: Batch  # on the host
+    learning_rate: np.float32
+    limit: np.float32  # of the gradient norm
 
 
-def train(
+class StepDone(NamedTuple):
+    """What came of a step."""
+
+    state: Callable[[], TrainState]
+    metrics: Metrics
+
+
+Course = Generator[StepDue, StepDone, TrainState]
+
+
+def drive(running: Course) -> TrainState:
+    """Takes the steps of a course, each with its own program; returns what the course returns."""
+    with contextlib.closing(running):
+        taken: Any = None
+        while True:
+            try:
+                program, state, batch, rate, limit = running.send(taken)
+            except StopIteration as end:
+                return end.value
+            layout = program.layout
+            with sharding.use_mesh(layout.mesh, layout.rules):
+                after, metrics = program.step(state(), put_batch(batch, layout), rate, limit)
+            taken = StepDone(_at_hand(after), metrics)
+
+
+def _at_hand(state: TrainState) -> Callable[[], TrainState]:
+    return lambda: state
+
+
+def course(
     layout: Layout,
-    stages: tuple[Stage, ...],
+    made: Sequence[Program],
     open_stream: Callable[[Stage], TrainingStream],
     *,
     begin: Callable[[], Variables],
     workdir: Path,
     config: LoopConfig,
     seed: int,
+    stop: Callable[[], int | None],
     hooks: tuple[Hook, ...] = (),
     alive: Alive = unwatched,
-) -> TrainState:
-    """Runs the stages, from the newest checkpoint in ``workdir`` if there is one.
+    go_on_from: Callable[[int], None] = lambda step: None,
+    quiet: bool = False,
+) -> Course:
+    """The course of a run, from the newest checkpoint in ``workdir`` if there is one.
 
     Args:
+      made: the programs of its stages.
       begin: gives what a run begins with, where it lives.
-      seed: of fresh adapters, and of the noise of routing.
+      seed: of fresh adapters.
+      stop: the number of the signal that asks to stop, if any.
       hooks: what is done around every step, in this order.
       alive: told again and again that the run has moved.
+      go_on_from: told once, in one process, after which step the run begins or goes on.
+      quiet: whether nobody watches its progress.
 
     Returns:
       The state at the end, adapters merged into the parameters.
 
     Raises:
-      Stopped: after SIGTERM, SIGHUP or SIGINT, once the state is on disk.
+      Stopped: it was asked to stop, and its state is on disk.
       UpdatesSkipped: too many updates in a row would have harmed the model.
       CheckpointError: parameters are not finite, and are not saved.
     """
+    stages = tuple(program.stage for program in made)
     best = Best(config.best, workdir)
     checkpointer = Checkpointer(workdir / CHECKPOINTS, keep=config.keep_checkpoints, others=best.steps)
     try:
-        restored = restore(checkpointer, layout, stages, mend=True)
-        made = programs(layout, stages, seed=seed)
+        restored = saved.restore(checkpointer, layout, stages, mend=True)
         if restored is None:
             restored = made[0].begin(begin(), _key(seed, 0)), Position()
         state, position = restored
         total = sum(stage.steps for stage in stages)
         lead = jax.process_index() == 0  # the one process that writes the log and talks
         step = position.global_step
+        best.go_on_from(step)
+        if lead:
+            go_on_from(step)
         guard = Guard(config.guard, workdir / LOGS, state=position.guard, step=step)
         with (
             _writer(workdir, position, lead=lead) as writer,
-            Progress(total, step, quiet=not lead) as progress,
-            signals.noted() as stop,
+            Progress(total, step, quiet=quiet or not lead) as progress,
         ):
             run = Session(
                 layout=layout,
-                programs=made,
+                programs=tuple(made),
                 open_stream=open_stream,
                 hooks=hooks,
                 config=config,
@@ -194,7 +238,7 @@ def train(
                 seed=seed,
             )
             while not _finished(position, stages):
-                state, position = _run_stage(run, state, position)
+                state, position = yield from _run_stage(run, state, position)
         return made[-1].merge(state)
     finally:
         checkpointer.close()
@@ -205,50 +249,13 @@ def _key(seed: int, stage: int) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), stage)
 
 
-def restore(
-    checkpointer: Checkpointer,
-    layout: Layout,
-    stages: tuple[Stage, ...],
-    *,
-    before: int | None = None,
-    mend: bool = False,
-) -> tuple[TrainState, Position] | None:
-    """State and position of the newest sound checkpoint, or None if there is no checkpoint.
-
-    Args:
-      before: only checkpoints of earlier steps than this one.
-      mend: sets damaged ones aside, for a run that goes on.
-
-    Raises:
-      CheckpointError: there are checkpoints, and none of them can be used.
-    """
-
-    def abstract(record: dict[str, Any]) -> Any:
-        stage = stage_at(stages, Position(**record["position"]))
-        return saved.abstract(Program.of(layout, stage), record)
-
-    restored = checkpointer.restore(params=layout.params, training_of=abstract, before=before, mend=mend)
-    if restored is None:
-        return None
-    step, params, training, record = restored
-    logger.info("resumed from checkpoint %d", step)
-    position = Position(**record["position"])
-    if position.stage == len(stages):  # the end of a run, as earlier versions wrote it
-        done = position.global_step - sum(stage.steps for stage in stages[:-1])
-        position = Position(len(stages) - 1, done, position.global_step)
-    return saved.from_saved(layout, params, training, record), position
-
-
-def stage_at(stages: tuple[Stage, ...], position: Position) -> Stage:
-    """The stage whose state a checkpoint holds; that of a finished run is the last."""
-    return stages[min(position.stage, len(stages) - 1)]
-
-
 def _finished(position: Position, stages: tuple[Stage, ...]) -> bool:
     return position.stage == len(stages) - 1 and position.step >= stages[-1].steps
 
 
-def _run_stage(run: Session, state: TrainState, position: Position) -> tuple[TrainState, Position]:
+def _run_stage(
+    run: Session, begun: TrainState, position: Position
+) -> Generator[StepDue, StepDone, tuple[TrainState, Position]]:
     """Runs one stage from ``position`` to its end, and moves on to the beginning of the next, if any."""
     layout, program = run.layout, run.programs[position.stage]
     stage = program.stage
@@ -257,7 +264,9 @@ def _run_stage(run: Session, state: TrainState, position: Position) -> tuple[Tra
     rate, clock = schedule(stage.optimizer, stage.steps), Clock()
     run.guard.begin_stage(program.gradient_names, anew=position.step == 0)
     compiled = position.step + BEHIND + 1  # up to this step, one may wait for its compiler
-    with contextlib.closing(stream), sharding.use_mesh(layout.mesh, layout.rules):
+    state = _at_hand(begun)
+    del begun  # The first step consumes it.
+    with contextlib.closing(stream):
         if position.data is not None:
             stream.set_state(position.data)
         else:  # at the beginning of the stage, but for a run that an earlier version took to its end
@@ -271,7 +280,7 @@ def _run_stage(run: Session, state: TrainState, position: Position) -> tuple[Tra
             learning_rate = float(np.asarray(rate(position.step)))
             position.step, position.global_step = moment.step, moment.global_step
             run.alive(f"computing step {moment.global_step}", compiles=moment.step <= compiled)
-            state, metrics = _step(run, program, state, batch, learning_rate, moment, stream)
+            state, metrics = yield from _step(run, program, state, batch, learning_rate, moment, stream)
             _report(run, moment, batch, metrics, learning_rate, clock, stream.skipped)
             ends = position.step == stage.steps
             stopped = _asked_to_stop(run, position.global_step)
@@ -279,40 +288,43 @@ def _run_stage(run: Session, state: TrainState, position: Position) -> tuple[Tra
             if run.best.add(position.global_step, metrics) or due or stopped or ends:
                 position.data = stream.get_state()
                 if not ends:
-                    position = _save(run, state, position)
+                    position = _save(run, state(), position)
             if stopped and not ends:
                 run.checkpointer.wait()
                 raise Stopped(stopped, position.global_step)
+    ended = state()
     if position.stage + 1 < len(run.programs):
         position = Position(stage=position.stage + 1, global_step=position.global_step)
-        state = program.merge(state)
-        variables = Variables(state.params, state.routing, state.collections)
-        state = run.programs[position.stage].begin(variables, _key(run.seed, position.stage))
-    position = _save(run, state, position)
+        ended = program.merge(ended)
+        variables = Variables(ended.params, ended.routing, ended.collections)
+        ended = run.programs[position.stage].begin(variables, _key(run.seed, position.stage))
+    position = _save(run, ended, position)
     if stopped := _asked_to_stop(run, position.global_step):
         run.checkpointer.wait()
         raise Stopped(stopped, position.global_step)
-    return state, position
+    return ended, position
 
 
 def _step(
     run: Session,
     program: Program,
-    state: TrainState,
+    state: Callable[[], TrainState],
     batch: Batch,
     learning_rate: float,
     moment: Moment,
     stream: TrainingStream,
-) -> tuple[TrainState, Metrics]:
+) -> Generator[StepDue, StepDone, StepDone]:
     """One step with what stands around it; its figures may still be on their way."""
-    for hook in run.hooks:
-        hook.before_step(state, moment)
-    limit, rate = run.guard.limit(moment.global_step), np.float32(learning_rate)
-    state, metrics = program.step(state, put_batch(batch, run.layout), rate, np.float32(limit))
-    metrics = run.guard.watch(moment, metrics, limit, getattr(stream, "ids", ()))
-    for hook in run.hooks:
-        metrics = hook.after_step(state, metrics, moment)
-    return state, metrics
+    layout, limit = run.layout, run.guard.limit(moment.global_step)
+    with sharding.use_mesh(layout.mesh, layout.rules):
+        for hook in run.hooks:
+            hook.before_step(state(), moment)
+    taken = yield StepDue(program, state, batch, np.float32(learning_rate), np.float32(limit))
+    metrics = run.guard.watch(moment, taken.metrics, limit, getattr(stream, "ids", ()))
+    with sharding.use_mesh(layout.mesh, layout.rules):
+        for hook in run.hooks:
+            metrics = hook.after_step(taken.state(), metrics, moment)
+    return StepDone(taken.state, metrics)
 
 
 def _asked_to_stop(run: Session, step: int) -> int | None:
@@ -342,7 +354,7 @@ def _save(run: Session, state: TrainState, position: Position) -> Position:
     if run.writer is not None:
         run.writer.flush()  # The log is never behind a checkpoint.
     training, record = saved.to_saved(state)
-    if wrong := not_finite({"params": state.params, **training}):
+    if wrong := saved.not_finite({"params": state.params, **training}):
         raise CheckpointError(
             f"{wrong[0]} is not finite at step {step} ({len(wrong)} such arrays): this state is not saved, "
             "the checkpoints before it stay; set a lower learning rate, or mend what the model computes"
@@ -350,20 +362,6 @@ def _save(run: Session, state: TrainState, position: Position) -> Position:
     record = {"position": dataclasses.asdict(position), **record}
     run.checkpointer.save(step, params=state.params, training=training, record=record)
     return position
-
-
-def not_finite(tree: Any) -> list[str]:
-    """Paths of the leaves of a tree of arrays that hold an infinite number or none."""
-    named, _ = jax.tree_util.tree_flatten_with_path(tree)
-    leaves = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in named}
-    floats = {path: leaf for path, leaf in leaves.items() if jnp.issubdtype(leaf.dtype, jnp.inexact)}
-    finite = jax.device_get(_are_finite(list(floats.values()))) if floats else ()
-    return [path for path, fine in zip(floats, finite, strict=True) if not fine]
-
-
-@jax.jit
-def _are_finite(leaves: list[jax.Array]) -> jax.Array:
-    return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves])
 
 
 def _report(

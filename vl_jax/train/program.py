@@ -3,6 +3,7 @@
     Program.of(layout, stage)
         .begin(variables, key) -> state              fresh adapters and moments
         .step(state, batch, learning rate, limit)    compiled; consumes the state; see ``guard``
+        .step_of(seed)                               the same, not compiled, with another noise of routing
         .merge(state)                                adapters added to their weights
         .abstract_optimizer                          what a checkpoint of the stage holds
 
@@ -13,12 +14,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from vl_jax import params as params_lib
 from vl_jax.layout import Layout, Variables
@@ -26,7 +28,7 @@ from vl_jax.moe import stacks
 from vl_jax.train import lora
 from vl_jax.train.guard import GuardedStep, guarded
 from vl_jax.train.optimizer import make_optimizer, without_schedule
-from vl_jax.train.stages import Stage, adapter_shapes, trainable_paths
+from vl_jax.train.stages import Stage, adapter_shapes, held_modules, trainable_paths
 from vl_jax.train.step import TrainState, gradient_names, make_train_step, split_trained
 
 
@@ -39,7 +41,8 @@ class Program:
     trainable: set[str]  # paths of the parameters that train
     adapters: dict[str, Any]  # shapes of the adapters, where each lives; empty without any
     optimizer: optax.GradientTransformation
-    step: GuardedStep  # compiled when it is first called; consumes its state
+    step_of: Callable[[ArrayLike], GuardedStep]  # with a seed for the noise of routing; not compiled
+    step: GuardedStep  # that of the program's seed, compiled when it is first called; consumes its state
 
     @classmethod
     def of(cls, layout: Layout, stage: Stage, others: Iterable[Program] = (), *, seed: int = 0) -> Program:
@@ -61,8 +64,12 @@ class Program:
         optimizer = make_optimizer(stage.optimizer, trainable | factors.keys(), roles)
         same = next((p for p in others if computation(p.stage) == computation(stage)), None)
         stacked = _stacked(layout, factors)
-        step = _compiled(layout, stage, trainable, optimizer, stacked, seed) if same is None else same.step
-        return cls(layout, stage, trainable, adapters, optimizer, step)
+        if same is not None:
+            return cls(layout, stage, trainable, adapters, optimizer, same.step_of, same.step)
+        held = held_modules(stage, layout.params, factors)
+        step_of = functools.partial(_step_of, layout, stage, trainable, optimizer, stacked, held)
+        step = jax.jit(step_of(seed), donate_argnums=0)
+        return cls(layout, stage, trainable, adapters, optimizer, step_of, step)
 
     @property
     def gradient_names(self) -> list[str]:
@@ -143,13 +150,14 @@ def computation(stage: Stage) -> Stage:
     )
 
 
-def _compiled(
+def _step_of(
     layout: Layout,
     stage: Stage,
     trainable: set[str],
     optimizer: optax.GradientTransformation,
     stacked: set[str],
-    seed: int,
+    held: set[str],
+    seed: ArrayLike,
 ) -> GuardedStep:
     step = make_train_step(
         layout.model,
@@ -161,10 +169,11 @@ def _compiled(
         roles=layout.roles,
         stacked=stacked,
         seed=seed,
+        held=held,
     )
     for wrapper in stage.wrap:
         step = wrapper(step)
-    return jax.jit(guarded(step), donate_argnums=0)
+    return guarded(step)
 
 
 def _stacked(layout: Layout, adapters: Iterable[str]) -> set[str]:

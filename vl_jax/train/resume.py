@@ -35,7 +35,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str
       before, now: as parsed from the JSON of a config.
     """
     allowed, refused = [], []
-    first, second = _flat(before), _flat(now)
+    first, second = flat(before), flat(now)
     for path in [*first, *(path for path in second if path not in first)]:
         old, new = first.get(path, _ABSENT), second.get(path, _ABSENT)
         if old == new:
@@ -60,14 +60,14 @@ def _rule(path: str, old: Any, new: Any, before: Mapping[str, Any]) -> str | Non
     return None if new > old else " (it can only grow)"
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Values by dotted path; of parts with names, which have no class, their order too."""
     if not isinstance(tree, Mapping):
         return {prefix: tree}
-    flat = {} if "_type" in tree else {prefix: list(tree)}
+    found = {} if "_type" in tree else {prefix: list(tree)}
     for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}.{key}" if prefix else key)
-    return flat
+        found |= flat(value, f"{prefix}.{key}" if prefix else key)
+    return found
 
 
 def _shown(value: Any) -> str:

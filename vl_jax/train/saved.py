@@ -9,6 +9,7 @@ Checkpoints of earlier versions are read too. What they lack is what did not exi
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,13 +17,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vl_jax.checkpoint import Checkpointer
 from vl_jax.layout import Layout
 from vl_jax.moe import stacks
 from vl_jax.train.program import Program
+from vl_jax.train.stages import Stage
 from vl_jax.train.step import TrainState
+
+logger = logging.getLogger(__name__)
 
 # In the record of a checkpoint that holds routing by stack; before there was the state of one stack, bare.
 _BY_STACK = "routing_by_stack"
+
+
+@dataclasses.dataclass
+class Position:
+    """Where a run stands; the JSON side of a checkpoint."""
+
+    stage: int = 0  # the last one when the run is at its end, from where a longer stage goes on
+    step: int = 0  # optimiser steps done in this stage
+    global_step: int = 0
+    data: dict[str, Any] | None = None  # cursor of the stage's stream; None at its beginning
+    guard: dict[str, Any] | None = None  # what ``Guard`` knows of the updates before
+    line: dict[str, Any] | None = None  # the last one of the log, which a crash may have cut
 
 
 def to_saved(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -82,3 +99,56 @@ def _running_load(layout: Layout, recorded: Mapping[str, list[list[float]]]) -> 
     zeros = stacks.init_load(layout.model.config.stacks)
     load = {name: np.asarray(recorded.get(name, value), np.float32) for name, value in zeros.items()}
     return jax.device_put(load, layout.replicated)
+
+
+def restore(
+    checkpointer: Checkpointer,
+    layout: Layout,
+    stages: tuple[Stage, ...],
+    *,
+    before: int | None = None,
+    mend: bool = False,
+) -> tuple[TrainState, Position] | None:
+    """State and position of the newest sound checkpoint, or None if there is no checkpoint.
+
+    Args:
+      before: only checkpoints of earlier steps than this one.
+      mend: sets damaged ones aside, for a run that goes on.
+
+    Raises:
+      CheckpointError: there are checkpoints, and none of them can be used.
+    """
+
+    def training_of(record: dict[str, Any]) -> Any:
+        stage = stage_at(stages, Position(**record["position"]))
+        return abstract(Program.of(layout, stage), record)
+
+    restored = checkpointer.restore(params=layout.params, training_of=training_of, before=before, mend=mend)
+    if restored is None:
+        return None
+    step, params, training, record = restored
+    logger.info("resumed from checkpoint %d", step)
+    position = Position(**record["position"])
+    if position.stage == len(stages):  # the end of a run, as earlier versions wrote it
+        done = position.global_step - sum(stage.steps for stage in stages[:-1])
+        position = Position(len(stages) - 1, done, position.global_step)
+    return from_saved(layout, params, training, record), position
+
+
+def stage_at(stages: tuple[Stage, ...], position: Position) -> Stage:
+    """The stage whose state a checkpoint holds; that of a finished run is the last."""
+    return stages[min(position.stage, len(stages) - 1)]
+
+
+def not_finite(tree: Any) -> list[str]:
+    """Paths of the leaves of a tree of arrays that hold an infinite number or none."""
+    named, _ = jax.tree_util.tree_flatten_with_path(tree)
+    leaves = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in named}
+    floats = {path: leaf for path, leaf in leaves.items() if jnp.issubdtype(leaf.dtype, jnp.inexact)}
+    finite = jax.device_get(_are_finite(list(floats.values()))) if floats else ()
+    return [path for path, fine in zip(floats, finite, strict=True) if not fine]
+
+
+@jax.jit
+def _are_finite(leaves: list[jax.Array]) -> jax.Array:
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 from vl_jax import params as params_lib
@@ -29,6 +29,7 @@ class Stage:
     weights: tuple[float, ...] = ()  # of the mixture; empty: equal
     targets: Literal["all", "answers"] = "answers"  # which text tokens are predicted
     trainable: tuple[str, ...] = (".*",)  # patterns of parameter paths; the rest is frozen
+    hold: bool = False  # routing state too stays as it is in top-level modules of which nothing trains
     lora: LoraConfig | None = None  # adapters on frozen weights, merged into them when the stage ends
     objective: AnyObjective = NextToken()  # what it minimises
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -69,6 +70,18 @@ def trainable_paths(stage: Stage, params: params_lib.Tree) -> set[str]:
         return params_lib.select(params, stage.trainable)
     except ValueError as error:
         raise ValueError(f"config.stages.{stage.name}.trainable: {error}") from None
+
+
+def held_modules(stage: Stage, params: params_lib.Tree, adapted: Iterable[str] = ()) -> set[str]:
+    """The top-level modules whose routing state stays, because the stage trains nothing in them.
+
+    Args:
+      adapted: paths of the adapters that the stage trains.
+    """
+    if not stage.hold:
+        return set()
+    trains = {path.split("/")[0] for path in (*trainable_paths(stage, params), *adapted)}
+    return set(params) - trains
 
 
 def adapter_shapes(stage: Stage, params: params_lib.Tree, roles: Mapping[str, Role]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
@@ -21,16 +21,19 @@ from jax.typing import ArrayLike
 
 from vl_jax import params as params_lib
 from vl_jax.batch import Batch
+from vl_jax.fusion import budget
 from vl_jax.moe import stacks
-from vl_jax.moe.routing import EXCLUDED, ROUTES, scheme_of
+from vl_jax.moe.routing import scheme_of
 from vl_jax.moe.stacks import RoutingState, Stacks
+from vl_jax.nn.still import resting
 from vl_jax.params import Leaf
 from vl_jax.roles import Role
 from vl_jax.train import lora
 from vl_jax.train.objectives.next_token import NextToken
 from vl_jax.train.objectives.objective import Objective, Sums
+from vl_jax.train.objectives.rows import give, given_rows, split_rows
 
-Metrics = dict[str, jax.Array | np.number]  # by name; what a hook adds may be on the host already
+Metrics = dict[str, jax.Array | np.ndarray | np.number | np.bool_]  # by name; some may be on the host already
 NEXT_TOKEN = NextToken()
 NO_ROLES: Mapping[str, Role] = {}
 GRADIENT_NORMS = "gradient_norms"  # among the metrics: f32[N], see ``gradient_norms``
@@ -76,27 +79,6 @@ def join_trained(trained: Any, frozen: Any, trainable: set[str]) -> tuple[Any, A
     return params_lib.merge(parameters, frozen), adapters
 
 
-def split_rows(batch: Any, parts: int) -> Any:
-    """Micro-batches on a new leading axis; part i takes rows i, i + parts, ...: no row changes device."""
-
-    def split(x: jax.Array) -> jax.Array:
-        return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
-
-    return jax.tree.map(split, batch)
-
-
-def given_rows(state: RoutingState, rows: int) -> RoutingState:
-    """What an intervention gives for every row of a batch, [L B ...], with rows first: [B L ...]."""
-    return {
-        stack: {
-            name: jnp.moveaxis(of[name], 1, 0)
-            for name in (EXCLUDED, ROUTES)
-            if name in of and of[name].shape[1] == rows
-        }
-        for stack, of in state.items()
-    }
-
-
 def gradients(
     state: TrainState,
     batch: Batch,
@@ -107,34 +89,36 @@ def gradients(
     lora_scale: float = 1.0,
     objective: Objective = NEXT_TOKEN,
     roles: Mapping[str, Role] = NO_ROLES,
-    seed: int = 0,
+    seed: ArrayLike = 0,
 ) -> tuple[Any, Metrics, Sums]:
     """Gradients of parameters that train and of adapters for the whole batch; metrics; the sums.
+
+    A collection moves once a step: by the mean of what each micro-batch would change. What belongs to a
+    module whose own parameters do not train stays as it is.
 
     Args:
       seed: of the noise of routing.
     """
     trained, frozen = split_trained(state.params, state.adapters, trainable)
+    state = dataclasses.replace(state, collections=_at_rest(state, trainable))
     totals = objective.total(batch)
-    rngs = None
-    if any(scheme_of(stack.moe).rng for stack in model.config.stacks.values()):  # pyright: ignore
-        rngs = {"routing": jax.random.fold_in(jax.random.key(seed), state.step)}
+    rngs = _streams(model, seed, state.step)
 
     def minimised(trained: Any, part: tuple[Batch, RoutingState]) -> tuple[jax.Array, Sums]:
         rows, given = part
         params = lora.merge(*join_trained(trained, frozen, trainable), lora_scale, roles)
-        routing = {
-            stack: of | {name: jnp.moveaxis(x, 0, 1) for name, x in given.get(stack, {}).items()}
-            for stack, of in state.routing.items()
-        }
+        routing = give(state.routing, given)
         found = objective(params, dataclasses.replace(state, routing=routing), rows, model=model, rngs=rngs)
         losses = {name: value / total_of(name, totals) for name, value in found.losses.items()}
         metrics = {name: value / total_of(name, totals) for name, value in found.metrics.items()}
         # What is a mean over the rows of a part has to become one over all.
         auxiliary = found.auxiliary / accumulation
-        collections = jax.tree.map(lambda x: x / accumulation, found.collections)
+        collections = found.collections
+        if accumulation > 1:  # changes are added up, so that what does not change keeps its bits
+            before = {name: state.collections[name] for name in collections}
+            collections = jax.tree.map(lambda x, y: (x - y) / accumulation, collections, before)
         loss = weighted(losses, objective) + auxiliary
-        return loss, Sums(losses, metrics, auxiliary, found.stats, collections)
+        return loss, Sums(losses, metrics, auxiliary, found.stats, collections, found.gates)
 
     def one_part(carry: Any, part: tuple[Batch, RoutingState]) -> tuple[Any, None]:
         (_, parts), grads = jax.value_and_grad(minimised, has_aux=True)(trained, part)
@@ -152,8 +136,36 @@ def gradients(
         (_, parts), grads = shapes
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (grads, parts))
         (grads, parts), _ = jax.lax.scan(one_part, zeros, micro)
+        before = {name: state.collections[name] for name in parts.collections}
+        moved = jax.tree.map(jnp.add, before, parts.collections)
+        parts = dataclasses.replace(parts, collections=moved)
     metrics = {**parts.losses, **parts.metrics, "loss": weighted(parts.losses, objective)}
     return grads, {**metrics, "auxiliary_loss": parts.auxiliary}, parts
+
+
+def _streams(model: Any, seed: ArrayLike, step: Leaf) -> dict[str, jax.Array] | None:
+    """The random streams of a step, by name; None where a model needs none.
+
+    A gate with a budget draws nothing: that its stream is there tells it that it is to learn.
+    """
+    names = []
+    if any(scheme_of(stack.moe).rng for stack in model.config.stacks.values()):
+        names.append("routing")
+    if getattr(model.config, "budget", None) is not None:
+        names.append(budget.LEARNING)
+    return {name: jax.random.fold_in(jax.random.key(seed), step) for name in names} or None
+
+
+def _at_rest(state: TrainState, trainable: set[str]) -> dict[str, Any]:
+    """The collections; what belongs to a module with parameters of which none trains is marked to stay."""
+
+    def of(paths: Iterable[str]) -> set[str]:
+        return {path.rpartition("/")[0] for path in paths}
+
+    if not state.collections:
+        return state.collections
+    resting_modules = of(params_lib.flatten(state.params)) - of(trainable)
+    return resting(state.collections, lambda path: path.rpartition("/")[0] in resting_modules)
 
 
 def total_of(name: str, totals: Mapping[str, jax.Array]) -> jax.Array:
@@ -193,8 +205,9 @@ def make_train_step(
     lora_scale: float = 1.0,
     objective: Objective = NEXT_TOKEN,
     roles: Mapping[str, Role] = NO_ROLES,
-    seed: int = 0,
+    seed: ArrayLike = 0,
     stacked: Collection[str] = (),
+    held: Collection[str] = (),
 ) -> Step:
     """The step of one stage, ``(state, batch, learning_rate)``, to be compiled by the caller.
 
@@ -205,6 +218,7 @@ def make_train_step(
       objective: what the stage minimises.
       seed: of the noise of routing.
       stacked: the leaves that train whose first axis counts layers.
+      held: top-level modules whose routing state stays as it is.
 
     Raises:
       ValueError: rows of the objective act on one another, and micro-batches would part them.
@@ -236,8 +250,9 @@ def make_train_step(
         metrics[GRADIENT_NORMS] = gradient_norms(grads, stacked)
         parts: Stacks = model.config.stacks  # pyright: ignore[reportAttributeAccessIssue]
         load = stacks.update_load(state.load, sums.stats)
-        metrics |= stacks.summarize(sums.stats, load, parts)
+        metrics |= stacks.summarize(sums.stats, load, parts) | budget.summarize(sums.gates)
         routing = stacks.update_state(state.routing, sums.stats, parts)
+        routing |= {name: state.routing[name] for name in routing if parts[name].runs[0][0] in held}
         params, adapters = join_trained(trained, frozen, trainable)
         collections = state.collections | sums.collections
         new = TrainState(state.step + 1, params, optimizer_state, routing, adapters, collections, load)

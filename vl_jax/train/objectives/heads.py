@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from vl_jax.batch import Batch
-from vl_jax.moe.stacks import auxiliary_and_stats
-from vl_jax.train.objectives.objective import Sums, apply
+from vl_jax.train.objectives.objective import Sums, apply, beside
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +61,8 @@ class Heads:
                 raise ValueError(f"head {name!r}: {kind} has no loss of its own; another objective trains it")
             losses[_loss(name)], found = head.sums(output.predictions[name], batch.labels[name])
             metrics |= {f"{name}/{metric}": value for metric, value in found.items()}
-        return Sums(losses, metrics, *auxiliary_and_stats(output.routed), collections)
+        auxiliary, stats, gates = beside(output)
+        return Sums(losses, metrics, auxiliary, stats, collections, gates)
 
 
 def _loss(head: str) -> str:

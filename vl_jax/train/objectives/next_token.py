@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from vl_jax.batch import Batch
-from vl_jax.moe.stacks import auxiliary_and_stats
-from vl_jax.train.objectives.objective import Sums, apply, variables
+from vl_jax.train.objectives.objective import Sums, apply, beside, variables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,5 +45,5 @@ class NextToken:
         sums: Any = model.apply(
             variables(params, state), predicting, batch.targets, batch.loss_weights, method="cross_entropy"
         )
-        auxiliary, stats = auxiliary_and_stats(output.routed)
-        return Sums({"loss": sums[0]}, {"accuracy": sums[1]}, auxiliary, stats, collections)
+        auxiliary, stats, gates = beside(output)
+        return Sums({"loss": sums[0]}, {"accuracy": sums[1]}, auxiliary, stats, collections, gates)

@@ -18,6 +18,8 @@ import jax
 from flax import struct
 
 from vl_jax.batch import Batch
+from vl_jax.moe.stacks import auxiliary_and_stats
+from vl_jax.nn.still import moving
 from vl_jax.params import Leaf
 
 
@@ -30,6 +32,7 @@ class Sums:
     auxiliary: Leaf  # f32[] losses that are means over the rows, such as the balance of experts
     stats: dict[str, Any] = struct.field(default_factory=dict)  # statistics of routing by stack, summed
     collections: dict[str, Any] = struct.field(default_factory=dict)  # new values, by name
+    gates: dict[str, Any] = struct.field(default_factory=dict)  # sums of gates with a budget, see ``budget``
 
 
 def variables(params: Any, state: Any) -> dict[str, Any]:
@@ -46,7 +49,7 @@ def apply(
     rngs: dict[str, jax.Array] | None,
     method: str | None = None,
 ) -> tuple[Any, dict[str, Any]]:
-    """What the model makes of some rows, and its collections afterwards: ``Sums.collections``.
+    """What the model makes of some rows, and those of its collections that move: ``Sums.collections``.
 
     Args:
       method: of the model, of the arguments ``(batch, routing_state)``; None: its ``__call__``.
@@ -54,8 +57,17 @@ def apply(
     arguments, options = (variables(params, state), batch, state.routing), {"rngs": rngs, "method": method}
     if not state.collections:
         return model.apply(*arguments, **options), {}
-    output, changed = model.apply(*arguments, **options, mutable=list(state.collections))
+    output, changed = model.apply(*arguments, **options, mutable=moving(state.collections))
     return output, dict(changed)
+
+
+def beside(output: Any) -> tuple[jax.Array, dict[str, Any], dict[str, Any]]:
+    """What a model brings beside its predictions: auxiliary losses, statistics of routing, sums of gates."""
+    auxiliary, stats = auxiliary_and_stats(output.routed)
+    gates = getattr(output, "gates", None)
+    if gates is None:
+        return auxiliary, stats, {}
+    return auxiliary + gates.loss, stats, gates.sums()
 
 
 @runtime_checkable

@@ -75,8 +75,8 @@ class Together:
         self, params: Any, state: Any, batch: Batch, *, model: nn.Module, rngs: dict[str, jax.Array] | None
     ) -> Sums:
         """The sums of all parts; what one part changes in the collections the next one finds changed."""
-        losses, metrics, stats, auxiliary = {}, {}, {}, 0.0
-        collections = state.collections
+        losses, metrics, stats, gates, auxiliary = {}, {}, {}, {}, 0.0
+        collections: dict[str, Any] = {}
         for part in self.parts:
             found = part.objective(params, state, batch, model=model, rngs=rngs)
             losses |= {f"{part.name}/{name}": value for name, value in found.losses.items()}
@@ -84,9 +84,11 @@ class Together:
             auxiliary = auxiliary + part.weight * found.auxiliary
             for stack, counted in found.stats.items():
                 stats[stack] = jax.tree.map(jnp.add, stats[stack], counted) if stack in stats else counted
+            if found.gates:
+                gates = jax.tree.map(jnp.add, gates, found.gates) if gates else found.gates
             collections = collections | found.collections
-            state = dataclasses.replace(state, collections=collections)
-        return Sums(losses, metrics, auxiliary, stats, collections)
+            state = dataclasses.replace(state, collections=state.collections | collections)
+        return Sums(losses, metrics, auxiliary, stats, collections, gates)
 
 
 AnyObjective = Annotated[
