@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 import tempfile
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 # All of this has to stand before jax is imported, or it has no effect.
@@ -13,11 +16,17 @@ XLA_FLAGS = {
     "--xla_force_host_platform_device_count": "8",
     # Quick compilation rather than fast code, for most of a small test is compilation.
     "--xla_backend_optimization_level": "0",
+    # Every worker has a core of its own: there is nothing to gain by cutting a program up to compile it.
+    "--xla_cpu_parallel_codegen_split_count": "1",
     # Where few cores have other work, the slowest of eight devices comes to a meeting late. After 40 seconds
     # XLA would end the process, and every test that is left with it.
     "--xla_cpu_collective_call_terminate_timeout_seconds": "900",
     "--xla_cpu_collective_timeout_seconds": "900",
 }
+if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11) and find_spec("libtpu") is None:
+    # The older emitters compile in half of the time. Later versions have only the newer ones, and end the
+    # process at a flag they do not know; so does libtpu.
+    XLA_FLAGS["--xla_cpu_use_fusion_emitters"] = "false"
 for flag, value in XLA_FLAGS.items():
     if flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}={value}".strip()
@@ -60,6 +69,10 @@ def pytest_configure(config: pytest.Config) -> None:
     if any(".py" in str(a) for a in arguments) and not any(str(a).startswith("-m") for a in arguments):
         config.option.markexpr = "not gpu and not tpu_aot"
 
+
+# Under nohup a hang-up would be ignored, here and in the processes that tests start.
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Every compiled program keeps some regions of memory mapped, and a process may have 65,530 of them on Linux;
 # with more, XLA dies of a segmentation fault.

@@ -1,4 +1,4 @@
-"""Where the recorded cases of the reference processor are."""
+"""Where recorded cases are."""
 
 from __future__ import annotations
 
@@ -7,9 +7,14 @@ from pathlib import Path
 import pytest
 
 
-def processor_folder(oracles: Path) -> Path:
-    """The folder of the processor's cases; the test is skipped where the oracle has none."""
-    folder = oracles / "deepseek_vl2" / "processor"
+def folder_in(oracles: Path, *names: str) -> Path:
+    """A folder of recorded cases; the test is skipped where the oracle has none."""
+    folder = oracles.joinpath(*names)
     if not folder.is_dir():
         pytest.skip(f"no folder {folder}")
     return folder
+
+
+def processor_folder(oracles: Path) -> Path:
+    """That of the reference processor."""
+    return folder_in(oracles, "deepseek_vl2", "processor")

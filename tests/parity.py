@@ -44,9 +44,9 @@ VL2_MODEL, VL2_VISION, VL2_PROJECTOR = (
 VL2_ROPE, VL2_PROCESSOR = "DeepseekVLV2Rope", "DeepseekVLV2Processor"
 RUNNERS: dict[str, str] = {
     VL2_MODEL: "parity_deepseek_vl2:run",
-    VL2_VISION: "parity_deepseek_vl2:run_vision",
-    VL2_PROJECTOR: "parity_deepseek_vl2:run_projector",
-    VL2_ROPE: "parity_deepseek_vl2:run_rope",
+    VL2_VISION: "parity_deepseek_vl2_parts:run_vision",
+    VL2_PROJECTOR: "parity_deepseek_vl2_parts:run_projector",
+    VL2_ROPE: "parity_deepseek_vl2_parts:run_rope",
     VL2_PROCESSOR: "parity_processor:run",
     **dict.fromkeys(
         (

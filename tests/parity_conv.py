@@ -20,11 +20,11 @@ Found = dict[str, Any]
 
 
 def channels_last(x: Any) -> jax.Array:
-    return jnp.moveaxis(jnp.asarray(x), 1, -1)
+    return jnp.asarray(np.moveaxis(np.asarray(x), 1, -1))
 
 
-def channels_first(x: Any) -> jax.Array:
-    return jnp.moveaxis(jnp.asarray(x), -1, 1)
+def channels_first(x: Any) -> Any:
+    return (np if isinstance(x, np.ndarray) else jnp).moveaxis(x, -1, 1)
 
 
 def shown(module: nn.Module, method: str) -> bool:
@@ -54,36 +54,35 @@ class Loaded:
         shapes = {path: tuple(leaf.shape) for path, leaf in params_lib.flatten(tree).items()}
         return rules.plan(self.table, shapes, self.stacks)
 
-    def forward(self) -> tuple[Any, dict[str, Any]]:
-        """The output, and what was seen on the way, by path."""
+    def show(
+        self, main: Callable[[Any], jax.Array], cotangent: np.ndarray
+    ) -> tuple[Any, dict[str, Any], Found]:
+        """The output; what was seen on the way, by path; the objective and its gradient. One program.
 
-        @jax.jit
-        def run(variables: Any) -> Any:
-            return self.module.apply(
-                variables,
+        The objective is the sum of the main output times the cotangent; every tensor of parameters has a
+        gradient.
+        """
+        frozen = {name: tree for name, tree in self.variables.items() if name != "params"}
+
+        def value(params: Any) -> tuple[jax.Array, Any]:
+            output, captured = self.module.apply(
+                {**frozen, "params": params},
                 self.pixels,
                 method="stages",
                 capture_intermediates=True,
                 mutable=["intermediates"],
             )
+            return jnp.sum(main(output) * cotangent), (output, captured["intermediates"])
 
-        output, captured = run(self.variables)
-        flat = params_lib.flatten(captured["intermediates"])
-        return output, {path.removesuffix("/__call__"): value for path, value in flat.items()}
-
-    def objective(self, main: Callable[[Any], jax.Array], output: Any, cotangent: np.ndarray) -> Found:
-        """The sum of the main output times the cotangent, and its gradient for every tensor of parameters."""
-        frozen = {name: tree for name, tree in self.variables.items() if name != "params"}
-
-        def value(params: Any) -> jax.Array:
-            output = self.module.apply({**frozen, "params": params}, self.pixels, method="stages")
-            return jnp.sum(main(output) * cotangent)
-
-        tree = {"params": jax.jit(jax.grad(value))(self.variables["params"])}
+        run = jax.jit(jax.grad(value, has_aux=True))
+        gradient, (output, captured) = jax.device_get(run(self.variables["params"]))
         # A thousand terms of either sign: in float32 their sum would lose more than the recording allows.
         total = np.sum(np.asarray(main(output), np.float64) * cotangent)
+        tree = {"params": gradient}
         exported = {f"grad/{key}": array for key, array in rules.export(self.plan(tree), tree)}
-        return {"out_objective": total, **exported}
+        flat = params_lib.flatten(captured)
+        seen = {path.removesuffix("/__call__"): value for path, value in flat.items()}
+        return output, seen, {"out_objective": total, **exported}
 
 
 def run(fixture: Any) -> Found:
@@ -100,12 +99,14 @@ def sam(fixture: Any) -> Found:
         channels_last(fixture.arrays["in_pixel_values"]),
         stacks=conv.sam_stacks(config),
     )
-    output, captured = model.forward()
-    cotangent = fixture.arrays["in_cotangent"]
-    found = model.objective(lambda out: channels_first(out.features), output, cotangent)
+    output, captured, found = model.show(
+        lambda out: channels_first(out.features), fixture.arrays["in_cotangent"]
+    )
     found["out_last_hidden_state"] = channels_first(output.features)
     cells = captured["stem"][0]
-    found["out_hidden_states.0"] = cells + model.variables["params"].get("positions", 0)
+    found["out_hidden_states.0"] = cells + np.asarray(
+        model.variables["params"].get("positions", np.float32(0))
+    )
     for i in range(config.num_layers):
         layer = sam_layer(config, captured, i)
         found[f"out_hidden_states.{i + 1}"] = layer[""]
@@ -158,9 +159,9 @@ def resnet(fixture: Any) -> Found:
         channels_last(fixture.arrays["in_pixel_values"]),
         ignored=conv.RESNET_IGNORED,
     )
-    output, captured = model.forward()
-    cotangent = fixture.arrays["in_cotangent"]
-    found = model.objective(lambda out: out.pooled[:, :, None, None], output, cotangent)
+    output, captured, found = model.show(
+        lambda out: out.pooled[:, :, None, None], fixture.arrays["in_cotangent"]
+    )
     found |= {f"out_hidden_states.{i}": channels_first(stage) for i, stage in enumerate(output.stages)}
     found["out_last_hidden_state"] = channels_first(output.stages[-1])
     found["out_pooler_output"] = output.pooled[:, :, None, None]

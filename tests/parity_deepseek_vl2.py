@@ -1,10 +1,9 @@
-"""Runs DeepSeek-VL2 on recorded inputs, whole and in parts, and gives every value that was recorded of it."""
+"""Runs DeepSeek-VL2 on recorded inputs and gives every value that was recorded of it."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -13,22 +12,19 @@ import numpy as np
 from parity_language import cross_entropy, first_of, routed_everywhere
 
 from vl_jax import params as params_lib
-from vl_jax.batch import Batch
+from vl_jax.batch import FIELDS, Batch, Field
 from vl_jax.data.images import tiling
-from vl_jax.encoders.adapter import Adapter
-from vl_jax.encoders.vit import ViT
 from vl_jax.generation.choice import GenerationConfig
 from vl_jax.generation.decode import decode, prefill
 from vl_jax.generation.generate import generate
 from vl_jax.interop import rules
-from vl_jax.interop.deepseek_vl2 import deepseek_vl2_rules, projector_rules, read_deepseek_vl2, read_projector
-from vl_jax.interop.language import language_stacks, read_rope
-from vl_jax.interop.vision import IGNORED, read_vision, vision_rules
+from vl_jax.interop.deepseek_vl2 import deepseek_vl2_rules, read_deepseek_vl2
+from vl_jax.interop.language import language_stacks
+from vl_jax.interop.vision import IGNORED
 from vl_jax.layout import abstract
-from vl_jax.model import LANGUAGE, VisionLanguage, init_cache
+from vl_jax.model import LANGUAGE, VisionLanguage
 from vl_jax.moe import routing
 from vl_jax.moe.layer import DynamicMoE
-from vl_jax.nn import rope
 
 # Recorded with the processor, whose cases are the inputs.
 PROMPTS = {
@@ -37,7 +33,14 @@ PROMPTS = {
     "vlm_three": "three_images_untiled",
     "vlm_two": "two_images_tiled",
 }
+BATCHES = {"vlm_batch_left": "batchify_left", "vlm_sft_right": "batchify_right"}
+TEXT = "lm_text"
+CONTINUED = (*PROMPTS, "vlm_batch_left")  # what was recorded of these goes on behind their last token
 CHUNK = 17  # of the recorded chunked prefill
+
+
+# What is looked at of every layer, if it is a text that passes.
+LAYER = ("__call__", "attention/weights", "mlp_norm/__call__")
 
 
 class Model:
@@ -60,22 +63,6 @@ class Model:
         shapes = {path: tuple(leaf.shape) for path, leaf in params_lib.flatten(tree).items()}
         return rules.plan(self.rules, shapes, language_stacks(self.config.language))
 
-    @functools.cached_property
-    def forward(self) -> Any:
-        """(params, batch) -> ((hidden, logits, losses), intermediates)."""
-
-        @jax.jit
-        def run(params: Any, batch: Batch) -> tuple:
-            def whole(network: VisionLanguage) -> tuple:
-                output = network(batch, self.state)
-                return output.hidden, network.logits(output.hidden), output.routed.get(LANGUAGE)
-
-            return self.network.apply(
-                {"params": params}, method=whole, mutable=["intermediates"], capture_intermediates=True
-            )
-
-        return run
-
     def text(self, tokens: np.ndarray, mask: np.ndarray | None = None, positions: Any = None) -> Batch:
         """A batch of text; in the recordings padding is routed too, but never attended to."""
         rows, length = tokens.shape
@@ -91,13 +78,14 @@ class Model:
             visual_slot=np.full_like(valid, -1),
         )
 
-    def batch(self, inputs: Mapping[str, np.ndarray]) -> Batch:
-        """Arrays of the published processor [B ...] as a batch."""
+    def batch(self, inputs: Mapping[str, np.ndarray], count: int) -> Batch:
+        """Arrays of the published processor [B ...] as a batch of ``count`` tiles a row."""
         tokens = inputs["input_ids"]
         mask = inputs.get("attention_mask", np.ones_like(tokens))
         positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
         pixels = np.moveaxis(inputs["images"], 2, -1)
-        rows, count = pixels.shape[:2]
+        rows, missing = len(pixels), count - pixels.shape[1]
+        pixels = np.pad(pixels, [(0, 0), (0, missing), (0, 0), (0, 0), (0, 0)])
         side = self.config.tile_tokens_side
         views = "global_local" if self.published.get("global_view_pos", "head") == "head" else "local_global"
         index = []
@@ -122,144 +110,263 @@ class Model:
             visual_segment_ids=np.ones((rows, width), np.int32),
         )
 
-    def embed(self, batch: Batch) -> dict[str, Any]:
-        """Tile tokens, and what enters the decoder."""
 
-        def run(network: VisionLanguage) -> tuple:
-            tiles = batch.tiles.reshape(-1, *batch.tiles.shape[2:])
-            features = network.encoder(tiles).tokens
-            return features, network.adapter.project(features), network.embed(batch, network.see(batch)[0])
+class Rows:
+    """Recorded batches as rows of one batch, so that one program serves them all.
 
-        batch = jax.tree.map(jnp.asarray, batch)
-        features, projected, embedded = self.network.apply({"params": self.params}, method=run)  # pyright: ignore
-        return {"vision_features": features, "projector_out": projected, "inputs_embeds": embedded}
+    What is shorter than the longest is filled up as in any batch: sequences behind their last token, but
+    those of ``CONTINUED`` before their first, so that they end together.
+    """
 
-    def continued(self, batch: Batch, count: int, chunk: int | None = None) -> np.ndarray:
-        """Greedy ids after every row."""
-        config = GenerationConfig(max_new_tokens=count, prefill_chunk=chunk)
-        device = jax.tree.map(jnp.asarray, batch)
-        ids = generate(self.params, self.state, device, model=self.network, config=config, stop=(-1,))
-        return np.asarray(ids)
+    def __init__(self, batches: Mapping[str, Batch]):
+        self.batches = batches
+        self.batch = Batch(**{name: self._fill(name, field) for name, field in FIELDS.items()})
+
+    def _fill(self, name: str, field: Field) -> np.ndarray:
+        arrays = {key: np.asarray(getattr(batch, name)) for key, batch in self.batches.items()}
+        longest, filled = np.max([a.shape[1:] for a in arrays.values()], axis=0), []
+        for key, array in arrays.items():
+            missing = [(0, int(n)) for n in longest - array.shape[1:]]
+            if field.axes == ("T",) and key in CONTINUED:
+                missing = [(missing[0][1], 0)]
+            filled.append(np.pad(array, [(0, 0), *missing], constant_values=field.padding))
+        return np.concatenate(filled)
+
+    def of(self, key: str, array: Any) -> Any:
+        """The part of one batch, of an array [N ...]."""
+        keys = list(self.batches)
+        first = sum(len(self.batches[k].tokens) for k in keys[: keys.index(key)])
+        return array[first : first + len(self.batches[key].tokens)]
+
+    def places(self, key: str, array: Any) -> Any:
+        """The part of one batch, of an array [N T ...]."""
+        length = self.batches[key].tokens.shape[1]
+        return self.of(key, array)[:, -length:] if key in CONTINUED else self.of(key, array)[:, :length]
 
 
 def run(fixture: Any) -> dict[str, Any]:
     """Every recorded value of a whole model."""
     model = Model(fixture)
-    files = {name.partition("/")[0] for name in fixture.arrays}
-    found: dict[str, Any] = {}
-    for file in sorted(files):
-        values = _part(model, file, fixture)
-        found |= {f"{file}/{name}": value for name, value in values.items()}
-    return found
+    parts: dict[str, dict[str, np.ndarray]] = {}
+    for name, array in fixture.arrays.items():
+        file, _, inner = name.partition("/")
+        parts.setdefault(file, {})[inner] = array
+    pictures = _pictures(parts, fixture.processor)
+    rows = Rows({**_texts(model, parts), **_batches(model, pictures)})
+    seen = _forward(model, rows)
+    found: dict[str, dict[str, Any]] = {file: {} for file in parts}
+    for key in rows.batches:
+        file, _, positions = key.partition("/")
+        if positions:
+            found[file][f"logits_{positions}_positions"] = rows.places(key, seen["logits"])
+        elif file == TEXT:
+            found[file] = _text(model, parts[file], rows, seen)
+        else:
+            found[file] = _pictured(parts[file], pictures[file], rows, seen, file)
+    for file, values in _continued(model, rows, parts).items():
+        found[file] |= values
+    if "lm_cache" in parts:
+        found["lm_cache"] = _cached(model, parts["lm_cache"])
+    found |= {file: _training(model, part) for file, part in parts.items() if file.startswith("train_")}
+    return {f"{file}/{name}": value for file, values in found.items() for name, value in values.items()}
 
 
-def _part(model: Model, file: str, fixture: Any) -> dict[str, Any]:
-    recorded = {
-        name.partition("/")[2]: fixture.arrays[name] for name in fixture.arrays if name.startswith(f"{file}/")
-    }
-    if file == "lm_text":
-        return _text(model, recorded)
-    if file == "lm_leftpad":
-        return _padded(model, recorded)
-    if file == "lm_cache":
-        return _cached(model, recorded)
-    if file.startswith("train_"):
-        return _training(model, recorded)
-    if file in PROMPTS:
-        with np.load(fixture.processor / "cases" / f"{PROMPTS[file]}.npz") as case:
-            return _prompt(model, recorded, {name: case[name][None] for name in case.files})
-    if file == "vlm_batch_left":
-        return _batch(model, _load(fixture.processor / "batchify_left.npz"))
-    if file == "vlm_sft_right":
-        return _supervised(model, _load(fixture.processor / "batchify_right.npz"))
-    return {}
-
-
-def _load(path: Any) -> dict[str, np.ndarray]:
-    with np.load(path) as file:
-        return {name: file[name] for name in file.files}
-
-
-def _text(model: Model, recorded: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    tokens = recorded["input_ids"]
-    (hidden, logits, _), captured = model.forward(model.params, model.text(tokens))
-    flat = {p: first_of(v) for p, v in params_lib.flatten(captured["intermediates"]["language"]).items()}
-    place = {n: (r.name, i) for r in model.config.language.runs for i, n in enumerate(r.layers)}
-
-    def of(layer: int, path: str) -> Any:
-        name, index = place[layer]
-        return jax.tree.map(lambda a: a[index], flat[f"{name}/{path}"])
-
-    count = model.config.language.num_layers
-    embedded = model.params["language"]["embedding"][tokens]
-    states = [embedded, *(of(i, "__call__") for i in range(count - 1)), hidden]
-    found = {f"hidden_{i}": state for i, state in enumerate(states)}
-    found |= {"logits": logits, "loss_ce": cross_entropy(logits, jnp.asarray(tokens))}
-    found["attn_layer0"] = of(0, "attention/weights")
-    for layer in model.config.language.sparse_layers:
-        found[f"gate{layer}_in"] = of(layer, "mlp_norm/__call__")
-        given = recorded[f"gate{layer}_in"]
-        assignment, output = _experts(model, layer, jnp.asarray(given))
-        top_k = assignment.experts.shape[-1]
-        experts, gates = (np.asarray(a).reshape(-1, top_k) for a in (assignment.experts, assignment.gates))
-        order = np.argsort(experts, axis=1)
-        found[f"gate{layer}_topk_idx_sorted"] = np.take_along_axis(experts, order, axis=1)
-        found[f"gate{layer}_topk_weight_sorted"] = np.take_along_axis(gates, order, axis=1)
-        found[f"moe{layer}_out"] = output
-    return found
-
-
-def _experts(model: Model, layer: int, x: jax.Array) -> tuple[routing.TokenChoice, jax.Array]:
-    """Assignment and output of one sparse layer for a given input."""
-    name, index = next(
-        (r.name, r.layers.index(layer)) for r in model.config.language.runs if layer in r.layers
-    )
-    params = jax.tree.map(lambda a: a[index], model.params["language"][name]["moe"])
-    sparse = model.config.language.sparse_layers.index(layer)
-    state = jax.tree.map(lambda a: a[sparse], model.state[LANGUAGE])
-    (y, _), captured = DynamicMoE(model.config.moe).apply(
-        {"params": params}, x, routed_everywhere(x.shape[:2]), state, mutable=["intermediates"]
-    )  # pyright: ignore
-    return captured["intermediates"]["assignment"][0], y
-
-
-def _padded(model: Model, recorded: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def _pictures(files: Collection[str], processor: Any) -> dict[str, dict[str, np.ndarray]]:
+    """What the published processor gave for the sequences with pictures, by file."""
     found = {}
-    for name, positions in (("explicit", recorded["position_ids"]), ("default", None)):
-        batch = model.text(recorded["input_ids"], recorded["attention_mask"], positions)
-        found[f"logits_{name}_positions"] = model.forward(model.params, batch)[0][1]
+    for file, name in (PROMPTS | BATCHES).items():
+        if file in files:
+            with np.load(processor / ("cases" if file in PROMPTS else "") / f"{name}.npz") as case:
+                found[file] = {n: case[n][None] if file in PROMPTS else case[n] for n in case.files}
     return found
+
+
+def _batches(model: Model, pictures: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, Batch]:
+    """The sequences with pictures; places of visual tokens depend on the number of tiles, so all have one."""
+    most = max((inputs["images"].shape[1] for inputs in pictures.values()), default=0)
+    return {file: model.batch(inputs, most) for file, inputs in pictures.items()}
+
+
+def _texts(model: Model, parts: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, Batch]:
+    """The sequences without: whole, and padded before their first token, with two kinds of positions."""
+    batches = {TEXT: model.text(parts[TEXT]["input_ids"])}
+    if padded := parts.get("lm_leftpad"):
+        for name, positions in (("explicit", padded["position_ids"]), ("default", None)):
+            batch = model.text(padded["input_ids"], padded["attention_mask"], positions)
+            batches[f"lm_leftpad/{name}"] = batch
+    return batches
+
+
+def _forward(model: Model, rows: Rows) -> dict[str, Any]:
+    """What one pass over all rows shows: its ends, the tiles, and the layers' states of the text, by path."""
+
+    def shown(_: Any, method: str) -> bool:
+        return method in ("__call__", "project", "embed")
+
+    def of_text(path: str, value: Any) -> Any:
+        """Of an array [L N ...]."""
+        if path.endswith("weights"):  # ... heads T T
+            length = rows.batches[TEXT].tokens.shape[1]
+            return jax.vmap(lambda a: rows.of(TEXT, a)[..., :length, :length])(value)
+        return jax.vmap(lambda a: rows.places(TEXT, a))(value)
+
+    @jax.jit
+    def run(params: Any, batch: Batch) -> dict[str, Any]:
+        def whole(network: VisionLanguage) -> tuple:
+            hidden = network(batch, model.state).hidden
+            return hidden, network.logits(hidden)
+
+        (hidden, logits), captured = model.network.apply(
+            {"params": params}, method=whole, mutable=["intermediates"], capture_intermediates=shown
+        )  # pyright: ignore
+        flat = {path: first_of(v) for path, v in params_lib.flatten(captured["intermediates"]).items()}
+        layers = [f"{r.name}/{path}" for r in model.config.language.runs for path in LAYER]
+        return {
+            "hidden": hidden,
+            "logits": logits,
+            "inputs_embeds": flat["embed"],
+            "vision_features": flat["encoder/__call__"].tokens,
+            "projector_out": flat["adapter/project"],
+            **{path: of_text(path, flat[f"language/{path}"]) for path in layers},
+        }
+
+    return jax.device_get(run(model.params, rows.batch))
+
+
+def _text(
+    model: Model, recorded: Mapping[str, np.ndarray], rows: Rows, seen: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The states between layers, and what sparse layers make of the recorded inputs of theirs."""
+    tokens, config = recorded["input_ids"], model.config.language
+    place = {n: (r.name, i) for r in config.runs for i, n in enumerate(r.layers)}
+
+    def of(layer: int, path: str) -> np.ndarray:
+        name, index = place[layer]
+        return seen[f"{name}/{path}"][index]
+
+    hidden, logits = (rows.places(TEXT, seen[name]) for name in ("hidden", "logits"))
+    embedded = np.asarray(model.params["language"]["embedding"])[tokens]
+    states = [embedded, *(of(i, "__call__") for i in range(config.num_layers - 1)), hidden]
+    found = {f"hidden_{i}": state for i, state in enumerate(states)}
+    found |= {"logits": logits, "loss_ce": cross_entropy(logits, tokens)}
+    found["attn_layer0"] = of(0, "attention/weights")
+    experts = _experts(model, recorded)
+    for layer in config.sparse_layers:
+        found[f"gate{layer}_in"] = of(layer, "mlp_norm/__call__")
+        assignment, found[f"moe{layer}_out"] = experts[layer]
+        top_k = assignment.experts.shape[-1]
+        chosen, gates = (a.reshape(-1, top_k) for a in (assignment.experts, assignment.gates))
+        order = np.argsort(chosen, axis=1)
+        found[f"gate{layer}_topk_idx_sorted"] = np.take_along_axis(chosen, order, axis=1)
+        found[f"gate{layer}_topk_weight_sorted"] = np.take_along_axis(gates, order, axis=1)
+    return found
+
+
+def _experts(
+    model: Model, recorded: Mapping[str, np.ndarray]
+) -> dict[int, tuple[routing.TokenChoice, np.ndarray]]:
+    """Assignment and output of every sparse layer for the recorded input."""
+
+    @jax.jit
+    def run(params: Any, state: Any, x: jax.Array) -> tuple:
+        (y, _), captured = DynamicMoE(model.config.moe).apply(
+            {"params": params}, x, routed_everywhere(x.shape[:2]), state, mutable=["intermediates"]
+        )  # pyright: ignore
+        return captured["intermediates"]["assignment"][0], y
+
+    host, found, sparse = jax.device_get((model.params["language"], model.state[LANGUAGE])), {}, 0
+    for layers in model.config.language.runs:
+        for i, layer in enumerate(layers.layers if layers.sparse else ()):
+            params = jax.tree.map(lambda a, i=i: a[i], host[0][layers.name]["moe"])
+            state = jax.tree.map(lambda a, i=sparse: a[i], host[1])
+            found[layer] = jax.device_get(run(params, state, recorded[f"gate{layer}_in"]))
+            sparse += 1
+    return found
+
+
+def _pictured(
+    recorded: Mapping[str, np.ndarray],
+    inputs: Mapping[str, np.ndarray],
+    rows: Rows,
+    seen: Mapping[str, Any],
+    file: str,
+) -> dict[str, Any]:
+    """What a pass shows of sequences with pictures."""
+    tiles, count = rows.batch.tiles.shape[1], inputs["images"].shape[1]
+    found = {}
+    for name in ("vision_features", "projector_out"):
+        by_row = seen[name].reshape(-1, tiles, *seen[name].shape[1:])
+        found[name] = rows.of(file, by_row)[0, :count]
+    logits = rows.places(file, seen["logits"])
+    found |= {
+        "inputs_embeds": rows.places(file, seen["inputs_embeds"]),
+        "position_ids": rows.batches[file].positions,
+        "logits": logits[:, -recorded["logits"].shape[1] :] if "logits" in recorded else logits,
+        "logits_last": logits[:, -1],
+    }
+    if (labels := inputs.get("labels")) is not None:
+        found |= {"loss": cross_entropy(logits, labels), "n_target": (labels[:, 1:] != -100).sum()}
+    return found
+
+
+def _continued(
+    model: Model, rows: Rows, parts: Mapping[str, Mapping[str, np.ndarray]]
+) -> dict[str, dict[str, Any]]:
+    """Greedy ids after every prompt, and the logits of the first of them where it is read in pieces."""
+    counts = {file: parts[file]["greedy_ids"].shape[1] for file in rows.batches if file in CONTINUED}
+    if not counts:
+        return {}
+    rows = Rows({file: rows.batches[file] for file in counts})
+    config = GenerationConfig(max_new_tokens=max(counts.values()))
+    options: dict[str, Any] = {"model": model.network, "slots": rows.batch.tokens.shape[1], "chunk": CHUNK}
+    ids = generate(model.params, model.state, rows.batch, model=model.network, config=config, stop=(-1,))
+    last = jax.jit(lambda params, batch: prefill(params, model.state, batch, **options)[0])(
+        model.params, rows.batch
+    )
+    ids, last = jax.device_get((ids, last))
+    return {
+        file: {
+            "greedy_ids": rows.of(file, ids)[:, :count],
+            "last_logits_chunked_prefill": rows.of(file, last),
+        }
+        for file, count in counts.items()
+    }
 
 
 def _cached(model: Model, recorded: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    tokens, filled = recorded["input_ids"], int(recorded["prefill_len"])
-    batch = jax.tree.map(jnp.asarray, model.text(tokens[:, :filled]))
-    variables = {"params": model.params}
+    """Logits of tokens over the cache: of the first few at once, of each that follows by itself."""
+    tokens, filled = recorded["input_ids"].astype(np.int32), int(recorded["prefill_len"])
+    rows, slots = tokens.shape
 
-    def whole(network: VisionLanguage, cache: Any) -> tuple:
-        output = network(batch, model.state, cache=cache)
-        return network.logits(output.hidden), output.cache
+    @jax.jit
+    def run(params: Any, batch: Batch, following: jax.Array) -> tuple:
+        def whole(network: VisionLanguage) -> tuple:
+            cache = model.config.init_cache(batch=rows, slots=slots)
+            output = network(batch, model.state, cache=cache)
+            return network.logits(output.hidden), output.cache
 
-    cache = init_cache(model.config, batch=len(tokens), slots=tokens.shape[1])
-    logits, cache = model.network.apply(variables, cache, method=whole)  # pyright: ignore
-    steps, kept = [logits], cache.runs[0]
-    found = {f"cache_layer0_{n}_after_prefill": v[:, :, :filled] for n, v in _names(model, kept).items()}
-    vision = jnp.zeros((len(tokens), 2, model.config.language.embed_dim))
-    step = jax.jit(functools.partial(decode, model.params, model.state, model=model.network))
-    for i in range(filled, tokens.shape[1]):
-        one, cache = step(batch, vision, jnp.asarray(tokens[:, i], jnp.int32), i - filled, cache)
-        steps.append(one[:, None])
-    found |= {f"cache_layer0_{n}_final": v for n, v in _names(model, cache.runs[0]).items()}
-    return {**found, "logits_incremental": jnp.concatenate(steps, axis=1)}
+        def step(cache: Any, new: tuple) -> tuple[Any, jax.Array]:
+            one, cache = decode(params, model.state, batch, vision, *new, cache, model=model.network)
+            return cache, one
+
+        vision = jnp.zeros((rows, 2, model.config.language.embed_dim))
+        logits, cache = model.network.apply({"params": params}, method=whole)  # pyright: ignore
+        after, steps = jax.lax.scan(step, cache, (following, jnp.arange(len(following))))
+        kept, final = (jax.tree.map(lambda a: a[0], c.runs[0]) for c in (cache, after))
+        return jnp.concatenate([logits, steps.swapaxes(0, 1)], axis=1), kept, final
+
+    logits, kept, final = jax.device_get(run(model.params, model.text(tokens[:, :filled]), tokens.T[filled:]))
+    found = {f"cache_layer0_{n}_after_prefill": v[:, :, :filled] for n, v in _names(kept).items()}
+    found |= {f"cache_layer0_{n}_final": v for n, v in _names(final).items()}
+    return {**found, "logits_incremental": logits}
 
 
-def _names(model: Model, kept: tuple[Any, ...]) -> dict[str, Any]:
-    """The first layer's cache in the recorded form [B heads S width]."""
-    first = [np.asarray(a[0]) for a in kept]
-    if first[0].ndim == 3:  # latent, shared key
-        latent, key = (a[:, None] for a in first)
+def _names(kept: tuple[np.ndarray, np.ndarray]) -> dict[str, np.ndarray]:
+    """One layer's cache in the recorded form [B heads S width]."""
+    if kept[0].ndim == 3:  # latent, shared key
+        latent, key = (a[:, None] for a in kept)
         return {"k": key, "v": latent}
-    return {"k": first[0].swapaxes(1, 2), "v": first[1].swapaxes(1, 2)}
+    return {"k": kept[0].swapaxes(1, 2), "v": kept[1].swapaxes(1, 2)}
 
 
 def _training(model: Model, recorded: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -270,119 +377,24 @@ def _training(model: Model, recorded: Mapping[str, np.ndarray]) -> dict[str, Any
     network = VisionLanguage(dataclasses.replace(model.config, moe=moe))
     batch = jax.tree.map(jnp.asarray, model.text(recorded["input_ids"]))
 
-    def loss(params: Any) -> tuple[jax.Array, tuple]:
+    def loss(language: Any, others: Any) -> tuple[jax.Array, tuple]:
         def whole(network: VisionLanguage) -> tuple:
-            output = network(batch, model.state)
+            output = network(batch, model.state, seen=vision)
             return network.logits(output.hidden), output.routed.get(LANGUAGE)
 
+        vision = jnp.zeros((*batch.visual_index.shape, model.config.language.embed_dim))
+        params = {**others, "language": language}
         logits, routed = network.apply({"params": params}, method=whole)  # pyright: ignore
         entropy = cross_entropy(logits, batch.tokens)
         balance = routed.losses["balance"]
         return entropy + jnp.sum(balance), (entropy, balance)
 
-    (_, (entropy, balance)), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(model.params)
+    # A text depends on no encoder: only the language model is differentiated, which halves the program.
+    others = {name: tree for name, tree in model.params.items() if name != "language"}
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (_, (entropy, balance)), gradient = jax.device_get(step(model.params["language"], others))
     found = {"loss_ce": entropy}
     layers = model.config.language.sparse_layers
     found |= {f"aux_loss_layer{n}": value for n, value in zip(layers, balance, strict=True)}
-    return found | {f"grad:{key}": array for key, array in rules.export(model.plan(gradient), gradient)}
-
-
-def _prompt(
-    model: Model, recorded: Mapping[str, np.ndarray], inputs: Mapping[str, np.ndarray]
-) -> dict[str, Any]:
-    batch = model.batch(inputs)
-    logits = model.forward(model.params, batch)[0][1]
-    count = recorded["greedy_ids"].shape[1]
-    device = jax.tree.map(jnp.asarray, batch)
-    slots = batch.tokens.shape[1]
-    last, _, _ = prefill(model.params, model.state, device, model=model.network, slots=slots, chunk=CHUNK)
-    return {
-        **model.embed(batch),
-        "logits": logits[:, -recorded["logits"].shape[1] :],
-        "greedy_ids": model.continued(batch, count),
-        "last_logits_chunked_prefill": last,
-    }
-
-
-def _batch(model: Model, inputs: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    batch = model.batch(inputs)
-    return {
-        "inputs_embeds": model.embed(batch)["inputs_embeds"],
-        "position_ids": batch.positions,
-        "logits_last": model.forward(model.params, batch)[0][1][:, -1],
-        "greedy_ids": model.continued(batch, 8),
-    }
-
-
-def _supervised(model: Model, inputs: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    labels = inputs["labels"]
-    logits = model.forward(model.params, model.batch(inputs))[0][1]
-    return {
-        "loss": cross_entropy(logits, jnp.asarray(labels)),
-        "n_target": np.array((labels[:, 1:] != -100).sum()),
-    }
-
-
-def run_vision(fixture: Any) -> dict[str, Any]:
-    """Every recorded value of the vision encoder."""
-    config = read_vision(fixture.config)
-    encoder, pixels = ViT(config), jnp.moveaxis(jnp.asarray(fixture.arrays["io/images"]), 1, -1)
-    shapes = jax.eval_shape(lambda: encoder.init(jax.random.key(0), pixels)["params"])
-    params = _read(vision_rules("vision", source="vision."), fixture.weights, _unboxed(shapes))
-    encoded, captured = encoder.apply(
-        {"params": params}, pixels, mutable=["intermediates"], capture_intermediates=True
-    )  # pyright: ignore
-    seen = captured["intermediates"]
-    blocks = first_of(seen["blocks"]["__call__"])
-    found = {"features": encoded.tokens, "after_pos_embed": seen["embedded"][0]}
-    found["patch_embed"] = first_of(seen["stem"]["__call__"])
-    found |= {f"block_{i}": block for i, block in enumerate(blocks)}
-    return {f"io/{name}": value for name, value in found.items()}
-
-
-def run_projector(fixture: Any) -> dict[str, Any]:
-    """The output of a projector."""
-    found = {}
-    for name in fixture.arrays:
-        case, _, array = name.rpartition("/")
-        if array != "x":
-            continue
-        x = jnp.asarray(fixture.arrays[name])
-        config = read_projector(fixture.config)
-        adapter = Adapter(config, fixture.config["n_embed"])
-        index = jnp.zeros((1, 1), jnp.int32)
-        shapes = jax.eval_shape(adapter.init, jax.random.key(0), x[None], index)["params"]
-        layers = {"adapter": {k: v for k, v in _unboxed(shapes).items() if k.startswith("layer")}}
-        params = _read(projector_rules(config), fixture.weights, layers)["adapter"]
-        blank = jnp.zeros(fixture.config["n_embed"])
-        variables = {"params": {**params, "newline": blank, "separator": blank}}
-        found[f"{case}/y"] = adapter.apply(variables, x, method="project")
-    return found
-
-
-def run_rope(fixture: Any) -> dict[str, Any]:
-    """Tables and rotated queries and keys of every recorded rotary embedding."""
-    found = {}
-    for case, settings in fixture.config.items():
-        config = read_rope({"rope_theta": settings["base"], **settings}, pairs="adjacent")
-        dim = settings["dim"]
-        found[f"rope/{case}_inv_freq"] = rope.frequencies(config, dim)
-        length = fixture.arrays[f"rope/{case}_cos"].shape[0]
-        angle = rope.angles(jnp.arange(length)[None], dim=dim, config=config)[0]
-        for name, function in (("cos", jnp.cos), ("sin", jnp.sin)):
-            table = function(angle) * config.amplitude
-            found[f"rope/{case}_{name}"] = jnp.concatenate([table, table], axis=-1)
-        angle = rope.angles(jnp.asarray(fixture.arrays[f"rope/{case}_positions"]), dim=dim, config=config)
-        for name in ("q", "k"):
-            x = jnp.asarray(fixture.arrays[f"rope/{case}_{name}_in"]).swapaxes(1, 2)
-            found[f"rope/{case}_{name}_out"] = rope.rotate(x, angle, config).swapaxes(1, 2)
-    return found
-
-
-def _read(table: Any, weights: Any, shapes: Any) -> Any:
-    sizes = {path: tuple(leaf.shape) for path, leaf in params_lib.flatten(shapes).items()}
-    return rules.read(rules.plan(table, sizes), weights, shapes, ignored=(*IGNORED, r"(?!vision\.).*"))
-
-
-def _unboxed(tree: Any) -> Any:
-    return jax.tree.map(lambda b: b.value, tree, is_leaf=lambda b: hasattr(b, "value"))
+    tree = {**jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), others), "language": gradient}
+    return found | {f"grad:{key}": array for key, array in rules.export(model.plan(tree), tree)}

@@ -53,9 +53,12 @@ class Language:
         return rules.plan(self.rules, shapes, self.stacks)
 
     def forward(
-        self, params: Any, tokens: jax.Array, keys: jax.Array, cache: Any = None, **options: Any
+        self, params: Any, tokens: jax.Array, keys: jax.Array, cache: Any = None
     ) -> tuple[tuple, Any]:
-        """((hidden, logits, cache), intermediates) for tokens [B T]; ``keys`` [B T] may be attended to."""
+        """((hidden, logits, cache), intermediates) for tokens [B T]; ``keys`` [B T] may be attended to.
+
+        Without a cache intermediates are what every module gave, else None.
+        """
         length = tokens.shape[1]
         if cache is None:
             causal = jnp.tril(jnp.ones((length, length), bool))
@@ -73,12 +76,14 @@ class Language:
         )
 
         def run(decoder: Decoder) -> tuple:
-            hidden, _, kept = decoder(decoder.embed(tokens), context, self.state, cache)
+            hidden, _, kept, _ = decoder(decoder.embed(tokens), context, self.state, cache)
             new = None if cache is None else cache_lib.append(cache, kept, jnp.ones_like(tokens))
             return hidden, decoder.logits(hidden), new
 
+        if cache is not None:
+            return self.decoder.apply({"params": params}, method=run), None  # pyright: ignore
         return self.decoder.apply(
-            {"params": params}, method=run, mutable=["intermediates"], capture_intermediates=True, **options
+            {"params": params}, method=run, mutable=["intermediates"], capture_intermediates=True
         )  # pyright: ignore[reportReturnType]
 
     def empty_cache(self, slots: int) -> Any:
@@ -115,12 +120,24 @@ def abstract_params(decoder: Decoder) -> Any:
 def run(fixture: Any) -> dict[str, Any]:
     """Every recorded value of a causal language model."""
     model, arrays = Language(fixture), fixture.arrays
-    tokens, keys = jnp.asarray(arrays["in_input_ids"]), jnp.asarray(arrays["in_attention_mask"])
-    forward = jax.jit(lambda p: model.forward(p, tokens, keys))
-    (hidden, logits, _), captured = forward(model.params)
-    seen = Seen(model, captured["intermediates"])
-    embedded = model.decoder.apply({"params": model.params}, tokens, method="embed")
-    found: dict[str, Any] = {"out_logits": logits, **seen.layers(embedded, hidden)}
+    tokens, keys = (np.asarray(arrays[name]) for name in ("in_input_ids", "in_attention_mask"))
+    weight = fixture.config.get("router_aux_loss_coef", 0.0) if "out_aux_loss" in arrays else 0.0
+
+    def loss(params: Any) -> tuple[jax.Array, tuple]:
+        (hidden, logits, _), captured = model.forward(params, jnp.asarray(tokens), jnp.asarray(keys))
+        captured = looked_at(captured["intermediates"])
+        total, routers = cross_entropy(logits, jnp.asarray(arrays["in_labels"])), {}
+        if model.config.decoder.sparse_layers:
+            routers = router_losses(Seen(model, captured).router_logits(), keys, top_k=model.config.moe.top_k)
+        if weight:
+            total = total + weight * routers["out_aux_loss"]
+        return total, (hidden, logits, captured, routers)
+
+    gradient, (hidden, logits, captured, routers), found = training(loss, model.params)
+    found |= {"out_logits": logits, **routers}
+    found["out_loss"] = found["out_objective"] = found["out_train_losses"][0]
+    seen, embedded = Seen(model, captured), np.asarray(model.params["embedding"])[tokens]
+    found |= seen.layers(embedded, hidden)
     ends = {"model.embed_tokens": embedded, "model.norm": hidden}
     for name in arrays:
         module = name.removeprefix("mid/")
@@ -128,9 +145,23 @@ def run(fixture: Any) -> dict[str, Any]:
             value = ends[module] if module in ends else seen.submodule(module, arrays[name].shape)
             if value is not None:
                 found[name] = np.asarray(value).reshape(arrays[name].shape)
-    found |= losses(model, fixture, tokens, keys, seen)
-    found |= decoding(model, arrays)
-    return found
+    exported = rules.export(model.plan({"language": gradient}), {"language": gradient})
+    return found | {f"grad/{key}": array for key, array in exported} | decoding(model, arrays)
+
+
+def router_losses(logits: jax.Array, keys: np.ndarray, *, top_k: int) -> dict[str, jax.Array]:
+    """What was recorded of the routers' logits [L B T E]."""
+
+    def pooled(valid: Any) -> jax.Array:
+        return balance.pooled_loss(logits, jnp.broadcast_to(valid, logits.shape[:-1]), top_k=top_k)
+
+    over_keys = pooled(keys > 0)
+    return {
+        "out_aux_loss": over_keys,
+        "out_aux_lb_masked": over_keys,
+        "out_aux_lb_all_tokens": pooled(np.ones_like(keys, bool)),
+        "out_aux_router_z": jnp.mean(jax.nn.logsumexp(logits, axis=-1) ** 2, axis=(1, 2)),
+    }
 
 
 class Seen:
@@ -188,12 +219,13 @@ class Seen:
         """Cosines (0) and sines (1), of each pair once or twice; or both as a complex number."""
         attention = self.config.decoder.attention
         dim = attention.qk_rope_dim if isinstance(attention, MLAConfig) else attention.head_dim
-        angle = rope.angles(jnp.arange(shape[1])[None], dim=dim, config=attention.rope)
-        both = jnp.stack([jnp.cos(angle), jnp.sin(angle)]) * attention.rope.amplitude
+        angles = jax.jit(lambda: rope.angles(jnp.arange(shape[1])[None], dim=dim, config=attention.rope))
+        angle = np.asarray(angles())
+        both = np.stack([np.cos(angle), np.sin(angle)]) * attention.rope.amplitude
         if which is None:
-            return jnp.moveaxis(both, 0, -1)
+            return np.moveaxis(both, 0, -1)
         one = both[int(which)]
-        return one if shape[-1] == one.shape[-1] else jnp.concatenate([one, one], axis=-1)
+        return one if shape[-1] == one.shape[-1] else np.concatenate([one, one], axis=-1)
 
 
 # Module of the recorded model below a layer -> places among ours, the first that exists.
@@ -221,6 +253,23 @@ PATHS: dict[str, tuple[str, ...]] = {
 }
 
 
+# What is looked at of a layer, by the end of its path.
+ENDS = {
+    "__call__",
+    "attention/weights",
+    "moe/logits",
+    "moe/assignment",
+    *(p for ps in PATHS.values() for p in ps),
+}
+
+
+def looked_at(captured: Any) -> Any:
+    """The part of what was captured that ``Seen`` looks up: the less is shown, the smaller the program."""
+    flat = params_lib.flatten(captured)
+    ends = {path: path.partition("/")[2].removesuffix("/__call__") for path in flat}
+    return params_lib.unflatten({path: (first_of(flat[path]),) for path, end in ends.items() if end in ENDS})
+
+
 def routed_everywhere(shape: tuple[int, ...]) -> RoutingContext:
     """All tokens are routed, padding too, as in the recorded models."""
     return RoutingContext(jnp.ones(shape, bool), jnp.zeros(shape, jnp.int32))
@@ -232,34 +281,7 @@ def first_of(leaf: Any) -> Any:
     return value[0] if isinstance(value, tuple) else value
 
 
-def losses(model: Language, fixture: Any, tokens: Any, keys: Any, seen: Seen) -> dict[str, Any]:
-    """The loss, its parts, its gradient by tensor, and four optimiser steps."""
-    arrays, moe = fixture.arrays, model.config.moe
-    labels = jnp.asarray(arrays["in_labels"])
-    weight = fixture.config.get("router_aux_loss_coef", 0.0) if "out_aux_loss" in arrays else 0.0
-
-    def loss(params: Any) -> jax.Array:
-        (_, logits, _), captured = model.forward(params, tokens, keys)
-        total = cross_entropy(logits, labels)
-        if weight:
-            total = total + weight * pooled(Seen(model, captured["intermediates"]).router_logits(), keys)
-        return total
-
-    def pooled(logits: jax.Array, valid: jax.Array) -> jax.Array:
-        mask = jnp.broadcast_to(valid > 0, logits.shape[:-1])
-        return balance.pooled_loss(logits, mask, top_k=moe.top_k)
-
-    gradient, found = training(loss, model.params)
-    found["out_loss"] = found["out_objective"] = found["out_train_losses"][0]
-    if model.config.decoder.sparse_layers:
-        logits = seen.router_logits()
-        found["out_aux_loss"] = found["out_aux_lb_masked"] = pooled(logits, keys)
-        found["out_aux_lb_all_tokens"] = pooled(logits, jnp.ones_like(keys))
-        found["out_aux_router_z"] = jnp.mean(jax.nn.logsumexp(logits, axis=-1) ** 2, axis=(1, 2))
-    exported = rules.export(model.plan({"language": gradient}), {"language": gradient})
-    return found | {f"grad/{key}": array for key, array in exported}
-
-
+@jax.jit
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Position t against label t + 1, mean over labels that are not -100."""
     wanted = labels[:, 1:]
@@ -269,54 +291,58 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def training(
-    loss: Callable[[Any], jax.Array], params: Any, steps: int = 4
-) -> tuple[Any, dict[str, np.ndarray]]:
-    """The first gradient, and losses and gradient norms of the recorded recipe.
+    loss: Callable[[Any], tuple[jax.Array, Any]], params: Any, steps: int = 4
+) -> tuple[Any, Any, dict[str, np.ndarray]]:
+    """The first gradient, what the loss gives beside its value, and losses and norms of the recorded recipe.
 
-    That is clipping at 1, and AdamW at 2e-3 on every parameter.
+    That is clipping at a norm of 1, and AdamW (arXiv 1711.05101) at 2e-3 with a decay of 0.1 on every
+    parameter. Only the gradient is compiled; the recipe is plain arithmetic.
     """
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(2e-3, 0.9, 0.95, eps=1e-8, weight_decay=0.1)
-    )
-
-    @jax.jit
-    def step(params: Any, state: Any) -> tuple:
-        value, gradient = jax.value_and_grad(loss)(params)
-        with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
-            updates, state = optimizer.update(gradient, state, params)
-        return optax.apply_updates(params, updates), state, value, gradient
-
-    state, values, gradients = optimizer.init(params), [], []
-    for _ in range(steps):
-        params, state, value, gradient = step(params, state)
+    rate, decay, epsilon, (b1, b2) = 2e-3, 0.1, 1e-8, (0.9, 0.95)
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    leaves, shape = jax.tree.flatten(jax.device_get(params))
+    first, second = ([np.zeros_like(leaf) for leaf in leaves] for _ in range(2))
+    shown, values, norms = None, [], []
+    for step in range(1, steps + 1):
+        (value, aux), gradient = jax.device_get(run(jax.tree.unflatten(shape, leaves)))
+        shown = shown or (gradient, aux)
+        gradients = jax.tree.leaves(gradient)
+        norm = float(np.sqrt(sum(np.sum(np.square(g, dtype=np.float64)) for g in gradients)))
+        gradients = [g / max(norm, 1.0) for g in gradients]
+        first = [b1 * m + (1 - b1) * g for m, g in zip(first, gradients, strict=True)]
+        second = [b2 * v + (1 - b2) * g**2 for v, g in zip(second, gradients, strict=True)]
+        leaves = [
+            p - rate * (m / (1 - b1**step) / (np.sqrt(v / (1 - b2**step)) + epsilon) + decay * p)
+            for p, m, v in zip(leaves, first, second, strict=True)
+        ]
         values.append(value)
-        gradients.append(gradient)
-    norms = [optax.tree.norm(g) for g in gradients]
-    return gradients[0], {"out_train_losses": np.array(values), "out_train_grad_norms": np.array(norms)}
+        norms.append(norm)
+    found = {"out_train_losses": np.array(values), "out_train_grad_norms": np.array(norms, np.float32)}
+    return *shown, found
 
 
 def decoding(model: Language, arrays: Arrays) -> dict[str, Any]:
     """Logits token by token over the cache, and greedy continuation of the first row."""
     if "in_decode_input_ids" not in arrays:
         return {}
-    tokens, prefill = jnp.asarray(arrays["in_decode_input_ids"]), int(arrays["out_decode_prefill_len"])
+    tokens, prefill = np.asarray(arrays["in_decode_input_ids"]), int(arrays["out_decode_prefill_len"])
     new = arrays["out_greedy_tokens"].shape[1]
 
     @jax.jit
-    def append(tokens: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
-        (_, logits, cache), _ = model.forward(model.params, tokens, tokens, cache)
+    def append(params: Any, tokens: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+        (_, logits, cache), _ = model.forward(params, tokens, tokens, cache)
         return logits[:, -1], cache
 
     length = tokens.shape[1]
-    logits, cache = append(tokens[:, :prefill], model.empty_cache(length + new))
+    logits, cache = append(model.params, tokens[:, :prefill], model.empty_cache(length + new))
     steps = [logits]  # of the next position, beginning with the one after the prefill
     for i in range(prefill, length):
-        logits, cache = append(tokens[:, i : i + 1], cache)
+        logits, cache = append(model.params, tokens[:, i : i + 1], cache)
         steps.append(logits)
     greedy = []
     for _ in range(new):
-        greedy.append(jnp.argmax(logits, axis=-1))
-        logits, cache = append(greedy[-1][:, None], cache)
+        greedy.append(np.argmax(logits, axis=-1))
+        logits, cache = append(model.params, greedy[-1][:, None], cache)
     recorded = arrays["out_decode_logits"]
     return {
         "out_decode_logits": np.stack(steps, axis=1).reshape(recorded.shape),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -86,7 +87,8 @@ class Switch:
 def run(fixture: Any) -> dict[str, Any]:
     """Every recorded value of a Switch Transformer."""
     switch = Switch(fixture)
-    (loss, parts), gradient = jax.jit(jax.value_and_grad(switch.loss, has_aux=True))(switch.params)
+    step = jax.jit(jax.value_and_grad(switch.loss, has_aux=True))
+    (loss, parts), gradient = jax.device_get(step(switch.params))
     output, captured, routers = parts
     found = {"out_loss": loss, "out_objective": loss, "out_logits": output.logits}
     found["out_encoder_last_hidden_state"] = output.encoded
@@ -95,7 +97,7 @@ def run(fixture: Any) -> dict[str, Any]:
     tables = dict.fromkeys(tokens, "embedding") if tied else TABLES
     for side, layers in switch.stacks().items():
         found |= {f"out_{side}_z_loss": routers[side]["z"], f"out_{side}_aux_loss": routers[side]["balance"]}
-        embedded = switch.params[tables[side]][tokens[side]]
+        embedded = np.asarray(switch.params[tables[side]])[np.asarray(tokens[side])]
         seen = Seen(side, layers, switch.config.moe, captured[side], embedded, hidden[side])
         found |= dict(seen.outputs()) | {f"mid/{side}.{name}": value for name, value in seen.modules()}
     # A tensor that no parameter is read from (``IGNORED``) has no gradient.
@@ -162,7 +164,12 @@ class Seen:
     def _router(self, name: str, block: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         """(who goes where, the rest dropped; the best probability, of the dropped too; logits)."""
         assignment, logits = block["moe/assignment"], block["moe/logits"]
-        kept, _ = dispatch.apply_capacity(assignment, jnp.ones(logits.shape[:-1], bool), self.moe)
-        yield f"{name}.0", jax.nn.one_hot(kept.experts[..., 0], self.moe.num_experts, dtype=jnp.int32)
+        kept = _kept(assignment, np.ones(logits.shape[:-1], bool), self.moe)
+        yield f"{name}.0", np.asarray(kept)[..., :1] == np.arange(self.moe.num_experts)
         yield f"{name}.1", assignment.gates
         yield f"{name}.2", logits
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _kept(assignment: Any, valid: jax.Array, config: MoEConfig) -> jax.Array:
+    return dispatch.apply_capacity(assignment, valid, config)[0].experts

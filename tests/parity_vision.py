@@ -18,8 +18,8 @@ from vl_jax.fusion.streams import Stream
 from vl_jax.heads.pairs import PairVectors
 from vl_jax.interop import rules, vision
 from vl_jax.interop.rules import Rule
-from vl_jax.joint import JointConfig, JointOutput
-from vl_jax.train.contrastive_losses import sigmoid_sums, softmax_sums
+from vl_jax.joint import JointConfig
+from vl_jax.train.objectives.contrastive_losses import sigmoid_sums, softmax_sums
 
 # Module of a recorded encoder, and where ours shows the same value.
 _BLOCK = {
@@ -97,7 +97,7 @@ def modules(kind: str, captured: Mapping[str, Any], encoded: Encoded | Stream, p
     found |= {f"hidden_states.{i}": state for i, state in enumerate(states)}
     captured = {**captured, "encoded": states[-1], "pooled": encoded.pooled}
     if "pooler/attention/weights" in captured:  # the recorded module gives their mean over heads
-        captured["probe_weights"] = jnp.mean(captured["pooler/attention/weights"], axis=1)
+        captured["probe_weights"] = np.mean(captured["pooler/attention/weights"], axis=1)
     for name, path in MODULES[kind].items():
         value = captured.get(path)
         if value is None:
@@ -121,11 +121,13 @@ def channels_last(pixels: np.ndarray) -> jax.Array:
     return jnp.asarray(np.moveaxis(pixels, 1, -1))
 
 
-def gradients(objective: Callable[[Any], jax.Array], params: Any, plan: rules.Plan) -> dict[str, Any]:
-    """The objective, and its gradient by tensor."""
-    value, gradient = jax.jit(jax.value_and_grad(objective))(params)
+def gradients(
+    objective: Callable[[Any], tuple[jax.Array, Any]], params: Any, plan: rules.Plan
+) -> tuple[Any, dict[str, Any]]:
+    """What the objective gives beside its value; its value, and its gradient by tensor. One program."""
+    (value, aux), gradient = jax.device_get(jax.jit(jax.value_and_grad(objective, has_aux=True))(params))
     exported = rules.export(plan, gradient)
-    return {"out_objective": value, **{f"grad/{key}": array for key, array in exported}}
+    return aux, {"out_objective": value, **{f"grad/{key}": array for key, array in exported}}
 
 
 def run_vision(fixture: Any) -> dict[str, Any]:
@@ -136,27 +138,25 @@ def run_vision(fixture: Any) -> dict[str, Any]:
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), pixels)["params"])
     plan, params = load(table, shapes, fixture.weights)
 
-    @jax.jit
-    def forward(params: Any) -> tuple[Encoded, Any]:
-        return model.apply(
+    main, cotangent = fixture.meta["main_output"], np.asarray(arrays["in_cotangent"])
+
+    def objective(params: Any) -> tuple[jax.Array, tuple]:
+        encoded, captured = model.apply(
             {"params": params}, pixels, method="encode", mutable=["intermediates"], capture_intermediates=True
-        )  # type: ignore[return-value]
+        )
+        return jnp.sum(results(encoded)[main] * cotangent), (encoded, captured["intermediates"])
 
-    def objective(params: Any) -> jax.Array:
-        return jnp.sum(results(model.apply({"params": params}, pixels, method="encode"))[main] * cotangent)
-
-    main, cotangent = fixture.meta["main_output"], jnp.asarray(arrays["in_cotangent"])
-    encoded, captured = forward(params)
-    captured = seen(captured["intermediates"])
+    (encoded, captured), found = gradients(objective, params, plan)
+    captured = seen(captured)
     states = hidden_states(captured)
     return {
         **results(encoded),
         **{f"out_hidden_states.{i}": state for i, state in enumerate(states)},
         **{f"out_attentions.{i}": w for i, w in enumerate(captured["blocks/attention/weights"])},
         **modules(kind, captured, encoded, ""),
-        **gradients(objective, params, plan),
+        **found,
         # Thousands of terms of either sign: in float32 their sum would lose more than the recording allows.
-        "out_objective": np.sum(np.asarray(results(encoded)[main], np.float64) * np.asarray(cotangent)),
+        "out_objective": np.sum(np.asarray(results(encoded)[main], np.float64) * cotangent),
     }
 
 
@@ -203,33 +203,32 @@ def run_pair(fixture: Any) -> dict[str, Any]:
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), batch, {})["params"])
     plan, params = load(vision.contrastive_rules(kind), shapes, fixture.weights)
 
-    @jax.jit
-    def forward(params: Any) -> tuple[JointOutput, Any]:
-        return model.apply(
+    def objective(params: Any) -> tuple[jax.Array, tuple]:
+        output, captured = model.apply(
             {"params": params},
             batch,
             {},
             mutable=["intermediates"],
             capture_intermediates=lambda _, method: method in ("__call__", "encode"),
-        )  # type: ignore[return-value]
+        )
+        pairs = output.predictions["pairs"]
+        loss = pair_loss(pairs)
+        return loss, (output.streams, pairs, similarity(pairs), captured["intermediates"])
 
-    def objective(params: Any) -> jax.Array:
-        return pair_loss(model.apply({"params": params}, batch, {}).predictions["pairs"])  # type: ignore[union-attr]
-
-    output, captured = forward(params)
-    captured, pairs, text = captured["intermediates"], output.predictions["pairs"], output.streams["text"]
+    (streams, pairs, logits, captured), found = gradients(objective, params, plan)
+    text = streams["text"]
     (image,) = captured["image"].pop("encode")  # with the class token, which is no feature
     return {
-        "out_loss": pair_loss(pairs),
-        "out_logits_per_image": similarity(pairs),
-        "out_logits_per_text": similarity(pairs).T,
+        **found,
+        "out_loss": found["out_objective"],
+        "out_logits_per_image": logits,
+        "out_logits_per_text": logits.T,
         "out_image_embeds": pairs.image,
         "out_text_embeds": pairs.text,
         "out_vision_model_output.last_hidden_state": image.tokens,
-        "out_vision_model_output.pooler_output": output.streams["image"].pooled,
+        "out_vision_model_output.pooler_output": streams["image"].pooled,
         "out_text_model_output.last_hidden_state": text.tokens,
         "out_text_model_output.pooler_output": text.pooled,
         **modules(f"{kind}_vision_model", seen(captured["image"]), image, "vision_model."),
         **modules("text", seen(captured["text"]), text, "text_model."),
-        **gradients(objective, params, plan),
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from types import SimpleNamespace
 from typing import Any
 
@@ -94,47 +93,87 @@ class Model:
             high_tiles=by_row(self.high_pixels),
         )
 
-    def logits(self, params: Any) -> jax.Array:
-        """[B T V]; those at padding mean nothing."""
+    def logits(self, params: Any) -> tuple[jax.Array, jax.Array]:
+        """[B T V], of which those at padding mean nothing, and what enters the decoder."""
 
-        def run(network: VisionLanguage) -> jax.Array:
-            return network.logits(network(self.batch, self.state).hidden)
+        def run(network: VisionLanguage) -> tuple[jax.Array, jax.Array]:
+            vision, _ = network.see(self.batch)
+            output = network(self.batch, self.state, seen=vision)
+            return network.logits(output.hidden), network.embed(self.batch, vision)
 
         return self.network.apply({"params": params}, method=run)  # pyright: ignore[reportReturnType]
-
-    def show(self, method: Any) -> tuple[Any, Found]:
-        """What a method gives, and what modules showed on the way."""
-        output, captured = jax.jit(
-            lambda params: self.network.apply(
-                {"params": params}, method=method, mutable=["intermediates"], capture_intermediates=shown
-            )
-        )(self.params)  # pyright: ignore[reportGeneralTypeIssues]
-        return output, captured["intermediates"]
 
 
 def run(fixture: Any) -> Found:
     """Every recorded value of a whole model."""
     model = Model(fixture)
-    found = {**_images(model), **_text(model), **_losses(model), **_decoding(model)}
+    trained, whole, embedded = _training(model)
+    tokens, (table, hidden, logits), captured = _show(model, embedded)
+    found = {**trained, **_images(model, tokens, captured), **_decoding(model)}
+    found |= _text(model, (table, embedded, hidden), captured["language"])
+    # Logits are those of the whole model but where it sees nothing.
+    found["out_logits"] = np.where(model.batch.segment_ids[..., None] > 0, whole, logits)
     return found | image_processor_outputs(fixture)
 
 
-def _images(model: Model) -> Found:
-    """What becomes of the images."""
+def _training(model: Model) -> tuple[Found, np.ndarray, np.ndarray]:
+    """The loss, its gradient by tensor, and four optimiser steps; logits, and what enters the decoder."""
+    labels = jnp.asarray(model.arrays["in_labels"])
 
-    def project(network: VisionLanguage) -> jax.Array:
-        return network.adapter.project(network.encode(model.pixels, model.high_pixels).tokens)
+    def loss(params: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        logits, embedded = model.logits(params)
+        return cross_entropy(logits, labels), (logits, embedded)
 
-    tokens, captured = model.show(project)
-    inside = parity_vision.seen(captured["encoder"])
-    encoded = model.network.apply(
-        {"params": model.params}, method=lambda network: network.encoder.encode(model.pixels)
+    gradient, (logits, embedded), found = training(loss, model.params)
+    found["out_loss"] = found["out_objective"] = found["out_train_losses"][0]
+    exported = rules.export(model.plan(gradient), gradient)
+    return found | {f"grad/{key}": array for key, array in exported}, logits, embedded
+
+
+def _show(model: Model, embedded: np.ndarray) -> tuple[jax.Array, tuple, Found]:
+    """The tokens of the images; the table's rows, states and logits of the text; what modules showed.
+
+    The recorded models compute something at padding too, where it sees what is no padding. Our model sees
+    nothing there, so its decoder is shown the recorded mask.
+    """
+    batch, length = model.batch, model.batch.tokens.shape[1]
+    valid = jnp.asarray(batch.segment_ids > 0)
+    context = LayerContext(
+        positions=batch.positions,
+        mask=jnp.tril(jnp.ones((length, length), bool)) & valid[:, None, :],
+        routing=routed_everywhere(batch.tokens.shape),
+        vision=None,
+        vision_mask=None,
+        length=None,
     )
+
+    def captures(module: Any, method: str) -> bool:
+        return shown(module, method) or method == "encode"
+
+    @jax.jit
+    def run(params: Any, embedded: jax.Array) -> tuple:
+        def show(network: VisionLanguage) -> tuple:
+            tokens = network.adapter.project(network.encode(model.pixels, model.high_pixels).tokens)
+            hidden, _, _, _ = network.language(embedded, context, model.state[LANGUAGE], None)
+            return tokens, (network.language.embed(batch.tokens), hidden, network.logits(hidden))
+
+        return model.network.apply(
+            {"params": params}, method=show, mutable=["intermediates"], capture_intermediates=captures
+        )  # pyright: ignore[reportReturnType]
+
+    (tokens, text), captured = jax.device_get(run(model.params, embedded))
+    return tokens, text, captured["intermediates"]
+
+
+def _images(model: Model, tokens: np.ndarray, captured: Found) -> Found:
+    """What becomes of the images."""
+    (encoded,) = captured["encoder"].pop("encode")
+    inside = parity_vision.seen(captured["encoder"])
     # The names inside are those of SigLIP too; before them stands what either model calls its encoder.
     kind = (model.published.get("vision_config") or {}).get("model_type", "clip_vision_model")
     found: Found = {}
     for prefix in ("model.vision_tower.", "model.vision_model."):
-        found |= parity_vision.modules(kind, inside, encoded, prefix)  # pyright: ignore[reportArgumentType]
+        found |= parity_vision.modules(kind, inside, encoded, prefix)
     found |= dict.fromkeys(("mid/model.aligner", "mid/model.multi_modal_projector"), tokens)
     found["out_image_hidden_states"] = tokens.reshape(-1, tokens.shape[-1])
     flat = {path.removesuffix("/__call__"): value for path, value in params_lib.flatten(captured).items()}
@@ -170,55 +209,20 @@ def _high_resolution(model: Model, flat: Found) -> Found:
     }
 
 
-def _text(model: Model) -> Found:
-    """What the language model makes of them.
-
-    The recorded models compute something at padding too, where it sees what is no padding. Our model sees
-    nothing there, so its decoder is shown the recorded mask; logits elsewhere are those of the whole model.
-    """
-    batch, length = model.batch, model.batch.tokens.shape[1]
-    valid = batch.segment_ids > 0
-    context = LayerContext(
-        positions=batch.positions,
-        mask=jnp.tril(jnp.ones((length, length), bool)) & valid[:, None, :],
-        routing=routed_everywhere(batch.tokens.shape),
-        vision=None,
-        vision_mask=None,
-        length=None,
-    )
-
-    def decode(network: VisionLanguage) -> tuple:
-        x = network.embed(batch, network.see(batch)[0])
-        hidden, _, _ = network.language(x, context, model.state[LANGUAGE], None)
-        return network.language.embed(batch.tokens), x, hidden, network.logits(hidden)
-
-    (table, embedded, hidden, logits), captured = model.show(decode)
+def _text(model: Model, ends: tuple, captured: Found) -> Found:
+    """What the language model makes of them; ``ends``: rows of the table, first state, last state."""
+    table, embedded, hidden = ends
     language = SimpleNamespace(decoder=model.config.language, moe=model.config.moe)
-    seen = Seen(SimpleNamespace(config=language), captured["language"])  # pyright: ignore[reportArgumentType]
-    whole = jax.jit(model.logits)(model.params)
-    found = {"out_logits": jnp.where(valid[..., None], whole, logits), **seen.layers(embedded, hidden)}
-    ends = {"model.embed_tokens": table, "model.norm": hidden}
+    seen = Seen(SimpleNamespace(config=language), captured)  # pyright: ignore[reportArgumentType]
+    found = seen.layers(embedded, hidden)
+    own = {"model.embed_tokens": table, "model.norm": hidden}
     for name, recorded in model.arrays.items():
         module = name.replace("mid/model.language_model.", "model.")
         if module != name:
-            value = ends[module] if module in ends else seen.submodule(module, recorded.shape)
+            value = own[module] if module in own else seen.submodule(module, recorded.shape)
             if value is not None:
                 found[name] = np.asarray(value).reshape(recorded.shape)
     return found
-
-
-def _losses(model: Model) -> Found:
-    """The loss, its gradient by tensor, and four optimiser steps."""
-    labels = jnp.asarray(model.arrays["in_labels"])
-    gradient, found = training(lambda params: cross_entropy(model.logits(params), labels), model.params)
-    exported = rules.export(model.plan(gradient), gradient)
-    value = found["out_train_losses"][0]
-    return {
-        **found,
-        "out_loss": value,
-        "out_objective": value,
-        **{f"grad/{k}": array for k, array in exported},
-    }
 
 
 def _decoding(model: Model) -> Found:
@@ -226,20 +230,26 @@ def _decoding(model: Model) -> Found:
     if "in_decode_input_ids" not in model.arrays:
         return {}
     arrays, network = model.arrays, model.network
-    row = jax.tree.map(lambda x: x[:1], model.batch)
+    row = jax.tree.map(lambda x: np.asarray(x)[:1], model.batch)
     length, filled = row.tokens.shape[1], int(arrays["out_decode_prefill_len"])
-    sequence = {name: getattr(row, name)[:, :filled] for name in SEQUENCE}
-    read = functools.partial(prefill, model=network, slots=length, chunk=None)
-    prompt = row.replace(**sequence)
-    logits, cache, vision = jax.jit(read)(model.params, model.state, prompt)
-    step = jax.jit(functools.partial(decode, model.params, model.state, model=network))
-    steps = [logits]
-    for i in range(filled, length):
-        logits, cache = step(prompt, vision, row.tokens[:, i], i - filled, cache)
-        steps.append(logits)
+    prompt = row.replace(**{name: getattr(row, name)[:, :filled] for name in SEQUENCE})
+
+    @jax.jit
+    def read(params: Any, prompt: Batch, following: jax.Array) -> jax.Array:
+        """Logits after the prompt, and after each token that follows it."""
+
+        def step(cache: Any, new: tuple) -> tuple[Any, jax.Array]:
+            logits, cache = decode(params, model.state, prompt, vision, *new, cache, model=network)
+            return cache, logits
+
+        logits, cache, vision = prefill(params, model.state, prompt, model=network, slots=length, chunk=None)
+        _, steps = jax.lax.scan(step, cache, (following, jnp.arange(len(following))))
+        return jnp.concatenate([logits[None], steps]).swapaxes(0, 1)
+
+    steps = read(model.params, prompt, row.tokens.T[filled:])
     config = GenerationConfig(max_new_tokens=arrays["out_greedy_tokens"].shape[1])
     tokens = generate(model.params, model.state, row, model=network, config=config, stop=(-1,))
     return {
-        "out_decode_logits": np.stack(steps, axis=1).reshape(arrays["out_decode_logits"].shape),
+        "out_decode_logits": np.reshape(steps, arrays["out_decode_logits"].shape),
         "out_greedy_tokens": tokens,
     }

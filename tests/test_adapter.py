@@ -82,6 +82,7 @@ def test_visual_tokens_are_rows_of_the_table_and_padding_is_zero(extra: int):
 
 @pytest.mark.parametrize("activation", sorted(FUNCTIONS))
 @pytest.mark.parametrize("use_bias", [True, False])
+@pytest.mark.slow
 def test_the_projector_is_linear_maps_with_a_function_between(activation: Any, use_bias: bool):
     patches = random(2, 4, 5)
     options = {"downsample": 1, "activation": activation, "use_bias": use_bias, "separators": False}
@@ -132,7 +133,7 @@ HIGH = HighResolutionConfig(
     ),
     grid=4,
 )
-HYBRID = dataclasses.replace(
+TWO = dataclasses.replace(
     tiny.config(),
     high_resolution=HIGH,
     adapter=AdapterConfig(downsample=1, num_layers=0, separators=False),
@@ -141,7 +142,7 @@ HYBRID = dataclasses.replace(
 
 def pictures(rows: int, tiles: int = 2) -> Any:
     """A batch of rows that see all of their tiles, one token after the other."""
-    small = HYBRID.smallest_batch(rows)
+    small = TWO.smallest_batch(rows)
     levels = np.random.default_rng(0).integers(0, 256, (rows, tiles, *small.tiles.shape[2:]))
     index = np.broadcast_to(np.arange(16 * tiles, dtype=np.int32), (rows, 16 * tiles))
     return small.replace(
@@ -154,12 +155,12 @@ def pictures(rows: int, tiles: int = 2) -> Any:
 
 
 @functools.cache
-def hybrid_params() -> Any:
-    return filled(abstract(HYBRID))
+def params_of_two() -> Any:
+    return filled(abstract(TWO))
 
 
 def see(params: Any, batch: Any) -> jax.Array:
-    return jnp.asarray(VisionLanguage(HYBRID).apply({"params": params}, batch, method="see")[0])  # type: ignore[index]
+    return jnp.asarray(VisionLanguage(TWO).apply({"params": params}, batch, method="see")[0])  # type: ignore[index]
 
 
 @pytest.mark.slow
@@ -169,7 +170,7 @@ def test_a_visual_token_has_gradient_from_both_pictures_of_its_tile_and_from_eve
     def of_second_tile(high: jax.Array, params: Any) -> jax.Array:
         return jnp.sum(see(params, batch.replace(high_tiles=high))[:, 16:] ** 2)
 
-    high, params = jax.jit(jax.grad(of_second_tile, argnums=(0, 1)))(batch.high_tiles, hybrid_params())
+    high, params = jax.jit(jax.grad(of_second_tile, argnums=(0, 1)))(batch.high_tiles, params_of_two())
     assert not np.any(high[:, 0]) and np.abs(high[:, 1]).sum(axis=(0, 3)).all()
     assert np.abs(params["encoder"]["positions"]).sum(axis=1).all()
     others = {path: leaf for path, leaf in params_lib.flatten(params).items() if "language" not in path}
@@ -177,21 +178,22 @@ def test_a_visual_token_has_gradient_from_both_pictures_of_its_tile_and_from_eve
 
 
 @pytest.mark.slow
-def test_a_hybrid_sees_the_same_on_many_devices():
+def test_two_resolutions_see_the_same_on_many_devices():
     batch = pictures(8, tiles=1)
-    expected = jax.jit(see)(hybrid_params(), jax.tree.map(jnp.asarray, batch))
-    layout = plan_layout(HYBRID, batch, make_mesh(MeshConfig(2, 2, 1, 2)))
+    expected = jax.jit(see)(params_of_two(), jax.tree.map(jnp.asarray, batch))
+    layout = plan_layout(TWO, batch, make_mesh(MeshConfig(2, 2, 1, 2)))
     with sharding.use_mesh(layout.mesh, layout.rules):
-        params = jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), hybrid_params(), layout.params)
+        params = jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), params_of_two(), layout.params)
         found = jax.jit(see)(params, put_batch(batch, layout))
     assert_close(found, expected)
 
 
 @pytest.mark.parametrize("high", [None, jnp.zeros((1, 1, 12, 12, 3), jnp.uint8)])
-def test_a_hybrid_refuses_pixels_that_are_not_normalised(high: Any):
-    batch = HYBRID.smallest_batch(1).replace(high_tiles=high)
+@pytest.mark.slow
+def test_two_resolutions_refuse_pixels_that_are_not_normalised(high: Any):
+    batch = TWO.smallest_batch(1).replace(high_tiles=high)
     with pytest.raises(ValueError, match="high_tiles=(None|uint8): .* normalised floats"):
-        jax.eval_shape(lambda params: see(params, batch), abstract(HYBRID))
+        jax.eval_shape(lambda params: see(params, batch), abstract(TWO))
 
 
 @pytest.mark.parametrize(
@@ -205,11 +207,11 @@ def test_a_hybrid_refuses_pixels_that_are_not_normalised(high: Any):
 )
 def test_parts_that_do_not_fit_are_refused(changes: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(HYBRID, **changes)
+        dataclasses.replace(TWO, **changes)
 
 
 def test_rows_with_newlines_need_separators_and_a_square():
-    plain = dataclasses.replace(HYBRID, high_resolution=None)
+    plain = dataclasses.replace(TWO, high_resolution=None)
     for options in ({"separators": False}, {"skip": 1}):
         model = dataclasses.replace(plain, adapter=AdapterConfig(downsample=1, **options))  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="need separators, and tokens that form a square"):

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import typing
+
 import pytest
 
+from vl_jax import schema
 from vl_jax.data.text.normalize import normalize
 from vl_jax.evaluate.metrics.exact_match import ExactMatch
-from vl_jax.evaluate.task import Compared, Grouped
-from vl_jax.evaluate.tasks.answers import Answers, Prior
+from vl_jax.evaluate.metrics.text.anls import ANLS
+from vl_jax.evaluate.metrics.text.cider import CIDErD
+from vl_jax.evaluate.metrics.text.error_rate import ErrorRate
+from vl_jax.evaluate.metrics.text.yes_no import YesNo
+from vl_jax.evaluate.task import Compared, Grouped, scores_of, shares_of
+from vl_jax.evaluate.tasks.answers import Answers, BuiltIn, Prior
 
 
 @pytest.mark.parametrize(
@@ -101,3 +108,58 @@ def test_a_baseline_may_be_the_headline_and_an_unknown_score_may_not():
     assert Answers(headline="blind_exact_match").headline == "blind_exact_match"
     with pytest.raises(ValueError, match="headline='f1': expected one of exact_match, blind_exact_match"):
         Answers(headline="f1")
+
+
+ALL = tuple(option() for option in typing.get_args(BuiltIn) if option is not ErrorRate)
+
+
+def test_built_in_metrics_are_named_in_a_config_without_their_module():
+    task = Answers(metrics=(*ALL, ErrorRate(), ErrorRate(name="cer", unit="character")), headline="blind_cer")
+    written = schema.to_json(task)
+    assert '"VQAAccuracy"' in written and "vl_jax." not in written
+    assert schema.from_json(written, Answers) == task
+
+
+def test_two_scores_of_one_name_are_refused():
+    with pytest.raises(
+        ValueError, match="metrics: two scores are called 'anls'; give one metric another name"
+    ):
+        Answers(metrics=(ANLS(), ANLS(variant="vlmevalkit")), headline="anls")
+    assert Answers(metrics=(ANLS(), ANLS("kit", variant="vlmevalkit")), headline="kit")
+
+
+def test_metrics_of_several_scores_and_references_give_values_by_sample():
+    compared = Compared((ExactMatch(), YesNo()), ("blind",))
+    compared.update(("yes", "YES"), "yes", blind="no", cluster="picture")
+    compared.update("no", "yes", blind="no", cluster="picture")
+    found, samples = compared.compute(), compared.samples()
+    assert (found["exact_match"], found["pope_recall"], found["blind_pope_recall"]) == (0.5, 1, 0)
+    assert found["count"] == 2 and samples.keys() == found.keys() - {"count"}
+    assert all(samples[name].score == found[name] for name in samples)
+    assert samples["exact_match"].values.tolist() == [1, 0]
+    assert samples["blind_pope_yes_rate"].clusters == ("picture", "picture")
+
+
+def test_a_metric_without_values_by_sample_stands_beside_the_others():
+    class Said:
+        name = "said"
+
+        def start(self):
+            self.texts = []
+            return self
+
+        def update(self, truth, prediction):
+            self.texts.append(prediction)
+
+        def compute(self):
+            return {"said": len(self.texts)}
+
+    compared = Compared((Said(), ExactMatch()))
+    compared.update("a", "a", cluster="picture")
+    assert compared.compute() == {"said": 1, "exact_match": 1, "count": 1}
+    assert compared.samples().keys() == {"exact_match"}
+
+
+def test_scores_that_are_no_shares_are_not_shown_as_percentages():
+    assert shares_of(CIDErD()) == shares_of(ErrorRate()) == () and scores_of(CIDErD()) == ("cider_d",)
+    assert shares_of(ANLS()) == ("anls",) and "pope_f1" in shares_of(YesNo())

@@ -39,6 +39,7 @@ def assert_close(pair) -> None:
 
 # One chunk, exactly one, one and a bit, and so many tokens that chunks become longer.
 @pytest.mark.parametrize("length", [5, 128, 131, pytest.param(1100, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_chunks_change_neither_values_nor_gradients(length):
     order = jnp.arange(length)
     segments = jnp.stack([order * 3 // length, 0 * order])
@@ -46,6 +47,7 @@ def test_chunks_change_neither_values_nor_gradients(length):
     assert_close(both(length, mask))
 
 
+@pytest.mark.slow
 def test_any_mask_below_the_diagonal_will_do_and_who_sees_nothing_gets_zeros():
     length, seed = 130, 5
     allowed = jax.random.bernoulli(jax.random.key(seed), 0.3, (2, length, length))

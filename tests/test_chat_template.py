@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import datetime
 import json
+import random
+import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +17,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 import vl_jax
 from vl_jax.data.published.text_processor import TextProcessor
+from vl_jax.data.text import chat_template, rendering
 from vl_jax.data.text.chat_template import ChatTemplate
 
 # With a line for each statement, as published templates have: blocks leave no blanks and no empty lines.
@@ -158,6 +162,7 @@ def test_conversations_that_cannot_be_answered_are_refused(tmp_path, messages, m
         processor(conversations=messages)
 
 
+@pytest.mark.slow
 def test_a_published_language_model_answers_a_conversation(tmp_path):
     folder = tmp_path / "model"
     published(folder, np.dtype(np.float32), layers=1, width=64, vocabulary=300)
@@ -189,12 +194,74 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.slow
 def test_a_hostile_template_ends_in_one_line(tmp_path, name):
     with pytest.raises(ValueError, match=r"chat_template.jinja: (line \d+ of )?the chat template: ") as error:
         load(write(tmp_path, HOSTILE[name], "chat_template.jinja")).text(MESSAGES, add_generation_prompt=True)
     assert "\n" not in str(error.value) and len(str(error.value)) < 600
 
 
+# What a hostile template may do, and what may stand around it.
+ACTS = (
+    "{{ 'a' * 99999999 }}",
+    "{% for a in range(99999) %}{% for b in range(99999) %}{{ a }}{% endfor %}{% endfor %}",
+    "{{ 7 ** (7 ** 9) }}",
+    "{{ messages.__class__.__mro__[1].__subclasses__() }}",
+    "{{ messages | attr('__class__') | attr('__base__') }}",
+    "{{ ''.__class__.__base__.__subclasses__() }}",
+    "{{ raise_exception.__globals__ }}",
+    "{{ namespace.__init__.__globals__['os'].system('true') }}",
+    "{{ self.__init__.__globals__ }}",
+    "{% include '/etc/passwd' %}",
+    "{% import '/etc/passwd' as x %}",
+    "{% extends 'base.html' %}",
+    "{% from 'x' import y %}",
+    "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}",
+    "{% set x = [] %}{% for i in range(9) %}{% set x = x + x + [messages] * 999999 %}{% endfor %}{{ x }}",
+    "{{ messages | tojson(indent=99999999) }}",
+    "{{ 'a' | indent(99999999) }}",
+    "{{ '%99999999d' | format(1) }}",
+    "{{ ('a' ~ 'b') | replace('', 'x' * 9999) | replace('', 'y' * 9999) }}",
+    "{{ range(99999) | map('string') | join('x' * 9999) }}",
+    "{{ messages.append(1) }}",
+    "{{ (range(99999) | list) | batch(1) | list | string | urlize }}",
+    "{{ strftime_now('%Y' * 9999999) }}",
+    "{{ messages | sort(attribute='nothing.at.all') }}",
+    "{{ undefined_name.attribute }}",
+)
+AROUND = (
+    "%s",
+    "{%% for message in messages %%}%s{%% endfor %%}",
+    "{%% if true %%}%s",
+    "{%% raw %%}{%% endraw %%}%s",
+)
+
+
+@pytest.mark.parametrize("count", [4, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.slow
+def test_hostile_templates_end_in_one_line_within_their_bound(tmp_path, count, capsys):
+    start, ends = time.monotonic(), Counter()
+    chance = random.Random(0)
+    for template in chance.sample([around % act for around in AROUND for act in ACTS], count):
+        begun = time.monotonic()
+        try:
+            text = load(write(tmp_path, template, "chat_template.jinja")).text(
+                MESSAGES, add_generation_prompt=True
+            )
+            assert len(text) <= rendering.OUTPUT
+            ends["text"] += 1
+            assert "root:" not in text and "subclasses" not in text and "globals" not in text
+        except ValueError as error:
+            assert str(error).isprintable() and len(str(error)) < 600, template
+            ends["one line"] += 1
+        # Time to start a process besides; others may have the processor.
+        assert time.monotonic() - begun < chat_template.START_SECONDS + chat_template.WAIT_SECONDS, template
+    assert ends["one line"] > ends["text"], ends
+    with capsys.disabled():
+        print(f"\n{dict(ends)} in {time.monotonic() - start:.0f} s")
+
+
+@pytest.mark.slow
 def test_after_a_template_that_was_ended_the_next_one_is_rendered(tmp_path):
     with pytest.raises(ValueError, match="the chat template: was ended: it took more than"):
         load(write(tmp_path / "a", HOSTILE["number"]))

@@ -135,6 +135,7 @@ def lazily(value):
 
 @pytest.mark.parametrize("lazy", [{"writer"}, {"reader"}, {"writer", "reader"}])
 @pytest.mark.parametrize("piece", [60, 2**20])  # bytes: parts of a row, and whole arrays
+@pytest.mark.slow
 def test_lazy_arrays_are_stored_as_ordinary_ones_are(tmp_path, monkeypatch, lazy, piece):
     monkeypatch.setattr(lazy_array, "PIECE", piece)
     form = lazily if "writer" in lazy else lambda value: value
@@ -370,6 +371,7 @@ def test_leaves_that_are_not_finite_are_named_wherever_they_are():
     assert not_finite(value | {"d": spread, "e": spread.at[7].set(0)}) == ["['a']", "['c']", "['d']"]
 
 
+@pytest.mark.slow
 def test_a_step_without_its_record_is_passed_over(tmp_path):
     write(tmp_path, 3, 7)
     for file in (tmp_path / "7" / "record").rglob("*"):
@@ -387,6 +389,7 @@ def test_a_step_that_was_still_being_written_is_ignored(tmp_path):
     assert_is_step(read(tmp_path), 3)
 
 
+@pytest.mark.slow
 def test_when_no_step_is_sound_the_error_is_one_line(tmp_path):
     write(tmp_path, 3)
     largest_file(tmp_path / "3" / "params").write_bytes(b"nothing")

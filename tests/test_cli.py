@@ -82,6 +82,7 @@ def refused(capsys, *argv: str) -> str:
         (["--config.data.tokenizer=missing.json"], "missing.json"),
     ],
 )
+@pytest.mark.slow
 def test_a_bad_option_is_one_line_before_anything_is_written(capsys, tmp_path, overrides, message):
     error = refused(capsys, "train", CONFIG, f"--workdir={tmp_path / 'run'}", *overrides)
     assert message in error
@@ -200,6 +201,7 @@ def test_inspect_config_prints_the_resolved_config(capsys):
     assert json.loads(capsys.readouterr().out)["seed"] == 7
 
 
+@pytest.mark.slow
 def test_inspect_params_names_sizes_axes_stages_and_what_does_not_divide(capsys, monkeypatch, caplog):
     monkeypatch.setenv("COLUMNS", "200")
     options = [
@@ -221,6 +223,7 @@ def test_inspect_params_names_sizes_axes_stages_and_what_does_not_divide(capsys,
     assert any("encoder/blocks/fc1/kernel: mlp=33 does not divide" in message for message in caplog.messages)
 
 
+@pytest.mark.slow
 def test_a_single_gate_that_is_normalised_is_warned_of(capsys, caplog):
     options = ["--config.model.moe.top_k=1", "--config.model.moe.gates.normalize=True"]
     with caplog.at_level(logging.WARNING):
@@ -447,6 +450,7 @@ def test_a_fault_of_the_package_is_one_line_and_its_traceback_a_file(capsys, tmp
 
 
 @pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.slow
 def test_inspect_params_fits_the_screen_and_names_every_parameter_whole(capsys, monkeypatch, width):
     monkeypatch.setenv("COLUMNS", str(width))
     options = ("--config.mesh.data=1", "--config.mesh.fsdp=4", "--config.mesh.tensor=2")
@@ -592,6 +596,7 @@ def paths_of(node, prefix: str = "") -> list[str]:
     return [path for name in names for path in (prefix + name, *paths_of(node[name], f"{prefix}{name}."))]
 
 
+@pytest.mark.slow
 def test_overrides_with_any_value_are_taken_or_answered_in_one_line():
     experiment, chosen = load(TINY), random.Random(0)
     paths = paths_of(view(experiment))

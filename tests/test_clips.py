@@ -15,6 +15,7 @@ from vl_jax.data.images.clips import evenly, mark_frames
 from vl_jax.data.images.tiling import TilingConfig
 from vl_jax.data.sample import BadSample
 from vl_jax.data.sources.build import LlavaConfig, open_source
+from vl_jax.data.sources.conversation import parse
 
 
 @given(st.integers(1, 500), st.integers(1, 64))
@@ -54,6 +55,41 @@ def test_a_folder_a_list_and_a_mark_give_the_same_frames(tmp_path):
     config = DataConfig(tiling=TilingConfig(16, views="global"), max_tiles=4)
     example = make_encoder(config, ModelSpec(2, "prefix", 2048)).example(source[0])
     assert len(example.tiles) == 4
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize(
+    ("said", "question", "answer"),
+    [
+        ({"question": "<video>\nWhat?", "answer": "It."}, "{marks}\nWhat?", "It."),
+        ({"question": "What is <video> for?", "answer": "It."}, "What is {marks} for?", "It."),
+        ({"question": "<image>\nWhat?", "answer": "It."}, "{marks}\nWhat?", "It."),
+        ({"question": "Which tag?", "answer": "<video>"}, "{marks}\nWhich tag?", "<video>"),
+        ({"instruction": "<video> What?", "output": "It."}, "{marks} What?", "It."),
+        ({"instruction": "What?", "input": "<video>", "output": "<image>"}, "What?\n{marks}", "<image>"),
+        ({"instruction": "What?", "output": "It."}, "{marks}\nWhat?", "It."),
+        ({"conversations": [{"from": "human", "value": "<video>What?"}, {"from": "gpt", "value": "<video>"}]},
+         "{marks}What?", "<video>"),
+    ],
+)  # fmt: skip
+def test_a_clip_is_marked_once_wherever_its_mark_stands(said, question, answer, count):
+    names = [f"{n}.png" for n in range(count)]
+    record = {"frames": "clip", "image": names, **said}
+    (turn,) = parse(record, "d.json, record 0", default_id="0").turns
+    assert turn.question == question.format(marks="\n".join(["<image>"] * count)) and turn.answer == answer
+
+
+def test_a_clip_that_is_marked_before_is_not_marked_again():
+    record = {"frames": "clip", "image": ["0.png", "1.png"], "instruction": "And now?", "output": "Out."}
+    record["history"] = [["<video>\nWhat?", "It."]]
+    first, second = parse(record, "d.json, record 0", default_id="0").turns
+    assert (first.question, second.question) == ("<image>\n<image>\nWhat?", "And now?")
+
+
+def test_a_video_mark_without_a_clip_is_text():
+    record = {"image": "a.png", "question": "What does <video> mean?", "answer": "It."}
+    (turn,) = parse(record, "d.json, record 0", default_id="0").turns
+    assert turn.question == "<image>\nWhat does <video> mean?"
 
 
 def test_a_video_that_nobody_decodes_is_no_text_without_pictures(tmp_path):

@@ -21,10 +21,11 @@ from vl_jax.layout import Layout, Variables, init_variables, put_batch
 from vl_jax.model import VisionLanguage, VisionLanguageConfig
 from vl_jax.moe.stacks import init_state
 from vl_jax.sharding import MeshConfig
-from vl_jax.train import loop, saved
-from vl_jax.train.loop import LoopConfig, Position
+from vl_jax.train import saved
+from vl_jax.train.loop import LoopConfig
 from vl_jax.train.objectives.next_token import NextToken
 from vl_jax.train.program import Program
+from vl_jax.train.saved import Position
 from vl_jax.train.stages import Stage
 from vl_jax.train.step import TrainState, gradients
 
@@ -60,6 +61,7 @@ def layout() -> Layout:
     return tiny.layout_of(MODEL)
 
 
+@pytest.mark.slow
 def test_collections_are_created_with_the_parameters_and_are_none_of_them(layout):
     found = params_lib.flatten(layout.collections)
     assert found.keys() == {"batch_stats/between/mean", "batch_stats/between/variance"}
@@ -69,6 +71,7 @@ def test_collections_are_created_with_the_parameters_and_are_none_of_them(layout
     assert tiny.layout_of(BASE).collections == {} and begun(tiny.layout_of(BASE)).collections == {}
 
 
+@pytest.mark.slow
 def test_they_are_whole_on_every_device():
     sharded = tiny.layout_of(MODEL, MeshConfig(data=2, fsdp=2), devices=4)
     for leaf in jax.tree.leaves(begun(sharded).collections):
@@ -89,7 +92,7 @@ def test_a_step_moves_them_and_micro_batches_move_them_to_the_mean(layout):
                 variables.routing,
                 collections=dict(variables.collections),
             )
-            options = {"trainable": {"adapter/newline"}, "objective": NextToken()}
+            options = {"trainable": {"between/scale"}, "objective": NextToken()}
             return gradients(state, batch, model=layout.model, accumulation=accumulation, **options)[2]
 
         part = jax.tree.map(lambda x: jnp.asarray(x[rows]), batch)
@@ -127,7 +130,7 @@ class Batches:
 
 
 def train(layout: Layout, workdir: Path, fail_at: int = 0) -> TrainState:
-    return loop.train(
+    return tiny.train(
         layout,
         STAGES,
         lambda _: Batches(fail_at),
@@ -155,6 +158,7 @@ def test_a_run_saves_them_hands_them_on_and_resumes_with_the_same_bits(layout, t
 @pytest.mark.parametrize(
     "recorded", [pytest.param(True, marks=pytest.mark.slow), False], ids=["with load", "without"]
 )
+@pytest.mark.slow
 def test_a_checkpoint_from_before_there_were_stacks_is_restored(tmp_path, recorded):
     """Its routing state was bare, its running load a list, and there were no collections."""
     layout, stages = tiny.layout_of(BASE), (STAGES[0],)
@@ -175,7 +179,7 @@ def test_a_checkpoint_from_before_there_were_stacks_is_restored(tmp_path, record
         record={"position": position, **({"load": load} if recorded else {})},
     )
     checkpointer.wait()
-    found = loop.restore(checkpointer, layout, stages)
+    found = saved.restore(checkpointer, layout, stages)
     checkpointer.close()
     assert found is not None and found[1] == Position(**position)
     restored = found[0]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vl_jax.moe import conformance
+from vl_jax.moe import comparisons, conformance
 from vl_jax.moe.config import BalanceConfig, CapacityConfig, ExpertGroupsConfig, GateConfig
 from vl_jax.moe.routing import SCHEMES, MoEConfig
 
@@ -18,8 +18,6 @@ NAMES = (*SCHEMES, "my_router")
 NOTHING_DROPPED = ("soft_moe", "smear")
 # A kernel sees an assignment, not the scheme: choices in equal and in differing number, and those of experts.
 ALL_KERNELS = ("top_k", "top_p", "expert_choice", *NOTHING_DROPPED)
-# Kernels, capacity and devices see no difference between these and ``top_k``: K choices for every token.
-LIKE_TOP_K = ("top_k_softmax", "switch", "gshard", "v_moe")
 # Each is close to another scheme.
 TWINS = (
     *("sinkhorn", "modality_top_k", "top_p"),
@@ -32,14 +30,13 @@ def failures(results: list[conformance.Result]) -> list[str]:
     return [str(result) for result in results if result.passed is False]
 
 
-def every_scheme(*slow: str, but: tuple[str, ...] = ()):
-    """All schemes ``but`` some as parameters; some are slow."""
+def every_scheme(*slow: str):
+    """All schemes as parameters; some are slow."""
     return pytest.mark.parametrize(
         "scheme",
         [
             pytest.param(scheme, id=name, marks=pytest.mark.slow if name in slow else ())
             for scheme, name in zip(EVERY, NAMES, strict=True)
-            if name not in but
         ],
     )
 
@@ -51,11 +48,11 @@ def test_every_scheme_conforms(scheme):
     assert len(results) == 1 + len(conformance.PROPERTIES)
 
 
-@every_scheme(*NAMES, but=LIKE_TOP_K)
+@every_scheme(*NAMES)
 def test_kernels_capacity_and_devices_change_nothing(scheme, monkeypatch):
     if scheme not in ALL_KERNELS:
-        monkeypatch.setattr(conformance, "KERNELS", ("reference", "blocked"))
-    found = conformance.check(scheme, properties=conformance.COMPARISONS)
+        monkeypatch.setattr(comparisons, "KERNELS", ("reference", "blocked"))
+    found = conformance.check(scheme, properties=comparisons.COMPARISONS)
     results = {r.property: r for r in found}
     assert not failures(found)
     assert results["one device = many"].passed
@@ -67,6 +64,7 @@ def test_kernels_capacity_and_devices_change_nothing(scheme, monkeypatch):
 OPTIONS = {
     "groups": {"groups": ExpertGroupsConfig(num=4, top=2)},
     "gate priority": {"limit": CapacityConfig(0.75, priority="gate")},
+    "rank priority": {"limit": CapacityConfig(0.75, priority="rank")},
     "batch balance": {
         "balance": BalanceConfig(scope="batch", z_weight=0.1),
         "gates": GateConfig(normalize=True),
@@ -81,11 +79,11 @@ OPTIONS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_options_of_the_layer_keep_the_properties(options, monkeypatch):
-    monkeypatch.setattr(conformance, "KERNELS", ("reference", "blocked"))
+    monkeypatch.setattr(comparisons, "KERNELS", ("reference", "blocked"))
     config = dataclasses.replace(conformance.small_config("top_k"), **options)
     failed = [r.property for r in conformance.check("top_k", config) if r.passed is False]
-    # With priority by gate a later token may take the slot of an earlier one.
-    assert failed == (["causal as declared"] if config.limit.priority == "gate" else [])
+    # With priority by gate or rank a later token may take the slot of an earlier one.
+    assert failed == (["causal as declared"] if config.limit.priority != "position" else [])
 
 
 # What a scheme returns, and what is said about it.
@@ -118,6 +116,7 @@ def broken(tmp_path: Path, end: str, *, before: str = "") -> str:
 
 
 @pytest.mark.parametrize(("end", "message"), BROKEN.values(), ids=BROKEN)
+@pytest.mark.slow
 def test_a_scheme_that_returns_nonsense_is_told_what_and_named(tmp_path, end, message):
     scheme = broken(tmp_path, end)
     first = next(r for r in conformance.check(scheme, properties=conformance.PROPERTIES[:1]) if not r.passed)
@@ -140,13 +139,14 @@ KEEP = "TokenChoice(jnp.where(real, ids, config.num_experts), jnp.where(real, ga
         ),
     ],
 )
+@pytest.mark.slow
 def test_a_property_that_does_not_hold_is_found(tmp_path, before, failed):
     assert fails(broken(tmp_path, KEEP, before=f"{MASK}; {before}"), failed)
 
 
 def fails(scheme: str, name: str) -> str:
     """What is said of the one property; empty if it holds."""
-    (wanted,) = [p for p in conformance.PROPERTIES if p[0] == name]
+    (wanted,) = [p for p in (*conformance.PROPERTIES, *comparisons.COMPARISONS) if p[0] == name]
     return "; ".join(failures(conformance.check(scheme, properties=[wanted])))
 
 
@@ -190,6 +190,11 @@ WRONG = {
         "logits = logits if context.rng is None else logits + jax.random.normal(context.rng, logits.shape)",
         kept(),
         "noise as declared",
+    ),
+    "where it runs": (
+        "logits = logits if jax.sharding.get_abstract_mesh().empty else -logits",
+        kept(),
+        "one device = many",
     ),
     "a reward for crowding": (
         "",
@@ -248,6 +253,15 @@ def test_a_scheme_that_falsely_calls_itself_non_causal_is_found(tmp_path):
     assert failures(results) == [
         "FAILED  causal as declared: declared causal=False, but no later token matters"
     ]
+
+
+@pytest.mark.slow
+def test_a_scheme_that_falsely_says_that_it_takes_routes_is_found(tmp_path):
+    scheme = broken(tmp_path, KEEP, before=MASK)
+    file = tmp_path / "broken.py"
+    file.write_text(file.read_text() + "\nflagged = Scheme(mine, replays=True)\n")
+    found = fails(scheme.replace(":mine", ":flagged"), "given routes are taken")
+    assert "declared replays=True, but it takes other routes than are given" in found
 
 
 @pytest.mark.parametrize(

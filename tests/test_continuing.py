@@ -17,10 +17,11 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vl_jax import cli, runs, schema
 from vl_jax import params as params_lib
-from vl_jax import runs, schema
 from vl_jax.checkpoint import Checkpointer
 from vl_jax.config import load
+from vl_jax.evaluate.runner import forget_results
 from vl_jax.experiment import read_run
 from vl_jax.moe.stacks import init_state
 from vl_jax.report.run import read_run as read_files
@@ -150,6 +151,29 @@ def leaves(**shapes: tuple[int, ...]) -> dict:
     return {name.replace("_", "/"): SimpleNamespace(shape=shape) for name, shape in shapes.items()}
 
 
+def test_what_is_known_of_later_steps_is_forgotten_when_a_run_goes_on_from_an_earlier_one(tmp_path):
+    config = BestConfig(1, "val/loss", "lowest")
+    best = Best(config, tmp_path)
+    for step, loss in ((100, 3.0), (200, 2.0), (1000, 1.0)):
+        best.add(step, {"eval/val/loss": loss})
+    best.go_on_from(200)
+    assert best.steps() == {200} == Best(config, tmp_path).steps()
+    best.go_on_from(0)  # as if its checkpoints had been deleted: the next step is the best so far
+    assert best.add(50, {"eval/val/loss": 9.0}) and Best(config, tmp_path).steps() == {50}
+
+    folder = tmp_path / "eval" / "val"
+    (folder / "images").mkdir(parents=True)
+    names = ("{}.json", "{}.samples.jsonl", "images/{}_0001.png")
+    for step in (200, 1000):
+        for name in names:
+            (folder / name.format(step)).write_text("")
+    (folder / "notes.json").write_text("of somebody else")
+    forget_results(tmp_path, after=200)
+    left = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    assert left == {name.format(200) for name in names} | {"notes.json"}
+    forget_results(tmp_path / "fresh", after=0)
+
+
 def test_every_difference_of_a_checkpoint_is_a_line():
     have = leaves(
         params_a_x=(2,), params_old_x=(1,), params_old_y_z=(1,), params_b_vocab=(8, 2), routing_s=(4,)
@@ -179,6 +203,7 @@ def save(folder, model) -> tuple:
     return params, routing
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_another_s_parameters_and_state(tmp_path, caplog, monkeypatch):
     model = tiny.config()
     params, routing = save(tmp_path / "checkpoints", model)
@@ -213,6 +238,7 @@ def test_a_run_begins_with_another_s_parameters_and_state(tmp_path, caplog, monk
     assert set(init_state(model.stacks)) == set(found.routing)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_which_nothing_fits_is_refused(tmp_path):
     save(tmp_path / "checkpoints", tiny.config())
     only = {"x": {"y": jax.ShapeDtypeStruct((1,), jnp.float32)}}
@@ -237,7 +263,7 @@ def run_folder(folder: Path, init: str) -> Path:
     return folder
 
 
-def test_an_export_goes_back_to_the_published_checkpoint_that_was_first(tmp_path):
+def test_an_export_goes_back_to_the_published_checkpoint_that_was_first(tmp_path, capsys):
     pytest.importorskip("ml_collections")
     (tmp_path / "published").mkdir()
     first = run_folder(tmp_path / "first", str(tmp_path / "published"))
@@ -247,6 +273,14 @@ def test_an_export_goes_back_to_the_published_checkpoint_that_was_first(tmp_path
     third = run_folder(tmp_path / "third", str(alone))
     with pytest.raises(ValueError, match=rf"third: its model .* has no published form: {alone} did not"):
         runs.export(third, tmp_path / "out")
+    (alone / "metrics.jsonl").unlink(missing_ok=True)
+    for logged in (False, True):  # a run is one from its first moment
+        if logged:
+            (alone / "metrics.jsonl").write_text("")
+        assert cli.main(["convert", f"--from={alone}", f"--to={tmp_path / 'out'}"]) == 2
+        shown = capsys.readouterr().err
+        assert shown.count("\n") == 1 and "its model (VisionLanguageConfig) has no published form" in shown
+        assert "load_run" in shown and not (tmp_path / "out").exists()
     gone = run_folder(tmp_path / "gone", str(tmp_path / "nothing"))
     with pytest.raises(ValueError, match="began with .*nothing, which is not there any more"):
         runs.export(gone, tmp_path / "out")

@@ -92,6 +92,7 @@ def test_boxes_are_written_on_the_grid():
         (messages([{"type": "image_url", "image_url": {"url": "https://x/y.png"}}]), "bad_image_field"),
         (messages([{"type": "video"}]), "bad_conversation"),
         (messages([7]), "bad_conversation"),
+        (messages([{"type": {"a": []}}]), "bad_conversation"),
         ({"messages": {}}, "bad_conversation"),
         ({"text": ["no text"]}, "bad_conversation"),
         ({"question": "alone?"}, "bad_conversation"),

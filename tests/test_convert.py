@@ -124,6 +124,7 @@ def assert_same_bytes(found: Path, given: Path) -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float32])
+@pytest.mark.slow
 def test_there_and_back_in_pieces_nothing_differs(tmp_path, monkeypatch, dtype, tied):
     monkeypatch.setattr(lazy_array, "PIECE", 10_000)
     published(tmp_path / "published", np.dtype(dtype), layers=3, width=64, vocabulary=300, tied=tied)
@@ -136,6 +137,7 @@ def test_there_and_back_in_pieces_nothing_differs(tmp_path, monkeypatch, dtype, 
     assert (tmp_path / "back/chat_template.jinja").read_text() == "{{ messages }}"
 
 
+@pytest.mark.slow
 def test_routing_state_comes_back_in_its_own_dtype(tmp_path):
     sizes = "hidden_size intermediate_size moe_intermediate_size kv_lora_rank qk_nope_head_dim v_head_dim"
     fields = dict.fromkeys(sizes.split(), 16) | {
@@ -171,6 +173,7 @@ def test_routing_state_comes_back_in_its_own_dtype(tmp_path):
     assert_same_bytes(tmp_path / "back", tmp_path / "published")
 
 
+@pytest.mark.slow
 def test_parameters_of_a_conversion_are_restored_onto_devices(tmp_path, monkeypatch):
     monkeypatch.setattr(lazy_array, "PIECE", 10_000)
     published(tmp_path / "published", np.dtype(np.float32), layers=2, width=64, vocabulary=64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from fractions import Fraction
@@ -28,16 +29,17 @@ choices = st.lists(st.integers(0, UNUSED), min_size=G * T * K, max_size=G * T * 
 
 
 def token_choice(experts: list[int], seed: int = 0) -> TokenChoice:
-    array = jnp.array(experts, jnp.int32).reshape(G, T, K)
-    gates = jax.random.uniform(jax.random.key(seed), (G, T, K), minval=0.1)
-    return TokenChoice(array, jnp.where(array < E, gates, 0.0))
+    array = np.array(experts, np.int32).reshape(G, T, K)
+    gates = np.random.default_rng(seed).uniform(0.1, 1.0, (G, T, K)).astype(np.float32)
+    return TokenChoice(jnp.asarray(array), jnp.asarray(np.where(array < E, gates, np.float32(0))))
 
 
 def expert_choice(seed: int) -> ExpertChoice:
     random = np.random.default_rng(seed)
     tokens = np.stack([[random.permutation(T)[:3] for _ in range(E)] for _ in range(G)])
-    gates = jax.random.uniform(jax.random.key(seed), (G, E, 3)).at[:, :, 2].set(0.0)
-    return ExpertChoice(jnp.asarray(tokens, jnp.int32), gates)
+    gates = random.random((G, E, 3), np.float32)
+    gates[:, :, 2] = 0
+    return ExpertChoice(jnp.asarray(tokens, jnp.int32), jnp.asarray(gates))
 
 
 def dense(x, assignment, w_in, w_out):
@@ -52,9 +54,8 @@ def dense(x, assignment, w_in, w_out):
 
 
 def inputs():
-    keys = jax.random.split(jax.random.key(9), 3)
-    shapes = ((G, T, D), (E, D, 2, F), (E, F, D))
-    return [jax.random.normal(k, shape) for k, shape in zip(keys, shapes, strict=True)]
+    random, shapes = np.random.default_rng(9), ((G, T, D), (E, D, 2, F), (E, F, D))
+    return [jnp.asarray(random.standard_normal(shape, np.float32)) for shape in shapes]
 
 
 @jax.jit
@@ -77,7 +78,7 @@ def both(assignment, upstream):
 
 
 def check(assignment):
-    upstream = jax.random.normal(jax.random.key(5), (G, T, D))
+    upstream = np.random.default_rng(5).standard_normal((G, T, D), np.float32)
     (y, grads), (expected, expected_grads) = both(assignment, upstream)
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
     names = ("x", "gates", "w_in", "w_out")
@@ -101,11 +102,20 @@ def test_expert_choices_have_output_and_gradients_of_the_dense_definition(seed):
     check(expert_choice(seed))
 
 
+planned = jax.jit(functools.partial(make_plan, num_experts=E))
+
+
+@jax.jit
+def there_and_back(x, gates, assignment):
+    plan = make_plan(assignment, num_experts=E)
+    return combine(permute(x, plan.moves), gates, plan.choice, plan.moves)
+
+
 @settings(max_examples=50, deadline=None)
 @given(choices)
 def test_a_plan_holds_every_used_choice_once_in_the_order_of_experts(experts):
     assignment = token_choice(experts)
-    plan = make_plan(assignment, num_experts=E)
+    plan = planned(assignment)
     flat = np.array(experts)
     used = flat[flat < E]
     np.testing.assert_array_equal(plan.group_sizes, np.bincount(used, minlength=E))
@@ -122,19 +132,20 @@ def test_a_plan_holds_every_used_choice_once_in_the_order_of_experts(experts):
 @given(choices)
 def test_permute_then_combine_with_gates_of_one_counts_the_choices_of_a_token(experts):
     assignment = token_choice(experts)
-    plan = make_plan(assignment, num_experts=E)
-    x = jnp.arange(G * T * D, dtype=jnp.float32).reshape(-1, D)
-    ones = jnp.where(assignment.experts < E, 1.0, 0.0).reshape(-1, K)
-    back = combine(permute(x, plan.moves), ones, plan.choice, plan.moves)
-    np.testing.assert_allclose(back, x * ones.sum(1)[:, None])
+    x = np.arange(G * T * D, dtype=np.float32).reshape(-1, D)
+    ones = np.where(np.array(experts) < E, np.float32(1), np.float32(0)).reshape(-1, K)
+    np.testing.assert_allclose(there_and_back(x, ones, assignment), x * ones.sum(1)[:, None])
 
 
 def config(**options) -> MoEConfig:
     return MoEConfig(**{"num_experts": E, "top_k": K, "expert_dim": F, **options})
 
 
+_limited = jax.jit(apply_capacity, static_argnums=2)
+
+
 def limited(assignment, valid, limit: CapacityConfig):
-    kept, dropped = apply_capacity(assignment, valid, config(limit=limit))
+    kept, dropped = _limited(assignment, valid, config(limit=limit))
     return np.asarray(kept.experts), np.asarray(kept.gates), np.asarray(dropped)
 
 
@@ -142,7 +153,8 @@ ALL_VALID = jnp.ones((G, T), bool)
 
 
 @settings(max_examples=40, deadline=None)
-@given(choices, st.sampled_from(["position", "gate"]), st.sampled_from([0.1, 0.5, 1.0, 1.2, 1.5]))
+@given(choices, st.sampled_from(["position", "gate", "rank"]), st.sampled_from([0.1, 0.5, 1.0, 1.2, 1.5]))
+@pytest.mark.slow
 def test_no_expert_takes_more_than_its_slots_and_none_drops_while_it_has_room(experts, priority, factor):
     assignment = token_choice(experts)
     kept, gates, dropped = limited(assignment, ALL_VALID, CapacityConfig(factor, priority=priority))
@@ -156,6 +168,7 @@ def test_no_expert_takes_more_than_its_slots_and_none_drops_while_it_has_room(ex
     np.testing.assert_array_equal(kept[~dropped], np.asarray(assignment.experts)[~dropped])
 
 
+@pytest.mark.slow
 def test_position_priority_keeps_the_first_tokens():
     everyone_wants_expert_0 = TokenChoice(
         jnp.zeros((1, T, 1), jnp.int32), jnp.linspace(0.1, 0.9, T).reshape(1, T, 1)
@@ -173,6 +186,58 @@ def test_gate_priority_keeps_the_highest_gates():
     kept, dropped = apply_capacity(everyone, ALL_VALID[:1], options)
     np.testing.assert_array_equal(kept.experts[0, :, 0], [E, 0, E, 0, E, 0])
     np.testing.assert_array_equal(dropped[0, :, 0], [True, False, True, False, True, False])
+
+
+def test_rank_priority_gives_slots_to_first_choices_before_any_second():
+    """Five tokens, three experts with two slots each, worked by hand.
+
+    Tokens choose, best first:   0: A B   1: B A   2: A C   3: C A   4: B C
+    The queues by rank:          A: 0 2, then 1 3;  B: 1 4, then 0;  C: 3, then 2 4
+    The queues by position:      A: 0 1 2 3;        B: 0 1 4;        C: 2 3 4
+    """
+    experts = jnp.array([[[0, 1], [1, 0], [0, 2], [2, 0], [1, 2]]], jnp.int32)
+    assignment = TokenChoice(experts, jnp.full(experts.shape, 0.5))
+    dropped = {
+        priority: apply_capacity(
+            assignment,
+            jnp.ones((1, 5), bool),
+            config(num_experts=3, limit=CapacityConfig(slots=2, priority=priority)),
+        )[1][0].tolist()
+        for priority in ("rank", "position")
+    }
+    no, yes = False, True
+    assert dropped["rank"] == [[no, yes], [no, yes], [no, no], [no, yes], [no, yes]]
+    assert dropped["position"] == [
+        [no, no],
+        [no, no],
+        [yes, no],
+        [no, yes],
+        [yes, yes],
+    ]  # token 4 has nothing
+
+
+@settings(max_examples=40, deadline=None)
+@given(choices, st.integers(0, 2**16), st.integers(1, 5))
+@pytest.mark.slow
+def test_slots_are_given_out_as_a_loop_would(experts, seed, slots):
+    """A queue in the order of each priority, served choice by choice."""
+    ids = np.array(experts).reshape(G, T, K)
+    gates = np.random.default_rng(seed).permutation(G * T * K).reshape(G, T, K).astype(np.float32) + 1
+    gates[ids == E] = 0
+    orders = {
+        "position": lambda g: [(t, k) for t in range(T) for k in range(K)],
+        "rank": lambda g: [(t, k) for k in range(K) for t in range(T)],
+        "gate": lambda g: sorted(orders["position"](g), key=lambda place: -gates[g][place]),
+    }
+    for priority, order in orders.items():
+        limit = CapacityConfig(slots=slots, priority=priority)
+        dropped = limited(TokenChoice(jnp.asarray(ids, jnp.int32), jnp.asarray(gates)), ALL_VALID, limit)[2]
+        for group in range(G):
+            taken = np.zeros(E + 1, int)
+            for place in order(group):
+                expert = ids[group][place]
+                assert dropped[group][place] == (expert < E and taken[expert] >= slots), (priority, place)
+                taken[expert] += 1
 
 
 @settings(max_examples=30, deadline=None)

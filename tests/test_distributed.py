@@ -29,7 +29,7 @@ STEPS = 16
 pytestmark = pytest.mark.slow
 
 
-def launch(workdir: Path, config: str = TINY) -> list[subprocess.Popen]:
+def launch(workdir: Path, config: str) -> list[subprocess.Popen]:
     """Starts both processes of a job; each writes to a file of its own beside the run."""
     with socket.socket() as probe:  # jax takes its port from the last 12 bits of the job
         probe.bind(("localhost", 0))
@@ -42,6 +42,8 @@ def launch(workdir: Path, config: str = TINY) -> list[subprocess.Popen]:
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0",
             "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
             "VL_JAX_DISTRIBUTED": "1",
             "SLURM_JOB_ID": str(job),
             "SLURM_STEP_NODELIST": "localhost",
@@ -77,28 +79,11 @@ def losses(workdir: Path) -> list[float]:
     return [line["loss"] for line in lines]
 
 
-@pytest.fixture(scope="module")
-def single(tmp_path_factory) -> Path:
-    workdir = tmp_path_factory.mktemp("single") / "run"
-    assert cli.main(["train", f"--config={TINY}", f"--workdir={workdir}", *MESH]) == 0
-    return workdir
-
-
-def test_two_processes_train_evaluate_and_log_as_one_does(single, tmp_path):
-    workdir = tmp_path / "run"
-    statuses = wait(launch(workdir))
-    said = [output_of(workdir, rank).read_text(encoding="utf-8") for rank in range(2)]
-    assert statuses == [0, 0], said
-    np.testing.assert_allclose(losses(workdir), losses(single), rtol=1e-5)
-    found, expected = (json.loads((w / f"eval/heldout/{STEPS}.json").read_text()) for w in (workdir, single))
-    assert found["scores"]["count"] == expected["scores"]["count"]
-    assert "ETA" in said[0] and "ETA" not in said[1]
-    assert (workdir / "report.html").is_file()
-
-
-def test_a_job_that_is_asked_to_stop_saves_and_resumes(single, tmp_path):
-    workdir = tmp_path / "run"
-    processes = launch(workdir)
+def test_two_processes_stop_resume_evaluate_and_log_as_one_does(tmp_path):
+    """Each fills its own packed rows."""
+    config, single, workdir = f"{TINY}:packed", tmp_path / "single", tmp_path / "run"
+    assert cli.main(["train", f"--config={config}", f"--workdir={single}", *MESH]) == 0
+    processes = launch(workdir, config)
     while all(process.poll() is None for process in processes):
         if any(line["step"] >= 5 for line in read_metrics(workdir / METRICS_FILE)):
             for process in processes:
@@ -106,12 +91,11 @@ def test_a_job_that_is_asked_to_stop_saves_and_resumes(single, tmp_path):
             break
         time.sleep(0.01)
     assert wait(processes) == [128 + signal.SIGTERM] * 2
-    assert wait(launch(workdir)) == [0, 0]
+    statuses = wait(launch(workdir, config))
+    said = [output_of(workdir, rank).read_text(encoding="utf-8") for rank in range(2)]
+    assert statuses == [0, 0], said
     np.testing.assert_allclose(losses(workdir), losses(single), rtol=1e-5)
-
-
-def test_two_processes_that_fill_their_own_packed_rows_train_as_one_does(tmp_path):
-    config, single, double = f"{TINY}:packed", tmp_path / "single", tmp_path / "double"
-    assert cli.main(["train", f"--config={config}", f"--workdir={single}", *MESH]) == 0
-    assert wait(launch(double, config)) == [0, 0], output_of(double, 0).read_text(encoding="utf-8")
-    np.testing.assert_allclose(losses(double), losses(single), rtol=1e-5)
+    found, expected = (json.loads((w / f"eval/heldout/{STEPS}.json").read_text()) for w in (workdir, single))
+    assert found["scores"]["count"] == expected["scores"]["count"]
+    assert "ETA" in said[0] and "ETA" not in said[1]
+    assert (workdir / "report.html").is_file()

@@ -21,6 +21,7 @@ from vl_jax import schema
 from vl_jax.batch import TEXT, VISION
 from vl_jax.encoders.build import NEEDS, EncoderConfig
 from vl_jax.encoders.high_resolution import HighResolutionConfig
+from vl_jax.encoders.hybrid import HybridConfig
 from vl_jax.encoders.resnet import MOMENTUM, ResNetConfig
 from vl_jax.encoders.sam import SAMConfig
 from vl_jax.encoders.text import TextEncoderConfig
@@ -57,6 +58,16 @@ RESNET = ResNetConfig(stem_dim=4, stage_dims=(8, 12), stage_blocks=(2, 1), image
 TEXTS = TextEncoderConfig(
     vocab_size=20, max_length=6, embed_dim=8, mlp_dim=16, num_layers=2, num_heads=2, end_id=19
 )
+HYBRID = HybridConfig(
+    trunk=dataclasses.replace(RESNET, block="basic", stage_dims=(8, 12, 16), stage_blocks=(2, 1, 1)),
+    patch_size=4,
+    embed_dim=16,
+    mlp_dim=32,
+    num_layers=2,
+    num_heads=2,
+    moe=MOE,
+    sparse_layers=(1,),
+)
 POOLED = dataclasses.replace(
     VIT, class_token=True, pooling="class", projection_dim=5, feature_layers=(-1, 0), num_layers=2
 )
@@ -66,6 +77,10 @@ KINDS: dict[str, EncoderConfig] = {
     "vit_sparse": SPARSE,
     "sam": SAM,
     "resnet": RESNET,
+    "hybrid": dataclasses.replace(
+        HYBRID, moe=None, sparse_layers=(), patch_size=8, class_token=True, pooling="class"
+    ),
+    "hybrid_sparse": HYBRID,
     "high_resolution": HighResolutionConfig(SAM, grid=2),
     "text": TEXTS,
     "text_sparse": dataclasses.replace(TEXTS, moe=MOE, sparse_layers=(0,)),
@@ -89,11 +104,12 @@ def init(config: EncoderConfig) -> Any:
 
 
 @functools.cache
-def sparse_variables() -> Any:
-    return init(SPARSE)
+def sparse_variables(config: EncoderConfig = SPARSE) -> Any:
+    return init(config)
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_every_kind_gives_the_tokens_that_its_config_says(kind: str):
     config = KINDS[kind]
     assert all(hasattr(type(config), need) for need in NEEDS)
@@ -106,6 +122,8 @@ def test_every_kind_gives_the_tokens_that_its_config_says(kind: str):
     encoded = jax.eval_shape(run)
     assert encoded.tokens.shape == (2, config.num_tokens, config.output_dim)
     assert encoded.tokens.dtype == jnp.bfloat16
+    maps = {"resnet": [4, 2], "hybrid": [4, 2, 2], "hybrid_sparse": [4, 4]}
+    assert [grid.shape[1] for grid in encoded.maps] == maps.get(kind, [])
     pooled = {"vit": None, "vit_sparse": None, "vit_pooled": 5, "text": 512, "text_sparse": 512}
     width = pooled.get(kind, config.output_dim)
     assert (encoded.pooled is None) if width is None else encoded.pooled.shape == (2, width)
@@ -161,6 +179,7 @@ def test_moving_statistics_count_used_images_alone_and_stand_still_in_evaluation
 # Sparse blocks.
 
 
+@pytest.mark.slow
 def test_runs_of_one_kind_share_a_name_and_a_sparse_one_has_experts_for_its_projections():
     names = [run.name for run in SPARSE.block.runs]
     assert names == ["blocks", "moe_blocks", "blocks_1", "moe_blocks_1"]
@@ -174,6 +193,7 @@ def test_runs_of_one_kind_share_a_name_and_a_sparse_one_has_experts_for_its_proj
     assert params["moe_blocks"]["moe"]["w_in"].shape == (1, 4, 16, 2, 8)
 
 
+@pytest.mark.slow
 def test_hidden_states_count_all_blocks_wherever_runs_end():
     config = dataclasses.replace(SPARSE, feature_layers=(0, 1, 2, 3, 4))
     encoded: Any = jax.jit(config.build("float32").apply)(
@@ -187,19 +207,28 @@ def test_hidden_states_count_all_blocks_wherever_runs_end():
     np.testing.assert_allclose(found.tokens, encoded.states[4], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("config", [SPARSE, HYBRID], ids=["vit", "hybrid"])
 @pytest.mark.parametrize("given", [None, [True, False, True]])
-def test_every_patch_of_a_used_image_is_counted_once_and_none_of_others(given: Any):
-    pixels = inputs_of(SPARSE, 3)
+@pytest.mark.slow
+def test_every_patch_of_a_used_image_is_counted_once_and_none_of_others(config: Any, given: Any):
+    pixels = inputs_of(config, 3)
     valid = None if given is None else jnp.array(given)
-    encoded: Any = jax.jit(SPARSE.build("float32").apply)(sparse_variables(), pixels, valid, state_of(SPARSE))
+    variables, state, layers = sparse_variables(config), state_of(config), len(config.sparse_layers)
+    encoded: Any = jax.jit(config.build("float32").apply)(variables, pixels, valid, state)
     images = 3 if given is None else 2
     stats = encoded.routed.stats
-    np.testing.assert_array_equal(stats.tokens[:, VISION], [images * 16] * 2)
-    np.testing.assert_array_equal(stats.load[:, VISION].sum(-1), [images * 16 * 2] * 2)
+    np.testing.assert_array_equal(stats.tokens[:, VISION], [images * 16] * layers)
+    np.testing.assert_array_equal(stats.load[:, VISION].sum(-1), [images * 16 * 2] * layers)
     assert not np.any(stats.tokens[:, TEXT]) and not np.any(stats.load[:, TEXT])
-    assert all(loss.shape == (2,) for loss in encoded.routed.losses.values())
+    assert all(loss.shape == (layers,) for loss in encoded.routed.losses.values())
+    # Tokens stand where their cells are: the last map is the tokens, and no map mixes pictures.
+    for grid in encoded.maps:
+        assert grid.shape[0] == 3 and grid.shape[1] == grid.shape[2]
+    if encoded.maps:
+        np.testing.assert_array_equal(encoded.maps[-1].reshape(3, 16, -1), encoded.tokens)
 
 
+@pytest.mark.slow
 def test_texts_count_as_text_and_padding_not_at_all():
     config: Any = KINDS["text_sparse"]
     valid = jnp.arange(6) < jnp.array([[4], [6]])
@@ -209,6 +238,7 @@ def test_texts_count_as_text_and_padding_not_at_all():
     np.testing.assert_array_equal(encoded.routed.stats.tokens, [[10, 0]])
 
 
+@pytest.mark.slow
 def test_each_sparse_block_has_its_own_state():
     state = state_of(SPARSE)
     moved = {"bias": state["bias"].at[1, 3].set(100.0)}  # everyone to the last expert, in the second only
@@ -339,7 +369,7 @@ def test_the_model_reports_the_sparse_layers_of_its_encoder_and_hands_them_their
     new = stacks.update_state(state, {n: o.stats for n, o in output.routed.items()}, config.stacks)
     assert np.any(new[ENCODER]["bias"] != state[ENCODER]["bias"])
     vision = jnp.zeros((*batch.visual_index.shape, 16))
-    again = jax.eval_shape(lambda: model.apply({"params": params}, batch, state, vision=vision))
+    again = jax.eval_shape(lambda: model.apply({"params": params}, batch, state, seen=vision))
     assert list(again.routed) == [LANGUAGE]
 
 

@@ -26,13 +26,12 @@ from vl_jax.interop.encoder_decoder import (
     read_encoder_decoder,
 )
 from vl_jax.kernels.activation import Activation
+from vl_jax.language.biased_attention import distance_buckets, position_bias
 from vl_jax.language.encoder_decoder import (
     EncoderDecoder,
     EncoderDecoderConfig,
     EncoderDecoderOutput,
     StackConfig,
-    distance_buckets,
-    position_bias,
     router_logits,
     shift_right,
 )
@@ -66,13 +65,10 @@ MOE = MoEConfig(
     expert_dim=12,
     shared=SharedExpertsConfig(num=0),
     activation=RELU,
-    balance=BalanceConfig(weight=0.0),
+    balance=BalanceConfig(weight=1.0, z_weight=1.0),
     limit=CapacityConfig(slots=2),
 )
 SMALL = dataclasses.replace(TIED, encoder=StackConfig(2, (1,)), decoder=StackConfig(1, (0,)))
-ONE_SLOT = dataclasses.replace(
-    MOE, limit=CapacityConfig(slots=1), balance=BalanceConfig(weight=1.0, z_weight=1.0)
-)
 SOURCE = jnp.asarray([[3, 9, 5, 9, 7, 20, 4], [6, 1, 6, 2, 0, 0, 0]])
 SOURCE_VALID = SOURCE > 0
 TARGET = jnp.asarray([[2, 8, 8, 3, 8], [2, 11, 12, 5, 1]])
@@ -195,7 +191,7 @@ def test_scores_are_products_and_bias_not_scaled(side: str):
 
 def test_no_target_token_sees_a_later_one_and_all_see_the_source():
     (size, length), width = (SOURCE.shape[1], TARGET.shape[1]), CONFIG.embed_dim
-    own, config = make(CONFIG, ONE_SLOT), dataclasses.replace(CONFIG, vocab_size=size)
+    own, config = make(), dataclasses.replace(CONFIG, vocab_size=size)
     ids = jnp.arange(size)[None], jnp.arange(length)[None]
 
     def outputs(source: jax.Array, target: jax.Array) -> jax.Array:
@@ -207,7 +203,7 @@ def test_no_target_token_sees_a_later_one_and_all_see_the_source():
             "target_embedding": jnp.concatenate([own["target_embedding"][TARGET[0]] + target, unused]),
             "head": {"kernel": own["head"]["kernel"][:, :size]},
         }
-        return EncoderDecoder(config, ONE_SLOT).apply({"params": params}, *ids).logits[0]  # type: ignore[union-attr]
+        return EncoderDecoder(config, MOE).apply({"params": params}, *ids).logits[0]  # type: ignore[union-attr]
 
     zeros = jnp.zeros((size, width)), jnp.zeros((length, width))
     by_source, by_target = jax.jit(jax.jacobian(outputs, argnums=(0, 1)))(*zeros)
@@ -261,22 +257,21 @@ def test_padding_takes_slots_or_does_not(route_padding: bool, moved: list[int]):
 # Experts.
 
 
-@pytest.mark.parametrize("moe", [ONE_SLOT, MOE], ids=["one slot", "two slots"])
-def test_experts_take_the_first_tokens_of_a_row_and_add_nothing_to_the_others(moe: MoEConfig):
-    _, captured = run(moe=moe)
+def test_experts_take_the_first_tokens_of_a_row_and_add_nothing_to_the_others():
+    _, captured = run()
     for stack, name in (("encoder", "layers_1_2"), ("decoder", "layers_1_1")):
         x, routed, logits = (
             np.asarray(shown(captured, f"{stack}/{name}/{part}"))
             for part in ("mlp_norm/__call__", "moe/routed", "moe/logits")
         )  # [L B T ...]
-        weights = make(moe=moe)[stack][name]["moe"]
+        weights = jax.tree.map(np.asarray, make()[stack][name]["moe"])
         chosen = np.argmax(logits, axis=-1)
         earlier = np.tril(chosen[..., :, None] == chosen[..., None, :], k=-1).sum(axis=-1)
-        kept = earlier < (moe.limit.slots or 0)
-        hidden = np.maximum(jnp.einsum("LBTD,LEDF->LBTEF", x, weights["w_in"][:, :, :, 0]), 0)
-        every = jnp.einsum("LBTEF,LEFD->LBTED", hidden, weights["w_out"])
+        kept = earlier < 2
+        hidden = np.maximum(np.einsum("LBTD,LEDF->LBTEF", x, weights["w_in"][:, :, :, 0]), 0)
+        every = np.einsum("LBTEF,LEFD->LBTED", hidden, weights["w_out"])
         gates = np.where(np.arange(3) == chosen[..., None], jax.nn.softmax(logits, axis=-1), 0)
-        expected = np.where(kept[..., None], jnp.einsum("LBTED,LBTE->LBTD", every, gates), 0)
+        expected = np.where(kept[..., None], np.einsum("LBTED,LBTE->LBTD", every, gates), 0)
         assert_close(routed, expected)
         assert not kept.all() and (routed[~kept] == 0).all()
 
@@ -320,7 +315,7 @@ def test_router_losses_are_over_valid_tokens():
 
 
 def test_the_loss_of_one_layer_is_that_of_its_routing():
-    output, captured = run(moe=ONE_SLOT)
+    output, captured = run()
     logits = router_logits(captured["decoder"], CONFIG.decoder)
     found = balance.sequence_losses(logits, jnp.ones(TARGET.shape, bool))
     for name in ("balance", "z"):
@@ -416,19 +411,6 @@ def test_stacks_that_make_no_sense_are_refused(options: tuple[int, tuple[int, ..
 def test_buckets_that_make_no_sense_are_refused(options: dict[str, int]):
     with pytest.raises(ValueError, match="num_buckets=.* must be >= 4, and max_distance="):
         dataclasses.replace(CONFIG, **options)
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"scheme": "loss_free"}, "scheme='loss_free' keeps state"),
-        ({"scheme": "expert_choice", "limit": CapacityConfig()}, "scheme='expert_choice'.* must be causal"),
-        ({"limit": CapacityConfig(slots=2, priority="gate")}, "limit.priority='gate'.* must be causal"),
-    ],
-)
-def test_routing_that_does_not_fit_is_refused(options: dict[str, Any], message: str):
-    with pytest.raises(ValueError, match=message):
-        shapes_of(CONFIG, dataclasses.replace(MOE, **options))
 
 
 # Published weights.

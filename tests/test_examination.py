@@ -16,6 +16,7 @@ from vl_jax.data.config import DataConfig, ModelSpec, PackingConfig, open_source
 from vl_jax.data.encode import make_encoder
 from vl_jax.data.images.tiling import TilingConfig
 from vl_jax.data.sample import Box, Sample, Turn
+from vl_jax.data.sources.coco import CocoConfig
 from vl_jax.data.sources.llava import LlavaConfig
 from vl_jax.data.sources.parquet import ParquetConfig
 from vl_jax.data.sources.scenes import ScenesConfig
@@ -195,6 +196,7 @@ def test_every_picture_is_decoded_once(monkeypatch):
     assert examine(monkeypatch, [seen]).num_usable == 1 and len(decoded) == 1
 
 
+@pytest.mark.slow
 def test_padding_is_that_of_the_config_or_of_rows_that_suit_the_data():
     sources = {"scenes": 1.0}
     row, report = examination_lib.padding(CONFIG, SPEC, sources=sources, targets="answers", window=256)
@@ -206,6 +208,7 @@ def test_padding_is_that_of_the_config_or_of_rows_that_suit_the_data():
     assert own == packing and report.packed.tiles > 0.5
 
 
+@pytest.mark.slow
 def test_the_page_shows_findings_escaped_and_boxes(monkeypatch):
     bad = sample("<b>a</b>", Turn("where?", "", boxes=(Box("it", (1, 1, 9, 9)),)))
     examination = examine(monkeypatch, [bad, sample("b", Turn("what?", "that, of several words"), seed=1)])
@@ -232,6 +235,28 @@ def test_what_is_left_out_of_a_record_is_counted(tmp_path, caplog):
     reader = SampleReader(sources, make_encoder(config, SPEC), config, "answers", 0)
     reader([Place(i, "files", i) for i in range(3)])
     assert caplog.text.count("left out") == 1 and "tools is not read" in caplog.text
+
+
+def test_annotations_of_no_picture_are_counted_for_the_whole_file(tmp_path):
+    Image.new("RGB", (8, 6)).save(tmp_path / "a.png")
+    size = {"width": 8, "height": 6}
+    owners = [9, "5", 5.0, None, 6, "nine", 9]  # a picture's id may be a text or a number
+    content = {
+        "images": [{"id": 5, "file_name": "a.png", **size}, {"id": 6, "file_name": "a.png", **size}],
+        "categories": [{"id": 1, "name": "cat"}],
+        "annotations": [{"image_id": i, "category_id": 1, "bbox": [0, 0, 2, 2]} for i in owners]
+        + [{"image_id": 9, "category_id": 1, "bbox": [0, 0, 2, 2], "iscrowd": 1}],
+    }
+    (tmp_path / "coco.json").write_text(json.dumps(content))
+    config = dataclasses.replace(CONFIG, root=str(tmp_path), sources=(CocoConfig("files", "coco.json"),))
+    findings = {f.what: f for f in examination_lib.examine(config, SPEC, "files", limit=1).findings}
+    finding = findings["left out: unknown image id"]
+    assert finding.count == 4 and len(finding.examples) == 3
+    assert "annotations[0]: image_id='9' is of no picture" in finding.examples[0]
+    content["annotations"] = content["annotations"][1:3]
+    (tmp_path / "coco.json").write_text(json.dumps(content))
+    found = examination_lib.examine(config, SPEC, "files", limit=1).findings
+    assert not [finding for finding in found if finding.what.startswith("left out")]
 
 
 def test_nothing_that_can_be_used_is_said_in_words(tmp_path):

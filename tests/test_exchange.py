@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -22,18 +23,33 @@ ROOM = CapacityConfig(slots=T * K)  # for every choice
 
 
 def assignments():
-    gates = jax.random.uniform(jax.random.key(0), (G, T, K))
-    experts = jax.random.randint(jax.random.key(1), (G, T, K), 0, E + 1)  # E is "unused"
-    tokens = jax.random.randint(jax.random.key(2), (G, E, 3), 0, T)
-    by_expert = jax.random.uniform(jax.random.key(3), (G, E, 3)).at[:, 1].set(0.0)
-    used = jnp.where(experts < E, gates, 0.0)
-    return {"token choice": TokenChoice(experts, used), "expert choice": ExpertChoice(tokens, by_expert)}
+    random = np.random.default_rng(0)
+    experts = random.integers(0, E + 1, (G, T, K), np.int32)  # E is "unused"
+    tokens = random.integers(0, T, (G, E, 3), np.int32)
+    used = np.where(experts < E, random.random((G, T, K), np.float32), np.float32(0))
+    by_expert = random.random((G, E, 3), np.float32)
+    by_expert[:, 1] = 0
+    found = {"token choice": TokenChoice(experts, used), "expert choice": ExpertChoice(tokens, by_expert)}
+    return jax.tree.map(jnp.asarray, found)
 
 
 def weights():
-    keys = jax.random.split(jax.random.key(4), 3)
+    random = np.random.default_rng(4)
     shapes = ((G, T, D), (E, D, 2, F), (E, F, D))
-    return [jax.random.normal(k, shape) for k, shape in zip(keys, shapes, strict=True)]
+    return [jnp.asarray(random.standard_normal(shape, np.float32)) for shape in shapes]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def results(config, assignment, x, w_in, w_out):
+    """Gradients of x, gates and weights, and the output."""
+
+    def objective(x, gates, w_in, w_out):
+        weights = ExpertWeights(w_in, w_out)
+        y = exchange.apply_experts(x, assignment.replace(gates=gates), weights, config)
+        return jnp.sum(jnp.sin(y)), y
+
+    gradients = jax.grad(objective, argnums=(0, 1, 2, 3), has_aux=True)
+    return jax.tree.leaves(gradients(x, assignment.gates, w_in, w_out))
 
 
 @pytest.mark.parametrize(
@@ -62,51 +78,40 @@ def weights():
 @pytest.mark.parametrize("sizes", [(1, 2, 2, 2), pytest.param((2, 1, 4, 1), marks=pytest.mark.slow)])
 def test_experts_spread_over_devices_compute_what_one_device_computes(kind, changes, sizes):
     assignment, config = assignments()[kind], dataclasses.replace(CONFIG, **changes)
-
-    def objective(x, gates, w_in, w_out):
-        weights = ExpertWeights(w_in, w_out)
-        y = exchange.apply_experts(x, assignment.replace(gates=gates), weights, config)
-        return jnp.sum(jnp.sin(y)), y
-
-    def results(x, w_in, w_out):
-        compiled = jax.jit(jax.value_and_grad(objective, argnums=(0, 1, 2, 3), has_aux=True))
-        return jax.tree.leaves(compiled(x, assignment.gates, w_in, w_out))
-
-    expected = results(*weights())
+    expected = results(CONFIG, assignment, *weights())  # one device drops nothing
     with sharding.use_mesh(make_mesh(MeshConfig(*sizes))):
-        actual = results(*weights())
+        actual = results(config, assignment, *weights())
     for a, b in zip(actual, expected, strict=True):
         assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def kept_only(config, chosen, x, w):
+    """The experts' output for the choices that have a slot, and which have none."""
+    every = jnp.ones(x.shape[:2], bool)
+    kept, dropped = dispatch.apply_capacity(chosen, every, config)
+    return exchange.apply_experts(x, kept, w, config), dropped
 
 
 @pytest.mark.parametrize(
     "how",
     ["all_to_all", "ragged", *(pytest.param(h, marks=pytest.mark.slow) for h in ("all_gather", "ring"))],
 )
+@pytest.mark.slow
 def test_an_exchange_keeps_what_one_device_keeps_where_floats_would_count_a_slot_too_many(how):
     limit = CapacityConfig(factor=1.2)  # 1.2 * 2 / 4 * 25 is 15, and in float32 a little more
     one = dataclasses.replace(CONFIG, limit=limit)
     spread = dataclasses.replace(one, execution=ExecutionConfig(how))
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.standard_normal((G, 25, D)), jnp.float32)
-    experts = jnp.asarray(
-        np.where(rng.random((G, 25, K)) < 0.5, 3, rng.integers(0, E, (G, 25, K))), jnp.int32
-    )
-    chosen, every = TokenChoice(experts, jnp.ones((G, 25, K))), jnp.ones((G, 25), bool)
-    w = ExpertWeights(*weights()[1:])
-
-    def results(config):
-        def run(x):
-            kept, dropped = dispatch.apply_capacity(chosen, every, config)
-            return exchange.apply_experts(x, kept, w, config), dropped
-
-        return jax.jit(run)(x)
-
-    expected, dropped = results(one)
+    x = rng.standard_normal((G, 25, D), np.float32)
+    experts = np.where(rng.random((G, 25, K)) < 0.5, 3, rng.integers(0, E, (G, 25, K))).astype(np.int32)
+    chosen = TokenChoice(experts, np.ones((G, 25, K), np.float32))
+    arguments = chosen, x, ExpertWeights(*weights()[1:])
+    expected, dropped = kept_only(one, *arguments)
     kept = np.sum((experts == 3) & ~dropped, axis=(1, 2))
     assert one.capacity_of(25) == 15 and set(kept.tolist()) == {15}
     with sharding.use_mesh(make_mesh(MeshConfig(1, 1, 4, 2))):
-        actual, dropped_there = results(spread)
+        actual, dropped_there = kept_only(spread, *arguments)
     np.testing.assert_array_equal(dropped_there, dropped)
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
 

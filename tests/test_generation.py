@@ -60,6 +60,7 @@ def test_greedy_generation_equals_the_argmax_of_repeated_full_passes(scheme, fus
     )
 
 
+@pytest.mark.slow
 def test_generation_ends_a_row_at_the_stop_token_and_leaves_the_others():
     model, batch = tiny.config(), _prompts("prefix")
     free = np.asarray(_generate(model, batch, stop=-1))
@@ -89,26 +90,26 @@ def test_a_model_that_looks_ahead_warns_before_generating(moe, warns, caplog):
     assert bool(caplog.records) == warns
 
 
-QUICK = {("prefix", 5), ("prefix", 40)}
-
-
 @pytest.mark.parametrize(
-    ("fusion", "chunk"),
+    ("scheme", "fusion", "chunk"),
     [
-        pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
-        for case in itertools.product(tiny.FUSIONS, (1, 5, 16, 40))
+        ("loss_free", "prefix", 5),
+        pytest.param("loss_free", "prefix", 1, marks=pytest.mark.slow),
+        pytest.param("loss_free", "prefix", 40, marks=pytest.mark.slow),
+        pytest.param("top_k", "gated", 8, marks=pytest.mark.slow),
     ],
 )
-def test_a_prompt_read_in_chunks_gives_the_same_continuation(fusion, chunk):
-    model, batch = tiny.config(fusion=fusion), _prompts(fusion)
+@pytest.mark.slow
+def test_a_prompt_read_in_chunks_gives_the_same_continuation(scheme, fusion, chunk):
+    model, batch = tiny.config(scheme, fusion=fusion), _prompts(fusion)
     whole = _generate(model, batch, stop=-1)
     np.testing.assert_array_equal(_generate(model, batch, stop=-1, prefill_chunk=chunk)[:3], whole[:3])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_p": 0.9}, {"repetition_penalty": 1.3}])
-def test_streamed_tokens_are_those_of_the_compiled_loop(options):
+def test_streamed_tokens_are_those_of_the_compiled_loop():
     model, batch, key = tiny.config(), _prompts("prefix"), jax.random.key(3)
+    options = {"temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.3}
     stop = int(_generate(model, batch, stop=-1, key=key, **options)[0, 2])
     whole = _generate(model, batch, stop=stop, key=key, **options)
     streamed = list(_generate(model, batch, stop=stop, key=key, function=stream, **options))
@@ -116,12 +117,14 @@ def test_streamed_tokens_are_those_of_the_compiled_loop(options):
         assert [tokens[row] for tokens in streamed if tokens[row] is not None] == expected
 
 
+@pytest.mark.slow
 def test_streaming_compiles_once_for_prompts_of_one_length_and_any_number_of_new_tokens():
     model, batch = tiny.config(), _prompts("prefix")
     step = _step(VisionLanguage(model), GenerationConfig(max_new_tokens=1))
-    compiled = set()
+    whole, compiled = np.asarray(_generate(model, batch, stop=-1))[:3], set()
     for new in (3, 6):
-        list(_generate(model, batch, stop=-1, function=stream, max_new_tokens=new))
+        streamed = list(_generate(model, batch, stop=-1, function=stream, max_new_tokens=new))
+        np.testing.assert_array_equal([tokens[:3] for tokens in streamed], whole[:, :new].T)
         compiled.add(step._cache_size())
     assert len(compiled) == 1 and 0 not in compiled
 
@@ -140,6 +143,7 @@ def test_a_repeated_token_is_penalised():
     assert choose(logits, None, used, config=config).tolist() == [1, 1]
 
 
+@pytest.mark.slow
 def test_sampling_follows_the_distribution_it_keeps():
     logits = jnp.log(jnp.array([0.4, 0.3, 0.2, 0.1]))
     config = GenerationConfig(temperature=1.0, top_p=0.65)
@@ -172,6 +176,7 @@ def test_kept_tokens_are_the_fewest_likely_ones_that_hold_the_probability(values
 
 
 @pytest.mark.parametrize("penalty", [pytest.param(0.0, marks=pytest.mark.slow), 1.0])
+@pytest.mark.slow
 def test_enough_beams_find_the_best_of_all_continuations(penalty):
     model, batch = tiny.config(), _prompts("prefix")
     few, stop = 2, 5

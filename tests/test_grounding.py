@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vl_jax import cli
-from vl_jax.commands import generate
+from vl_jax.commands import drawing
 from vl_jax.data.sample import Box
 from vl_jax.data.text import grounding
 from vl_jax.data.text.grounding import Grounding, Region, draw, parse, to_grid, to_pixels, write, write_boxes
@@ -30,6 +30,7 @@ DOG = "<|ref|>dog<|/ref|>"
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(regions, max_size=4))
+@pytest.mark.slow
 def test_what_is_written_is_read_back(items):
     expected = tuple(Region(label, found) for label, found in items)
     assert parse(write(expected)) == Grounding(expected, 0)
@@ -137,7 +138,7 @@ def test_a_label_that_no_font_can_write_is_numbered(monkeypatch):
 def test_an_answer_is_drawn_on_its_picture(tmp_path, capsys):
     Image.new("RGB", (1000, 500), "white").save(tmp_path / "in.png")
     text = write([Region("dog", ((100, 200, 500, 900),))]) + "<|det|>[[1, 2"
-    generate._draw(text, tmp_path / "in.png", tmp_path / "out.png")
+    drawing.draw_boxes(text, tmp_path / "in.png", tmp_path / "out.png")
     assert capsys.readouterr().err.strip() == f"{tmp_path / 'out.png'}: boxes drawn: 1, not readable: 1"
     with Image.open(tmp_path / "out.png") as drawn:
         assert drawn.getpixel((101, 300)) != (255, 255, 255) == drawn.getpixel((300, 300))

@@ -87,6 +87,7 @@ def check(sizes: list[int], seed: int = 0) -> None:
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_blocked_equals_the_definition(sizes):
     check(sizes)
 
@@ -98,6 +99,7 @@ def test_small_groups_are_cut_more_finely():
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(0, R), min_size=E - 1, max_size=E - 1), st.integers(0, R), st.integers(0, 3))
+@pytest.mark.slow
 def test_blocked_equals_the_definition_for_any_groups(cuts, end, seed):
     ends = [*sorted(min(c, end) for c in cuts), end]
     check([b - a for a, b in zip([0, *ends], ends, strict=False)], seed)
@@ -115,3 +117,14 @@ def test_what_stands_in_rows_of_no_group_does_not_matter():
     sizes = jnp.array([5, 0, 9, 0], jnp.int32)
     filled = both(rows.at[14:].set(1e6), upstream.at[14:].set(1e6), sizes)[0]
     jax.tree.map(np.testing.assert_array_equal, filled, both(rows, upstream, sizes)[0])
+
+
+@pytest.mark.slow
+def test_mapped_over_seeds_each_has_the_bits_it_has_alone_and_no_cut_is_computed_in_vain():
+    sizes = jnp.array([[300, 0, 31, 200], [1, 255, 256, 20], [0, 0, 0, 7]], jnp.int32)
+    rows, upstream = (jnp.stack(x) for x in zip(*(inputs(seed) for seed in range(3)), strict=True))
+    mapped, _ = jax.vmap(both)(rows, upstream, sizes)
+    for seed in range(3):
+        alone, _ = both(rows[seed], upstream[seed], sizes[seed])
+        jax.tree.map(lambda a, b, seed=seed: np.testing.assert_array_equal(a[seed], b), mapped, alone)
+    assert "cond" in str(jax.make_jaxpr(jax.vmap(both))(rows, upstream, sizes))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,8 @@ from vl_jax import params as params_lib
 from vl_jax import sharding
 from vl_jax.batch import Batch, Given
 from vl_jax.encoders.adapter import used_tiles
+from vl_jax.encoders.hybrid import HybridConfig
+from vl_jax.encoders.resnet import ResNetConfig
 from vl_jax.encoders.text import TextEncoderConfig
 from vl_jax.encoders.vit import ViTConfig
 from vl_jax.fusion.gated_streams import GatedStreams
@@ -55,6 +58,20 @@ TEXT = TextEncoderConfig(
     pooling="last",
 )
 KINDS = Classification(("red", "green", "blue"), name="kind", field="kind")
+# The same grid behind convolutions, whose statistics move.
+TRUNK = ResNetConfig(
+    stem_dim=4, stage_dims=(6, 8), stage_blocks=(1, 2), block="basic", image_size=16, statistics="moving"
+)
+HYBRID = HybridConfig(
+    trunk=TRUNK,
+    patch_size=8,
+    embed_dim=16,
+    mlp_dim=32,
+    num_layers=2,
+    num_heads=2,
+    moe=EXPERTS,
+    sparse_layers=(1,),
+)
 ROWS, T = 16, 6
 
 
@@ -65,6 +82,11 @@ def joint(**changes) -> JointConfig:
         **changes,
     }
     return JointConfig(**fields)
+
+
+def hybrid(**changes) -> JointConfig:
+    trunk = dataclasses.replace(TRUNK, **changes)
+    return joint(towers=(Tower("image", dataclasses.replace(HYBRID, trunk=trunk)),), heads=(KINDS,))
 
 
 def random_batch(config: JointConfig, rows: int = ROWS) -> Batch:
@@ -90,8 +112,16 @@ def random_batch(config: JointConfig, rows: int = ROWS) -> Batch:
     return dataclasses.replace(batch, **changes)
 
 
-def results(config: JointConfig, objective, mesh: MeshConfig | None = None, *, accumulation: int = 1):
-    """(gradients, metrics, counts of routing) of the batch, on the host."""
+@functools.cache
+def results(
+    config: JointConfig,
+    objective,
+    mesh: MeshConfig | None = None,
+    *,
+    accumulation: int = 1,
+    trainable: str = ".*",
+):
+    """(gradients, metrics, counts of routing, collections before and after) of the batch, on the host."""
     mesh = mesh or MeshConfig(data=1)
     devices = mesh.data * mesh.fsdp * mesh.expert * mesh.tensor
     layout = plan_layout(
@@ -101,24 +131,28 @@ def results(config: JointConfig, objective, mesh: MeshConfig | None = None, *, a
 
     def draw(path, leaf):
         value = 0.3 * random.standard_normal(leaf.shape, np.float32) + np.float32(path.endswith("scale"))
+        value = 0.5 + np.abs(value) if path.endswith("variance") else value
         return jax.device_put(value, leaf.sharding)
 
-    params = params_lib.map_paths(draw, layout.params)
+    params, collections = params_lib.map_paths(draw, layout.params), {}
+    if layout.collections:
+        collections = params_lib.map_paths(draw, layout.collections)
     routing = jax.device_put(init_state(config.stacks), layout.replicated)
     options = {
         "model": layout.model,
-        "trainable": set(params_lib.flatten(params)),
+        "trainable": params_lib.select(params, [trainable]),
         "accumulation": accumulation,
         "objective": objective,
     }
 
-    def compute(params, routing, batch):
-        state = TrainState(jnp.zeros((), jnp.int32), params, None, routing)
+    def compute(params, collections, routing, batch):
+        state = TrainState(jnp.zeros((), jnp.int32), params, None, routing, collections=collections)
         grads, metrics, sums = gradients(state, batch, **options)
-        return grads, metrics, sums.stats
+        return grads, metrics, sums.stats, (collections, collections | sums.collections)
 
     with sharding.use_mesh(layout.mesh, layout.rules):
-        return jax.device_get(jax.jit(compute)(params, routing, put_batch(random_batch(config), layout)))
+        batch = put_batch(random_batch(config), layout)
+        return jax.device_get(jax.jit(compute)(params, collections, routing, batch))
 
 
 def assert_same(found, expected) -> None:
@@ -126,6 +160,8 @@ def assert_same(found, expected) -> None:
         np.testing.assert_allclose(found[1][name], value, rtol=1e-5, atol=1e-6, err_msg=name)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), found[0], expected[0])
     jax.tree.map(np.testing.assert_array_equal, found[2]["image"].load, expected[2]["image"].load)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6)
+    jax.tree.map(close, found[3][1], expected[3][1])
 
 
 @pytest.mark.slow
@@ -139,6 +175,13 @@ def test_eight_devices_are_one(objective):
     assert_same(results(config, objective, MeshConfig(data=2, expert=4)), results(config, objective))
 
 
+@pytest.mark.slow
+def test_statistics_of_a_sharded_batch_are_those_of_the_whole():
+    objective = Heads(("kind",))
+    assert_same(results(hybrid(), objective, MeshConfig(data=2, expert=4)), results(hybrid(), objective))
+
+
+@pytest.mark.slow
 def test_micro_batches_are_one_batch_for_heads_and_refused_where_rows_act_on_one_another():
     config, objective = joint(), Heads(("kind",))
     assert_same(results(config, objective, accumulation=4), results(config, objective))
@@ -146,8 +189,38 @@ def test_micro_batches_are_one_batch_for_heads_and_refused_where_rows_act_on_one
 
 
 @pytest.mark.slow
-def test_remat_changes_nothing():
-    assert_same(results(joint(remat=True), Heads(("kind",))), results(joint(), Heads(("kind",))))
+@pytest.mark.parametrize("config", [joint(), hybrid()], ids=["vit", "hybrid"])
+def test_remat_changes_nothing(config):
+    other = dataclasses.replace(config, remat=True)
+    assert_same(results(other, Heads(("kind",))), results(config, Heads(("kind",))))
+
+
+def moved(config: JointConfig, **options) -> set[str]:
+    """The running statistics that a step changes, were it by a bit."""
+    before, after = (params_lib.flatten(tree) for tree in results(config, Heads(("kind",)), **options)[3])
+    assert before.keys() == after.keys()
+    return {path for path in before if np.any(before[path] != after[path])}
+
+
+@pytest.mark.slow
+def test_frozen_statistics_keep_their_bits_and_micro_batches_are_one_batch():
+    config, objective = hybrid(statistics="frozen"), Heads(("kind",))
+    assert not moved(config) and not moved(config, accumulation=4)
+    assert_same(results(config, objective, accumulation=4), results(config, objective))
+
+
+@pytest.mark.slow
+def test_statistics_move_where_scale_and_bias_train_and_nowhere_else():
+    everything = set(params_lib.flatten(results(hybrid(), Heads(("kind",)))[3][0]))
+    assert moved(hybrid()) == everything
+    first = "image/trunk/stem/.*"
+    expected = {path for path in everything if "/stem/" in path}
+    assert moved(hybrid(), trainable=first, accumulation=4) == expected
+    # What stays is what the norm goes by: a head alone sees what it will see in an evaluation.
+    alone = results(hybrid(), Heads(("kind",)), trainable="kind/.*")
+    still = results(hybrid(statistics="frozen"), Heads(("kind",)))
+    np.testing.assert_allclose(alone[1]["loss"], still[1]["loss"], rtol=1e-6)
+    assert abs(still[1]["loss"] - results(hybrid(), Heads(("kind",)))[1]["loss"]) > 1e-3
 
 
 @pytest.mark.slow
@@ -178,6 +251,7 @@ def test_every_patch_of_every_picture_is_routed_once():
     assert counted.load.sum() == ROWS * 4 * 2
 
 
+@pytest.mark.slow
 def test_a_text_looks_at_the_picture_through_the_gate():
     fusion = GatedStreams(reader="text", source="image")
     config = joint(fusion=fusion, heads=(dataclasses.replace(KINDS, stream="fused"),))

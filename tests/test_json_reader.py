@@ -28,6 +28,7 @@ def small(window: int):
 
 @settings(max_examples=100, deadline=None)
 @given(st.dictionaries(st.text(max_size=4), st.lists(VALUES, max_size=5), max_size=4), WINDOWS, st.booleans())
+@pytest.mark.slow
 def test_lists_within_an_object_are_read_wherever_the_window_ends(content, window, escaped):
     data = b"\xef\xbb\xbf" * escaped + json.dumps(content, ensure_ascii=escaped, indent=1).encode()
     with small(window):

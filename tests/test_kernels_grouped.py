@@ -22,18 +22,21 @@ R, D, F, E = 44, 256, 128, 4
 SIZES = ([11, 11, 11, 11], [0, 0, 0, R], [0, 0, 0, 0], [0, 30, 0, 7], [16, 16, 12, 0], [1, 0, 1, 42])
 
 
-def inputs(activation: Activation, *, bias: bool = False, gated: bool = True, dtype=jnp.float32) -> tuple:
+def inputs(activation: Activation, *, bias: bool = False, gated: bool = True) -> tuple:
     """(rows, weights, gates, upstream)."""
-    normal = functools.partial(jax.random.normal, dtype=dtype)
-    keys, parts = jax.random.split(jax.random.key(0), 7), activation.inputs
+    random, parts = np.random.default_rng(0), activation.inputs
+
+    def normal(*shape: int, size: float = 1.0) -> jax.Array:
+        return jnp.asarray(random.standard_normal(shape, np.float32) * np.float32(size))
+
     weights = ExpertWeights(
-        w_in=normal(keys[0], (E, D, parts, F)) * D**-0.5,
-        w_out=normal(keys[1], (E, F, D)) * F**-0.5,
-        b_in=normal(keys[2], (E, parts, F)) if bias else None,
-        b_out=normal(keys[3], (E, D)) if bias else None,
+        w_in=normal(E, D, parts, F, size=D**-0.5),
+        w_out=normal(E, F, D, size=F**-0.5),
+        b_in=normal(E, parts, F) if bias else None,
+        b_out=normal(E, D) if bias else None,
     )
-    gates = jax.random.uniform(keys[4], (R,)) if gated else None
-    return normal(keys[5], (R, D)), weights, gates, normal(keys[6], (R, D))
+    gates = jnp.asarray(random.random(R, np.float32)) if gated else None
+    return normal(R, D), weights, gates, normal(R, D)
 
 
 @functools.partial(jax.jit, static_argnames=("activation", "kernel", "target"))
@@ -58,11 +61,12 @@ def check(arguments: tuple, sizes: list[int], **options) -> None:
 
 def close(actual: jax.Array, expected: jax.Array) -> None:
     # Sums of up to 256 products in other orders.
-    atol = 1e-5 * max(1.0, float(jnp.abs(expected).max()))
+    atol = 1e-5 * max(1.0, float(np.abs(expected).max()))
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=atol)
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.slow
 def test_pallas_equals_the_definition(sizes):
     check(inputs(SWIGLU), sizes)
 
@@ -76,16 +80,19 @@ def test_pallas_equals_the_definition(sizes):
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_biases_and_activations_equal_the_definition(activation):
     check(inputs(activation, bias=True, gated=activation is SWIGLU), [0, 30, 0, 7], activation=activation)
 
 
+@pytest.mark.slow
 def test_one_expert_and_one_row():
     rows, weights, gates, upstream = inputs(SWIGLU)
     one = jax.tree.map(lambda w: w[:1], weights)
     check((rows[:1], one, gates[:1], upstream[:1]), [1])
 
 
+@pytest.mark.slow
 def test_bfloat16_differs_by_its_rounding():
     sizes = jnp.array([5, 0, 30, 0], jnp.int32)
     exact = both(*inputs(SWIGLU), sizes)

@@ -19,7 +19,9 @@ T = TOKEN_TILE + 44
 
 def logits(num_experts: int) -> jax.Array:
     # Rounded, so that there are ties.
-    return jnp.round(2 * jax.random.normal(jax.random.key(0), (T, num_experts)) * 4) / 4
+    return jnp.asarray(
+        np.round(8 * np.random.default_rng(0).standard_normal((T, num_experts), np.float32)) / 4
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("kernel", "top_k", "score", "target"))
@@ -37,12 +39,12 @@ def both(x, bias, valid, upstream, *, top_k, score, kernel="pallas", target=SMAL
 
 
 def inputs(num_experts: int, top_k: int) -> tuple:
-    keys = jax.random.split(jax.random.key(1), 3)
+    random = np.random.default_rng(1)
     return (
         logits(num_experts),
-        jax.random.normal(keys[0], (num_experts,)) * 0.1,
-        jax.random.uniform(keys[1], (T,)) < 0.9,
-        jax.random.normal(keys[2], (T, top_k)),
+        0.1 * random.standard_normal((num_experts,), np.float32),
+        random.random(T) < 0.9,
+        random.standard_normal((T, top_k), np.float32),
     )
 
 
@@ -62,6 +64,7 @@ def check(actual: tuple, expected: tuple) -> None:
         (1, 1, "softmax"),
     ],
 )
+@pytest.mark.slow
 def test_pallas_equals_the_definition(num_experts, top_k, score):
     arguments = inputs(num_experts, top_k)
     options = {"top_k": top_k, "score": score}
@@ -71,9 +74,14 @@ def test_pallas_equals_the_definition(num_experts, top_k, score):
 @pytest.mark.parametrize("kernel", ["reference", "pallas"])
 def test_ranks_sort_the_choices(kernel):
     # Choices that no router made: one expert twice, unused ones among the used.
-    experts = jax.random.randint(jax.random.key(2), (T, 3), 0, 9)
-    rank, counts = rank_in_expert(experts, num_experts=8, kernel=kernel, target=SMALL)
-    choice, moves = sort_by_expert(experts, rank, counts)
+    experts = np.random.default_rng(2).integers(0, 9, (T, 3), np.int32)
+
+    @jax.jit
+    def sort(experts):
+        rank, counts = rank_in_expert(experts, num_experts=8, kernel=kernel, target=SMALL)
+        return *sort_by_expert(experts, rank, counts), counts
+
+    choice, moves, counts = sort(experts)
     flat = np.asarray(experts).reshape(-1)
     order, used = np.argsort(flat, kind="stable"), int((flat < 8).sum())
     np.testing.assert_array_equal(choice[:used], order[:used])
@@ -83,6 +91,7 @@ def test_ranks_sort_the_choices(kernel):
     np.testing.assert_array_equal(counts, np.bincount(flat, minlength=9)[:8])
 
 
+@pytest.mark.slow
 def test_nan_shows_in_the_gates():
     x = logits(8).at[5, 3].set(jnp.nan)
     routing = route_top_k(x, top_k=2, kernel="pallas", target=SMALL)

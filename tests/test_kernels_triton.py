@@ -31,16 +31,19 @@ def inputs(
     activation: Activation = SWIGLU, *, width: int = 48, hidden: int = 64, experts: int = E, tokens: int = T
 ) -> tuple:
     """(x, gates, weights, upstream)."""
-    keys, parts = jax.random.split(jax.random.key(0), 7), activation.inputs
-    normal = jax.random.normal
+    random, parts = np.random.default_rng(0), activation.inputs
+
+    def normal(*shape: int, size: float = 1.0) -> jax.Array:
+        return jnp.asarray(random.standard_normal(shape, np.float32) * np.float32(size))
+
     weights = ExpertWeights(
-        w_in=normal(keys[0], (experts, width, parts, hidden)) * width**-0.5,
-        w_out=normal(keys[1], (experts, hidden, width)) * hidden**-0.5,
-        b_in=None if activation is SWIGLU else normal(keys[2], (experts, parts, hidden)),
-        b_out=None if activation is SWIGLU else normal(keys[3], (experts, width)),
+        w_in=normal(experts, width, parts, hidden, size=width**-0.5),
+        w_out=normal(experts, hidden, width, size=hidden**-0.5),
+        b_in=None if activation is SWIGLU else normal(experts, parts, hidden),
+        b_out=None if activation is SWIGLU else normal(experts, width),
     )
-    gates = jax.random.uniform(keys[4], (tokens, K))
-    return normal(keys[5], (tokens, width)), gates, weights, normal(keys[6], (tokens, width))
+    gates = jnp.asarray(random.random((tokens, K), np.float32))
+    return normal(tokens, width), gates, weights, normal(tokens, width)
 
 
 @functools.partial(jax.jit, static_argnames=("activation", "kernel", "target"))
@@ -72,7 +75,7 @@ def check(arguments: tuple, experts: jax.Array, *, tolerance: float = 1e-5, **op
     expected = layer(*arguments, experts, **options | {"kernel": "reference"})
 
     def close(a: jax.Array, b: jax.Array) -> None:
-        atol = tolerance * max(1.0, float(jnp.abs(b).max()))
+        atol = tolerance * max(1.0, float(np.abs(b).max()))
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=atol)
 
     jax.tree.map(close, actual, expected)
@@ -80,7 +83,7 @@ def check(arguments: tuple, experts: jax.Array, *, tolerance: float = 1e-5, **op
 
 def chosen(experts: int = E, *, tokens: int = T) -> jax.Array:
     """Some choices are unused."""
-    return jax.random.randint(jax.random.key(1), (tokens, K), 0, experts + 1)
+    return jnp.asarray(np.random.default_rng(1).integers(0, experts + 1, (tokens, K), np.int32))
 
 
 @pytest.mark.parametrize(
@@ -88,6 +91,7 @@ def chosen(experts: int = E, *, tokens: int = T) -> jax.Array:
     [chosen(), jnp.full((T, K), 2), jnp.full((T, K), E), jnp.where(chosen() == 1, 0, chosen())],
     ids=["ragged", "one expert", "none", "an empty one"],
 )
+@pytest.mark.slow
 def test_equals_the_definition(experts):
     check(inputs(), experts)
 
@@ -101,11 +105,13 @@ def test_equals_the_definition(experts):
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_biases_and_activations_equal_the_definition(activation):
     check(inputs(activation), chosen(), activation=activation)
 
 
 @pytest.mark.parametrize(("width", "hidden"), [(40, 24), pytest.param(8, 72, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_widths_may_be_any(width, hidden):
     check(inputs(width=width, hidden=hidden), chosen())
 
@@ -115,6 +121,7 @@ def test_one_expert_and_one_token():
     check(inputs(experts=1, tokens=1), jnp.zeros((1, K), jnp.int32))
 
 
+@pytest.mark.slow
 def test_bfloat16_differs_by_its_rounding():
     arguments = inputs()
     half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), arguments)
@@ -197,6 +204,7 @@ def lowered_for(kind: str, dtype: Any) -> jax.stages.Lowered:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_lowers_for_a_gpu(kind):
     program = lowered_for(kind, jnp.bfloat16).as_text()
     assert program.count("__gpu$xla.gpu.triton") == 6  # two forward, four backward

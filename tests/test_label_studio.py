@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from PIL import Image as PilImage
 
 from vl_jax.data.sample import BadSample
-from vl_jax.data.sources.annotated import annotated
 from vl_jax.data.sources.build import LabelStudioConfig, open_source
-from vl_jax.data.sources.label_studio import LabelStudioSource
-from vl_jax.data.sources.regions import _mask
+from vl_jax.data.sources.label_studio.annotated import annotated
+from vl_jax.data.sources.label_studio.regions import _mask
+from vl_jax.data.sources.label_studio.source import LabelStudioSource
 from vl_jax.data.text import grounding
 
 
@@ -258,6 +258,7 @@ values = st.recursive(
     {"type": st.sampled_from(["rectanglelabels", "polygonlabels", "brush", "textarea", "choices"])},
     optional={"id": values, "from_name": values, "original_width": values, "original_height": values},
 ), max_size=3), values)  # fmt: skip
+@pytest.mark.slow
 def test_any_results_are_turns_or_have_a_reason(results, value):
     results = [{**r, "value": value if isinstance(value, dict) else {"x": value}} for r in results]
     try:

@@ -157,6 +157,7 @@ def goods(folder: Path, labels, **fields) -> DataConfig:
 
 
 @pytest.mark.parametrize("spec", [DIALOGUE, READER])
+@pytest.mark.slow
 def test_worker_processes_bring_what_threads_bring(spec, tmp_path):
     config = goods(tmp_path, ["cat", "dog", None, "cow", "hen"], augmentation=AugmentationConfig(0.1))
     threads = TrainIterator(config, spec, batch_size=4)

@@ -11,6 +11,7 @@ from vl_jax.nn.layers import join_heads, project, split_heads
 
 
 @pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5)], ids=str)
+@pytest.mark.slow
 def test_values_and_gradients_of_a_product_are_those_of_autodiff(shape):
     keys = jax.random.split(jax.random.key(0), 3)
     x, kernel = jax.random.normal(keys[0], shape), jax.random.normal(keys[1], (5, 4))
@@ -24,6 +25,7 @@ def test_values_and_gradients_of_a_product_are_those_of_autodiff(shape):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_heads_are_split_and_joined_as_the_definition_says():
     x, up = jax.random.normal(jax.random.key(0), (2, 3, 4)), jax.random.normal(jax.random.key(1), (4, 5, 6))
     down = jax.random.normal(jax.random.key(2), (5, 6, 4))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,6 +16,7 @@ from vl_jax.runtime.lazy_array import LazyArray
     dtype=st.sampled_from(["u1", "u2", "f4"]),
     limit=st.integers(4, 400),
 )
+@pytest.mark.slow
 def test_pieces_are_the_items_in_order_and_none_is_large(shape, dtype, limit):
     array = np.arange(np.prod(shape, dtype=int)).reshape(shape).astype(dtype)
     lazy = LazyArray.of(array)

@@ -46,6 +46,7 @@ def write(folder) -> LlavaConfig:
 @pytest.mark.parametrize(
     ("turns", "targets"), [("independent", "answers"), ("dialogue", "all"), ("independent", "all")]
 )
+@pytest.mark.slow
 def test_lengths_are_those_of_the_encoded_draws(tmp_path, turns, targets, fusion, blind):
     encoder = make_row_encoder(CONFIG, ModelSpec(2, fusion, 2048), targets=targets)
     for config in (write(tmp_path), ScenesConfig("scenes", num_examples=4)):

@@ -44,6 +44,7 @@ def write(folder) -> DataConfig:
     return DataConfig(root=str(folder), sources=(LlavaConfig("train", "train.json"),), tiling=tiling)
 
 
+@pytest.mark.slow
 def test_it_measures_an_experiment_and_says_why_there_is_no_rival(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(loader_benchmark, "BATCHES", 2)
     monkeypatch.setattr(loader_benchmark.importlib.util, "find_spec", lambda name: None)

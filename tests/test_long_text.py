@@ -48,6 +48,7 @@ def test_a_long_text_is_cut_between_tokens_and_nothing_gets_lost(text, most):
     st.integers(30, 200),
     st.sampled_from(["dialogue", "independent"]),
 )
+@pytest.mark.slow
 def test_turns_stay_whole_and_in_order(pairs, most, turns):
     sample = Sample("t", tuple(Turn(q, a, kind="open") for q, a in pairs))
     parts = split(sample, TOKENIZER, max_tokens=most, turns=turns)

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import tiny
 from test_step import MESHES, ONE, ROWS
@@ -24,17 +23,18 @@ from vl_jax.layout import Variables, put_batch
 from vl_jax.model import VisionLanguage
 from vl_jax.roles import Role
 from vl_jax.sharding import MeshConfig
-from vl_jax.train import loop, lora
-from vl_jax.train.loop import LoopConfig, Position
+from vl_jax.train import lora, saved
+from vl_jax.train.loop import LoopConfig
 from vl_jax.train.lora import GROUPS, LoraConfig
 from vl_jax.train.optimizer import OptimizerConfig
+from vl_jax.train.saved import Position
 from vl_jax.train.stages import Stage, adapter_shapes, trainable_table
-from vl_jax.train.step import TrainState, gradients, make_train_step
+from vl_jax.train.step import TrainState, gradients
 
 pytestmark = pytest.mark.slow  # whole runs with adapters: minutes of compilation
 
 MODEL = tiny.config()
-STEP = 2e-4  # of finite differences: at 5e-4 a token of this model chooses other experts
+STEP = 2e-4  # of finite differences: so small that no token of this model chooses other experts
 EVERY = LoraConfig(rank=3, alpha=6.0, targets=tuple(GROUPS))
 
 # Path, shape and role of a weight of every kind; x W; x a; (x a) b.
@@ -136,13 +136,14 @@ def merged(params: Any, adapters: Any, scale: float = EVERY.scale) -> Any:
 
 
 def normal(seed: int, shape: tuple[int, ...]) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape)
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32))
 
 
 def filled(adapters: Any, scale: float = 0.1) -> Any:
     """Adapters of which no factor is zero."""
     leaves, treedef = jax.tree.flatten(adapters)
-    return treedef.unflatten([scale * normal(i, leaf.shape) for i, leaf in enumerate(leaves)])
+    factors = (np.asarray(normal(100 + i, leaf.shape)) for i, leaf in enumerate(leaves))
+    return treedef.unflatten([jnp.asarray(np.float32(scale) * x) for x in factors])
 
 
 def assert_equal(actual: Any, expected: Any) -> None:
@@ -175,9 +176,10 @@ def test_a_merged_weight_does_what_the_weight_and_its_adapter_do(path):
     sizes = dict(zip(whole.split("->")[0].split(",")[1], shape, strict=True))
     x = normal(2, tuple(sizes.get(axis, 4) for axis in whole.split(",")[0]))
     weight = params_lib.flatten(params)[path]
-    found = params_lib.flatten(lora.merge(params, adapters, config.scale, {path: role}))[path]
-    expected = jnp.einsum(whole, x, weight) + 2.0 * jnp.einsum(up, jnp.einsum(down, x, a), b)
-    np.testing.assert_allclose(jnp.einsum(whole, x, found), expected, rtol=1e-4, atol=1e-4)
+    merge = jax.jit(functools.partial(lora.merge, scale=config.scale, roles={path: role}))
+    found = params_lib.flatten(merge(params, adapters))[path]
+    expected = np.einsum(whole, x, weight) + 2.0 * np.einsum(up, np.einsum(down, x, a), b)
+    np.testing.assert_allclose(np.einsum(whole, x, found), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_every_matrix_of_the_model_is_in_one_of_the_groups():
@@ -259,10 +261,9 @@ def test_gradients_of_adapters_follow_from_those_of_the_merged_weights():
     ):
         a, b = factors[f"{path}/a"], factors[f"{path}/b"]
         for name, expected in (
-            ("a", jnp.einsum(da, whole[path], b)),
-            ("b", jnp.einsum(db, a, whole[path])),
+            ("a", EVERY.scale * np.einsum(da, whole[path], b)),
+            ("b", EVERY.scale * np.einsum(db, a, whole[path])),
         ):
-            expected = np.asarray(EVERY.scale * expected)
             error = np.linalg.norm(found[f"{path}/{name}"] - expected)
             assert error <= 1e-5 * np.linalg.norm(expected), (path, name)
             assert np.linalg.norm(expected) > 0
@@ -291,10 +292,8 @@ def test_gradients_of_adapters_are_finite_differences_of_the_loss():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["fsdp2-expert2-tensor2", "accumulated"])
-def test_gradients_are_the_same_on_a_mesh_and_with_accumulation(way):
-    found = adapted_gradients(ONE, 4) if way == "accumulated" else adapted_gradients(MESHES[way])
-    expected = adapted_gradients()
+def test_gradients_are_the_same_in_micro_batches_on_a_mesh():
+    found, expected = adapted_gradients(MESHES["fsdp2-expert2-tensor2"], 2), adapted_gradients()
     assert found.keys() == expected.keys()
     # As in test_step: all leaves together 1e-5, single ones three times that.
     norm = {p: np.linalg.norm(g) for p, g in expected.items()}
@@ -365,7 +364,7 @@ class Batches:
 
 def train(workdir: Path, stages=STAGES, *, fail_at: tuple[str, int] = ("", 0)) -> TrainState:
     """Runs the stages from the parameters of ``tiny``, or until before a batch of the named stage."""
-    return loop.train(
+    return tiny.train(
         LAYOUT,
         stages,
         lambda stage: Batches(fail_at[1] if fail_at[0] == stage.name else None),
@@ -387,7 +386,7 @@ def restored(workdir: Path, scratch: Path, step: int, stages=STAGES) -> tuple[Tr
     shutil.copytree(workdir / "checkpoints" / str(step), scratch / str(step) / str(step))
     checkpointer = Checkpointer(scratch / str(step))
     try:
-        found = loop.restore(checkpointer, LAYOUT, stages)
+        found = saved.restore(checkpointer, LAYOUT, stages)
     finally:
         checkpointer.close()
     assert found is not None
@@ -443,17 +442,6 @@ def test_a_run_interrupted_in_both_stages_ends_with_the_same_bits(run, tmp_path)
     whole, _ = restored(run[0], tmp_path / "b", 7)
     for a, b in zip(jax.tree.leaves(last), jax.tree.leaves(whole), strict=True):
         np.testing.assert_array_equal(a, b)
-
-
-@pytest.mark.slow
-def test_the_routing_bias_moves_by_its_rate_when_all_weights_train():
-    params, routing = tiny.build(MODEL)
-    optimizer = optax.sgd(1.0)
-    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), routing)
-    everything = set(params_lib.flatten(params))
-    step = jax.jit(make_train_step(VisionLanguage(MODEL), optimizer, trainable=everything))
-    after, _ = step(state, jax.tree.map(jnp.asarray, tiny.varied_batch(ROWS)), 0.1)
-    assert_moved_by_the_rate(routing["language"]["bias"], after.routing["language"]["bias"], steps=1)
 
 
 def stage(*targets: str, trainable: tuple[str, ...] = ()) -> Stage:

@@ -60,6 +60,7 @@ def sample_of(number, colours, opening, questions, system) -> Sample:
 
 @settings(max_examples=150, deadline=None)
 @given(records, st.integers(2, 5))
+@pytest.mark.slow
 def test_every_question_is_there_once_and_reads_as_it_did_alone(drawn, most):
     source = [sample_of(n, *record) for n, record in enumerate(drawn)]
     merged = list(MergedSource(source, max_turns=most))

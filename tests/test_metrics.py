@@ -34,6 +34,7 @@ def test_resumed_log_equals_uninterrupted_log(tmp_path: Path):
 
 @settings(max_examples=50, deadline=None)
 @given(steps=st.lists(st.integers(0, 20), max_size=12).map(sorted), data=st.data())
+@pytest.mark.slow
 def test_truncation_keeps_exactly_the_whole_lines_of_earlier_steps(tmp_path_factory, steps, data):
     path = tmp_path_factory.mktemp("log") / "metrics.jsonl"
     content = b"".join(json.dumps({"step": s, "n": n}).encode() + b"\n" for n, s in enumerate(steps))

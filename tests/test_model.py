@@ -15,7 +15,7 @@ import tiny
 from vl_jax import params as params_lib
 from vl_jax.batch import TEXT, VISION, Batch
 from vl_jax.layout import init_params
-from vl_jax.model import VisionLanguage, init_cache
+from vl_jax.model import VisionLanguage
 from vl_jax.moe import routing
 
 # Two programs for the same numbers add in different orders. Activations are of order 1 and float32 keeps
@@ -24,10 +24,9 @@ TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
 T = 24
 PER_TOKEN = ("tokens", "targets", "loss_weights", "positions", "branch_ids", "visual_slot")  # of an Example
 
-both_fusions = pytest.mark.parametrize("fusion", tiny.FUSIONS)
 dropless = pytest.mark.parametrize("scheme", tiny.DROPLESS)
 each_once = pytest.mark.parametrize(("scheme", "fusion"), [("loss_free", "prefix"), ("top_k", "gated")])
-all_schemes = pytest.mark.parametrize("scheme", tiny.SCHEMES)
+unlike_schemes = pytest.mark.parametrize("scheme", ["loss_free", "capacity", "expert_choice"])
 
 
 def rows_of(fusion: str, count: int = 3) -> list:
@@ -46,7 +45,7 @@ def _influence(model, params: Any, state: Any, batch: Batch) -> tuple[jax.Array,
 
     def probed(table: jax.Array, vision: jax.Array) -> jax.Array:
         moved = {**params, "language": {**params["language"], "embedding": table}}
-        return network.apply({"params": moved}, batch, state, vision=vision).hidden[0] @ probe
+        return network.apply({"params": moved}, batch, state, seen=vision).hidden[0] @ probe
 
     # One position after another: a batch of pullbacks would take far longer to compile.
     _, pullback = jax.vjp(probed, params["language"]["embedding"], vision)
@@ -83,13 +82,7 @@ def test_a_position_has_gradient_from_exactly_the_tokens_it_may_see(scheme, fusi
     np.testing.assert_array_equal(np.asarray(vision)[valid] > 0, appeared[valid])
 
 
-@pytest.mark.parametrize(
-    "scheme",
-    [
-        *("loss_free", "capacity", "expert_choice"),
-        *(pytest.param(s, marks=pytest.mark.slow) for s in tiny.SCHEMES if s.startswith("top_k")),
-    ],
-)
+@unlike_schemes
 def test_later_tokens_change_earlier_logits_only_if_the_scheme_says_so(scheme):
     model = tiny.config(scheme)
     batch = tiny.batch([[tiny.example(7, text=18)]])
@@ -110,6 +103,7 @@ def test_later_tokens_change_earlier_logits_only_if_the_scheme_says_so(scheme):
         pytest.param("expert_choice", "prefix", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_padding_does_not_change_logits_or_statistics(scheme, fusion):
     model = tiny.config(scheme, fusion=fusion)
     rows = [[e] for e in rows_of(fusion)]
@@ -126,9 +120,9 @@ def test_padding_does_not_change_logits_or_statistics(scheme, fusion):
         jax.tree.map(assert_close, again.losses, routed.losses)
 
 
-@both_fusions
-def test_the_order_of_tiles_does_not_change_logits(fusion):
-    model = tiny.config(fusion=fusion)
+@each_once
+def test_the_order_of_tiles_does_not_change_logits(scheme, fusion):
+    model = tiny.config(scheme, fusion=fusion)
     e = tiny.example(3, fusion=fusion, tiles=2)
     n = tiny.TILE_TOKENS_SIDE**2
     swapped = np.where(e.visual_index < 2 * n, (e.visual_index + n) % (2 * n), e.visual_index).astype(
@@ -141,15 +135,15 @@ def test_the_order_of_tiles_does_not_change_logits(fusion):
     )
 
 
-@both_fusions
-def test_the_content_of_a_tile_does_change_logits(fusion):
-    model = tiny.config(fusion=fusion)
+@each_once
+def test_the_content_of_a_tile_does_change_logits(scheme, fusion):
+    model = tiny.config(scheme, fusion=fusion)
     batch = tiny.batch([[tiny.example(3, fusion=fusion, tiles=2)]], fusion=fusion)
     changed = tiny.logits(model, batch.replace(tiles=255 - batch.tiles))
     assert np.abs(changed - tiny.logits(model, batch)).max() > 0.01
 
 
-@all_schemes
+@unlike_schemes
 def test_the_place_in_the_batch_does_not_change_logits(scheme):
     model = tiny.config(scheme)
     batch = tiny.batch([[e] for e in rows_of("prefix")])
@@ -190,7 +184,7 @@ def _append(
     model, params: Any, state: Any, batch: Batch, vision: jax.Array, cache: Any
 ) -> tuple[jax.Array, Any]:
     network = VisionLanguage(model)
-    output = network.apply({"params": params}, batch, state, vision=vision, cache=cache)
+    output = network.apply({"params": params}, batch, state, seen=vision, cache=cache)
     return network.apply({"params": params}, output.hidden, method="logits"), output.cache
 
 
@@ -202,7 +196,7 @@ def test_cached_decoding_equals_the_full_forward_pass(scheme, fusion):
     batch = jax.tree.map(jnp.asarray, tiny.batch(rows, fusion=fusion, left=True))
     see = jax.jit(functools.partial(VisionLanguage(model).apply, method="see"))
     vision, _ = see({"params": params}, batch)
-    cache = init_cache(model, batch=4, slots=T + 3)  # more slots than tokens: the rest must stay unseen
+    cache = model.init_cache(batch=4, slots=T + 3)  # more slots than tokens: the rest must stay unseen
     pieces = []
     # Prefill of ten tokens (it cuts through the picture of the prefix model), then one at a time.
     for begin, end in [(0, 10), *((i, i + 1) for i in range(10, T))]:
@@ -216,7 +210,7 @@ def test_cached_decoding_equals_the_full_forward_pass(scheme, fusion):
 @pytest.fixture(scope="module")
 def gated():
     """The gated model, parameters with the gates closed as at initialisation, and a batch with pictures."""
-    model = tiny.config(fusion="gated")
+    model = tiny.config("top_k", fusion="gated")
     params = params_lib.map_paths(
         lambda path, x: jnp.zeros_like(x) if path.endswith("gate/opening") else x, tiny.build(model)[0]
     )
@@ -230,6 +224,7 @@ def test_gates_are_closed_at_initialisation():
     assert len(openings) == 2 and not any(x.any() for x in openings)
 
 
+@pytest.mark.slow
 def test_a_closed_gate_equals_the_text_model_exactly(gated):
     model, params, batch = gated
     flat = params_lib.flatten(params)

@@ -70,6 +70,7 @@ def own(tmp_path):
     return file
 
 
+@pytest.mark.slow
 def test_two_objectives_add_up_by_their_weights_and_are_logged_by_name():
     alone, both = found(NextToken()), found(Together((Part("a", weight=0.5), Part("b", weight=2.0))))
     for path, grad in alone[0].items():
@@ -98,6 +99,7 @@ def test_rows_that_act_on_one_another_are_never_parted(own):
         make_train_step(VisionLanguage(MODEL), optax.sgd(1.0), **options)
 
 
+@pytest.mark.slow
 def test_an_objective_of_ones_own_file_trains_and_survives_json_and_view(own):
     pytest.importorskip("ml_collections")
     stage = rebuild({"name": "own", "steps": 1, "objective": {"_type": f"{own}:Shrink", "power": 4}}, Stage)

@@ -66,6 +66,7 @@ def test_step_schedule_divides_by_root_ten_at_half_and_at_three_quarters():
     np.testing.assert_allclose(found, [0.1, 0.1, 0.1 / root, 0.1 / root, 0.01, 0.01], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_without_gradient_exactly_the_masked_leaves_decay():
     updates = updates_of(config(weight_decay=0.5), ZEROS)
     for path, update in updates.items():
@@ -164,6 +165,7 @@ def test_muon_makes_the_update_of_a_matrix_orthogonal_and_as_large_as_adams():
     np.testing.assert_allclose(np.sqrt(np.mean(update**2)), 0.2, rtol=0.2)
 
 
+@pytest.mark.slow
 def test_muon_treats_stacked_layers_experts_and_heads_as_matrices_of_their_own():
     # Shape, the role of the layer that is stacked, and one matrix of the stack.
     kinds = {

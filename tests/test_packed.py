@@ -78,6 +78,7 @@ def test_a_config_with_packing_survives_json():
 
 
 @pytest.mark.parametrize("taken", [0, pytest.param(1, marks=pytest.mark.slow), 7])
+@pytest.mark.slow
 def test_resume_gives_the_very_batches_that_were_to_come(taken):
     first, second = (PackedIterator(CONFIG, SPEC, batch_size=2) for _ in range(2))
     for _ in range(taken):
@@ -88,6 +89,7 @@ def test_resume_gives_the_very_batches_that_were_to_come(taken):
         assert_same(a, b)
 
 
+@pytest.mark.slow
 def test_threads_and_prefetch_do_not_change_the_rows():
     other = dataclasses.replace(CONFIG, loading=LoadingConfig(num_threads=3, prefetch=5))
     rows, others = (take(PackedIterator(c, SPEC, batch_size=2), 3) for c in (CONFIG, other))
@@ -144,6 +146,7 @@ class Hosts:
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_any_number_of_hosts_goes_on_with_the_same_rows(tmp_path, kills):
     config, chance = texts(tmp_path, bad={3, 40}), random.Random(0)
     row = PackingConfig(max_tokens=50, max_tiles=1, window=40, index=str(tmp_path / "index"))
@@ -277,12 +280,14 @@ def test_gradients_of_a_packed_row_are_those_of_its_samples_alone(fusion):
     params, state = tiny.build(model)
     examples = [tiny.example(5, fusion=fusion, text=5), tiny.example(6, fusion=fusion, text=6)]
 
-    def gradient(rows):
-        def loss(p, batch):
-            given = TrainState(0, p, None, state)
-            return NextToken()(p, given, batch, model=VisionLanguage(model), rngs=None).losses["loss"]
+    @jax.jit
+    @jax.grad
+    def gradient(p, batch):
+        given = TrainState(0, p, None, state)
+        return NextToken()(p, given, batch, model=VisionLanguage(model), rngs=None).losses["loss"]
 
-        return jax.jit(jax.grad(loss))(params, jax.tree.map(jnp.asarray, tiny.batch(rows, fusion=fusion)))
-
-    packed, separate = gradient([examples]), gradient([[e] for e in examples])
+    packed, separate = (
+        gradient(params, jax.tree.map(jnp.asarray, tiny.batch(rows, fusion=fusion)))
+        for rows in ([examples], [[e] for e in examples])
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), packed, separate)

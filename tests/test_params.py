@@ -21,11 +21,13 @@ def test_paths_join_the_keys():
 
 
 @given(mappings)
+@pytest.mark.slow
 def test_unflatten_undoes_flatten(tree):
     assert params_lib.unflatten(params_lib.flatten(tree)) == tree
 
 
 @given(mappings, st.data())
+@pytest.mark.slow
 def test_merge_undoes_split(tree, data):
     chosen = data.draw(st.sets(st.sampled_from(sorted(params_lib.flatten(tree)))))
     first, second = params_lib.split(tree, chosen)

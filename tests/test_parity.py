@@ -40,6 +40,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("recording", cases or [pytest.param(None, marks=pytest.mark.skip(reason=reason))])
 
 
+@pytest.mark.slow
 def test_recorded_values_are_reproduced(recording: Fixture, request: pytest.FixtureRequest):
     properties = request.node.user_properties
     try:
@@ -285,6 +286,7 @@ def test_parts_of_deepseek_vl2_are_found_by_their_files(tmp_path: Path):
     assert [row.problem for row in parity.compare(found["set/bridge/odd"], computed)] == [""]
 
 
+@pytest.mark.slow
 def test_every_recorded_array_has_a_tolerance(oracles: Path):
     """A recording agrees with itself in every array, and with changed values in none."""
     for fixture in parity.discover(oracles):

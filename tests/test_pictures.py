@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image as PilImage
 from PIL import ImageOps
 
-from vl_jax.commands import generate
+from vl_jax.commands import drawing
 from vl_jax.data.config import DataConfig, ModelSpec
 from vl_jax.data.encode import make_encoder
 from vl_jax.data.images.frames import declared_frame
@@ -145,7 +145,7 @@ def test_published_processors_read_files_as_their_own_code_does(tmp_path):
 def test_an_answer_is_drawn_on_what_the_model_saw(tmp_path):
     (tmp_path / "a.png").write_bytes(stored_bytes(6))
     for orientation, size in (("shown", SHOWN), ("stored", SHOWN[::-1])):
-        generate._draw("", tmp_path / "a.png", tmp_path / "out.png", orientation)
+        drawing.draw_boxes("", tmp_path / "a.png", tmp_path / "out.png", orientation)
         with PilImage.open(tmp_path / "out.png") as drawn:
             assert drawn.size == size
 
@@ -243,6 +243,7 @@ WRITERS = [write_coco, write_label_studio, write_llava, write_tar, write_meta, w
 
 @pytest.mark.parametrize("write", WRITERS)
 @pytest.mark.parametrize("turn", TURNS)
+@pytest.mark.slow
 def test_boxes_of_either_frame_are_on_their_pixels(tmp_path, write, turn):
     (tmp_path / "a.png").write_bytes(stored_bytes(turn))
     with PilImage.open(tmp_path / "a.png") as opened:
@@ -401,6 +402,7 @@ def test_what_nobody_states_the_range_of_is_refused_with_the_remedy(values, tags
 
 
 @settings(max_examples=50)
+@example([0.0, 2.0**-126])
 @given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=2, max_size=9))
 def test_scaling_keeps_order_and_reaches_black_and_white(values):
     numbers = np.array([values], np.float32)

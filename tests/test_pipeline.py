@@ -152,6 +152,7 @@ def test_threads_and_prefetch_do_not_change_the_batches():
 
 
 @pytest.mark.parametrize("taken", [0, 1, 7, 25])
+@pytest.mark.slow
 def test_resume_gives_the_very_batches_that_were_to_come(taken):
     first = iterator()
     for _ in range(taken):
@@ -179,6 +180,7 @@ def test_every_record_is_drawn_once_an_epoch():
     assert len(set(ids[:40])) == 40 and sorted(ids[:40]) == sorted(ids[40:]) and ids[:40] != ids[40:]
 
 
+@pytest.mark.slow
 def test_a_mixture_respects_its_weights():
     batches = iterator(sources={"a": 3.0, "b": 1.0}, batch_size=20)
     counts = Counter()
@@ -256,6 +258,7 @@ def test_samples_that_need_too_much_room_are_skipped():
         make_encoder(dataclasses.replace(CONFIG, max_tokens=8, max_tiles=2), SPEC).prompt(two_pictures())
 
 
+@pytest.mark.slow
 def test_withheld_images_come_at_their_rate():
     config = dataclasses.replace(CONFIG, image_dropout_rate=0.3)
     batches = take(iterator(config, batch_size=50), 8)
@@ -365,6 +368,7 @@ def picture_records(folder, count: int = 6):
 
 @pytest.mark.parametrize("augmentation", [None, AugmentationConfig(brightness=0.3, crop=0.2)])
 @pytest.mark.parametrize("decoding", ["whole", "reduced"])
+@pytest.mark.slow
 def test_a_cache_changes_no_batch_and_nothing_is_opened_again(tmp_path, augmentation, decoding):
     config = dataclasses.replace(picture_records(tmp_path), augmentation=augmentation, decoding=decoding)
     plain = take(iterator(dataclasses.replace(config, loading=LoadingConfig(cache_mb=0))), 12)

@@ -29,6 +29,7 @@ def state_of(params, routing) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, None, routing, {})
 
 
+@pytest.mark.slow
 def test_looks_are_compared():
     config = tiny.config()
     layout, (params, routing) = tiny.layout_of(config), tiny.build(config)
@@ -46,6 +47,7 @@ def test_looks_are_compared():
     assert not unchanged.any() and changed.all()
 
 
+@pytest.mark.slow
 def test_a_scheme_without_choices_is_refused():
     config = dataclasses.replace(tiny.config(), moe=MoEConfig("soft_moe", num_experts=E, expert_dim=4))
     layout, (params, routing) = tiny.layout_of(config), tiny.build(config)

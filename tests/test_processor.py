@@ -124,6 +124,20 @@ def test_several_conversations_end_together_and_text_alone_needs_no_picture():
     assert trained.segment_ids[0, 0] == 1 and trained.segment_ids[0, -1] == 0
 
 
+def test_prompts_have_room_for_a_multiple_of_tiles_and_are_otherwise_the_batch():
+    wide = picture(41, 9)
+    requests = [
+        Request(talk(f"<image>{text}", ""), images=[p]) for text, p in (("a", picture()), ("b?", wide))
+    ]
+    tight, roomy = PROCESSOR.batch(requests), PROCESSOR.prompts(requests)
+    tiles = tight.tiles.shape[1]
+    assert roomy.tiles.shape[1] == -(-tiles // 4) * 4 > tiles
+    np.testing.assert_array_equal(roomy.tiles[:, :tiles], tight.tiles)
+    assert not roomy.tiles[:, tiles:].any()
+    for name in ("tokens", "positions", "visual_slot", "segment_ids"):
+        np.testing.assert_array_equal(getattr(roomy, name), getattr(tight, name))
+
+
 def test_pictures_come_from_the_messages_or_from_files(tmp_path):
     picture().save(tmp_path / "a.png")
     talks = [{**talk("<image>What?")[0], "images": [tmp_path / "a.png"]}, talk("", "")[1]]
@@ -157,6 +171,7 @@ def test_a_system_prompt_is_shown_and_said_to_be_unread(caplog):
         (Request(talk("Hi")), "must end with an assistant's message"),
         (Request([{"role": "system", "content": "Look."}]), "must end with an assistant's message"),
         (Request([{"role": "tool", "content": ""}]), "unknown role 'tool'"),
+        (Request([{"role": ["user"], "content": ""}]), "unknown role"),
         (Request(talk("Hi", "yes")[::-1]), "message 0 has role assistant, expected user"),
         (Request([{"role": "user"}]), "message 0 has no text"),
         (Request(talk("Hi", "a <image>"), inference=False), "<image> in an answer"),

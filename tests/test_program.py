@@ -16,7 +16,6 @@ from vl_jax.batch import Batch
 from vl_jax.config import load, view
 from vl_jax.layout import Variables, put_batch
 from vl_jax.schema import ConfigError, from_json, rebuild, to_json
-from vl_jax.train import loop
 from vl_jax.train.hooks import Moment
 from vl_jax.train.loop import LoopConfig
 from vl_jax.train.lora import LoraConfig
@@ -82,6 +81,7 @@ def stepped(program: Program) -> tuple[TrainState, Metrics]:
     return program.step(begun(program), put_batch(tiny.varied_batch(4), LAYOUT), np.float32(0.1))
 
 
+@pytest.mark.slow
 def test_stages_that_differ_in_schedule_and_data_only_compile_once():
     slow = OptimizerConfig(learning_rate=1e-5, schedule="constant", warmup_steps=3, final_fraction=0.0)
     others = {"sources": ("b",), "weights": (2.0,), "targets": "all", "batch_size": 8}
@@ -187,11 +187,12 @@ class Watch:
         return metrics | {"watched": jnp.float32(moment.global_step)}
 
 
+@pytest.mark.slow
 def test_hooks_see_the_state_before_and_after_every_step_and_add_to_the_log(tmp_path):
     from vl_jax.metrics import METRICS_FILE, read_metrics
 
     watch = Watch()
-    loop.train(
+    tiny.train(
         LAYOUT,
         (stage(), stage("two", steps=1)),
         lambda _: Batches(),

@@ -144,6 +144,7 @@ def ours(**changes: Any) -> JointConfig:
 
 
 @pytest.mark.parametrize(("kind", "fit"), [("clip", "crop"), ("siglip", "stretch")])
+@pytest.mark.slow
 def test_the_model_is_the_published_one_but_for_how_it_runs_and_its_labels(published, data, kind, fit):
     given = experiment(published[kind], data)
     found, expected = resolve(given), pretrained.read_published(published[kind]).config
@@ -218,6 +219,7 @@ def test_training_begins_with_the_published_weights_and_publishes_what_it_made_o
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.slow
 def test_what_is_converted_there_and_back_is_the_same(published, tmp_path, kind):
     assert main(["convert", f"--from={published[kind]}", f"--to={tmp_path / 'ours'}"]) == 0
     assert main(["convert", f"--from={tmp_path / 'ours'}", f"--to={tmp_path / 'back'}"]) == 0
@@ -295,6 +297,7 @@ def test_the_plan_of_a_run_shows_the_parameters_of_the_checkpoint(published, dat
     assert not {path for path in paths if path.startswith(("pairs/image", "pairs/text"))}
 
 
+@pytest.mark.slow
 def test_the_experiment_of_published_pairs_evaluates_a_folder_as_it_is(
     published, data, tmp_path, monkeypatch, capsys
 ):

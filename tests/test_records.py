@@ -174,6 +174,7 @@ def test_pictures_of_classes(folder, classes, shared_data):
         assert source[index].images[0]().mode == "RGB"
 
 
+@pytest.mark.slow
 def test_queries_of_a_bank(shared_data):
     config = RecordsConfig("train", "train.csv", text="text", labels=("category",))
     source = open_source(config, root=str(shared_data / "banking77"))
@@ -183,6 +184,7 @@ def test_queries_of_a_bank(shared_data):
     assert all(source[n].turns[0].answer for n in range(len(source)))
 
 
+@pytest.mark.slow
 def test_spoken_digits(shared_data):
     root, audio = str(shared_data / "fsdd_digits"), AudioConfig(num_bands=32)
     talks = open_source(LlavaConfig("train", "train.json", labels=("label",), audio=audio), root=root)
@@ -193,6 +195,7 @@ def test_spoken_digits(shared_data):
 
 
 @pytest.mark.parametrize("folder", ["flickr8k_bilingual", "twemoji_bilingual"])
+@pytest.mark.slow
 def test_captions_of_two_languages(folder, shared_data):
     source = open_source(LlavaConfig("val", "val.json", caption=True), root=str(shared_data / folder))
     turns = [source[n].turns[0] for n in range(len(source))]
@@ -200,6 +203,7 @@ def test_captions_of_two_languages(folder, shared_data):
     assert all(t.answer and t.question == "<image>\n" for t in turns)
 
 
+@pytest.mark.slow
 def test_kinds_of_cells(shared_data):
     config = LlavaConfig("train", "train.json", labels=("answer",))
     source = open_source(config, root=str(shared_data / "bccd_cells"))

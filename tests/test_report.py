@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from vl_jax.metrics import MetricsWriter
-from vl_jax.report.charts import Series, line_chart, number, thin, ticks
-from vl_jax.report.gallery import MAX_SAMPLES, choose
+from vl_jax.report.charts import Series, line_chart, number, thin, ticks, with_error
+from vl_jax.report.gallery import MAX_SAMPLES, _box, choose
 from vl_jax.report.results import read_records
 from vl_jax.report.run import write_report
 
@@ -227,6 +227,27 @@ def test_newest_step_of_a_task_is_the_headline(full: Path):
     assert "Exact match over training" in text
 
 
+def test_what_was_measured_while_training_has_its_charts(tmp_path: Path):
+    """The held-out loss of every source in one chart, and the headline of a task once it has two results."""
+    with MetricsWriter(tmp_path) as writer:
+        for step in range(1, 41):
+            held_out = {"eval/scenes/loss": 2 - step / 40, "eval/words/loss": 3 - step / 40}
+            writer.write(step, {"loss": 1.0} | (held_out if step % 10 == 0 else {}), {}, stage="sft")
+    for step in (20, 40):
+        _evaluate(tmp_path, [_sample(0)], step=step)
+    page = _page(tmp_path)
+    titles = re.findall(r"<h3>([^<]*)</h3>", (tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert "Exact match over training" in titles and titles.count("Loss on held-out sources") == 1
+    assert "scenes/loss" in page.text and "words/loss" in page.text and "eval/scenes/loss" not in titles
+    assert "Loss on held-out sources" not in _page_of_a_run_that_was_not_examined(tmp_path / "other")
+
+
+def _page_of_a_run_that_was_not_examined(folder: Path) -> str:
+    folder.mkdir()
+    _log(folder)
+    return _page(folder).text
+
+
 def test_missing_folder_is_one_line(tmp_path: Path):
     with pytest.raises(ValueError, match="no such folder"):
         write_report(tmp_path / "nothing")
@@ -236,6 +257,37 @@ def test_broken_file_is_named(full: Path):
     (full / "run.json").write_text("{")
     with pytest.raises(ValueError, match=r"run\.json: not valid JSON"):
         write_report(full)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ([], "must hold an object"),
+        ({"scores": {"a": 1.0}}, "headline is missing"),
+        ({"scores": 3, "headline": "a"}, "scores is missing"),
+    ],
+)
+def test_a_result_of_which_a_part_is_missing_is_named(full: Path, content, said):
+    file = next(full.glob("eval/*/*.json"))
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"{file.name}: {said}") as told:
+        write_report(full)
+    assert "\n" not in str(told.value)
+
+
+def test_a_mean_has_the_digits_that_its_interval_tells():
+    assert with_error(0.71688, 0.00932) == "0.7169 ± 0.0093"
+    assert with_error(181.66, 4.27) == "181.7 ± 4.3" and with_error(3161.4, 120.0) == "3161 ± 120"
+    assert with_error(12_345.0, 15.0) == "12.3k ± 15" and with_error(1e-4, 1e-5) == "1e-4 ± 1e-5"
+    assert with_error(0.5, 1e-12) == "0.5 ± 1e-12"
+
+
+def test_labels_of_boxes_in_the_right_half_end_at_their_box(full: Path):
+    found = re.findall(r'text-anchor="(start|end)"', write_report(full).read_text())
+    assert found
+    left, right = ({"corners": corners, "label": "a box"} for corners in ((0, 0, 4, 4), (6, 0, 10, 4)))
+    assert 'x="0"' in _box(left, width=10) and 'text-anchor="start"' in _box(left, width=10)
+    assert 'x="10"' in _box(right, width=10) and 'text-anchor="end"' in _box(right, width=10)
 
 
 def test_page_depends_on_the_files_only(full: Path):

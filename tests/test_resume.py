@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -69,6 +70,7 @@ class Interruption:
         monkeypatch.setattr(runs, "open_stream", open_stream)
 
 
+@pytest.mark.slow
 def test_the_log_has_every_step_of_both_stages_once(uninterrupted):
     lines = log(uninterrupted)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
@@ -84,56 +86,54 @@ class Crash(BaseException):
 
 
 @pytest.mark.slow
-def test_a_run_that_crashed_again_and_again_has_the_same_log(uninterrupted, tmp_path, monkeypatch):
+def test_a_run_that_crashed_and_was_stopped_again_and_again_has_the_same_log(
+    uninterrupted, tmp_path, monkeypatch, capsys
+):
+    run, path = tmp_path / "run", tmp_path / "run" / METRICS_FILE
+
     def crash():
         raise Crash
 
-    # Batches read before each crash: before any checkpoint, behind the one of step 4, at the last step of the
-    # first stage (from step 4), and at the first of the second (from step 8).
-    for moment in (3, 6, 5, 2):
+    def go_on(moment: int, action) -> int:
+        """Does the action before the batch of the step that is so many behind the newest checkpoint."""
         with monkeypatch.context() as patch:
-            Interruption(patch, moment, crash)
-            with pytest.raises(Crash):
-                train(tmp_path)
-    assert train(tmp_path) == 0
-    assert log(tmp_path) == log(uninterrupted)
+            Interruption(patch, moment, action)
+            return train(run)
+
+    def crashed(moment: int) -> None:
+        with pytest.raises(Crash):
+            go_on(moment, crash)
+
+    def stopped(moment: int, number: signal.Signals, step: int) -> None:
+        assert go_on(moment, lambda: os.kill(os.getpid(), number)) == 128 + number
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error == f"stopped at step {step} by {number.name}; state is saved, run again to resume"
+        assert len(log(run)) == step
+
+    crashed(3)  # before there is any checkpoint
+    stopped(6, signal.SIGINT, 6)
+    path.write_bytes(path.read_bytes()[:-20])  # as after a crash of the machine
+    crashed(6)  # in the second stage, two steps behind the checkpoint of its beginning
+    assert len(log(run)) == 11
+    stopped(2, signal.SIGHUP, 11)
+    shutil.copytree(run, tmp_path / "two")
+    assert train(run) == 0
+    assert log(run) == log(uninterrupted)
+
+    with monkeypatch.context() as patch:  # another number of devices goes on with the same run
+        devices = jax.devices()[:2]
+        patch.setattr(jax, "devices", lambda: devices)
+        assert train(tmp_path / "two") == 0
+    lines, expected = log(tmp_path / "two"), log(uninterrupted)
+    assert [line["step"] for line in lines] == [line["step"] for line in expected]
+    np.testing.assert_allclose([x["loss"] for x in lines], [x["loss"] for x in expected], rtol=1e-4)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
-def test_a_signal_saves_the_state_and_ends_with_a_message(
-    uninterrupted, tmp_path, monkeypatch, capsys, number
-):
-    with monkeypatch.context() as patch:
-        Interruption(patch, 6, lambda: os.kill(os.getpid(), number))
-        assert train(tmp_path) == 128 + number
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error == f"stopped at step 6 by {number.name}; state is saved, run again to resume"
-    assert len(log(tmp_path)) == 6
-    path = tmp_path / METRICS_FILE
-    path.write_bytes(path.read_bytes()[:-20])  # as after a crash of the machine
-    assert train(tmp_path) == 0
-    assert log(tmp_path) == log(uninterrupted)
-
-
 def test_launching_a_finished_run_again_changes_nothing(uninterrupted):
     before = (uninterrupted / METRICS_FILE).read_bytes()
     assert train(uninterrupted) == 0
     assert (uninterrupted / METRICS_FILE).read_bytes() == before
-
-
-@pytest.mark.slow
-def test_another_number_of_devices_resumes_the_same_run(uninterrupted, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        Interruption(patch, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        assert train(tmp_path) == 128 + signal.SIGTERM
-    with monkeypatch.context() as patch:
-        two = jax.devices()[:2]
-        patch.setattr(jax, "devices", lambda: two)
-        assert train(tmp_path) == 0
-    lines, expected = log(tmp_path), log(uninterrupted)
-    assert [line["step"] for line in lines] == [line["step"] for line in expected]
-    np.testing.assert_allclose([x["loss"] for x in lines], [x["loss"] for x in expected], rtol=1e-4)
 
 
 @contextlib.contextmanager
@@ -175,30 +175,21 @@ def finish(workdir: Path, config: str = TINY) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_run_of_packed_rows_resumes_with_the_same_log(tmp_path):
-    config, whole, killed = f"{TINY}:packed", tmp_path / "whole", tmp_path / "killed"
+def test_a_process_killed_at_many_moments_resumes_with_the_same_log(tmp_path):
+    config, whole, run = f"{TINY}:packed", tmp_path / "whole", tmp_path / "run"
     assert train(whole, config) == 0
-    for step in (2, 10):
-        assert interrupt(killed, step=step, number=signal.SIGKILL, config=config) == -signal.SIGKILL
-    finish(killed, config)
-    assert log(killed) == log(whole)
+    # The first step, while a checkpoint is written, as a stage ends, and as the run ends.
+    for step, delay in [(1, 0.0), (4, 0.05), (9, 0.0), (16, 0.0)]:
+        interrupt(run, step=step, number=signal.SIGKILL, delay=delay, config=config)
+    finish(run, config)
+    assert log(run) == log(whole)
 
 
 @pytest.mark.slow
-def test_a_process_killed_at_many_moments_resumes_with_the_same_log(uninterrupted, tmp_path):
-    for step, delay in [(1, 0.0), (4, 0.05), (8, 0.01), (9, 0.0), (16, 0.0)]:
-        interrupt(tmp_path / "run", step=step, number=signal.SIGKILL, delay=delay)
-    finish(tmp_path / "run")
-    assert log(tmp_path / "run") == log(uninterrupted)
-
-
-@pytest.mark.slow
-def test_a_process_asked_to_stop_exits_with_the_number_of_the_signal(uninterrupted, tmp_path):
+def test_a_process_asked_to_stop_exits_with_the_number_of_the_signal(tmp_path):
     status = interrupt(tmp_path / "run", step=5, number=signal.SIGTERM)
     assert status == 128 + signal.SIGTERM
     assert "state is saved, run again to resume" in output_of(tmp_path / "run").read_text(encoding="utf-8")
-    finish(tmp_path / "run")
-    assert log(tmp_path / "run") == log(uninterrupted)
 
 
 POISON = """
@@ -224,26 +215,26 @@ def test_updates_that_are_not_finite_are_skipped_and_too_many_end_the_run(tmp_pa
     (tmp_path / "poison.py").write_text(POISON)
     wrap = ["--config.stages.first.wrap", f"{tmp_path}/poison.py:Poison"]
 
-    def run(workdir: Path, last: int) -> int:
-        lengths = [f"--config.stages.first.wrap.0.last={last}", "--config.loop.guard.max_in_a_row=3"]
-        return cli.main(["train", f"--config={TINY}", f"--workdir={workdir}", *wrap, *lengths])
+    def run(workdir: Path, most: int = 3) -> int:
+        options = [*wrap, f"--config.loop.guard.max_in_a_row={most}"]
+        return cli.main(["train", f"--config={TINY}", f"--workdir={workdir}", *options])
 
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert run(whole, 6) == 0
+    assert run(whole) == 0
     lines = log(whole)
     assert [line.get("skipped_updates") for line in lines] == [None] * 4 + [1] + [2] * 11
     assert all(np.isfinite(line["loss"]) for line in lines)
     with monkeypatch.context() as patch:
         Interruption(patch, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        assert run(stopped, 6) == 128 + signal.SIGTERM
-    assert run(stopped, 6) == 0
+        assert run(stopped) == 128 + signal.SIGTERM
+    assert run(stopped) == 0
     assert log(stopped) == lines
     described = "logs/skipped_updates.jsonl"
     assert (stopped / described).read_bytes() == (whole / described).read_bytes()
     capsys.readouterr()
-    assert run(tmp_path / "ruined", 9) == 2
+    assert run(tmp_path / "ruined", most=2) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: the update of step 7 was skipped") and "those of step 4" in error
+    assert error.startswith("error: the update of step 6 was skipped") and "those of step 4" in error
     assert [p.name for p in (tmp_path / "ruined" / "checkpoints").iterdir() if p.name.isdigit()] == ["4"]
 
 

@@ -15,7 +15,7 @@ import tiny
 
 from vl_jax import params as params_lib
 from vl_jax import sharding
-from vl_jax.encoders.high_resolution import HighResolution, HighResolutionConfig, HybridAligner
+from vl_jax.encoders.high_resolution import HighResolution, HighResolutionConfig, ResolutionAligner
 from vl_jax.encoders.resnet import ResNet, ResNetConfig
 from vl_jax.encoders.sam import SAMConfig
 from vl_jax.encoders.text import TextEncoderConfig
@@ -101,7 +101,7 @@ MODULES: dict[str, Callable[[jax.Array], Any]] = {
         key, jnp.zeros((1, 32, 32, 3))
     ),
     "sam": lambda key: HighResolution(HighResolutionConfig(SAM, grid=2)).init(key, jnp.zeros((1, 32, 32, 3))),
-    "aligner": lambda key: HybridAligner(8).init(key, jnp.zeros((1, 4, 6)), jnp.zeros((1, 4, 6))),
+    "aligner": lambda key: ResolutionAligner(8).init(key, jnp.zeros((1, 4, 6)), jnp.zeros((1, 4, 6))),
     "mla": decoder(language(MLA, **BIASED)),
     "gqa": decoder(language(GQA)),
     "gated": decoder(tiny.config(fusion="gated")),

@@ -45,19 +45,19 @@ every_scheme = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 
 def weights():
-    keys = jax.random.split(jax.random.key(0), 3)
-    shapes = ((D, E), (E, D, 2, F), (E, F, D))
-    return [jax.random.normal(k, shape) for k, shape in zip(keys, shapes, strict=True)]
+    random, shapes = np.random.default_rng(0), ((D, E), (E, D, 2, F), (E, F, D))
+    return [jnp.asarray(random.standard_normal(shape, np.float32)) for shape in shapes]
 
 
 def tokens(seed: int = 1, groups: int = G) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), (groups, T, D))
+    return jnp.asarray(np.random.default_rng(seed).standard_normal((groups, T, D), np.float32))
 
 
 def context(valid: int | None = None, groups: int = G) -> RoutingContext:
     """The first ``valid`` tokens of each group; every third one is of a picture."""
-    index = jnp.broadcast_to(jnp.arange(T), (groups, T))
-    return RoutingContext(index < (T if valid is None else valid), (index % 3 == 0).astype(jnp.int32))
+    index = np.broadcast_to(np.arange(T), (groups, T))
+    valid, modality = index < (T if valid is None else valid), (index % 3 == 0).astype(np.int32)
+    return RoutingContext(jnp.asarray(valid), jnp.asarray(modality))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -84,6 +84,7 @@ def assign(config, logits, where=None, state=None):
 
 
 @every_scheme
+@pytest.mark.slow
 def test_masked_tokens_choose_nothing_and_change_nothing(config):
     x, where = tokens(), context(valid=5)
     y, output = run(config, x, where)
@@ -97,6 +98,7 @@ def test_masked_tokens_choose_nothing_and_change_nothing(config):
 
 
 @every_scheme
+@pytest.mark.slow
 def test_load_is_split_by_the_modality_of_the_token(config):
     one_kind = context().replace(modality=jnp.full((G, T), VISION))
     both, vision = run(config, tokens(), context())[1].stats, run(config, tokens(), one_kind)[1].stats
@@ -160,6 +162,7 @@ def test_repeated_updates_of_the_bias_balance_the_load():
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 1000), st.integers(1, T), st.sampled_from([0.5, 1.0, 1.2, 2.0]))
+@pytest.mark.slow
 def test_expert_choice_gives_every_expert_the_same_number_of_valid_tokens(seed, valid, factor):
     config = dataclasses.replace(CONFIGS["expert_choice"], limit=CapacityConfig(factor=factor))
     logits = jax.random.normal(jax.random.key(seed), (1, T, E))
@@ -218,6 +221,7 @@ def test_max_violation_and_dead_experts_of_hand_worked_loads():
     np.testing.assert_array_equal(balance.dead_experts(loads), [0, 3, 1, 4])
 
 
+@pytest.mark.slow
 def test_fan_out_counts_the_shards_of_a_tokens_choices():
     experts = jnp.array([[[0, 1], [2, 5], [6, 7], [8, 8]]])  # of eight; the last token is padding
     valid = jnp.array([[True, True, True, False]])
@@ -230,6 +234,7 @@ def test_fan_out_counts_the_shards_of_a_tokens_choices():
     np.testing.assert_allclose(figures["fan_out"], [[1, 4 / 3, 4 / 3, 2]])
 
 
+@pytest.mark.slow
 def test_chance_of_single_batches_averages_out_of_the_running_load():
     def stats(*load):
         return RoutingStats(jnp.array([[load]]), jnp.zeros((1, 1, 2)), jnp.ones((1, 1)), jnp.zeros((1, 1)))
@@ -269,6 +274,7 @@ def test_activations_in_bfloat16_change_one_choice_in_five_hundred():
     assert jnp.mean(jnp.maximum(before - after, 0.0)) * 64 / 6 < 1 / 500
 
 
+@pytest.mark.slow
 def test_dropped_choices_are_counted_by_modality():
     config = dataclasses.replace(CONFIGS["top_k"], limit=CapacityConfig(factor=0.5))
     counted = run(config, tokens(), context())[1].stats
@@ -414,6 +420,7 @@ def test_probabilities_in_statistics_are_the_schemes_own_scores(scheme):
 
 
 @pytest.mark.parametrize("scheme", ["hash", "modality_expert_choice"])
+@pytest.mark.slow
 def test_probabilities_of_schemes_that_look_at_what_a_token_is(scheme):
     where = context().replace(tokens=jnp.arange(G * T, dtype=jnp.int32).reshape(G, T))
     config = MoEConfig(scheme, E, K, F)

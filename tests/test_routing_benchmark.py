@@ -43,6 +43,7 @@ def test_every_token_chooses_different_experts_and_zipf_prefers_the_first():
     assert counts["zipf"][0] > 2 * counts["zipf"][-1]
 
 
+@pytest.mark.slow
 def test_figures_are_printed_and_written(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(routing_benchmark, "CPU_SHAPES", (SMALL,))
     monkeypatch.setattr(routing_benchmark.allocator, "keep_freed_memory", lambda **_: None)

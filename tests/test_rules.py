@@ -149,6 +149,7 @@ def _plan_for(
 
 @settings(max_examples=100, deadline=None)
 @given(case=_rules(), seed=st.integers(0, 1000))
+@pytest.mark.slow
 def test_export_is_the_inverse_of_read(case: Case, seed: int):
     made = _plan_for(*case)
     weights = _sources(made, seed)
@@ -164,6 +165,7 @@ def test_export_is_the_inverse_of_read(case: Case, seed: int):
 
 @settings(max_examples=30, deadline=None)
 @given(case=_rules(), data=st.data())
+@pytest.mark.slow
 def test_sharded_read_equals_whole_read(case: Case, data: st.DataObject):
     made = _plan_for(*case)
     # Sizes times 4, so that any axis but a part can be divided; every number of layers still has its key.
@@ -242,6 +244,7 @@ def stacked(tmp_path: Path) -> tuple[Plan, Mapping[str, np.ndarray]]:
 
 
 @pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.slow
 def test_memory_peaks_at_the_largest_leaf(stacked: tuple[Plan, Mapping[str, np.ndarray]], sharded: bool):
     made, weights = stacked
     mesh = Mesh(np.array(jax.devices()), ("x",))

@@ -96,6 +96,7 @@ def test_a_relation_is_the_dominant_direction_between_the_two_boxes():
                 assert turn.answer in (name, CHINESE[name])
 
 
+@pytest.mark.slow
 def test_an_object_is_only_named_when_the_name_fits_one_object():
     for index in range(300):
         objects = scene_of(index).objects
@@ -121,6 +122,7 @@ def test_as_many_objects_as_asked_for_and_no_more_repeats_than_asked_for():
         assert min(len({o.colour for o in objects}), len({o.shape for o in objects})) < len(objects)
 
 
+@pytest.mark.slow
 def test_answers_are_balanced_within_every_kind():
     answers = defaultdict(Counter)
     for index in range(len(SOURCE)):
@@ -151,6 +153,7 @@ def test_a_caption_names_every_object_and_the_word():
         assert scene.word in turn.answer
 
 
+@pytest.mark.slow
 def test_every_chinese_character_is_drawn_differently():
     source = ScenesSource(ScenesConfig("zh", num_examples=800, languages=("zh",), word_rate=1.0))
     assert {scene_of(i, source).word for i in range(800)} == set(GLYPHS)

@@ -260,6 +260,7 @@ def test_null_experts_take_choices_and_do_no_work():
     np.testing.assert_allclose(choice.gates[0, 0, 0], jax.nn.softmax(values[0, 0])[0], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_lower_weight_of_null_experts_lets_the_balance_loss_favour_them():
     def pull(weight):
         options = {"count": 4, "null_weight": weight}

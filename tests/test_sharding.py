@@ -53,6 +53,7 @@ def test_an_unknown_name_is_refused_with_the_known_ones():
 
 
 @pytest.mark.parametrize("fusion", tiny.FUSIONS)
+@pytest.mark.slow
 def test_every_parameter_has_a_name_for_each_dimension_and_divides(fusion):
     layout = tiny.layout_of(tiny.config(fusion=fusion), MeshConfig(1, 2, 2, 2), devices=8)
     leaves = params_lib.flatten(layout.params)
@@ -65,6 +66,7 @@ def test_every_parameter_has_a_name_for_each_dimension_and_divides(fusion):
             assert any(placement.spec), path
 
 
+@pytest.mark.slow
 def test_a_dimension_that_does_not_divide_is_kept_whole_and_named():
     layout = tiny.layout_of(tiny.config(), MeshConfig(1, 2, 1, 4), devices=8)
     placement = layout.placements["language/moe_layers/attention/query"]

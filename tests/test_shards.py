@@ -497,6 +497,7 @@ def write_many(file: Path, count: int) -> None:
     write_tar(file, [(name, b"") for name in names])
 
 
+@pytest.mark.slow
 def test_an_index_of_tar_files_is_small(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     count = 3000
@@ -510,6 +511,7 @@ def test_an_index_of_tar_files_is_small(tmp_path, monkeypatch):
         source[count - 1]
 
 
+@pytest.mark.slow
 def test_tar_files_are_walked_again_only_when_one_has_changed(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     sample_tars(tmp_path)

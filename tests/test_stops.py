@@ -117,6 +117,7 @@ TEXTS = st.lists(st.sampled_from(["a", "b", "ab", "##", "###", "b#", "\u4f60", "
 
 
 @pytest.mark.parametrize("kind", [byte_level, byte_fallback])
+@pytest.mark.slow
 def test_the_pieces_of_a_stream_are_the_whole_text(tmp_path, kind):
     tokenizer = of(kind(), tmp_path)
     size = kind().get_vocab_size() + 1  # one id is in no vocabulary, as models have them

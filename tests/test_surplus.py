@@ -47,6 +47,7 @@ def read(folder: Path) -> tuple[Published, dict[str, np.ndarray]]:
     return found, {path: leaf[(slice(None),) * len(leaf.shape)] for path, leaf in flat.items()}
 
 
+@pytest.mark.slow
 def test_a_tied_head_that_is_stored_too_is_the_table(tmp_path):
     config, tensors = mixtral(tmp_path / "a", tied=True)
     folder = save(tmp_path / "b", config, {**tensors, HEAD: tensors[TABLE].astype(ml_dtypes.bfloat16)})
@@ -83,6 +84,7 @@ def test_a_tied_table_may_be_stored_under_the_name_of_the_head(tmp_path):
 
 
 @pytest.mark.parametrize("change", ["equal", "other", "head alone"])
+@pytest.mark.slow
 def test_a_conversion_keeps_what_is_stored_of_a_tied_head(tmp_path, change):
     config, tensors = mixtral(tmp_path / "a", tied=True)
     table = tensors[TABLE]
@@ -95,6 +97,7 @@ def test_a_conversion_keeps_what_is_stored_of_a_tied_head(tmp_path, change):
 
 
 @pytest.mark.parametrize("announced", [True, False])
+@pytest.mark.slow
 def test_layers_for_further_tokens_are_passed_over(tmp_path, announced):
     config, tensors = mixtral(tmp_path / "a")
     more = {k.replace("layers.1.", "layers.2."): v for k, v in tensors.items() if "layers.1." in k}
@@ -119,6 +122,7 @@ def test_a_layer_that_nobody_announced_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["llava", "deepseek_vl"])
+@pytest.mark.slow
 def test_extras_of_an_image_encoder_are_passed_over(oracles, tmp_path, name):
     config = json.loads((oracles / "hf" / name / "config.json").read_text())
     tensors = dict(open_weights(oracles / "hf" / name))

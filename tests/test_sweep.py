@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 
 import pytest
 
 from vl_jax import cli, config, runs, schema, sweep
-from vl_jax.report import comparison
+from vl_jax.report import charts, comparison
+from vl_jax.report import row as row_of
 from vl_jax.schema import ConfigError
 
 pytest.importorskip("ml_collections")
@@ -105,7 +107,63 @@ def test_a_failed_run_does_not_stop_the_others(spec, tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "run", run)
     with pytest.raises(ValueError, match="1 of 2 runs failed: scheme=top_k; see"):
         sweep.run(spec, ["scheme"], tmp_path / "runs")
-    assert [row.name for row in comparison._runs(tmp_path / "runs")] == ["scheme=loss_free,bias_rate=0.5"]
+    with (tmp_path / "runs" / "comparison.csv").open(newline="") as file:
+        rows = {row["run"]: row for row in csv.DictReader(file)}
+    assert rows["scheme=top_k"]["failed"].endswith("no room") and rows["scheme=top_k"]["loss"] == ""
+    assert rows["scheme=loss_free,bias_rate=0.5"]["failed"] == ""
+
+
+def test_a_finished_run_of_another_configuration_is_not_used_again(spec, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "run", leave_a_run)
+    sweep.run(spec, ["scheme"], tmp_path / "runs")
+    same = [("data.loading.num_workers", "1"), ("loop.keep_checkpoints", "1")]
+    assert all(job.is_finished for job in sweep.jobs_of(spec, ["scheme"], tmp_path / "runs", same))
+    for path, value in (("evaluation.limit", "3"), ("stages.first.steps", "5")):
+        with pytest.raises(
+            ConfigError, match=f"scheme=top_k holds a finished run of another .*config.{path}"
+        ):
+            sweep.run(spec, ["scheme"], tmp_path / "runs", [(path, value)])
+
+
+def test_runs_are_rows_and_seeds_one_of_them(spec, tmp_path, monkeypatch):
+    tiny = config.load(spec)
+    for seed in range(3):
+        for rate in (0.1, 0.2):
+            chosen = config.replace(
+                tiny, [("seed", str(seed)), ("stages.first.optimizer.learning_rate", str(rate))]
+            )
+            leave_a_run(chosen, tmp_path / f"learning_rate={rate},seed={seed}")
+            lines = [{"step": n, "loss": 3.0 + rate + seed / 10} for n in (1, 2)]
+            log = tmp_path / f"learning_rate={rate},seed={seed}" / "metrics.jsonl"
+            log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "labels.json").write_text(json.dumps({"learning_rate=0.1,seed=0": "slow,seed=0"}))
+    comparison.write_comparison(tmp_path, ["loss", "steps"])
+    text = (tmp_path / "comparison.md").read_text()
+    assert "|  | runs | loss | steps |" in text
+    assert (
+        "| slow | 3 | **3.20 ± 0.25** | 2 |" in text and "| learning_rate=0.2 | 3 | 3.30 ± 0.25 | 2 |" in text
+    )
+    page = (tmp_path / "comparison.html").read_text(encoding="utf-8")
+    assert "6 runs of 2 kinds" in page and "Single runs" in page
+    with pytest.raises(
+        ValueError, match="--columns=speed: no figure is called so; there are held: exact_match"
+    ):
+        comparison.write_comparison(tmp_path, ["speed"])
+
+
+def test_figures_of_routing_are_read_off_the_log():
+    even, split = [[0.5, 0.5]], [[1.0, 0.0], [0.0, 1.0]]
+    assert row_of.information([even]) == pytest.approx((math.log(2), 0.0))
+    assert row_of.information([split]) == pytest.approx((math.log(2), math.log(2)))
+    assert row_of.information([[[0.0, 0.0]]]) == (0.0, 0.0)
+    assert row_of.better("heldout: exact_match", {"heldout: exact_match"}) == "higher"
+    assert row_of.better("eval/heldout/loss", set()) == "lower" and row_of.better("entropy", set()) is None
+    assert len({charts.colour(n) for n in range(40)}) == 40
+
+
+def test_parts_of_ones_own_are_called_by_their_names():
+    variant = {"model.moe.scheme": "../x/my.py:router", "seed": "3"}
+    assert sweep.label_of(variant) == "scheme=router (my.py),seed=3" and sweep.label_of({}) == "base"
 
 
 def test_a_folder_without_runs_is_refused(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -12,7 +13,17 @@ from oracle import processor_folder
 from vl_jax.data.published.vocabulary import PublishedTokenizer
 from vl_jax.data.sources.scene_text import CHINESE, COLOUR_NAMES, PLACES, SHAPE_NAMES, TEMPLATES
 from vl_jax.data.sources.scenes import CHINESE_WORDS, COLOURS, ENGLISH_WORDS
-from vl_jax.data.text.tokenizer import GROUNDING, SPECIAL, load_published_tokenizer, load_tokenizer, naming
+from vl_jax.data.text import patterns
+from vl_jax.data.text.tokenizer import (
+    EOS,
+    GROUNDING,
+    PAD,
+    SPECIAL,
+    Tokenizer,
+    load_published_tokenizer,
+    load_tokenizer,
+    naming,
+)
 from vl_jax.data.tools.vocabulary import train_tokenizer
 
 TOKENIZER = load_tokenizer()
@@ -187,3 +198,108 @@ def test_a_malformed_tokenizer_config_is_named_in_one_line(tmp_path, config, loa
     with pytest.raises(ValueError, match=r"tokenizer_config.json: ") as told:
         load(tmp_path)
     assert "\n" not in str(told.value)
+
+
+PUBLISHED_PATTERNS = [  # the forms that published vocabularies have
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}]*[\p{Ll}\p{M}]+(?i:'s|'ll)?|\p{N}{1,3}| ?[^\s\p{L}]+[\r\n/]*|\s+(?!\S)",
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+",
+    r"[^\r\n\p{L}\p{N}]?((?=[\p{L}])([^a-z]))*((?=[\p{L}])([^A-Z]))+(?:'[sS])?",
+    r" ?[^(\s|[.,!?…。，、।۔،])]+",
+    r"\p{N}(?=(?:\d{3})+(?!\d))|[\p{Han}&&[^一]]+|(?<=a)b|\x{3000}+|\R+| {2,}",
+]
+SLOW_PATTERNS = {
+    r"(a+)+$": "repeats what varies",
+    r"(?:a|aa)+$": "repeats what varies",
+    r"(\w+\s?)*x": "repeats what varies",
+    r"((?:ab?){2,})y": "repeats what varies",
+    r"a{1,3}+b": "repeats what varies",
+    r"a+*b": "repeats what varies",
+    r"(?i)(a*)*b": "repeats what varies",
+    r"[]a](?:[^]b]|c)+": "repeats what varies",
+    r"(a*)(?:\1)*b": "repeats what varies",
+    r"(?<n>a\g<n>?b)": "calls a group",
+    r"(?x) (a+) +": "unusual kind",
+    r"(?~a+)+": "unusual kind",
+    r"(?i)(?:a|A)+$": "repeats what varies",
+    r"(?:[a-c]|b)+$": "repeats what varies",
+    r"(?:a|\w)+$": "repeats what varies",
+    r"(?:.|a)+$": "repeats what varies",
+    r"(?:a|b?)+$": "repeats what varies",
+    r"(?:(?=a)|a)+$": "repeats what varies",
+    r"(?:\x61|a)+$": "repeats what varies",
+    r"(?:(?:a|b)+|c)+$": "repeats what varies",
+    r"(?:[^b]|a)+$": "repeats what varies",
+    r"\s*\s*\s*\s*\s*x": "stand behind one another",
+    r"((a{1000}){1000}){1000}": "copies",
+    "(" * 5_000 + "a" + ")" * 5_000: "nested",
+    "a" * 30_000: "characters",
+}
+
+
+def with_pattern(pattern: str) -> str:
+    """The shipped vocabulary, with texts divided at a pattern."""
+    description = json.loads(load_tokenizer().plain.to_str())
+    description["pre_tokenizer"] = {
+        "type": "Split",
+        "pattern": {"Regex": pattern},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    return json.dumps(description)
+
+
+def test_patterns_of_published_vocabularies_pass():
+    for pattern in PUBLISHED_PATTERNS:
+        patterns.check(pattern)
+        Tokenizer(with_pattern(pattern)).encode("One, two\n\n 345's " + " " * 300)
+
+
+HARMLESS = [
+    r"(?:a|b)+x",
+    r"(?:ab|c|\n){2,}x",
+    r"(?i)(?:[a-f]|[0-9]|-)*x",
+    r"((?>a|b)|\.)+x",
+    r"(?:[a-c]|d{2}e)+x",
+]
+
+
+@pytest.mark.parametrize("pattern", HARMLESS)
+def test_alternatives_that_begin_differently_may_be_repeated(pattern):
+    begun = time.process_time()
+    Tokenizer(with_pattern(pattern)).encode("abcdde\nAB.09" * 300)
+    assert time.process_time() - begun < 5
+
+
+@pytest.mark.parametrize("pattern", SLOW_PATTERNS)
+def test_a_pattern_that_may_take_for_ever_is_refused_in_one_line(pattern):
+    with pytest.raises(ValueError, match=rf"^a/tokenizer.json: .*{SLOW_PATTERNS[pattern]}") as told:
+        Tokenizer(with_pattern(pattern), source=FILE)
+    assert "\n" not in str(told.value) and len(str(told.value)) < 600
+
+
+@pytest.mark.parametrize("load", [PublishedTokenizer, load_published_tokenizer])
+def test_every_way_to_load_a_folder_refuses_slow_and_impossible_patterns(tmp_path, load):
+    for pattern in ("(a+)+$", "(", "[", r"\p{Nonsense}"):
+        (tmp_path / "tokenizer.json").write_text(with_pattern(pattern).replace('"Regex"', r'"\u0052egex"'))
+        with pytest.raises(ValueError, match=r"tokenizer.json: not a tokenizer file: ") as told:
+            load(tmp_path)
+        assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("load", [PublishedTokenizer, load_published_tokenizer])
+def test_a_file_neither_cuts_texts_nor_fills_them_up_nor_makes_them_very_long(tmp_path, load):
+    description = json.loads(load_tokenizer().plain.to_str())
+    cut = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    fill = {"strategy": {"Fixed": 10**9}, "direction": "Right", "pad_to_multiple_of": None}
+    fill |= {"pad_id": 0, "pad_type_id": 0, "pad_token": PAD}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": EOS}))
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**description, "truncation": cut, "padding": fill}))
+    text = "Where is the red circle? It is above."
+    assert load(tmp_path).encode(text) == load_tokenizer().encode(text)
+    double = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+    description["normalizer"] = {"type": "Sequence", "normalizers": [double] * 40}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(description))
+    with pytest.raises(ValueError, match=r"tokenizer.json: .* more than 1000 times as long"):
+        load(tmp_path)

@@ -106,6 +106,7 @@ def written(config: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("kind", PUBLISHED)
+@pytest.mark.slow
 def test_weights_go_out_as_they_came_in(kind: str, text: str):
     config = published(kind, text_config=TEXTS[text])
     assert_round_trip(config, written(config))
@@ -125,6 +126,7 @@ RENAMED = {
 
 
 @pytest.mark.parametrize("kind", PUBLISHED)
+@pytest.mark.slow
 def test_names_of_another_generation_are_kept(kind: str):
     config = published(kind)
 
@@ -225,6 +227,7 @@ def test_llava_drops_the_first_token_of_any_encoder(vision: str, strategy: str, 
         ("deepseek_vl", True, None, True),
     ],
 )
+@pytest.mark.slow
 def test_who_says_that_the_head_is_the_embedding_table(kind: str, outer: Any, inner: Any, tied: bool):
     config = published(kind)
     if outer is not None:

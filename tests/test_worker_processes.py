@@ -75,6 +75,7 @@ def gone(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.slow
 def test_the_batches_are_those_of_threads(packed):
     kind, config = (PackedIterator, PACKED) if packed else (TrainIterator, CONFIG)
     before = segments()
@@ -161,6 +162,7 @@ def test_a_panic_in_the_data_thread_is_one_line():
     work.stop()
 
 
+@pytest.mark.slow
 def test_a_panic_in_a_worker_is_one_line():
     pool = Processes(Panics, 1, room=1 << 16)
     with pytest.raises(DataFailure, match="^in a data worker: Panic: called `Option::unwrap"):
@@ -178,6 +180,7 @@ def test_what_is_wrong_with_a_source_is_said_as_by_threads(tmp_path):
 
 
 @pytest.mark.parametrize("end", ["raise", "kill"])
+@pytest.mark.slow
 def test_nothing_is_left_when_the_process_ends_badly(end, tmp_path):
     script, before = tmp_path / "script.py", segments()
     script.write_text(SCRIPT)

@@ -5,6 +5,7 @@ A row is written as a list of ``Example``s, as the data pipeline makes them, and
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -31,6 +32,10 @@ from vl_jax.moe.config import BalanceConfig, CapacityConfig, GateConfig, SharedE
 from vl_jax.moe.routing import MoEConfig
 from vl_jax.moe.stacks import init_state
 from vl_jax.sharding import MeshConfig, make_mesh
+from vl_jax.train import loop
+from vl_jax.train.program import programs
+from vl_jax.train.stages import Stage
+from vl_jax.train.step import TrainState
 
 VOCAB, TILES, TILE_SIZE, TILE_TOKENS_SIDE = 48, 2, 8, 2
 VISUAL = TILE_TOKENS_SIDE * (TILE_TOKENS_SIDE + 1)  # visual tokens of one tile, with their newlines
@@ -73,6 +78,12 @@ def config(
         ),
         moe=MoEConfig(**{**sizes, **SCHEMES[scheme], **moe}),
     )
+
+
+def of_text(model: VisionLanguageConfig) -> VisionLanguageConfig:
+    """Its two sparse layers alone, without a tower or a dense layer: where these have no part in a test."""
+    language = dataclasses.replace(model.language, num_layers=2, num_dense_layers=0)
+    return dataclasses.replace(model, encoder=None, language=language)
 
 
 @functools.cache
@@ -187,3 +198,17 @@ def forward(model: VisionLanguageConfig, batch: Batch, *, params: Any = None) ->
 def logits(model: VisionLanguageConfig, batch: Batch, *, params: Any = None) -> np.ndarray:
     """Logits [B T V]."""
     return forward(model, batch, params=params)[0]
+
+
+def train(
+    layout: Layout,
+    stages: tuple[Stage, ...],
+    open_stream: Any,
+    *,
+    seed: int,
+    stop: Any = lambda: None,
+    **options: Any,
+) -> TrainState:
+    """Runs the stages by themselves; options are those of ``loop.course``."""
+    made = programs(layout, stages, seed=seed)
+    return loop.drive(loop.course(layout, made, open_stream, seed=seed, stop=lambda: None, **options))
