@@ -1,0 +1,124 @@
+"""Detection: objects and their boxes, by a small residual network and a head without anchors.
+
+    python -m vl_jax train --config=experiments/detection.py:deeppcb --workdir=runs/deeppcb
+    python -m vl_jax train --config=experiments/detection.py:deeppcb,images=50 --workdir=runs/deeppcb_50
+
+Choices: ``deeppcb`` (six kinds of defect of circuit boards; the picture is the board, its template and how
+far they differ; ``images=N`` trains on the first N boards, ``template=no`` on the board alone),
+``bccd_cells`` (three kinds of cell under the microscope) and ``raccoon``. DeepPCB's authors report a mean
+average precision of 98.6 at an overlap of 0.33, trained on 1,000 boards at 640 pixels.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from vl_jax import config
+from vl_jax.data.config import DataConfig, LoadingConfig
+from vl_jax.data.images.augment import AugmentationConfig
+from vl_jax.data.images.tiling import TilingConfig
+from vl_jax.data.sources.placed import PlacedConfig
+from vl_jax.encoders.resnet import ResNetConfig
+from vl_jax.evaluate.runner import EvaluationConfig
+from vl_jax.evaluate.tasks.found_boxes import FoundBoxes
+from vl_jax.experiment import Experiment
+from vl_jax.heads.detection import Detection
+from vl_jax.heads.detector import DetectorConfig
+from vl_jax.joint import JointConfig, Tower
+from vl_jax.train.loop import LoopConfig
+from vl_jax.train.objectives.heads import Heads
+from vl_jax.train.optimizer import OptimizerConfig
+from vl_jax.train.stages import Stage
+
+DATA = Path("../shared/data")
+DEFECTS = ("mouse bite", "open circuit", "pin hole", "spur", "spurious copper", "short circuit")
+CELLS = ("red blood cell", "white blood cell", "platelet")
+SOURCE = PlacedConfig("train", "train.json", boxes="boxes")
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstConfig:
+    """The first records of a source, for curves of learning."""
+
+    name: str
+    source: PlacedConfig
+    count: int
+
+    def open(self, root, *, orientation="shown"):
+        """The samples."""
+        return First(self.source.open(root, orientation=orientation), self.count)
+
+
+class First:
+    """As many samples of a source as are asked for."""
+
+    def __init__(self, source, count):
+        self.source, self.count, self.files = source, min(count, len(source)), source.files
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        return self.source[index]
+
+
+def get_config(choice: str = "deeppcb"):
+    """The experiment of that name, with its options behind commas."""
+    name, *options = choice.split(",")
+    given = dict(option.split("=") for option in options)
+    return config.view({f.__name__: f for f in (deeppcb, bccd_cells, raccoon)}[name](**given))
+
+
+def deeppcb(images: str = "", template: str = "yes"):
+    """Defects of circuit boards, some 20 pixels wide, beside what the difference from the template shows."""
+    if template == "yes":
+        # What is done to one channel would make the difference untrue.
+        look, task = {}, FoundBoxes(difference=128)
+        source = dataclasses.replace(SOURCE, pair="difference")
+    else:
+        look, task = {"brightness": 0.2, "contrast": 0.2}, FoundBoxes()
+        source = dataclasses.replace(SOURCE, pair="last")
+    augmentation = AugmentationConfig(crop=0.3, flip_rate=0.5, **look)
+    return _experiment("deeppcb", DEFECTS, source, augmentation, task, images=images, steps=2500)
+
+
+def bccd_cells():
+    """Kinds of cell under the microscope."""
+    look = AugmentationConfig(crop=0.3, flip_rate=0.5, brightness=0.2, contrast=0.2, saturation=0.2)
+    return _experiment("bccd_cells", CELLS, SOURCE, look, FoundBoxes(), steps=2500, levels=(1, 2, 3))
+
+
+def raccoon():
+    """One animal in photographs."""
+    look = AugmentationConfig(crop=0.3, flip_rate=0.5, brightness=0.3, contrast=0.3, saturation=0.3)
+    return _experiment("raccoon", ("raccoon",), SOURCE, look, FoundBoxes(), steps=1500, levels=(2, 3))
+
+
+def _experiment(name, classes, source, augmentation, task, *, steps, images="", size=320, levels=(1, 2)):
+    train = FirstConfig("train", source, int(images)) if images else source
+    network = ResNetConfig(
+        stem_dim=16,
+        stage_dims=(32, 64, 96, 128),
+        stage_blocks=(1, 1, 1, 1),
+        block="basic",
+        statistics="moving",
+        image_size=size,
+    )
+    # The finest map that is read has cells of eight pixels.
+    head = Detection(classes, size=size, network=DetectorConfig(levels=levels, width=48, depth=1))
+    rate = OptimizerConfig(method="muon", learning_rate=1e-3, warmup_steps=50, final_fraction=0.02)
+    return Experiment(
+        name=name,
+        model=JointConfig((Tower("image", network),), (head,)),
+        data=DataConfig(
+            root=str(DATA / name),
+            sources=(train,),
+            evaluation=(dataclasses.replace(source, name="val", file="val.json"),),
+            max_tokens=8,
+            augmentation=augmentation,
+            tiling=TilingConfig(tile_size=size, views="global"),
+            loading=LoadingConfig(num_threads=2),
+        ),
+        stages=(Stage("detect", steps=steps, batch_size=8, objective=Heads(("boxes",)), optimizer=rate),),
+        loop=LoopConfig(log_every=20, checkpoint_every=500),
+        evaluation=EvaluationConfig(task=task, batch_size=8),
+    )
