@@ -4,7 +4,7 @@
     python -m vl_jax train --config=experiments/detection.py:deeppcb,images=50 --workdir=runs/deeppcb_50
 
 Choices: ``deeppcb`` (six kinds of defect of circuit boards; the picture is the board, its template and how
-far they differ; ``images=N`` trains on the first N boards, ``template=no`` on the board alone),
+far they differ; ``images=N`` trains on N boards, spread over all, ``template=no`` on the board alone),
 ``bccd_cells`` (three kinds of cell under the microscope) and ``raccoon``. DeepPCB's authors report a mean
 average precision of 98.6 at an overlap of 0.33, trained on 1,000 boards at 640 pixels.
 """
@@ -36,8 +36,8 @@ SOURCE = PlacedConfig("train", "train.json", boxes="boxes")
 
 
 @dataclasses.dataclass(frozen=True)
-class FirstConfig:
-    """The first records of a source, for curves of learning."""
+class ThinnedConfig:
+    """So many records of a source, evenly spread, for curves of learning."""
 
     name: str
     source: PlacedConfig
@@ -45,11 +45,11 @@ class FirstConfig:
 
     def open(self, root, *, orientation="shown"):
         """The samples."""
-        return First(self.source.open(root, orientation=orientation), self.count)
+        return Thinned(self.source.open(root, orientation=orientation), self.count)
 
 
-class First:
-    """As many samples of a source as are asked for."""
+class Thinned:
+    """As many samples of a source as are asked for, evenly spread."""
 
     def __init__(self, source, count):
         self.source, self.count, self.files = source, min(count, len(source)), source.files
@@ -58,7 +58,7 @@ class First:
         return self.count
 
     def __getitem__(self, index):
-        return self.source[index]
+        return self.source[index * len(self.source) // self.count]
 
 
 def get_config(choice: str = "deeppcb"):
@@ -94,7 +94,7 @@ def raccoon():
 
 
 def _experiment(name, classes, source, augmentation, task, *, steps, images="", size=320, levels=(1, 2)):
-    train = FirstConfig("train", source, int(images)) if images else source
+    train = ThinnedConfig("train", source, int(images)) if images else source
     network = ResNetConfig(
         stem_dim=16,
         stage_dims=(32, 64, 96, 128),
