@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image as PilImage
 
 from vl_jax.data.images.augment import AugmentationConfig, augment
-from vl_jax.data.images.spatial import Boxes, Cut, Instances, PixelMap, cut_labels, whole
+from vl_jax.data.images.spatial import Boxes, Cut, Instances, PixelMap, cut_labels, in_picture, whole
 from vl_jax.data.images.tiling import TilingConfig, make_tiles, shown
 from vl_jax.data.sample import BadSample, Box, Sample, image_size
 
@@ -76,6 +76,19 @@ def test_what_is_moved_can_be_moved_back(data, mirrored):
     cut = Cut((left, top, right, bottom), (data.draw(SIDES), data.draw(SIDES)), mirrored)
     corners = tuple(data.draw(numbers) for _ in range(4))
     np.testing.assert_allclose(cut.back(cut.move(corners)), corners, atol=1e-6)
+
+
+@pytest.mark.parametrize("fit", ["pad", "crop", "stretch"])
+@given(width=st.integers(1, 6000), height=st.integers(1, 6000), side=st.integers(8, 1024), data=st.data())
+def test_a_box_comes_back_from_the_tile(fit: Literal["pad", "crop", "stretch"], width, height, side, data):
+    xs = sorted(data.draw(st.floats(0, width, allow_subnormal=False)) for _ in range(2))
+    ys = sorted(data.draw(st.floats(0, height, allow_subnormal=False)) for _ in range(2))
+    corners = np.array([[xs[0], ys[0], xs[1], ys[1]]])
+    cut = shown((width, height), TilingConfig(tile_size=side, views="global", fit=fit))
+    on_tile = np.array([cut.move((xs[0], ys[0], xs[1], ys[1]))])
+    np.testing.assert_allclose(in_picture(cut, on_tile, (width, height)), corners, atol=1e-4)
+    beyond = in_picture(cut, np.array([[-9.0, -9, 2 * side, 2 * side]]), (width, height))[0]
+    assert (beyond[:2] >= 0).all() and beyond[2] <= width and beyond[3] <= height
 
 
 def test_a_cut_by_hand():

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Bool, Shaped
+from jaxtyping import Bool, Float, Shaped
 
 from vl_jax.data.sample import BadSample, Box
 
@@ -180,6 +180,17 @@ def clipped(cut: Cut, corners: Corners, min_visible: float = 0.0) -> Corners | N
     top, bottom = (min(max(y, 0.0), float(height)) for y in (y0, y1))
     area, visible = (x1 - x0) * (y1 - y0), (right - left) * (bottom - top)
     return None if visible <= 0 or visible < min_visible * area else (left, top, right, bottom)
+
+
+def in_picture(
+    cut: Cut, corners: Float[np.ndarray, "n 4"], size: tuple[int, int]
+) -> Float[np.ndarray, "n 4"]:
+    """Where rectangles of what is shown lie in a picture of that size, clipped to it.
+
+    One that lies in the margin becomes a line at the edge of the picture.
+    """
+    found = [cut.back((x0, y0, x1, y1)) for x0, y0, x1, y1 in np.asarray(corners, np.float64).tolist()]
+    return np.clip(np.array(found, np.float64).reshape(-1, 4), 0.0, np.array([*size, *size], np.float64))
 
 
 def cut_labels(
