@@ -23,10 +23,11 @@ from vl_jax.data.files.memory_cache import MemoryCache, decode
 from vl_jax.data.images import spatial
 from vl_jax.data.images.audio import SoundImage
 from vl_jax.data.images.spatial import Corners, Cut
-from vl_jax.data.sample import Box, Image, ReducibleImage, Sample, Turn, image_size
+from vl_jax.data.sample import Box, Image, Note, ReducibleImage, Sample, Turn, image_size
 from vl_jax.data.text import grounding
 
 _NO_CACHE = MemoryCache(0)
+CUT_OFF = "object_cut_off"  # reason of a note
 _ATTEMPTS = 8  # crops tried before a picture stays whole
 
 # Texts that a mirror image makes false, those about writing, which it makes illegible, and those about
@@ -55,7 +56,8 @@ class AugmentationConfig:
     saturation: float = 0.0
     crop: float = 0.0  # the most that is cut off of width and height, in all; the rest is scaled up again
     flip_rate: float = 0.0  # share of the draws that are mirrored, where no text speaks against it
-    min_visible: float = 0.7  # share of the area of every box that a crop has to keep
+    # Share of its area that every box in a text keeps. Objects of labels that keep less are left out.
+    min_visible: float = 0.7
 
     def __post_init__(self):
         for name in ("brightness", "contrast", "saturation", "crop"):
@@ -166,7 +168,8 @@ def augment(
         if turns is not None:
             images = tuple(AugmentedImage(image, geometry, look, cache) for image in sample.images)
             labels = _moved_labels(sample, geometry, config.min_visible)
-            return dataclasses.replace(sample, turns=turns, images=images, labels=labels)
+            notes = (*sample.notes, *_lost(sample, labels))
+            return dataclasses.replace(sample, turns=turns, images=images, labels=labels, notes=notes)
     raise AssertionError("the picture as it is can always be taken")
 
 
@@ -213,6 +216,15 @@ def _moved_labels(sample: Sample, geometry: Geometry, min_visible: float) -> Map
         return sample.labels
     size = image_size(sample.images[0])
     return spatial.cut_labels(sample.labels, geometry.cut(*size), size, min_visible=min_visible)
+
+
+def _lost(sample: Sample, labels: Mapping[str, Any]) -> tuple[Note, ...]:
+    """A note, if the labels have fewer objects than those of the sample."""
+    before, after = spatial.num_objects(sample.labels), spatial.num_objects(labels)
+    if before == after:
+        return ()
+    message = f"sample {sample.id}: augmentation cuts off {before - after} of {before} objects"
+    return (Note(CUT_OFF, message),)
 
 
 def _rewritten(text: str, geometry: Geometry, min_visible: float, length: Callable[[str], int]) -> str | None:

@@ -71,7 +71,7 @@ class SpatialLabel(Protocol):
         """The label of what is shown.
 
         Args:
-          min_visible: objects of which a smaller share of the area is left are left out.
+          min_visible: objects of whose box a smaller share of the area is left are left out.
         """
         ...
 
@@ -124,11 +124,18 @@ class Instances:
     size: tuple[int, int]
 
     def cut(self, cut: Cut, min_visible: float = 0.0) -> Instances:
-        """The objects of what is shown, of which a box is left."""
-        moved = [(i, clipped(cut, box.corners, min_visible)) for i, box in enumerate(self.boxes)]
-        kept = tuple(i for i, corners in moved if corners)
-        boxes = tuple(Box(self.boxes[i].label, corners) for i, corners in moved if corners)
-        return Instances(boxes, _CutMasks(self, cut, kept), cut.size)
+        """The objects of what is shown, of which a box is left and a pixel of the mask.
+
+        Raises:
+          BadSample: as ``values``, for the masks are read here.
+        """
+        moved = [clipped(cut, box.corners, min_visible) for box in self.boxes]
+        rows, columns, down, across = cut.pixels(self.size)
+        masks = self.values()[:, rows[:, None], columns[None, :]] & (down[:, None] & across[None, :])
+        seen = masks.any(axis=(1, 2))
+        kept = [i for i, corners in enumerate(moved) if corners and seen[i]]
+        boxes = tuple(Box(self.boxes[i].label, corners) for i in kept if (corners := moved[i]))
+        return Instances(boxes, HeldMasks(masks[kept]), cut.size)
 
     def values(self) -> Bool[np.ndarray, "n h w"]:
         """What ``masks`` gives.
@@ -159,17 +166,14 @@ class _CutMap:
 
 
 @dataclass(frozen=True)
-class _CutMasks:
-    """As ``_CutMap``, for the objects that are kept."""
+class HeldMasks:
+    """Masks that are in memory."""
 
-    of: Instances
-    shown: Cut
-    kept: tuple[int, ...]
+    masks: np.ndarray  # bool[n h w]
 
     def __call__(self) -> np.ndarray:
-        masks = self.of.values()[list(self.kept)]
-        rows, columns, down, across = self.shown.pixels(self.of.size)
-        return masks[:, rows[:, None], columns[None, :]] & (down[:, None] & across[None, :])
+        """They."""
+        return self.masks
 
 
 def clipped(cut: Cut, corners: Corners, min_visible: float = 0.0) -> Corners | None:
@@ -212,6 +216,11 @@ def cut_labels(
                 raise BadSample("bad_label", message)
             result[name] = label.cut(cut, min_visible)
     return result
+
+
+def num_objects(labels: Mapping[str, Any]) -> int:
+    """How many boxes and objects labels have, in all."""
+    return sum(len(label.boxes) for label in labels.values() if isinstance(label, Boxes | Instances))
 
 
 def is_spatial(labels: Mapping[str, Any]) -> bool:

@@ -75,7 +75,9 @@ class SampleReader:
             sampling=config.conversation.turn_sampling,
             image_dropout_rate=config.image_dropout_rate,
         )
-        return _augmented(sample, self.encoder, config, (self.seed, place.index, _AUGMENTATION))
+        drawn = _augmented(sample, self.encoder, config, (self.seed, place.index, _AUGMENTATION))
+        _tell(drawn, place.source, self.told)
+        return drawn
 
 
 @dataclass(frozen=True)

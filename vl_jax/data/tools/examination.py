@@ -25,6 +25,7 @@ from vl_jax.data.stream.lengths import Measure, read
 from vl_jax.data.stream.padding import WasteReport
 from vl_jax.data.text.chat import Targets
 from vl_jax.data.text.normalize import normalize
+from vl_jax.data.tools.objects import PlacedLabels
 
 # Examples that are kept of every finding, and the questions that are named as guessable.
 _EXAMPLES, _QUESTIONS = 3, 8
@@ -123,6 +124,7 @@ def examine(
     notes, pictures, ids = _Notes(), dict[bytes, str](), set[str]()
     answers: dict[str, Counter[str]] = defaultdict(Counter)
     tokens, tiles, turns = [], [], []
+    placed = PlacedLabels(config, encoder)
     for record in progress(records):
         sample = read(source, record)
         try:
@@ -133,6 +135,7 @@ def examine(
             sizes = [picture.size for image, picture in both if not isinstance(image, SoundImage)]
             sample = replace(sample, images=tuple(lambda p=p: p for p in images))  # decoded once is enough
             _use(encoder, sample, config, targets)
+            odd = list(placed.look(sample, record))
         except BadSample as error:
             notes.add(f"cannot be used: {error.reason.replace('_', ' ')}", str(error))
             continue
@@ -145,10 +148,14 @@ def examine(
         for size in coarse(sizes, config.tiling, num_images=len(images)):
             notes.add(COARSE_PICTURE, f"{sample.id}: {describe(size, config.tiling)}")
         _look(sample, images, notes, pictures, ids)
+        for what, count, example in odd:
+            notes.add_all(what, count, [example])
         for note in sample.notes:
             notes.add(f"left out: {note.reason.replace('_', ' ')}", str(note))
         for turn in sample.turns:
             answers[normalize(turn.question.replace("<image>", ""))][normalize(turn.answer)] += 1
+    for what, count, example in placed.classes():
+        notes.add_all(what, count, [example])
     for stray in getattr(source, "strays", ()):
         notes.add_all(f"left out: {stray.reason.replace('_', ' ')}", stray.count, stray.examples)
     repeated = {q: found for q, found in answers.items() if found.total() >= _OFTEN}
