@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import pickle
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image as PilImage
 
+from vl_jax.data.images.augmented import AugmentedImage, Geometry, Look
 from vl_jax.data.images.spatial import Boxes, Instances, PixelMap
 from vl_jax.data.sample import BadSample
 from vl_jax.data.sources.build import open_source
@@ -99,6 +104,35 @@ def test_two_pictures_become_their_difference(folder):
     PilImage.new("L", (3, 3)).save(folder / "small.png")
     with pytest.raises(BadSample, match="have no difference"):
         sample(folder, {**RECORD, "image": ["small.png", "a.png"]}, pair="difference").images[0]()
+
+
+@given(
+    factors=st.tuples(*[st.floats(0.1, 1.9)] * 3, st.floats(-0.5, 0.5)),
+    shown=st.sampled_from([(0, 0, 1, 1), (0.2, 0.1, 0.9, 0.8), (-0.3, -0.2, 1.1, 1.2)]),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=40, deadline=None)
+def test_a_difference_is_that_of_the_two_pictures_as_they_look(factors, shown, seed):
+    rng = np.random.default_rng(seed)
+    template = rng.integers(0, 256, (12, 16), np.uint8)
+    board = np.where(rng.random((12, 16)) < 0.2, 255 - template, template)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        PilImage.fromarray(template).save(folder / "a.png")
+        PilImage.fromarray(board).save(folder / "b.png")
+        image = sample(folder, {**RECORD, "image": ["a.png", "b.png"]}, pair="difference").images[0]
+        plain = np.asarray(image()).astype(int)
+        drawn = AugmentedImage(image, Geometry(tuple(map(float, shown))), Look(*factors))()
+        changed = np.asarray(drawn).astype(int)
+    np.testing.assert_array_equal(changed[..., 2], np.abs(changed[..., 0] - changed[..., 1]))
+    if shown == (0, 0, 1, 1):  # what is alike stays alike, and channels do not mix
+        np.testing.assert_array_equal(changed[..., 2] == 0, (plain[..., 2] == 0) | (changed[..., 2] == 0))
+        assert (changed[..., 2][plain[..., 2] == 0] == 0).all()
+        for channel, before in ((0, plain[..., 0]), (1, plain[..., 1])):
+            order = np.argsort(before.ravel(), kind="stable")
+            assert (np.diff(changed[..., channel].ravel()[order]) >= 0).all()  # by level alone
+    if min(shown) < 0:
+        assert changed[0, 0].tolist()[2] == 0  # the margin differs from nothing
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ Depth is a picture of whole numbers, ``depth_levels`` to a metre, 0 where nothin
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -274,4 +274,16 @@ class Difference:
         if first.size != second.size:
             message = f"{self.first.where}: pictures of {first.size} and {second.size} have no difference"
             raise BadSample("wrong_size", message)
+        return PilImage.merge("RGB", (first, second, ImageChops.difference(first, second)))
+
+    def changed(
+        self, picture: PilImage.Image, change: Callable[[PilImage.Image], PilImage.Image]
+    ) -> PilImage.Image:
+        """See ``LayeredImage``: both pictures change alike, and how far they differ is seen after that."""
+        (width, height), (first, second, _) = picture.size, picture.split()
+        both = PilImage.new("L", (width, 2 * height))  # as one: contrast is that to a common mean
+        both.paste(first, (0, 0))
+        both.paste(second, (0, height))
+        both = change(both)
+        first, second = (both.crop((0, top, width, top + height)) for top in (0, height))
         return PilImage.merge("RGB", (first, second, ImageChops.difference(first, second)))
