@@ -56,6 +56,9 @@ class AugmentationConfig:
     # The most by which a picture is made smaller, as a share of its size; grey is around it. With ``crop``,
     # half of the draws zoom out and the others crop.
     zoom_out: float = 0.0
+    # Share of the draws that show four samples of a source in one picture, see ``mosaic``. They must have
+    # labels that lie in the picture, and no words.
+    mosaic: float = 0.0
     flip_rate: float = 0.0  # share of the draws that are mirrored, where no text speaks against it
     # Share of its area that every box in a text keeps. Objects of labels that keep less are left out.
     min_visible: float = 0.7
@@ -66,8 +69,9 @@ class AugmentationConfig:
                 raise ValueError(f"augmentation.{name}={getattr(self, name)}: must lie in 0..1, below 1")
         if not 0 <= self.hue <= 0.5:
             raise ValueError(f"augmentation.hue={self.hue}: must lie in 0..0.5")
-        if not 0 <= self.flip_rate <= 1:
-            raise ValueError(f"augmentation.flip_rate={self.flip_rate}: must lie in 0..1")
+        for name in ("flip_rate", "mosaic"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"augmentation.{name}={getattr(self, name)}: must lie in 0..1")
         if not 0 < self.min_visible <= 1:
             raise ValueError(f"augmentation.min_visible={self.min_visible}: must lie above 0, up to 1")
 
