@@ -93,7 +93,7 @@ def test_labels_that_a_part_lacks():
     cut = join([painted(0, (80, 20), (0, 2, 10, 12)), *samples[1:]], (40, 20), (20, 10), [(1.0, 0.5)] * 4)
     assert [box.label for box in cut.labels["boxes"].boxes] == ["1", "2", "3"]
     assert [str(note) for note in cut.notes] == [
-        "sample s0: a mosaic cuts off 2 of 7 objects [object_cut_off]"  # of boxes one, of objects one
+        "sample s0: a mosaic cuts off 1 of 4 objects [object_cut_off]"
     ]
 
 

@@ -169,10 +169,10 @@ def _moved_labels(sample: Sample, geometry: Geometry, min_visible: float) -> Map
 
 def _lost(sample: Sample, labels: Mapping[str, Any]) -> tuple[Note, ...]:
     """A note, if the labels have fewer objects than those of the sample."""
-    before, after = spatial.num_objects(sample.labels), spatial.num_objects(labels)
-    if before == after:
+    lost, count = spatial.lost_objects([sample.labels], [labels])
+    if not lost:
         return ()
-    message = f"sample {sample.id}: augmentation cuts off {before - after} of {before} objects"
+    message = f"sample {sample.id}: augmentation cuts off {lost} of {count} objects"
     return (Note(CUT_OFF, message),)
 
 

@@ -153,10 +153,10 @@ def join(
         cut = filling(of, size, shift)
         parts.append(MosaicPart(sample.images[0], cut, corner))
         labels.append(spatial.cut_labels(sample.labels, cut, of, min_visible=min_visible))
-    before, after = (sum(map(spatial.num_objects, of)) for of in ([s.labels for s in samples], labels))
+    lost, count = spatial.lost_objects([sample.labels for sample in samples], labels)
     notes = tuple(note for sample in samples for note in sample.notes)
-    if before != after:
-        message = f"sample {samples[0].id}: a mosaic cuts off {before - after} of {before} objects"
+    if lost:
+        message = f"sample {samples[0].id}: a mosaic cuts off {lost} of {count} objects"
         notes += (Note(CUT_OFF, message),)
     image = MosaicImage(tuple(parts), whole, cache)
     return Sample(samples[0].id, (), (image,), labels=_joined(labels, corners, whole), notes=notes)

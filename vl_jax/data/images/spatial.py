@@ -9,7 +9,8 @@ size. A crop of augmentation is one, and so is the tile that a head's picture be
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -218,9 +219,13 @@ def cut_labels(
     return result
 
 
-def num_objects(labels: Mapping[str, Any]) -> int:
-    """How many boxes and objects labels have, in all."""
-    return sum(len(label.boxes) for label in labels.values() if isinstance(label, Boxes | Instances))
+def lost_objects(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
+    """How many objects fewer there are, and of how many: of the label that has lost most.
+
+    Labels of different names often tell of the same objects, so they are not added up.
+    """
+    had, has = (_num_objects(labels) for labels in (before, after))
+    return max(((had[name] - has[name], had[name]) for name in had), default=(0, 0))
 
 
 def is_spatial(labels: Mapping[str, Any]) -> bool:
@@ -240,6 +245,16 @@ def whole(boxes: Boxes) -> Boxes:
             raise BadSample("bad_box", f"box {box.label!r} at {box.corners}: expected x0 <= x1 and y0 <= y1")
     width, height = boxes.size
     return dataclasses.replace(boxes, boxes=boxes.cut(Cut((0, 0, width, height), boxes.size)).boxes)
+
+
+def _num_objects(labels: Sequence[Mapping[str, Any]]) -> Counter[str]:
+    """The objects of some pictures, by the name of the label."""
+    result = Counter[str]()
+    for of_picture in labels:
+        for name, label in of_picture.items():
+            if isinstance(label, Boxes | Instances):
+                result[name] += len(label.boxes)
+    return result
 
 
 def _check_size(shape: tuple[int, ...], size: tuple[int, int]) -> None:

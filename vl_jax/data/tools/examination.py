@@ -18,7 +18,7 @@ from vl_jax.data.config import DataConfig, ModelSpec, PackingConfig, find_source
 from vl_jax.data.encode import Encoder, make_encoder
 from vl_jax.data.images.audio import SoundImage
 from vl_jax.data.images.resolution import MOST, coarse, describe
-from vl_jax.data.sample import BadSample, Box, Sample, pixels_digest
+from vl_jax.data.sample import IMAGE_PLACEHOLDER, TEXT, BadSample, Box, Sample, Turn, pixels_digest
 from vl_jax.data.stream import packed
 from vl_jax.data.stream import padding as padding_lib
 from vl_jax.data.stream.lengths import Measure, read
@@ -152,7 +152,7 @@ def examine(
             notes.add_all(what, count, [example])
         for note in sample.notes:
             notes.add(f"left out: {note.reason.replace('_', ' ')}", str(note))
-        for turn in sample.turns:
+        for turn in filter(_is_said, sample.turns):
             answers[normalize(turn.question.replace("<image>", ""))][normalize(turn.answer)] += 1
     for what, count, example in placed.classes():
         notes.add_all(what, count, [example])
@@ -198,12 +198,17 @@ def _look(
         digest = pixels_digest(image)
         if pictures.setdefault(digest, sample.id) != sample.id:
             notes.add(REPEATED_PICTURE, f"{sample.id} and {pictures[digest]}")
-    for turn in sample.turns:
+    for turn in filter(_is_said, sample.turns):
         if not turn.answer.strip():
             notes.add("empty answer", f"{sample.id}: {turn.question!r}")
         for box in turn.boxes:
             if len(images) == 1 and (wrong := _wrong(box, images[0].size)):
                 notes.add(wrong, f"{sample.id}: {box.label!r} {box.corners} on {images[0].size}")
+
+
+def _is_said(turn: Turn) -> bool:
+    """Whether anything is; a picture with labels alone has a turn without words."""
+    return turn.kind != TEXT or bool(turn.answer or turn.question.replace(IMAGE_PLACEHOLDER, "").strip())
 
 
 def _wrong(box: Box, size: tuple[int, int]) -> str:

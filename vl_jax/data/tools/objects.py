@@ -16,7 +16,7 @@ import numpy as np
 from vl_jax.data.config import DataConfig
 from vl_jax.data.encode import Encoder
 from vl_jax.data.images.augment import augment
-from vl_jax.data.images.spatial import Boxes, Instances, PixelMap, cut_labels, is_spatial, num_objects
+from vl_jax.data.images.spatial import Boxes, Instances, PixelMap, cut_labels, is_spatial, lost_objects
 from vl_jax.data.images.tiling import shown
 from vl_jax.data.sample import Sample, image_size
 
@@ -59,14 +59,15 @@ class PlacedLabels:
         for name, label in sample.labels.items():
             if isinstance(label, Boxes | Instances) and not label.boxes:
                 yield Oddity(NO_OBJECT, 1, f"{sample.id}: {name}")
-        size, count = image_size(sample.images[0]), num_objects(sample.labels)
-        lost = count - num_objects(cut_labels(sample.labels, shown(size, self.encoder.tiling), size))
+        size = image_size(sample.images[0])
+        in_tile = cut_labels(sample.labels, shown(size, self.encoder.tiling), size)
+        lost, count = lost_objects([sample.labels], [in_tile])
         if lost:
             yield Oddity(NOT_IN_TILE, lost, f"{sample.id}: {lost} of {count}")
         if self.config.augmentation is not None:
             rng, length = np.random.default_rng((self.config.seed, number)), self.encoder.text_length
             drawn = augment(sample, self.config.augmentation, rng, length=length)
-            lost = count - num_objects(drawn.labels)
+            lost, count = lost_objects([sample.labels], [drawn.labels])
             if lost:
                 yield Oddity(CUT_OFF, lost, f"{sample.id}: {lost} of {count}")
 
