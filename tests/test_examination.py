@@ -15,7 +15,7 @@ from PIL import Image
 from vl_jax.data.config import DataConfig, ModelSpec, PackingConfig, open_sources
 from vl_jax.data.encode import make_encoder
 from vl_jax.data.images.augment import AugmentationConfig
-from vl_jax.data.images.spatial import Boxes
+from vl_jax.data.images.spatial import Boxes, HeldMasks, Instances
 from vl_jax.data.images.tiling import TilingConfig
 from vl_jax.data.sample import Box, Sample, Turn
 from vl_jax.data.sources.coco import CocoConfig
@@ -289,7 +289,10 @@ def test_what_is_odd_about_labels_in_pictures_is_counted(monkeypatch):
             "a", Box("ape", (0, 0, 3, 16)), Box("bee", (10, 0, 14, 16)), seed=1
         ),  # a square of 16 shows 4..20
         placed("b", seed=2),
+        placed("c", seed=3),
     ]
+    nothing = Instances((Box("bee", (8, 0, 12, 16)),), HeldMasks(np.zeros((1, 16, 24), bool)), (24, 16))
+    samples[2] = dataclasses.replace(samples[2], labels={"mask": nothing})
     monkeypatch.setattr(examination_lib, "opened", lambda config, source: samples)
     config = dataclasses.replace(
         CONFIG,
@@ -300,6 +303,7 @@ def test_what_is_odd_about_labels_in_pictures_is_counted(monkeypatch):
     counts, examples = found(examination), {f.what: f.examples for f in examination.findings}
     assert counts[objects.NO_OBJECT] == 1 and examples[objects.NO_OBJECT] == ("b: boxes",)
     assert counts[objects.NOT_IN_TILE] == 1 and examples[objects.NOT_IN_TILE] == ("a: 1 of 2",)
+    assert counts[objects.NO_PIXEL] == 1 and examples[objects.NO_PIXEL] == ("c: 1 of 1",)
     assert counts[objects.CUT_OFF] in (1, 2)
     assert examples["class of head 'boxes' that no record examined has"] == ("cow",)
     assert examples["class of head 'kind' that no record examined has"] == ("bee",)

@@ -158,6 +158,15 @@ def test_what_cannot_be_read_is_one_line(folder, change, message):
     assert "\n" not in str(error.value)
 
 
+def test_an_object_outside_the_picture_is_left_out_and_the_others_keep_their_masks(folder):
+    boxes = [{"label": "far", "bbox": [20, 20, 30, 30]}, *RECORD["boxes"]]
+    boxes = [{**box, "instance": number} for number, box in enumerate(boxes)]
+    found = sample(folder, {**RECORD, "boxes": boxes}, objects="objects")
+    objects = found.labels["objects"]
+    assert [box.label for box in objects.boxes] == ["cat", "dog"] and objects.values()[1, 0, 4]
+    assert [note.reason for note in found.notes] == ["box_outside"]
+
+
 def test_a_field_that_no_record_has_is_named(folder):
     with pytest.raises(BadSample, match="no field 'box'.*boxes"):
         sample(folder, boxes="box")

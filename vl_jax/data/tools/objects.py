@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,11 +16,13 @@ import numpy as np
 from vl_jax.data.config import DataConfig
 from vl_jax.data.encode import Encoder
 from vl_jax.data.images.augment import augment
+from vl_jax.data.images.augmented import Geometry
 from vl_jax.data.images.spatial import Boxes, Instances, PixelMap, cut_labels, is_spatial, lost_objects
 from vl_jax.data.images.tiling import shown
 from vl_jax.data.sample import Sample, image_size
 
 NO_OBJECT = "label without any object"
+NO_PIXEL = "object of which the mask has no pixel"
 NOT_IN_TILE = "object that the tile does not show (see data.tiling.fit)"
 CUT_OFF = "object that a draw of augmentation cuts off (see data.augmentation.min_visible)"
 
@@ -60,14 +62,18 @@ class PlacedLabels:
             if isinstance(label, Boxes | Instances) and not label.boxes:
                 yield Oddity(NO_OBJECT, 1, f"{sample.id}: {name}")
         size = image_size(sample.images[0])
-        in_tile = cut_labels(sample.labels, shown(size, self.encoder.tiling), size)
-        lost, count = lost_objects([sample.labels], [in_tile])
+        labels = cut_labels(sample.labels, Geometry().cut(*size), size)
+        lost, count = lost_objects([sample.labels], [labels])
+        if lost:
+            yield Oddity(NO_PIXEL, lost, f"{sample.id}: {lost} of {count}")
+        lost, count = lost_objects([labels], [cut_labels(labels, shown(size, self.encoder.tiling), size)])
         if lost:
             yield Oddity(NOT_IN_TILE, lost, f"{sample.id}: {lost} of {count}")
         if self.config.augmentation is not None:
             rng, length = np.random.default_rng((self.config.seed, number)), self.encoder.text_length
+            sample = replace(sample, labels=labels)
             drawn = augment(sample, self.config.augmentation, rng, length=length)
-            lost, count = lost_objects([sample.labels], [drawn.labels])
+            lost, count = lost_objects([labels], [drawn.labels])
             if lost:
                 yield Oddity(CUT_OFF, lost, f"{sample.id}: {lost} of {count}")
 
