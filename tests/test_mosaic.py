@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import pickle
+from typing import Any
 
 import jax
 import numpy as np
@@ -35,7 +36,7 @@ class Held:
     def __init__(self, values: np.ndarray):
         self.values = values
 
-    def __call__(self):
+    def __call__(self) -> Any:
         return PilImage.fromarray(self.values) if self.values.ndim == 3 else self.values
 
 

@@ -139,7 +139,7 @@ def test_what_a_crop_keeps_can_be_seen_and_keeps_its_share(data):
     boxes, masks = [], np.zeros((4, height, width), bool)
     high = np.minimum(high, (width, height))
     for mask, (x0, y0), (x1, y1) in zip(masks, low.tolist(), high.tolist(), strict=True):
-        boxes.append(Box("a", tuple(map(float, (x0, y0, x1, y1)))))
+        boxes.append(Box("a", (float(x0), float(y0), float(x1), float(y1))))
         mask[y0:y1, x0:x1] = rng.random((y1 - y0, x1 - x0)) < 0.2
     left, top = rng.uniform(-5, width - 2), rng.uniform(-5, height - 2)
     cut = Cut((left, top, left + rng.uniform(2, 40), top + rng.uniform(2, 40)), (int(rng.integers(1, 30)), 9))

@@ -191,9 +191,10 @@ def _joined(labels: Sequence[Mapping[str, Any]], corners: Sequence[Size], whole:
             result[name] = PixelMap(_Patched(parts, whole, maps[0].missing), whole, maps[0].missing)
         elif all(isinstance(label, Boxes) for label in found):
             result[name] = Boxes(_moved(found, corners), whole)
-        elif all(isinstance(label, Instances) for label in found):
-            masks = [_spread(m.values(), c, whole) for m, c in zip(found, corners, strict=True)]
-            result[name] = Instances(_moved(found, corners), HeldMasks(np.concatenate(masks)), whole)
+        objects = [label for label in found if isinstance(label, Instances)]
+        if len(objects) == len(found):
+            masks = [_spread(m.values(), c, whole) for m, c in zip(objects, corners, strict=True)]
+            result[name] = Instances(_moved(objects, corners), HeldMasks(np.concatenate(masks)), whole)
     return result
 
 

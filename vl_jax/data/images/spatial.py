@@ -133,7 +133,7 @@ class Instances:
         moved = [clipped(cut, box.corners, min_visible) for box in self.boxes]
         rows, columns, down, across = cut.pixels(self.size)
         masks = self.values()[:, rows[:, None], columns[None, :]] & (down[:, None] & across[None, :])
-        seen = masks.any(axis=(1, 2))
+        seen = np.asarray(masks.any(axis=(1, 2)))
         kept = [i for i, corners in enumerate(moved) if corners and seen[i]]
         boxes = tuple(Box(self.boxes[i].label, corners) for i in kept if (corners := moved[i]))
         return Instances(boxes, HeldMasks(masks[kept]), cut.size)

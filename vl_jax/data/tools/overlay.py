@@ -88,7 +88,7 @@ def _map(picture: PilImage.Image, label: PixelMap, classes: Sequence[str]) -> tu
     colours = palette.colours(max(len(classes), int(levels.max()) + 1))
     drawn = _small(_over(picture, np.where(known, values.astype(np.int64), -1), colours))
     order = levels[np.argsort(-counts, kind="stable")].astype(int).tolist()
-    names = {level: classes[level] if 0 <= level < len(classes) else str(level) for level in order}
+    names = {level: str(classes[level]) if 0 <= level < len(classes) else str(level) for level in order}
     legend = {names[level]: tuple(map(int, colours[level])) for level in order[:_NAMED]}
     shares = dict(zip(levels.astype(int).tolist(), (counts / values.size).tolist(), strict=True))
     said = ", ".join(f"{names[level]} {shares[level]:.0%}" for level in order[:_NAMED])
