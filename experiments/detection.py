@@ -71,7 +71,7 @@ def get_config(choice: str = "deeppcb"):
 def deeppcb(images: str = "", template: str = "yes"):
     """Defects of circuit boards, some 20 pixels wide, beside what the difference from the template shows."""
     if template == "yes":
-        # What is done to one channel would make the difference untrue.
+        # Brightness and contrast would change both pictures alike; these boards are black and white.
         look, task = {}, FoundBoxes(difference=128)
         source = dataclasses.replace(SOURCE, pair="difference")
     else:

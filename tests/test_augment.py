@@ -17,7 +17,8 @@ from test_pipeline import CONFIG, SPEC, assert_same
 from vl_jax import config as config_lib
 from vl_jax.data.config import DataConfig, LoadingConfig
 from vl_jax.data.encode import make_encoder
-from vl_jax.data.images.augment import AugmentationConfig, AugmentedImage, Geometry, Look, augment
+from vl_jax.data.images.augment import AugmentationConfig, augment
+from vl_jax.data.images.augmented import MARGIN, AugmentedImage, Geometry, Look
 from vl_jax.data.images.tiling import TilingConfig
 from vl_jax.data.sample import Box, FileImage, Sample, Turn
 from vl_jax.data.stream.evaluation_prompts import evaluation_prompts
@@ -163,6 +164,56 @@ def test_a_reduced_jpeg_shows_the_same_part(tmp_path):
     assert image.size() == whole.size == (640, 480) and reduced.size == (160, 120)
     np.testing.assert_allclose(np.asarray(reduced), whole.resize((160, 120)), atol=90)
     assert np.abs(np.asarray(reduced).astype(int) - whole.resize((160, 120))).mean() < 3
+
+
+def test_hues_turn_by_hand():
+    colours = np.array([[[255, 0, 0], [0, 255, 0], [90, 90, 90]]], np.uint8)
+    picture = PilImage.fromarray(colours)
+    turned = np.asarray(Look(hue=1 / 3)(picture)).astype(int)
+    np.testing.assert_allclose(turned, [[[0, 255, 0], [0, 0, 255], [90, 90, 90]]], atol=6)
+    np.testing.assert_array_equal(Look(hue=0.4)(picture.convert("L")), picture.convert("L"))
+
+
+def test_what_is_off_changes_no_draw():
+    sample = scene({"red": (20, 20, 50, 60), "green": (60, 30, 90, 80)}, (180, 90))
+    for seed in range(5):
+        one = draw(sample, EVERYTHING, seed).images[0]
+        other = draw(sample, dataclasses.replace(EVERYTHING, hue=0.2), seed).images[0]
+        assert one.look == dataclasses.replace(other.look, hue=0.0) and other.look.hue != 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(layouts(), st.integers(0, 10**6), st.booleans())
+def test_boxes_follow_a_picture_that_is_made_smaller(layout, seed, crops):
+    config = AugmentationConfig(zoom_out=0.7, flip_rate=0.5, crop=0.3 if crops else 0.0)
+    sample = scene(*layout)
+    found = draw(sample, config, seed)
+    picture = found.images[0]()
+    assert picture.size == sample.images[0]().size
+    left, top, right, bottom = found.images[0].geometry.shown
+    assert crops or (left <= 0 and top <= 0 and right >= 1 and bottom >= 1 and right - left <= 1 / 0.3)
+    for turn in found.turns:
+        (box,) = turn.boxes
+        x0, y0, x1, y1 = box.corners
+        assert 0 <= x0 < x1 <= picture.width and 0 <= y0 < y1 <= picture.height
+        if min(x1 - x0, y1 - y0) > 6:
+            np.testing.assert_allclose(box.corners, coloured(picture, box.label), atol=2.5)
+    if left < -0.05:
+        corner = np.asarray(picture)[0, -1 if found.images[0].geometry.mirrored else 0]
+        assert corner.tolist() == list(MARGIN)
+
+
+def test_a_text_about_places_is_not_zoomed_and_both_ways_are_taken():
+    sample = scene({"red": (20, 20, 50, 60)}, (180, 90))
+    config = AugmentationConfig(zoom_out=0.5, crop=0.3)
+    sides = [g[2] - g[0] for g in (draw(sample, config, s).images[0].geometry.shown for s in range(60))]
+    assert 15 < sum(side > 1 for side in sides) < 45 and min(sides) < 1 and max(sides) < 2
+    placed = Sample("s", (Turn("<image>\nWhat is in the corner?", "2"),), sample.images)
+    assert draw(placed, config).images[0].geometry == Geometry()
+    with pytest.raises(ValueError, match=r"augmentation.hue=0.6: must lie in 0..0.5"):
+        AugmentationConfig(hue=0.6)
+    with pytest.raises(ValueError, match=r"augmentation.zoom_out=1.0: must lie in 0..1, below 1"):
+        AugmentationConfig(zoom_out=1.0)
 
 
 @pytest.mark.parametrize("kind", [TrainIterator, PackedIterator])

@@ -15,6 +15,7 @@ from PIL import Image as PilImage
 
 from vl_jax.batch import Given
 from vl_jax.data.config import DataConfig
+from vl_jax.data.images import palette
 from vl_jax.data.images.spatial import PixelMap
 from vl_jax.data.images.tiling import TilingConfig
 from vl_jax.data.sample import BadSample, Sample
@@ -212,7 +213,7 @@ def test_what_is_said_is_json_and_can_be_drawn():
 
 
 def test_colours_of_classes_differ():
-    assert len({tuple(colour) for colour in pixels.colours(40).tolist()}) == 40
+    assert len({tuple(colour) for colour in palette.colours(40).tolist()}) == 40
 
 
 def test_weights_by_median_frequency(caplog):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import flax.linen as nn
@@ -16,11 +17,13 @@ import pytest
 from PIL import Image as PilImage
 
 from vl_jax.batch import Given
-from vl_jax.data.images.spatial import Boxes
+from vl_jax.data.images.spatial import Boxes, Cut, cut_labels
+from vl_jax.data.images.tiling import TilingConfig, make_tiles, shown
 from vl_jax.data.sample import BadSample, Box, Sample, Turn
 from vl_jax.encoders.resnet import ResNetConfig
 from vl_jax.evaluate.metrics.pixels.boxes import box_iou
 from vl_jax.evaluate.metrics.pixels.detection import DetectionScores
+from vl_jax.evaluate.task import Examinee
 from vl_jax.evaluate.tasks.found_boxes import FoundBoxes, patches_of
 from vl_jax.fusion.streams import Stream
 from vl_jax.heads import boxes as box_numbers
@@ -339,6 +342,11 @@ def test_what_is_said_names_classes_and_is_drawn():
     found = Detections(np.array([[1.0, 2, 30, 31], [0, 0, 9, 9]]), np.array([0.75, 0.0]), np.array([1, 0]))
     said = HEAD.decode(Detected(np.zeros((0, 4)), Guesses(None, None), None, found))
     assert said == [{"label": "square", "score": 0.75, "box": [1.0, 2.0, 30.0, 31.0]}]
+    # A tile of 32 pixels that shows 64 x 32 above a margin: four of its pixels to two of the tile's.
+    cut = Cut((0, 0, 64, 64), (32, 32))
+    margin = Detections(np.array([[1.0, 2, 30, 31], [0, 20, 9, 30]]), np.array([0.75, 0.5]), found.classes)
+    placed = HEAD.decode_in(Detected(np.zeros((0, 4)), Guesses(None, None), None, margin), cut, (64, 32))
+    assert placed == [{"label": "square", "score": 0.75, "box": [2.0, 4.0, 60.0, 32.0]}]
     blank = PilImage.new("RGB", (32, 32))
     assert np.asarray(HEAD.draw(blank, said)).any() and not np.asarray(blank).any()
     assert not np.asarray(HEAD.draw(blank, [{**said[0], "score": 0.1}])).any()
@@ -454,7 +462,90 @@ def test_a_tiny_network_learns_four_pictures(branch):
 
 def test_a_picture_of_which_nothing_is_said_has_a_record():
     nothing = Detections(np.zeros((0, 4)), np.zeros(0), np.zeros(0))
-    of = {"id": "s", "question": "", "image": None}
+    of = {"id": "s", "question": "", "image": PilImage.new("RGB", (40, 20))}
     objects = np.array([[1.0, 2, 3, 10, 11]])
-    record = FoundBoxes()._record(of, HEAD, objects, nothing, np.zeros((32, 32, 3), np.uint8))
+    record = FoundBoxes()._record(of, HEAD, objects, nothing)
     assert (record["answer"], record["prediction"], record["found"]) == ("1 square", "nothing", 0)
+    assert record["image"].size == (40, 20)
+
+
+class Pupil(Examinee):
+    """Says of one picture what it is given, on the tile; stands where a run's model would."""
+
+    def __init__(self, picture: PilImage.Image, label: Boxes, said: Detections, tiling: TilingConfig):
+        network = ResNetConfig(stem_dim=8, stage_dims=(16, 32), stage_blocks=(1, 1), image_size=HEAD.size)
+        model = JointConfig((Tower("image", network),), (HEAD,)).build()
+        fields = {
+            "layout": SimpleNamespace(model=model),
+            "data": SimpleNamespace(tiling=tiling),
+            "source": "val",
+        }
+        for name, value in {**fields, "picture": picture, "label": label, "said": said}.items():
+            object.__setattr__(self, name, value)
+
+    def samples(self) -> Any:
+        labels = {"boxes": self.label}
+        record = {"id": "s", "question": "", "labels": labels, "image": self.picture}
+        in_tile = cut_labels(labels, shown(self.picture.size, self.data.tiling), self.picture.size)
+        values = HEAD.read(Sample("s", (), (), labels=in_tile))
+        given = Given(values[None], np.ones(1, bool))
+        tile = make_tiles(self.picture, grid=(1, 1), config=self.data.tiling)
+        yield [record], SimpleNamespace(labels={"boxes": given}, tiles=tile[None])
+
+    def apply(self, compiled: Any, batch: Any) -> Detections:
+        return Detections(self.said.boxes[None], self.said.scores[None], self.said.classes[None])
+
+
+def scores_of(pupil: Any, **fields: Any) -> tuple[list[Any], Any]:
+    run, records = FoundBoxes(**fields).run(pupil), []
+    while True:
+        try:
+            records.append(next(run))
+        except StopIteration as end:
+            return records, end.value
+
+
+@pytest.mark.parametrize("fit", ["pad", "stretch", "crop"])
+@pytest.mark.parametrize("size", [(96, 64), (50, 90)])
+def test_scores_are_those_of_boxes_on_the_picture(fit, size):
+    pytest.importorskip("faster_coco_eval")
+    tiling = TilingConfig(tile_size=HEAD.size, views="global", fit=fit)
+    objects = [("square", (0, 0, 14, 12)), ("disc", (20, 30, 44, 52))]  # a crop cuts the first of them off
+    label = Boxes(tuple(Box(name, tuple(map(float, c))) for name, c in objects), size)
+    there = [(1, (1, 0, 13, 12), 0.9), (0, (22, 29, 45, 52), 0.8), (0, (2, 30, 20, 44), 0.7)]
+    on_picture = np.array([corners for _, corners, _ in there], float)
+    cut = shown(size, tiling)
+    on_tile = np.array([cut.move(tuple(corners)) for corners in on_picture.tolist()])
+    scores, classes = np.array([s for *_, s in there]), np.array([k for k, *_ in there])
+    picture = PilImage.new("RGB", size)
+    records, found = scores_of(Pupil(picture, label, Detections(on_tile, scores, classes), tiling))
+    expected = DetectionScores()
+    true = HEAD.objects(label, "")
+    expected.update(true[:, 1:], true[:, 0].astype(int), on_picture, classes, scores)
+    for name, value in expected.compute().items():
+        assert found.scores[name] == pytest.approx(value), name
+    assert records[0]["image"].size == size and records[0]["answer"] == "1 disc, 1 square"
+
+
+def test_what_a_crop_does_not_show_is_missed():
+    pytest.importorskip("faster_coco_eval")
+    tiling = TilingConfig(tile_size=HEAD.size, views="global", fit="crop")
+    boxes = Box("square", (0.0, 10.0, 16.0, 26.0)), Box("disc", (40.0, 10.0, 56.0, 26.0))
+    label = Boxes(boxes, (96, 32))
+    cut = shown((96, 32), tiling)
+    said = Detections(np.array([cut.move((40.0, 10.0, 56.0, 26.0))]), np.array([0.9]), np.array([0]))
+    records, found = scores_of(Pupil(PilImage.new("RGB", (96, 32)), label, said, tiling))
+    assert found.scores["map_50"] == pytest.approx(0.5) and records[0]["found"] == 1
+
+
+def test_a_baseline_is_measured_on_the_picture_too():
+    pytest.importorskip("faster_coco_eval")
+    pixels = np.zeros((40, 120, 3), np.uint8)
+    pixels[10:30, 30:60] = 255
+    label = Boxes((Box("square", (30.0, 10.0, 60.0, 30.0)),), (120, 40))
+    tiling = TilingConfig(tile_size=HEAD.size, views="global", padding_colour=(0, 0, 0))
+    nothing = Detections(np.zeros((1, 4)), np.zeros(1), np.zeros(1))
+    pupil = Pupil(PilImage.fromarray(pixels), label, nothing, tiling)
+    _, found = scores_of(pupil, difference=100, margin=0)
+    assert found.scores["difference_located_map_50"] == pytest.approx(1.0)
+    assert found.scores["map_50"] == 0.0

@@ -14,6 +14,8 @@ from PIL import Image
 
 from vl_jax.data.config import DataConfig, ModelSpec, PackingConfig, open_sources
 from vl_jax.data.encode import make_encoder
+from vl_jax.data.images.augment import AugmentationConfig
+from vl_jax.data.images.spatial import Boxes, HeldMasks, Instances
 from vl_jax.data.images.tiling import TilingConfig
 from vl_jax.data.sample import Box, Sample, Turn
 from vl_jax.data.sources.coco import CocoConfig
@@ -23,7 +25,9 @@ from vl_jax.data.sources.scenes import ScenesConfig
 from vl_jax.data.sources.webdataset import WebDatasetConfig
 from vl_jax.data.stream.readers import Place, SampleReader
 from vl_jax.data.tools import examination as examination_lib
-from vl_jax.data.tools import preview
+from vl_jax.data.tools import objects, preview
+from vl_jax.heads.classification import Classification
+from vl_jax.heads.detection import Detection
 from vl_jax.report import data as data_page
 
 SPEC = ModelSpec(tile_tokens_side=2, fusion="prefix", vocab_size=2048)
@@ -269,3 +273,37 @@ def test_nothing_that_can_be_used_is_said_in_words(tmp_path):
     assert message.startswith("none of 18 records can be used: 18 x placeholder mismatch: the questions have")
     assert "for example record" in message and "sample files-" in message and "write <image>" in message
     assert "{" not in message and "window" not in message and "\n" not in message
+
+
+def test_what_is_odd_about_labels_in_pictures_is_counted(monkeypatch):
+    def placed(identity: str, *boxes: Box, seed: int) -> Sample:
+        labels = {"boxes": Boxes(boxes, (24, 16)), "kind": "ape"}
+        return dataclasses.replace(sample(identity, Turn("what?", "it"), seed=seed), labels=labels)
+
+    heads = (
+        Detection(("ape", "bee", "cow"), size=32),
+        Classification(("ape", "bee"), name="kind", field="kind"),
+    )
+    samples = [
+        placed(
+            "a", Box("ape", (0, 0, 3, 16)), Box("bee", (10, 0, 14, 16)), seed=1
+        ),  # a square of 16 shows 4..20
+        placed("b", seed=2),
+        placed("c", seed=3),
+    ]
+    nothing = Instances((Box("bee", (8, 0, 12, 16)),), HeldMasks(np.zeros((1, 16, 24), bool)), (24, 16))
+    samples[2] = dataclasses.replace(samples[2], labels={"mask": nothing})
+    monkeypatch.setattr(examination_lib, "opened", lambda config, source: samples)
+    config = dataclasses.replace(
+        CONFIG,
+        tiling=TilingConfig(tile_size=32, views="global", fit="crop"),
+        augmentation=AugmentationConfig(crop=0.9),
+    )
+    examination = examination_lib.examine(config, dataclasses.replace(SPEC, labels=heads), "scenes")
+    counts, examples = found(examination), {f.what: f.examples for f in examination.findings}
+    assert counts[objects.NO_OBJECT] == 1 and examples[objects.NO_OBJECT] == ("b: boxes",)
+    assert counts[objects.NOT_IN_TILE] == 1 and examples[objects.NOT_IN_TILE] == ("a: 1 of 2",)
+    assert counts[objects.NO_PIXEL] == 1 and examples[objects.NO_PIXEL] == ("c: 1 of 1",)
+    assert counts[objects.CUT_OFF] in (1, 2)
+    assert examples["class of head 'boxes' that no record examined has"] == ("cow",)
+    assert examples["class of head 'kind' that no record examined has"] == ("bee",)

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import pickle
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image as PilImage
 
+from vl_jax.data.images.augmented import AugmentedImage, Geometry, Look
 from vl_jax.data.images.spatial import Boxes, Instances, PixelMap
 from vl_jax.data.sample import BadSample
 from vl_jax.data.sources.build import open_source
@@ -101,6 +106,35 @@ def test_two_pictures_become_their_difference(folder):
         sample(folder, {**RECORD, "image": ["small.png", "a.png"]}, pair="difference").images[0]()
 
 
+@given(
+    factors=st.tuples(*[st.floats(0.1, 1.9)] * 3, st.floats(-0.5, 0.5)),
+    shown=st.sampled_from([(0, 0, 1, 1), (0.2, 0.1, 0.9, 0.8), (-0.3, -0.2, 1.1, 1.2)]),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=40, deadline=None)
+def test_a_difference_is_that_of_the_two_pictures_as_they_look(factors, shown, seed):
+    rng = np.random.default_rng(seed)
+    template = rng.integers(0, 256, (12, 16), np.uint8)
+    board = np.where(rng.random((12, 16)) < 0.2, 255 - template, template)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        PilImage.fromarray(template).save(folder / "a.png")
+        PilImage.fromarray(board).save(folder / "b.png")
+        image = sample(folder, {**RECORD, "image": ["a.png", "b.png"]}, pair="difference").images[0]
+        plain = np.asarray(image()).astype(int)
+        drawn = AugmentedImage(image, Geometry(tuple(map(float, shown))), Look(*factors))()
+        changed = np.asarray(drawn).astype(int)
+    np.testing.assert_array_equal(changed[..., 2], np.abs(changed[..., 0] - changed[..., 1]))
+    if shown == (0, 0, 1, 1):  # what is alike stays alike, and channels do not mix
+        np.testing.assert_array_equal(changed[..., 2] == 0, (plain[..., 2] == 0) | (changed[..., 2] == 0))
+        assert (changed[..., 2][plain[..., 2] == 0] == 0).all()
+        for channel, before in ((0, plain[..., 0]), (1, plain[..., 1])):
+            order = np.argsort(before.ravel(), kind="stable")
+            assert (np.diff(changed[..., channel].ravel()[order]) >= 0).all()  # by level alone
+    if min(shown) < 0:
+        assert changed[0, 0].tolist()[2] == 0  # the margin differs from nothing
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -122,6 +156,15 @@ def test_what_cannot_be_read_is_one_line(folder, change, message):
     with pytest.raises(BadSample, match=message) as error:
         sample(folder, {**RECORD, **change}).labels["mask"].values()
     assert "\n" not in str(error.value)
+
+
+def test_an_object_outside_the_picture_is_left_out_and_the_others_keep_their_masks(folder):
+    boxes = [{"label": "far", "bbox": [20, 20, 30, 30]}, *RECORD["boxes"]]
+    boxes = [{**box, "instance": number} for number, box in enumerate(boxes)]
+    found = sample(folder, {**RECORD, "boxes": boxes}, objects="objects")
+    objects = found.labels["objects"]
+    assert [box.label for box in objects.boxes] == ["cat", "dog"] and objects.values()[1, 0, 4]
+    assert [note.reason for note in found.notes] == ["box_outside"]
 
 
 def test_a_field_that_no_record_has_is_named(folder):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image as PilImage
 
 from vl_jax.data.images.augment import AugmentationConfig, augment
-from vl_jax.data.images.spatial import Boxes, Cut, Instances, PixelMap, cut_labels, whole
+from vl_jax.data.images.spatial import Boxes, Cut, Instances, PixelMap, cut_labels, in_picture, whole
 from vl_jax.data.images.tiling import TilingConfig, make_tiles, shown
 from vl_jax.data.sample import BadSample, Box, Sample, image_size
 
@@ -78,6 +78,19 @@ def test_what_is_moved_can_be_moved_back(data, mirrored):
     np.testing.assert_allclose(cut.back(cut.move(corners)), corners, atol=1e-6)
 
 
+@pytest.mark.parametrize("fit", ["pad", "crop", "stretch"])
+@given(width=st.integers(1, 6000), height=st.integers(1, 6000), side=st.integers(8, 1024), data=st.data())
+def test_a_box_comes_back_from_the_tile(fit: Literal["pad", "crop", "stretch"], width, height, side, data):
+    xs = sorted(data.draw(st.floats(0, width, allow_subnormal=False)) for _ in range(2))
+    ys = sorted(data.draw(st.floats(0, height, allow_subnormal=False)) for _ in range(2))
+    corners = np.array([[xs[0], ys[0], xs[1], ys[1]]])
+    cut = shown((width, height), TilingConfig(tile_size=side, views="global", fit=fit))
+    on_tile = np.array([cut.move((xs[0], ys[0], xs[1], ys[1]))])
+    np.testing.assert_allclose(in_picture(cut, on_tile, (width, height)), corners, atol=1e-4)
+    beyond = in_picture(cut, np.array([[-9.0, -9, 2 * side, 2 * side]]), (width, height))[0]
+    assert (beyond[:2] >= 0).all() and beyond[2] <= width and beyond[3] <= height
+
+
 def test_a_cut_by_hand():
     label = PixelMap(Held(np.arange(6, dtype=np.uint8).reshape(2, 3)), (3, 2), 255)
     beyond = label.cut(Cut((1, -1, 5, 1), (4, 2)))  # two columns and a row are outside
@@ -98,6 +111,63 @@ def test_an_object_keeps_its_mask():
     np.testing.assert_array_equal(found.values(), masks[1:, :, 3:])
     gone = label.cut(Cut((2, 0, 4, 2), (2, 2)))
     assert gone.boxes == () and gone.values().shape == (0, 2, 2)
+
+
+def test_an_object_without_a_pixel_left_is_dropped():
+    masks = np.zeros((2, 8, 8), bool)
+    masks[0, :2, :8], masks[1, 4:8, :8] = (
+        True,
+        True,
+    )  # the box of the first reaches further down than its mask
+    boxes = Box("top", (0, 0, 8, 6)), Box("low", (0, 4, 8, 8))
+    found = Instances(boxes, Held(masks), (8, 8)).cut(Cut((0, 3, 8, 8), (8, 5)))
+    assert [box.label for box in found.boxes] == ["low"]
+    np.testing.assert_array_equal(found.values(), masks[1:, 3:])
+    thin = np.zeros((1, 1, 64), bool)
+    thin[0, 0, 5] = True
+    far = Instances((Box("dot", (5, 0, 6, 1)),), Held(thin), (64, 1)).cut(Cut((0, 0, 64, 1), (4, 1)))
+    assert far.boxes == () and far.values().shape == (0, 1, 4)
+
+
+@given(data=st.data())
+@settings(max_examples=60)
+def test_what_a_crop_keeps_can_be_seen_and_keeps_its_share(data):
+    rng = np.random.default_rng(data.draw(st.integers(0, 999)))
+    width, height = data.draw(st.integers(4, 40)), data.draw(st.integers(4, 40))
+    low = rng.integers(0, (width - 2, height - 2), (4, 2))
+    high = low + 1 + (rng.random((4, 2)) * (np.array([width, height]) - low)).astype(int)
+    boxes, masks = [], np.zeros((4, height, width), bool)
+    high = np.minimum(high, (width, height))
+    for mask, (x0, y0), (x1, y1) in zip(masks, low.tolist(), high.tolist(), strict=True):
+        boxes.append(Box("a", (float(x0), float(y0), float(x1), float(y1))))
+        mask[y0:y1, x0:x1] = rng.random((y1 - y0, x1 - x0)) < 0.2
+    left, top = rng.uniform(-5, width - 2), rng.uniform(-5, height - 2)
+    cut = Cut((left, top, left + rng.uniform(2, 40), top + rng.uniform(2, 40)), (int(rng.integers(1, 30)), 9))
+    share = data.draw(st.sampled_from([0.0, 0.5, 0.9]))
+    found = Instances(tuple(boxes), Held(masks), (width, height)).cut(cut, share)
+    values = found.values()
+    assert values.any(axis=(1, 2)).all() and len(values) == len(found.boxes)
+    for box in found.boxes:
+        x0, y0, x1, y1 = box.corners
+        assert 0 <= x0 < x1 <= cut.size[0] and 0 <= y0 < y1 <= cut.size[1]
+    moved = [cut.move(box.corners) for box in boxes]
+    kept = 0
+    for box in moved:
+        clip = np.clip(box, 0, [*cut.size, *cut.size])
+        visible, area = ((b[2] - b[0]) * (b[3] - b[1]) for b in (clip, box))
+        kept += visible > 0 and visible >= share * area
+    assert len(found.boxes) <= kept
+
+
+def test_objects_that_augmentation_cuts_off_are_noted():
+    labels = {"where": Boxes((Box("near", (20, 10, 40, 30)), Box("far", (58, 38, 60, 40))), (60, 40))}
+    sample, notes = Sample("s", (), (Drawn(painted(60, 40, (10, 8, 30, 30))),), labels=labels), []
+    for number in range(20):
+        drawn = augment(sample, AugmentationConfig(crop=0.4), np.random.default_rng(number), length=len)
+        assert bool(drawn.notes) == (len(drawn.labels["where"].boxes) < 2)
+        notes += map(str, drawn.notes)
+    message = "sample s: augmentation cuts off 1 of 2 objects [object_cut_off]"
+    assert message in notes and len(notes) < 20
 
 
 def test_labels_go_from_one_process_to_another():

@@ -3,7 +3,10 @@
 a model that writes text    {"answer": "a red circle"}
 a head of classes           {"label": {"shirt": 0.91, "dress": 0.05, ...}}, the likeliest first
 a head of pairs             {"pairs": [{"text": "a small cat", "similarity": 0.83}, ...]}, the nearest first
+a head of boxes             {"boxes": [{"label": "cat", "score": 0.9, "box": [x0, y0, x1, y1]}, ...]}
 any other head              {its name: what its ``decode`` gives}
+
+Boxes are in pixels of the picture.
 """
 
 from __future__ import annotations
@@ -26,7 +29,8 @@ from vl_jax.api.calls import load_run
 from vl_jax.api.run import Run
 from vl_jax.batch import Batch
 from vl_jax.data.images.audio import SoundImage
-from vl_jax.data.sample import TEXT, FileImage, Sample, Turn
+from vl_jax.data.images.tiling import shown
+from vl_jax.data.sample import TEXT, FileImage, Sample, Turn, image_size
 from vl_jax.evaluate.task import Examinee
 from vl_jax.experiment import model_spec
 from vl_jax.fusion.build import Apart
@@ -84,7 +88,7 @@ def predict(
 
 
 def draw(run: Run, said: Mapping[str, Any], image: str | PathLike[str]) -> PilImage.Image:
-    """What the heads of an open run said of a picture, drawn on the tile that they saw.
+    """What the heads of an open run said of a picture, drawn on it: on the tile, where they say maps of that.
 
     Args:
       said: what ``predict`` gave, by head. Each head that has ``draw`` draws its own picture; they stand
@@ -100,8 +104,12 @@ def draw(run: Run, said: Mapping[str, Any], image: str | PathLike[str]) -> PilIm
         if not able:
             known = ", ".join(said)
             raise UserError(f"nothing to draw: no head of {known} has draw()")
-        tile = PilImage.fromarray(run.encoder.prompt(_Given(Path(image), None, "").sample(run)).tiles[0])
-        drawn = [heads[name].draw(tile, said[name]) for name in able]
+        sample = _Given(Path(image), None, "").sample(run)
+        tile, picture = PilImage.fromarray(run.encoder.prompt(sample).tiles[0]), sample.images[0]()
+        drawn = [
+            heads[name].draw(picture if hasattr(heads[name], "decode_in") else tile, said[name])
+            for name in able
+        ]
     width, height = sum(picture.width for picture in drawn), max(picture.height for picture in drawn)
     result, left = PilImage.new("RGB", (width, height), (255, 255, 255)), 0
     for picture in drawn:
@@ -162,6 +170,10 @@ def _say(run: Run, given: _Given, names: Sequence[str], candidates: Sequence[str
             result[head.name] = _nearest(run, head, prediction, given, candidates)
         elif hasattr(head, "probabilities"):
             result[head.name] = head.probabilities(prediction)
+        elif hasattr(head, "decode_in") and sample.images:
+            size = image_size(sample.images[0])
+            cut = shown(size, run.experiment.data.tiling)
+            result[head.name] = head.decode_in(prediction, cut, size)
         elif hasattr(head, "decode"):
             result[head.name] = head.decode(prediction)
         elif names:

@@ -183,6 +183,11 @@ class DataConfig:
                 f"{talk.turn_sampling!r}: packed dialogues are whole; set conversation.max_turns=None and "
                 "conversation.turn_sampling='first', or conversation.turns='independent'"
             )
+        if self.augmentation is not None and self.augmentation.mosaic:
+            raise ValueError(
+                f"packing with augmentation.mosaic={self.augmentation.mosaic}: packed rows have no labels "
+                "that lie in a picture; set packing to None, or mosaic to 0"
+            )
         answers = row.max_answer_tokens or row.max_tokens
         limits = {
             "max_tokens": (self.max_tokens, row.max_tokens),

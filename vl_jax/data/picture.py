@@ -71,8 +71,7 @@ def decode(picture: PilImage.Image, orientation: Orientation) -> PilImage.Image:
     """An RGB copy of a picture that was opened, in the frame asked for; see ``to_rgb``."""
     result = to_rgb(picture)
     turn = 1 if orientation == "stored" or hasattr(picture, "tag_v2") else _turn(picture)
-    if turn != 1:
-        result = result.transpose(_METHODS[turn])
+    result = turned(result, turn)
     for name in _STATEMENTS:  # else the copy, once it is saved, would be turned again
         result.info.pop(name, None)
     return result
@@ -101,6 +100,11 @@ def to_rgb(picture: PilImage.Image) -> PilImage.Image:
         white = PilImage.new("RGBA", layer.size, (255, 255, 255, 255))
         return PilImage.alpha_composite(white, layer).convert("RGB")
     return picture.convert("RGB")
+
+
+def turned(picture: PilImage.Image, turn: int) -> PilImage.Image:
+    """A picture as an orientation, as EXIF numbers it, turns it."""
+    return picture if turn == 1 else picture.transpose(_METHODS[turn])
 
 
 def turn_size(size: Size, turn: int) -> Size:

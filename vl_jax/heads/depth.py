@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float
 from PIL import Image as PilImage
 
 from vl_jax.batch import Given
+from vl_jax.data.images import palette
 from vl_jax.data.sample import BadSample, Sample
 from vl_jax.fusion.streams import Streams
 from vl_jax.heads import decoder, pixels
@@ -125,11 +126,11 @@ class Depth:
         disparity = 1 / depth
         low, high = disparity.min(), disparity.max()
         light = (disparity - low) / max(high - low, 1e-12)
-        shown = PilImage.fromarray(pixels.heat(light)).resize(picture.size, PilImage.Resampling.BILINEAR)
-        ends = pixels.heat(np.array([[1.0, 0.0]]))[0]
+        shown = PilImage.fromarray(palette.heat(light)).resize(picture.size, PilImage.Resampling.BILINEAR)
+        ends = palette.heat(np.array([[1.0, 0.0]]))[0]
         near, far = (tuple(map(int, colour)) for colour in ends)
         legend = {f"{said['nearest']:.3g} away": near, f"{said['farthest']:.3g} away": far}
-        return pixels.with_legend(shown, legend)
+        return palette.with_legend(shown, legend)
 
 
 class DepthHead(nn.Module):

@@ -29,7 +29,7 @@ from jaxtyping import Array, Bool, Float
 from PIL import Image as PilImage
 
 from vl_jax.batch import Given
-from vl_jax.data.images.spatial import Boxes
+from vl_jax.data.images.spatial import Boxes, Cut, in_picture
 from vl_jax.data.sample import BadSample, Box, Sample
 from vl_jax.data.text import grounding
 from vl_jax.fusion.streams import Streams
@@ -127,7 +127,17 @@ class Detection:
             raise BadSample("too_many_boxes", f"{message} {self.name!r}")
         result = np.full(self.shape, 0, np.float32)
         result[:, 0] = _NOTHING
-        for row, box in zip(result, label.boxes, strict=False):
+        result[: len(label.boxes)] = self.objects(label, where)
+        return result
+
+    def objects(self, label: Boxes, where: str) -> Float[np.ndarray, "n 5"]:
+        """Class and corners of every box, in pixels of whatever the boxes lie in.
+
+        Raises:
+          BadSample: a box is of no known class, or is no finite rectangle with an area.
+        """
+        result = np.zeros((len(label.boxes), 5))
+        for row, box in zip(result, label.boxes, strict=True):
             if box.label not in self.classes:
                 message = f"{where}: {box.label!r} is none of the classes of head {self.name!r}"
                 raise BadSample("unknown_label", message)
@@ -212,6 +222,21 @@ class Detection:
 
     def decode(self, prediction: Detected) -> list[dict[str, Any]]:
         """The boxes of one row, the most certain first, with corners in pixels of the tile."""
+        return self._listed(prediction, np.asarray(prediction.found.boxes))
+
+    def decode_in(self, prediction: Detected, cut: Cut, size: tuple[int, int]) -> list[dict[str, Any]]:
+        """The same with corners in pixels of a picture of that size, of which the tile shows ``cut``.
+
+        Boxes that lie in the margin around the picture are left out.
+        """
+        boxes = in_picture(cut, np.asarray(prediction.found.boxes), size)
+        return [
+            said
+            for said in self._listed(prediction, boxes)
+            if said["box"][0] < said["box"][2] and said["box"][1] < said["box"][3]
+        ]
+
+    def _listed(self, prediction: Detected, boxes: Float[np.ndarray, "n 4"]) -> list[dict[str, Any]]:
         found = prediction.found
         return [
             {
@@ -219,7 +244,7 @@ class Detection:
                 "score": round(float(score), 4),
                 "box": [round(float(x), 2) for x in box],
             }
-            for box, score, kind in zip(found.boxes, found.scores, found.classes, strict=True)
+            for box, score, kind in zip(boxes, found.scores, found.classes, strict=True)
             if score > 0
         ]
 

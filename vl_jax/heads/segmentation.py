@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, UInt8
 from PIL import Image as PilImage
 
 from vl_jax.batch import Given
+from vl_jax.data.images import palette
 from vl_jax.data.sample import BadSample, Sample
 from vl_jax.fusion.streams import Streams
 from vl_jax.heads import decoder, pixels
@@ -125,11 +126,11 @@ class Segmentation:
     def draw(self, picture: PilImage.Image, said: dict[str, Any]) -> PilImage.Image:
         """The classes laid over the picture of the tile, in colours that a legend explains."""
         found = np.asarray(pixels.from_text(said["map"]))
-        colours = pixels.colours(len(self.classes))
+        colours = palette.colours(len(self.classes))
         shown = PilImage.fromarray(colours[found]).resize(picture.size, PilImage.Resampling.NEAREST)
         mixed = PilImage.blend(picture.convert("RGB"), shown, 0.5)
         names = {name: tuple(map(int, colours[self.classes.index(name)])) for name in said["shares"]}
-        return pixels.with_legend(mixed, names)
+        return palette.with_legend(mixed, names)
 
 
 class SegmentationHead(nn.Module):

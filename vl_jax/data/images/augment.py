@@ -1,7 +1,7 @@
 """Augmentation that respects what is said of a picture: pixels change, and what the text says stays true.
 
-    sample --draw, from a key--> geometry (crop, mirror) --> pictures, and every box in the text and beside it
-                                 look (brightness, ...)  --> pictures
+    sample --draw, from a key--> geometry (crop, zoom, mirror) --> pictures, boxes in the text and beside it
+                                 look (brightness, hue, ...)   --> pictures
 
 A picture keeps its size, and a conversation its length in tokens, so that lengths once measured stay valid.
 What is drawn follows from the key alone. Evaluation is never augmented.
@@ -16,17 +16,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image as PilImage
-from PIL import ImageEnhance
 
-from vl_jax.data.files.memory_cache import MemoryCache, decode
+from vl_jax.data.files.memory_cache import MemoryCache
 from vl_jax.data.images import spatial
 from vl_jax.data.images.audio import SoundImage
-from vl_jax.data.images.spatial import Corners, Cut
-from vl_jax.data.sample import Box, Image, ReducibleImage, Sample, Turn, image_size
+from vl_jax.data.images.augmented import NO_CACHE, AugmentedImage, Geometry, Look
+from vl_jax.data.sample import Box, Note, Sample, Turn, image_size
 from vl_jax.data.text import grounding
 
-_NO_CACHE = MemoryCache(0)
+CUT_OFF = "object_cut_off"  # reason of a note
 _ATTEMPTS = 8  # crops tried before a picture stays whole
 
 # Texts that a mirror image makes false, those about writing, which it makes illegible, and those about
@@ -53,84 +51,29 @@ class AugmentationConfig:
     brightness: float = 0.0  # factors are drawn from 1 - this to 1 + this; so for the next two
     contrast: float = 0.0
     saturation: float = 0.0
+    hue: float = 0.0  # the most by which colours move on the circle of hues, either way; 0.5 is any hue
     crop: float = 0.0  # the most that is cut off of width and height, in all; the rest is scaled up again
+    # The most by which a picture is made smaller, as a share of its size; grey is around it. With ``crop``,
+    # half of the draws zoom out and the others crop.
+    zoom_out: float = 0.0
+    # Share of the draws that show four samples of a source in one picture, see ``mosaic``. They must have
+    # labels that lie in the picture, and no words.
+    mosaic: float = 0.0
     flip_rate: float = 0.0  # share of the draws that are mirrored, where no text speaks against it
-    min_visible: float = 0.7  # share of the area of every box that a crop has to keep
+    # Share of its area that every box in a text keeps. Objects of labels that keep less are left out.
+    min_visible: float = 0.7
 
     def __post_init__(self):
-        for name in ("brightness", "contrast", "saturation", "crop"):
+        for name in ("brightness", "contrast", "saturation", "crop", "zoom_out"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"augmentation.{name}={getattr(self, name)}: must lie in 0..1, below 1")
-        if not 0 <= self.flip_rate <= 1:
-            raise ValueError(f"augmentation.flip_rate={self.flip_rate}: must lie in 0..1")
+        if not 0 <= self.hue <= 0.5:
+            raise ValueError(f"augmentation.hue={self.hue}: must lie in 0..0.5")
+        for name in ("flip_rate", "mosaic"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"augmentation.{name}={getattr(self, name)}: must lie in 0..1")
         if not 0 < self.min_visible <= 1:
             raise ValueError(f"augmentation.min_visible={self.min_visible}: must lie above 0, up to 1")
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """The part of a picture that is shown, in shares of its width and height, and whether it is mirrored."""
-
-    shown: Corners = (0.0, 0.0, 1.0, 1.0)
-    mirrored: bool = False
-
-    def cut(self, width: int, height: int) -> Cut:
-        """What it shows of a picture of that size, which keeps its size."""
-        left, top, right, bottom = self.shown
-        corners = (left * width, top * height, right * width, bottom * height)
-        return Cut(corners, (width, height), self.mirrored)
-
-
-@dataclass(frozen=True)
-class Look:
-    """Factors of a picture's brightness, contrast and saturation."""
-
-    brightness: float = 1.0
-    contrast: float = 1.0
-    saturation: float = 1.0
-
-
-@dataclass(frozen=True)
-class AugmentedImage:
-    """A picture that is changed when it is asked for; it has the size of the original."""
-
-    image: Image
-    geometry: Geometry
-    look: Look
-    cache: MemoryCache = _NO_CACHE  # of originals
-
-    def __call__(self) -> PilImage.Image:
-        """Raises as the original does."""
-        return self._change(decode(self.image, self.cache))
-
-    def size(self) -> tuple[int, int]:
-        """Width and height of the original."""
-        return image_size(self.image)
-
-    def at_least(self, width: int, height: int) -> PilImage.Image:
-        """No smaller than that, if the original is not; see ``ReducibleImage``. Reads it anew every time."""
-        if not isinstance(self.image, ReducibleImage):
-            return self()
-        left, top, right, bottom = self.geometry.shown
-        enlarged = int(width / (right - left)) + 1, int(height / (bottom - top)) + 1
-        return self._change(self.image.at_least(*enlarged))
-
-    def _change(self, picture: PilImage.Image) -> PilImage.Image:
-        width, height = picture.size
-        if self.geometry.shown != Geometry.shown:
-            left, top, right, bottom = self.geometry.shown
-            shown = (left * width, top * height, right * width, bottom * height)
-            picture = picture.resize(picture.size, PilImage.Resampling.BICUBIC, box=shown)
-        if self.geometry.mirrored:
-            picture = picture.transpose(PilImage.Transpose.FLIP_LEFT_RIGHT)
-        for enhance, factor in (
-            (ImageEnhance.Brightness, self.look.brightness),
-            (ImageEnhance.Contrast, self.look.contrast),
-            (ImageEnhance.Color, self.look.saturation),
-        ):
-            if factor != 1:
-                picture = enhance(picture).enhance(factor)
-        return picture
 
 
 def augment(
@@ -139,7 +82,7 @@ def augment(
     rng: np.random.Generator,
     *,
     length: Callable[[str], int],
-    cache: MemoryCache = _NO_CACHE,
+    cache: MemoryCache = NO_CACHE,
 ) -> Sample:
     """A draw of the sample with changed pictures and, where they move, changed boxes.
 
@@ -155,18 +98,21 @@ def augment(
     """
     if not sample.images:
         return sample
+    # What is off draws nothing, so that the draws of other changes stay as they are.
     brightness, contrast, saturation = rng.uniform(-1, 1, 3).tolist()
     look = Look(
         1 + config.brightness * brightness,
         1 + config.contrast * contrast,
         1 + config.saturation * saturation,
+        config.hue * rng.uniform(-1, 1) if config.hue else 0.0,
     )
     for geometry in _geometries(sample, config, rng):
         turns = _moved(sample, geometry, config.min_visible, length)
         if turns is not None:
             images = tuple(AugmentedImage(image, geometry, look, cache) for image in sample.images)
             labels = _moved_labels(sample, geometry, config.min_visible)
-            return dataclasses.replace(sample, turns=turns, images=images, labels=labels)
+            notes = (*sample.notes, *_lost(sample, labels))
+            return dataclasses.replace(sample, turns=turns, images=images, labels=labels, notes=notes)
     raise AssertionError("the picture as it is can always be taken")
 
 
@@ -175,9 +121,15 @@ def _geometries(sample: Sample, config: AugmentationConfig, rng: np.random.Gener
     texts = [sample.system, *(text for turn in sample.turns for text in (turn.question, turn.answer))]
     kinds = {turn.kind for turn in sample.turns}
     single = len(sample.images) == 1 and not kinds & _FIXED
-    sided = isinstance(sample.images[0], SoundImage) or any(map(_SIDED.search, texts))
+    sound = isinstance(sample.images[0], SoundImage)
+    sided = sound or any(map(_SIDED.search, texts))
     mirrored = bool(rng.random() < config.flip_rate) and single and not sided
-    if config.crop and single and not any(map(_WHOLE.search, texts)):
+    movable = single and not any(map(_WHOLE.search, texts))
+    if config.zoom_out and movable and not sound and (not config.crop or rng.random() < 0.5):
+        side = 1 / (1 - config.zoom_out * rng.random())
+        left, top = ((1 - side) * rng.random() for _ in range(2))
+        yield Geometry((left, top, left + side, top + side), mirrored)
+    if config.crop and movable:
         for _ in range(_ATTEMPTS):
             share = 1 - config.crop * rng.random()
             left, top = ((1 - share) * rng.random() for _ in range(2))
@@ -213,6 +165,15 @@ def _moved_labels(sample: Sample, geometry: Geometry, min_visible: float) -> Map
         return sample.labels
     size = image_size(sample.images[0])
     return spatial.cut_labels(sample.labels, geometry.cut(*size), size, min_visible=min_visible)
+
+
+def _lost(sample: Sample, labels: Mapping[str, Any]) -> tuple[Note, ...]:
+    """A note, if the labels have fewer objects than those of the sample."""
+    lost, count = spatial.lost_objects([sample.labels], [labels])
+    if not lost:
+        return ()
+    message = f"sample {sample.id}: augmentation cuts off {lost} of {count} objects"
+    return (Note(CUT_OFF, message),)
 
 
 def _rewritten(text: str, geometry: Geometry, min_visible: float, length: Callable[[str], int]) -> str | None:

@@ -9,12 +9,13 @@ size. A crop of augmentation is one, and so is the tile that a head's picture be
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Bool, Shaped
+from jaxtyping import Bool, Float, Shaped
 
 from vl_jax.data.sample import BadSample, Box
 
@@ -71,7 +72,7 @@ class SpatialLabel(Protocol):
         """The label of what is shown.
 
         Args:
-          min_visible: objects of which a smaller share of the area is left are left out.
+          min_visible: objects of whose box a smaller share of the area is left are left out.
         """
         ...
 
@@ -124,11 +125,18 @@ class Instances:
     size: tuple[int, int]
 
     def cut(self, cut: Cut, min_visible: float = 0.0) -> Instances:
-        """The objects of what is shown, of which a box is left."""
-        moved = [(i, clipped(cut, box.corners, min_visible)) for i, box in enumerate(self.boxes)]
-        kept = tuple(i for i, corners in moved if corners)
-        boxes = tuple(Box(self.boxes[i].label, corners) for i, corners in moved if corners)
-        return Instances(boxes, _CutMasks(self, cut, kept), cut.size)
+        """The objects of what is shown, of which a box is left and a pixel of the mask.
+
+        Raises:
+          BadSample: as ``values``, for the masks are read here.
+        """
+        moved = [clipped(cut, box.corners, min_visible) for box in self.boxes]
+        rows, columns, down, across = cut.pixels(self.size)
+        masks = self.values()[:, rows[:, None], columns[None, :]] & (down[:, None] & across[None, :])
+        seen = np.asarray(masks.any(axis=(1, 2)))
+        kept = [i for i, corners in enumerate(moved) if corners and seen[i]]
+        boxes = tuple(Box(self.boxes[i].label, corners) for i in kept if (corners := moved[i]))
+        return Instances(boxes, HeldMasks(masks[kept]), cut.size)
 
     def values(self) -> Bool[np.ndarray, "n h w"]:
         """What ``masks`` gives.
@@ -159,17 +167,14 @@ class _CutMap:
 
 
 @dataclass(frozen=True)
-class _CutMasks:
-    """As ``_CutMap``, for the objects that are kept."""
+class HeldMasks:
+    """Masks that are in memory."""
 
-    of: Instances
-    shown: Cut
-    kept: tuple[int, ...]
+    masks: np.ndarray  # bool[n h w]
 
     def __call__(self) -> np.ndarray:
-        masks = self.of.values()[list(self.kept)]
-        rows, columns, down, across = self.shown.pixels(self.of.size)
-        return masks[:, rows[:, None], columns[None, :]] & (down[:, None] & across[None, :])
+        """They."""
+        return self.masks
 
 
 def clipped(cut: Cut, corners: Corners, min_visible: float = 0.0) -> Corners | None:
@@ -180,6 +185,17 @@ def clipped(cut: Cut, corners: Corners, min_visible: float = 0.0) -> Corners | N
     top, bottom = (min(max(y, 0.0), float(height)) for y in (y0, y1))
     area, visible = (x1 - x0) * (y1 - y0), (right - left) * (bottom - top)
     return None if visible <= 0 or visible < min_visible * area else (left, top, right, bottom)
+
+
+def in_picture(
+    cut: Cut, corners: Float[np.ndarray, "n 4"], size: tuple[int, int]
+) -> Float[np.ndarray, "n 4"]:
+    """Where rectangles of what is shown lie in a picture of that size, clipped to it.
+
+    One that lies in the margin becomes a line at the edge of the picture.
+    """
+    found = [cut.back((x0, y0, x1, y1)) for x0, y0, x1, y1 in np.asarray(corners, np.float64).tolist()]
+    return np.clip(np.array(found, np.float64).reshape(-1, 4), 0.0, np.array([*size, *size], np.float64))
 
 
 def cut_labels(
@@ -203,6 +219,15 @@ def cut_labels(
     return result
 
 
+def lost_objects(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
+    """How many objects fewer there are, and of how many: of the label that has lost most.
+
+    Labels of different names often tell of the same objects, so they are not added up.
+    """
+    had, has = (_num_objects(labels) for labels in (before, after))
+    return max(((had[name] - has[name], had[name]) for name in had), default=(0, 0))
+
+
 def is_spatial(labels: Mapping[str, Any]) -> bool:
     """Whether any of the labels lies in the picture."""
     return any(isinstance(label, SpatialLabel) for label in labels.values())
@@ -220,6 +245,16 @@ def whole(boxes: Boxes) -> Boxes:
             raise BadSample("bad_box", f"box {box.label!r} at {box.corners}: expected x0 <= x1 and y0 <= y1")
     width, height = boxes.size
     return dataclasses.replace(boxes, boxes=boxes.cut(Cut((0, 0, width, height), boxes.size)).boxes)
+
+
+def _num_objects(labels: Sequence[Mapping[str, Any]]) -> Counter[str]:
+    """The objects of some pictures, by the name of the label."""
+    result = Counter[str]()
+    for of_picture in labels:
+        for name, label in of_picture.items():
+            if isinstance(label, Boxes | Instances):
+                result[name] += len(label.boxes)
+    return result
 
 
 def _check_size(shape: tuple[int, ...], size: tuple[int, int]) -> None:

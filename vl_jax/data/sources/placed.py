@@ -6,12 +6,13 @@
 The config says which field is what; its label has the name of the field. Boxes are in pixels of ``width`` x
 ``height``, if the record has them (see ``frames``). A mask is a picture whose grey levels are class indices.
 In one of objects, level i is the object whose box says ``"instance": i``, or the i-th box where none says so.
+The outlines of objects may be in the boxes as well, as COCO writes them (see ``outlines``).
 Depth is a picture of whole numbers, ``depth_levels`` to a metre, 0 where nothing was measured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +22,8 @@ from PIL import Image as PilImage
 from PIL import ImageChops
 
 from vl_jax.data.files.shards import check_fields, file_and_folder
-from vl_jax.data.images.frames import declared_frame, frames_of
+from vl_jax.data.images.frames import DeclaredFrame, declared_frame, frames_of
+from vl_jax.data.images.outlines import Outline, outline
 from vl_jax.data.images.spatial import Boxes, Instances, PixelMap, whole
 from vl_jax.data.picture import Orientation
 from vl_jax.data.sample import (
@@ -59,6 +61,7 @@ class PlacedConfig:
     boxes: str = ""  # field with boxes; the label has its name, so for those that follow
     classes: str = ""  # field with the path of a mask of classes
     objects: str = ""  # field with the path of a mask of objects, whose boxes are in ``boxes``
+    outlines: str = ""  # key of every box with polygons or runs of its object
     depth: str = ""  # field with the path of a picture of depth
     labels: tuple[str, ...] = ()  # fields of other labels
     void: tuple[int, ...] = ()  # levels of a mask of classes that say nothing
@@ -71,8 +74,12 @@ class PlacedConfig:
         check_fields(self.name, self.file, (".json", ".jsonl"), self.max_pixels)
         if not self.image:
             raise ValueError(f"source {self.name!r}: image must name a field")
-        if self.objects and not self.boxes:
-            raise ValueError(f"source {self.name!r}: objects={self.objects!r} needs boxes")
+        for field in ("objects", "outlines"):
+            if getattr(self, field) and not self.boxes:
+                raise ValueError(f"source {self.name!r}: {field}={getattr(self, field)!r} needs boxes")
+        names = [n for n in (self.boxes, self.classes, self.objects, self.outlines, self.depth) if n]
+        if len(set(names)) < len(names):
+            raise ValueError(f"source {self.name!r}: labels named {names}, all must be different")
         if not self.depth_levels > 0:
             raise ValueError(f"depth_levels={self.depth_levels} of source {self.name!r}: must be above 0")
 
@@ -116,8 +123,13 @@ class PlacedSource:
         image = self._image(record, where)
         labels, notes = labels_of(record, config.labels, where), []
         if config.boxes:
-            labels[config.boxes], notes = self._boxes(record, image, where)
-        for field in (config.classes, config.objects, config.depth):
+            placed, notes = self._boxes(record, image, where)
+            labels[config.boxes] = placed.boxes
+            if config.objects and (masks := self._masks(record, where)) is not None:
+                labels[config.objects] = placed.objects(masks)
+            if config.outlines:
+                labels[config.outlines] = placed.outlined(config.outlines, config.boxes)
+        for field in (config.classes, config.depth):
             found = self._map(record, field, image, where) if field else None
             if found is not None:
                 labels[field] = found
@@ -142,7 +154,7 @@ class PlacedSource:
 
     def _boxes(
         self, record: Mapping[str, Any], image: FileImage | Difference, where: str
-    ) -> tuple[Boxes, list[Note]]:
+    ) -> tuple[_Placed, list[Note]]:
         """The boxes on the picture as it is read, clipped to it, and notes of those that lie outside."""
         field = self._config.boxes
         if field not in record:
@@ -152,35 +164,74 @@ class PlacedSource:
         whole_numbers = [n for n in size if isinstance(n, int) and 0 < n < 10**6]
         declared = (whole_numbers[0], whole_numbers[1]) if len(whole_numbers) == 2 else None
         frame = declared_frame(declared, frames_of([image]), where)
-        placed = tuple(Box(box.label, frame.place(box.corners)) for box in found)
-        kept, notes = whole(Boxes(placed, frame.size)), list(frame.notes(where) if placed else ())
-        if lost := len(placed) - len(kept.boxes):
+        placed = [Box(box.label, frame.place(box.corners)) for box in found]
+        kept = [whole(Boxes((box,), frame.size)).boxes for box in placed]
+        notes = list(frame.notes(where) if placed else ())
+        if lost := sum(not boxes for boxes in kept):
             width, height = frame.size
             message = f"{where}: {lost} of {len(placed)} boxes lie outside the {width}x{height} picture"
             notes.append(Note("box_outside", message))
-        return kept, notes
+        numbers = tuple(number for number, boxes in enumerate(kept) if boxes)
+        inside = Boxes(tuple(box for boxes in kept for box in boxes), frame.size)
+        return _Placed(inside, numbers, record[field] or [], frame, where), notes
+
+    def _masks(self, record: Mapping[str, Any], where: str) -> Levels | None:
+        """The picture of a mask of objects; None if the record has none."""
+        name = record.get(self._config.objects)
+        return None if name is None else self._levels(self._config.objects, name, where)
+
+    def _levels(self, field: str, name: Any, where: str) -> Levels:
+        if not isinstance(name, str):
+            raise BadSample("bad_mask_field", f"{where}: {field} must be a path, not {str(name)[:40]!r}")
+        return Levels(path_in(self._folder, name, where, kind="mask"), where, self._config.max_pixels)
 
     def _map(
         self, record: Mapping[str, Any], field: str, image: FileImage | Difference, where: str
-    ) -> PixelMap | Instances | None:
+    ) -> PixelMap | None:
         """The label that a field names the picture of; None if the record has none."""
         config, name, size = self._config, record.get(field), image_size(image)
         if name is None:
             if field == config.classes and config.background is not None:
                 return PixelMap(_Everywhere(config.background, size), size, NO_CLASS)
             return None
-        if not isinstance(name, str):
-            raise BadSample("bad_mask_field", f"{where}: {field} must be a path, not {str(name)[:40]!r}")
-        levels = Levels(path_in(self._folder, name, where, kind="mask"), where, config.max_pixels)
+        levels = self._levels(field, name, where)
         if field == config.depth:
             return PixelMap(_Scaled(levels, config.depth_levels), size, NO_DEPTH)
-        if field == config.classes:
-            return PixelMap(_Classes(levels, config.void), size, NO_CLASS)
-        boxes, _ = self._boxes(record, image, where)
-        if len(boxes.boxes) < len(record[config.boxes]):
-            raise BadSample("bad_box", f"{where}: a box of an object lies outside the picture")
-        given = [box.get("instance", i) for i, box in enumerate(record[config.boxes], start=1)]
-        return Instances(boxes.boxes, _Objects(levels, tuple(given)), size)
+        return PixelMap(_Classes(levels, config.void), size, NO_CLASS)
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """The boxes of a record on its picture, and what the record says of each."""
+
+    boxes: Boxes  # those that lie in the picture
+    numbers: tuple[int, ...]  # which of all these are
+    given: Sequence[Mapping[str, Any]]  # all, as the record has them
+    frame: DeclaredFrame
+    where: str
+
+    def objects(self, levels: Levels) -> Instances:
+        """Objects whose masks are levels of a picture."""
+        numbers = [self.given[i].get("instance", i + 1) for i in self.numbers]
+        return Instances(self.boxes.boxes, _Objects(levels, tuple(numbers)), self.boxes.size)
+
+    def outlined(self, key: str, field: str) -> Instances:
+        """Objects whose masks are outlines.
+
+        Args:
+          key: of a box, with its outline.
+          field: of the boxes, for messages.
+
+        Raises:
+          BadSample: a box has no outline, or one that cannot be read.
+        """
+        found = []
+        for number in self.numbers:
+            box, where = self.given[number], f"{self.where}: {field}[{number}]"
+            if box.get(key) is None:
+                raise BadSample("missing_field", f"{where} has no {key!r}; {meant(box, [key])}")
+            found.append(outline(box[key], self.frame, f"{where}.{key}"))
+        return Instances(self.boxes.boxes, _Outlined(tuple(found)), self.boxes.size)
 
 
 @dataclass(frozen=True)
@@ -240,6 +291,14 @@ class _Objects:
 
 
 @dataclass(frozen=True)
+class _Outlined:
+    outlines: tuple[Outline, ...]
+
+    def __call__(self) -> np.ndarray:
+        return np.stack([made() for made in self.outlines]) if self.outlines else np.zeros((0, 1, 1), bool)
+
+
+@dataclass(frozen=True)
 class _Everywhere:
     value: int
     size: tuple[int, int]
@@ -274,4 +333,16 @@ class Difference:
         if first.size != second.size:
             message = f"{self.first.where}: pictures of {first.size} and {second.size} have no difference"
             raise BadSample("wrong_size", message)
+        return PilImage.merge("RGB", (first, second, ImageChops.difference(first, second)))
+
+    def changed(
+        self, picture: PilImage.Image, change: Callable[[PilImage.Image], PilImage.Image]
+    ) -> PilImage.Image:
+        """See ``LayeredImage``: both pictures change alike, and how far they differ is seen after that."""
+        (width, height), (first, second, _) = picture.size, picture.split()
+        both = PilImage.new("L", (width, 2 * height))  # as one: contrast is that to a common mean
+        both.paste(first, (0, 0))
+        both.paste(second, (0, height))
+        both = change(both)
+        first, second = (both.crop((0, top, width, top + height)) for top in (0, height))
         return PilImage.merge("RGB", (first, second, ImageChops.difference(first, second)))

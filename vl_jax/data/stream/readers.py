@@ -19,6 +19,7 @@ from vl_jax.data.encode import Encoder, make_encoder, make_row_encoder
 from vl_jax.data.example import Example
 from vl_jax.data.files.memory_cache import read
 from vl_jax.data.images.augment import augment
+from vl_jax.data.images.mosaic import can_join, mosaic
 from vl_jax.data.sample import BadSample, Sample, Source, each
 from vl_jax.data.stream.mixture import stream_key
 from vl_jax.data.stream.plan import Item
@@ -28,7 +29,8 @@ from vl_jax.data.text.chat import Targets
 from vl_jax.data.text.turns import vary
 
 Task = TypeVar("Task")
-_AUGMENTATION = 1  # what the random numbers are for, behind those of the draw
+_AUGMENTATION, _MOSAIC = 1, 2  # what random numbers are for, behind those of the draw
+_NO_MOSAIC = "not in a mosaic: it has words, other media, not one picture, or no labels that lie in it"
 _log = logging.getLogger(__name__)
 _MOST_ROOM = 64 << 20  # bytes of shared memory for a worker, unless a single row needs more
 
@@ -75,7 +77,30 @@ class SampleReader:
             sampling=config.conversation.turn_sampling,
             image_dropout_rate=config.image_dropout_rate,
         )
-        return _augmented(sample, self.encoder, config, (self.seed, place.index, _AUGMENTATION))
+        sample = self._joined(sample, place)
+        drawn = _augmented(sample, self.encoder, config, (self.seed, place.index, _AUGMENTATION))
+        _tell(drawn, place.source, self.told)
+        return drawn
+
+    def _joined(self, sample: Sample, place: Place) -> Sample:
+        """The sample, or at the rate of the config a mosaic of it and others."""
+        config, source = self.config.augmentation, self.sources[place.source]
+        if config is None or not config.mosaic:
+            return sample
+        rng = np.random.default_rng((self.seed, place.index, _MOSAIC))
+        if rng.random() >= config.mosaic:
+            return sample
+        if not can_join(sample):
+            if (place.source, _NO_MOSAIC) not in self.told:
+                self.told.add((place.source, _NO_MOSAIC))
+                _log.warning("source %s, sample %s: %s", place.source, sample.id, _NO_MOSAIC)
+            return sample
+
+        def pick(record: int) -> Sample:
+            return read(source, record, self.encoder.cache, name=place.source)
+
+        least, cache = config.min_visible, self.encoder.cache
+        return mosaic(sample, pick, len(source), rng, min_visible=least, cache=cache)
 
 
 @dataclass(frozen=True)

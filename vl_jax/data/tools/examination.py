@@ -18,13 +18,14 @@ from vl_jax.data.config import DataConfig, ModelSpec, PackingConfig, find_source
 from vl_jax.data.encode import Encoder, make_encoder
 from vl_jax.data.images.audio import SoundImage
 from vl_jax.data.images.resolution import MOST, coarse, describe
-from vl_jax.data.sample import BadSample, Box, Sample, pixels_digest
+from vl_jax.data.sample import IMAGE_PLACEHOLDER, TEXT, BadSample, Box, Sample, Turn, pixels_digest
 from vl_jax.data.stream import packed
 from vl_jax.data.stream import padding as padding_lib
 from vl_jax.data.stream.lengths import Measure, read
 from vl_jax.data.stream.padding import WasteReport
 from vl_jax.data.text.chat import Targets
 from vl_jax.data.text.normalize import normalize
+from vl_jax.data.tools.objects import PlacedLabels
 
 # Examples that are kept of every finding, and the questions that are named as guessable.
 _EXAMPLES, _QUESTIONS = 3, 8
@@ -123,6 +124,7 @@ def examine(
     notes, pictures, ids = _Notes(), dict[bytes, str](), set[str]()
     answers: dict[str, Counter[str]] = defaultdict(Counter)
     tokens, tiles, turns = [], [], []
+    placed = PlacedLabels(config, encoder)
     for record in progress(records):
         sample = read(source, record)
         try:
@@ -133,6 +135,7 @@ def examine(
             sizes = [picture.size for image, picture in both if not isinstance(image, SoundImage)]
             sample = replace(sample, images=tuple(lambda p=p: p for p in images))  # decoded once is enough
             _use(encoder, sample, config, targets)
+            odd = list(placed.look(sample, record))
         except BadSample as error:
             notes.add(f"cannot be used: {error.reason.replace('_', ' ')}", str(error))
             continue
@@ -145,10 +148,14 @@ def examine(
         for size in coarse(sizes, config.tiling, num_images=len(images)):
             notes.add(COARSE_PICTURE, f"{sample.id}: {describe(size, config.tiling)}")
         _look(sample, images, notes, pictures, ids)
+        for what, count, example in odd:
+            notes.add_all(what, count, [example])
         for note in sample.notes:
             notes.add(f"left out: {note.reason.replace('_', ' ')}", str(note))
-        for turn in sample.turns:
+        for turn in filter(_is_said, sample.turns):
             answers[normalize(turn.question.replace("<image>", ""))][normalize(turn.answer)] += 1
+    for what, count, example in placed.classes():
+        notes.add_all(what, count, [example])
     for stray in getattr(source, "strays", ()):
         notes.add_all(f"left out: {stray.reason.replace('_', ' ')}", stray.count, stray.examples)
     repeated = {q: found for q, found in answers.items() if found.total() >= _OFTEN}
@@ -191,12 +198,17 @@ def _look(
         digest = pixels_digest(image)
         if pictures.setdefault(digest, sample.id) != sample.id:
             notes.add(REPEATED_PICTURE, f"{sample.id} and {pictures[digest]}")
-    for turn in sample.turns:
+    for turn in filter(_is_said, sample.turns):
         if not turn.answer.strip():
             notes.add("empty answer", f"{sample.id}: {turn.question!r}")
         for box in turn.boxes:
             if len(images) == 1 and (wrong := _wrong(box, images[0].size)):
                 notes.add(wrong, f"{sample.id}: {box.label!r} {box.corners} on {images[0].size}")
+
+
+def _is_said(turn: Turn) -> bool:
+    """Whether anything is; a picture with labels alone has a turn without words."""
+    return turn.kind != TEXT or bool(turn.answer or turn.question.replace(IMAGE_PLACEHOLDER, "").strip())
 
 
 def _wrong(box: Box, size: tuple[int, int]) -> str:

@@ -5,21 +5,24 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 from PIL import Image as PilImage
 
 from vl_jax.data.config import DataConfig, ModelSpec, find_source, opened
-from vl_jax.data.encode import make_encoder
+from vl_jax.data.encode import Encoder, make_encoder
 from vl_jax.data.example import Example
 from vl_jax.data.images.augment import augment
-from vl_jax.data.sample import BadSample, Sample
+from vl_jax.data.images.mosaic import can_join, mosaic
+from vl_jax.data.sample import BadSample, Sample, Source
 from vl_jax.data.text import grounding
 from vl_jax.data.text.chat import Targets
 from vl_jax.data.text.tokenizer import Tokenizer
+from vl_jax.data.tools.overlay import Overlay, overlays
 
 _AUGMENTED = 2  # draws shown beside a picture
 
@@ -43,6 +46,7 @@ class Preview:
     tiles: tuple[PilImage.Image, ...]
     boxed: tuple[PilImage.Image, ...]  # the picture with the boxes of all turns, if it has any
     augmented: tuple[PilImage.Image, ...]  # draws of it as training sees it, with its boxes
+    labelled: tuple[Overlay, ...]  # the picture with each label that lies in it
     num_tokens: int
     num_targets: int
     error: str = ""
@@ -60,15 +64,18 @@ def render_samples(
     """Encodes a few samples of a source just as training does, before turns are chosen at random."""
     encoder = make_encoder(config, spec)
     source = opened(config, find_source(config, source_name))
+    fields: list[Any] = list(spec.labels)
+    classes = {f.field: f.classes for f in fields if hasattr(f, "field") and hasattr(f, "classes")}
     previews = []
     for index in range(first, min(first + count, len(source))):
         try:
             sample = source[index]
             example = encoder.example(sample, turns=config.conversation.turns, targets=targets)
             boxed = _boxed(sample)
-            augmented = _augmented(sample, config, encoder.text_length)
+            augmented = _augmented(sample, config, encoder, source, classes)
+            labelled = tuple(overlays(sample, classes))
         except BadSample as error:
-            previews.append(Preview(f"{source_name}/{index}", (), (), (), (), 0, 0, error=str(error)))
+            previews.append(Preview(f"{source_name}/{index}", (), (), (), (), (), 0, 0, error=str(error)))
             continue
         previews.append(
             Preview(
@@ -77,6 +84,7 @@ def render_samples(
                 tiles=tuple(PilImage.fromarray(t) for t in example.tiles),
                 boxed=boxed,
                 augmented=augmented,
+                labelled=labelled,
                 num_tokens=len(example.tokens),
                 num_targets=int((example.loss_weights > 0).sum()),
             )
@@ -92,15 +100,24 @@ def _boxed(sample: Sample) -> tuple[PilImage.Image, ...]:
 
 
 def _augmented(
-    sample: Sample, config: DataConfig, length: Callable[[str], int]
+    sample: Sample,
+    config: DataConfig,
+    encoder: Encoder,
+    source: Source,
+    classes: Mapping[str, Sequence[str]],
 ) -> tuple[PilImage.Image, ...]:
-    if config.augmentation is None or not sample.images:
+    """A few draws, each with the boxes in its text, or else with its first label that lies in the picture."""
+    changes, shown = config.augmentation, []
+    if changes is None or not sample.images:
         return ()
-    draws = [
-        augment(sample, config.augmentation, np.random.default_rng((config.seed, number)), length=length)
-        for number in range(_AUGMENTED)
-    ]
-    return tuple(picture for draw in draws for picture in _boxed(draw) or (draw.images[0](),))
+    for number in range(_AUGMENTED):
+        rng, draw = np.random.default_rng((config.seed, number)), sample
+        if changes.mosaic and rng.random() < changes.mosaic and can_join(sample):
+            draw = mosaic(sample, source.__getitem__, len(source), rng, min_visible=changes.min_visible)
+        draw = augment(draw, changes, rng, length=encoder.text_length)
+        labelled = [overlay.picture for overlay in overlays(draw, classes)][:1]
+        shown += _boxed(draw) or labelled or (draw.images[0](),)
+    return tuple(shown)
 
 
 def to_text(previews: Sequence[Preview]) -> str:
@@ -121,6 +138,7 @@ def to_html(previews: Sequence[Preview]) -> str:
     for preview in previews:
         pictures = "".join(f'<img alt="tile {i}" src="{_data_uri(t)}">' for i, t in enumerate(preview.tiles))
         pictures += "".join(f'<img class="picture" alt="boxes" src="{_data_uri(p)}">' for p in preview.boxed)
+        pictures += "".join(_figure(overlay) for overlay in preview.labelled)
         pictures += "".join(
             f'<img class="picture" alt="augmented" src="{_data_uri(p)}">' for p in preview.augmented
         )
@@ -133,6 +151,12 @@ def to_html(previews: Sequence[Preview]) -> str:
             f'<div class="card preview"><h3>{title}</h3><div>{pictures}</div><pre>{branches}</pre></div>'
         )
     return "".join(articles)
+
+
+def _figure(overlay: Overlay) -> str:
+    caption = html.escape(overlay.caption)
+    picture = f'<img class="picture" alt="label" src="{_data_uri(overlay.picture)}">'
+    return f"<figure>{picture}<figcaption>{caption}</figcaption></figure>"
 
 
 def _spans(example: Example, tokenizer: Tokenizer) -> tuple[Span, ...]:

@@ -1,14 +1,16 @@
 """Found boxes: what a detection head says of every picture, against its true boxes.
 
-Boxes are compared in pixels of the tile that the model sees. Overlaps are the same in pixels of the picture,
-as both boxes are moved and stretched alike; the scores of small, medium and large boxes go by sizes in the
-tile.
+Boxes are compared in pixels of the picture, as its file has them: what is found on the tile is moved back and
+clipped to the picture. So scores are those of other tools, whatever the size and the fit of the tile: objects
+that a tile cut from the middle does not show count as missed, and small, medium and large go by sizes in the
+picture.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Generator
 from typing import Any
 
@@ -16,15 +18,18 @@ import flax.linen as nn
 import jax
 import numpy as np
 from jaxtyping import Float
-from PIL import Image as PilImage
 
 from vl_jax.batch import Batch
+from vl_jax.data.images.spatial import Cut, in_picture, whole
+from vl_jax.data.images.tiling import shown
+from vl_jax.data.sample import BadSample
 from vl_jax.evaluate.metrics.pixels.boxes import box_iou
 from vl_jax.evaluate.metrics.pixels.detection import DetectionScores
 from vl_jax.evaluate.task import Examinee, Findings, Record
 from vl_jax.heads.suppression import Detections
 from vl_jax.moe.stacks import RoutingState
 
+_log = logging.getLogger(__name__)
 _WIDE = "map_33"  # where a third is enough, as the authors of DeepPCB measure it
 _SHARES = ("map_50", "map", "map_75", _WIDE)
 DIFFERENCE = "difference"  # the baseline below, before its scores
@@ -65,16 +70,23 @@ class FoundBoxes:
             for row, record in enumerate(records):
                 if not label.present[row]:
                     continue
-                objects = label.values[row][label.values[row][:, 0] >= 0].astype(np.float64)
-                said = _row(found, row)
+                size = record["image"].size
+                cut = shown(size, examinee.data.tiling)
+                try:
+                    objects = _truth(head, record)
+                except BadSample as error:  # beyond the edge of the tile, or it would not be here
+                    _log.warning("skipped a sample: %s", error)
+                    continue
+                said = _moved(_row(found, row), cut, size)
                 _update(scores, objects[:, 1:], objects[:, 0], said, said.classes)
                 if self.difference:
                     nothing = np.zeros(len(objects))
                     _update(located, objects[:, 1:], nothing, said, np.zeros(len(said.scores)))
                     patches = patches_of(batch.tiles[row, 0, ..., -1], self.difference, self.margin)
+                    patches = _moved(patches, cut, size)
                     _update(baseline, objects[:, 1:], nothing, patches, patches.classes)
                 count += 1
-                yield self._record(record, head, objects, said, batch.tiles[row, 0])
+                yield self._record(record, head, objects, said)
         by_class = {head.classes[k]: values for k, values in scores.by_class().items()}
         values = _scores(scores)
         if self.difference:
@@ -83,7 +95,7 @@ class FoundBoxes:
         shares = tuple(name for name in values if not name.startswith("recall"))
         return Findings(values | {"count": count}, groups={"class": by_class}, shares=shares)
 
-    def _record(self, record: Record, head: Any, objects: Any, said: Detections, tile: Any) -> Record:
+    def _record(self, record: Record, head: Any, objects: Any, said: Detections) -> Record:
         """What a picture shows, and what is said of it from ``shown_score`` on."""
         truth = [head.classes[int(k)] for k in objects[:, 0]]
         listed = [
@@ -99,7 +111,7 @@ class FoundBoxes:
             "answer": _counted(truth),
             "prediction": _counted([entry["label"] for entry in shown]),
             "found": int(((overlaps >= 0.5) & alike).any(axis=1).sum()),
-            "image": head.draw(PilImage.fromarray(tile), listed),
+            "image": head.draw(record["image"], listed),
         }
 
 
@@ -144,6 +156,20 @@ def _row(found: Detections, row: int) -> Detections:
     there = np.asarray(found.scores[row]) > 0
     boxes, scores, classes = (np.asarray(x)[row][there] for x in (found.boxes, found.scores, found.classes))
     return Detections(boxes.astype(np.float64), scores, classes)
+
+
+def _truth(head: Any, record: Record) -> Float[np.ndarray, "n 5"]:
+    """Classes and corners of the objects of a sample, in pixels of its picture.
+
+    Raises:
+      BadSample: one is of no class that the head knows.
+    """
+    return head.objects(whole(record["labels"][head.field]), f"sample {record['id']}: {head.field}")
+
+
+def _moved(found: Detections, cut: Cut, size: tuple[int, int]) -> Detections:
+    """What was found on the tile, in pixels of the picture."""
+    return Detections(in_picture(cut, found.boxes, size), found.scores, found.classes)
 
 
 def _update(scores: DetectionScores, true: Any, labels: Any, said: Detections, said_labels: Any) -> None:
