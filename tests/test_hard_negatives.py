@@ -125,6 +125,7 @@ def test_three_yes_and_six_no_worked_by_hand():
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.slow
 def test_without_hardness_the_loss_is_the_plain_one_to_the_bit(form: str):
     args = arguments(SEVERAL, TEXTS)
 
@@ -183,6 +184,7 @@ def test_logits_of_any_size_have_a_loss(form: str):
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
 
 
+@pytest.mark.slow
 def test_only_pairs_make_no_loss_of_negatives():
     args = arguments([4, 4, -1], [4, 4, -1])
     np.testing.assert_allclose(value("softmax", 2, 3.0)(*args), value("softmax", 2, 0.0)(*args), rtol=1e-6)

@@ -4,8 +4,8 @@
 
 What belongs together is told by ids and not by position: two captions of one image in a batch are positives
 of each other's image. A row whose id is negative is padding, and takes part in nothing. A row with an id that
-no row of the other side has, such as ``FOREIGN`` of ``heads.pairs``, is a negative of all others; the softmax asks nothing of it.
-So wrong texts are further columns.
+no row of the other side has (such as ``heads.pairs.FOREIGN``) is a negative of all others; the softmax asks
+nothing of it. So wrong texts are further columns.
 
 Neither all logits nor all texts are ever on one device (see ``pair_ring``). Forward, a row keeps running sums
 only (see ``pair_forms``). The gradient is written down: it computes the logits again, so it keeps no more.
@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 from vl_jax.params import Leaf
 from vl_jax.sharding import batch_axes, current_mesh, current_rules
 from vl_jax.train.objectives.hard_negatives import HardSigmoid, HardSoftmax
-from vl_jax.train.objectives.pair_forms import Form, Seen, Sigmoid, Softmax, nothing_seen, see
+from vl_jax.train.objectives.pair_forms import Form, Met, Sigmoid, Softmax, nothing_seen, see
 from vl_jax.train.objectives.pair_ring import add_up, batch_rows, go_round, spread
 
 
@@ -61,8 +61,8 @@ def softmax_sums(
       hardness: how much more the harder negatives of a row count, see ``hard_negatives``; 0: all the same.
 
     Raises:
-      ValueError: ``chunk`` is not positive, ``hardness`` is negative, or rows do not divide by the mesh axes of
-        the batch.
+      ValueError: ``chunk`` is not positive, ``hardness`` is negative, or rows do not divide by the mesh axes
+        of the batch.
     """
     form = HardSoftmax(hardness) if hardness else Softmax()
     return _checked(form, chunk, images, texts, scale, jnp.zeros(()), image_ids, text_ids)
@@ -126,7 +126,7 @@ _sums = jax.custom_vjp(_sums_of, nondiff_argnums=(0, 1))
 # Forward: what rows have seen.
 
 
-def _right(seen: Seen) -> jax.Array:
+def _right(seen: Met) -> jax.Array:
     return jnp.sum(seen.best_positive > seen.best_negative, dtype=jnp.float32)
 
 
@@ -146,7 +146,7 @@ def _compare(
 
 def _forward(form: Form, chunk: int, *arguments: jax.Array) -> tuple[PairSums, tuple]:
     def local(images, texts, scale, bias, image_ids, text_ids):
-        def meet(rows: Seen, visitors: tuple, columns: Seen) -> tuple[Seen, Seen]:
+        def meet(rows: Met, visitors: tuple, columns: Met) -> tuple[Met, Met]:
             some, ids = visitors
             z, valid, positive = _compare(images, some, scale, bias, image_ids, ids)
             columns = see(form, columns, z.T, valid.T, positive.T)

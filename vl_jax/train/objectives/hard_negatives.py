@@ -3,9 +3,9 @@
     negative j of a row counts   K exp(h z_j) / sum_k exp(h z_k)   times     K negatives, h their hardness
 
 The weights of a row are 1 on average. With h = 0 all are 1, and the loss is the plain one; the larger h, the
-more the negatives count that a row takes for its own (Robinson et al. 2021, arXiv 2010.04592, section 3; for pictures
-and texts Radenovic et al. 2023, arXiv 2301.02280, "HN-NCE"). The weights follow from the logits, and the
-gradient goes through them. Positives are neither weighted nor counted.
+more the negatives count that a row takes for its own (Robinson et al. 2021, arXiv 2010.04592, section 3; for
+pictures and texts Radenovic et al. 2023, arXiv 2301.02280, "HN-NCE"). The weights follow from the logits, and
+the gradient goes through them. Positives are neither weighted nor counted.
 
 Sums of exponentials are kept relative to the highest negative logit, or positive one, that a row has met.
 """
@@ -17,7 +17,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from vl_jax.train.objectives.pair_forms import Seen
+from vl_jax.train.objectives.pair_forms import Met
 
 
 def check(hardness: float) -> None:
@@ -26,12 +26,12 @@ def check(hardness: float) -> None:
         raise ValueError(f"hardness={hardness}: must be >= 0")
 
 
-def _shrink(factor: float, seen: Seen, after: Seen) -> jax.Array:
+def _shrink(factor: float, seen: Met, after: Met) -> jax.Array:
     """What sums of ``exp(factor * logit)`` over negatives are multiplied by when a harder one was met."""
     return jnp.exp(factor * (seen.best_negative - after.best_negative))
 
 
-def _kept(seen: Seen, z: jax.Array, negative: jax.Array, factor: float) -> jax.Array:
+def _kept(seen: Met, z: jax.Array, negative: jax.Array, factor: float) -> jax.Array:
     """``exp(factor * logit)`` of negatives relative to the hardest, 0 of all else."""
     return jnp.where(negative, jnp.exp(factor * (z - seen.best_negative[:, None])), 0.0)
 
@@ -52,7 +52,7 @@ class HardSoftmax:
         check(self.hardness)
 
     def sums(
-        self, seen: Seen, after: Seen, z: jax.Array, valid: jax.Array, positive: jax.Array
+        self, seen: Met, after: Met, z: jax.Array, valid: jax.Array, positive: jax.Array
     ) -> dict[str, jax.Array]:
         negative, before, h = valid & ~positive, seen.sums, self.hardness
         own = jnp.where(positive, jnp.exp(z - after.best_positive[:, None]), 0.0)
@@ -64,7 +64,7 @@ class HardSoftmax:
             found[name] = before[name] * _shrink(factor, seen, after) + new
         return found
 
-    def _logarithms(self, seen: Seen) -> tuple[jax.Array, jax.Array]:
+    def _logarithms(self, seen: Met) -> tuple[jax.Array, jax.Array]:
         """Logarithms of the positives' sum, and of that of the negatives with their weights."""
         of = seen.sums
         own = seen.best_positive + jnp.log(_or_one(of["own"]))
@@ -72,21 +72,21 @@ class HardSoftmax:
         others += jnp.log(_or_one(of["hard"])) - jnp.log(_or_one(of["weights"]))
         return own, jnp.where(of["negatives"] > 0, others, -jnp.inf)
 
-    def loss(self, images: Seen, texts: Seen) -> jax.Array:
+    def loss(self, images: Met, texts: Met) -> jax.Array:
         return (self._of(images) + self._of(texts)) / 2
 
-    def _of(self, seen: Seen) -> jax.Array:
+    def _of(self, seen: Met) -> jax.Array:
         asked = seen.positives > 0
         mean = seen.positive_logits / jnp.where(asked, seen.positives, 1.0)
         return jnp.sum(jnp.where(asked, jnp.logaddexp(*self._logarithms(seen)) - mean, 0.0))
 
     def slope(
-        self, z: jax.Array, valid: jax.Array, positive: jax.Array, images: Seen, texts: Seen
+        self, z: jax.Array, valid: jax.Array, positive: jax.Array, images: Met, texts: Met
     ) -> jax.Array:
         by_image = self._slope(z, valid, positive, images)
         return (by_image + self._slope(z.T, valid.T, positive.T, texts).T) / 2
 
-    def _slope(self, z: jax.Array, valid: jax.Array, positive: jax.Array, seen: Seen) -> jax.Array:
+    def _slope(self, z: jax.Array, valid: jax.Array, positive: jax.Array, seen: Met) -> jax.Array:
         asked, of, h = seen.positives > 0, seen.sums, self.hardness
         own, others = self._logarithms(seen)
         share, rest = jax.nn.sigmoid(own - others), jax.nn.sigmoid(others - own)  # of their sum
@@ -111,7 +111,7 @@ class HardSigmoid:
         check(self.hardness)
 
     def sums(
-        self, seen: Seen, after: Seen, z: jax.Array, valid: jax.Array, positive: jax.Array
+        self, seen: Met, after: Met, z: jax.Array, valid: jax.Array, positive: jax.Array
     ) -> dict[str, jax.Array]:
         negative, before = valid & ~positive, seen.sums
         weights, shrink = _kept(after, z, negative, self.hardness), _shrink(self.hardness, seen, after)
@@ -124,23 +124,23 @@ class HardSigmoid:
             "weights": before["weights"] * shrink + jnp.sum(weights, axis=1),
         }
 
-    def loss(self, images: Seen, texts: Seen) -> jax.Array:
+    def loss(self, images: Met, texts: Met) -> jax.Array:
         return (self._of(images) + self._of(texts)) / 2
 
-    def _of(self, seen: Seen) -> jax.Array:
+    def _of(self, seen: Met) -> jax.Array:
         return jnp.sum(seen.sums["own"] + seen.sums["negatives"] * self._mean(seen))
 
-    def _mean(self, seen: Seen) -> jax.Array:
+    def _mean(self, seen: Met) -> jax.Array:
         """The weighted mean loss of a row's negatives."""
         return seen.sums["hard"] / _or_one(seen.sums["weights"])
 
     def slope(
-        self, z: jax.Array, valid: jax.Array, positive: jax.Array, images: Seen, texts: Seen
+        self, z: jax.Array, valid: jax.Array, positive: jax.Array, images: Met, texts: Met
     ) -> jax.Array:
         by_image = self._slope(z, valid, positive, images)
         return (by_image + self._slope(z.T, valid.T, positive.T, texts).T) / 2
 
-    def _slope(self, z: jax.Array, valid: jax.Array, positive: jax.Array, seen: Seen) -> jax.Array:
+    def _slope(self, z: jax.Array, valid: jax.Array, positive: jax.Array, seen: Met) -> jax.Array:
         weights = _kept(seen, z, valid & ~positive, self.hardness)
         weights *= (seen.sums["negatives"] / _or_one(seen.sums["weights"]))[:, None]
         above = jax.nn.softplus(z) - self._mean(seen)[:, None]

@@ -20,7 +20,7 @@ LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
 @struct.dataclass
-class Seen:
+class Met:
     """Running sums of rows over the columns they met, f32[R] each."""
 
     positives: Leaf  # their number
@@ -41,33 +41,33 @@ class Form(Protocol):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of ``Seen.sums``."""
+        """Of ``Met.sums``."""
         ...
 
     def sums(
-        self, seen: Seen, after: Seen, z: jax.Array, valid: jax.Array, positive: jax.Array
+        self, seen: Met, after: Met, z: jax.Array, valid: jax.Array, positive: jax.Array
     ) -> dict[str, jax.Array]:
         """The form's own sums once some more columns were met; see ``see``."""
         ...
 
-    def loss(self, images: Seen, texts: Seen) -> jax.Array:
+    def loss(self, images: Met, texts: Met) -> jax.Array:
         """Summed over rows."""
         ...
 
     def slope(
-        self, z: jax.Array, valid: jax.Array, positive: jax.Array, images: Seen, texts: Seen
+        self, z: jax.Array, valid: jax.Array, positive: jax.Array, images: Met, texts: Met
     ) -> jax.Array:
         """The gradient of the loss by the logits [R n]; whatever it likes where they are not valid."""
         ...
 
 
-def nothing_seen(form: Form, rows: int) -> Seen:
+def nothing_seen(form: Form, rows: int) -> Met:
     """Rows before the first column."""
     zero, lowest = jnp.zeros(rows), jnp.full(rows, LOWEST)
-    return Seen(zero, zero, lowest, lowest, dict.fromkeys(form.names, zero))
+    return Met(zero, zero, lowest, lowest, dict.fromkeys(form.names, zero))
 
 
-def see(form: Form, seen: Seen, z: jax.Array, valid: jax.Array, positive: jax.Array) -> Seen:
+def see(form: Form, seen: Met, z: jax.Array, valid: jax.Array, positive: jax.Array) -> Met:
     """Rows meet some more columns: ``z`` [R n], which of them count, and which are positives."""
     negative = valid & ~positive
     after = dataclasses.replace(
@@ -87,27 +87,27 @@ class Softmax:
     names: tuple[str, ...] = ("total",)
 
     def sums(
-        self, seen: Seen, after: Seen, z: jax.Array, valid: jax.Array, positive: jax.Array
+        self, seen: Met, after: Met, z: jax.Array, valid: jax.Array, positive: jax.Array
     ) -> dict[str, jax.Array]:
         kept = seen.sums["total"] * jnp.exp(seen.highest - after.highest)
         terms = jnp.where(valid, jnp.exp(z - after.highest[:, None]), 0.0)
         return {"total": kept + jnp.sum(terms, axis=1)}
 
-    def loss(self, images: Seen, texts: Seen) -> jax.Array:
+    def loss(self, images: Met, texts: Met) -> jax.Array:
         return (self._of(images) + self._of(texts)) / 2
 
-    def _of(self, seen: Seen) -> jax.Array:
+    def _of(self, seen: Met) -> jax.Array:
         asked = seen.positives > 0
         mean = seen.positive_logits / jnp.where(asked, seen.positives, 1.0)
         loss = jnp.log(jnp.where(asked, seen.sums["total"], 1.0)) + (seen.highest - mean)
         return jnp.sum(jnp.where(asked, loss, 0.0))
 
     def slope(
-        self, z: jax.Array, valid: jax.Array, positive: jax.Array, images: Seen, texts: Seen
+        self, z: jax.Array, valid: jax.Array, positive: jax.Array, images: Met, texts: Met
     ) -> jax.Array:
         return (self._slope(z, positive, images) + self._slope(z.T, positive.T, texts).T) / 2
 
-    def _slope(self, z: jax.Array, positive: jax.Array, seen: Seen) -> jax.Array:
+    def _slope(self, z: jax.Array, positive: jax.Array, seen: Met) -> jax.Array:
         """Softmax minus target, for rows that have one."""
         asked = seen.positives > 0
         # The logits before the logarithm: their difference is exact near the highest, where the softmax is
@@ -120,20 +120,20 @@ class Softmax:
 
 @dataclasses.dataclass(frozen=True)
 class Sigmoid:
-    """Every pair is a yes or no; ``total`` is of their losses, and that of the images is that of the texts."""
+    """Every pair is a yes or no; ``total`` is of their losses, the same for images and for texts."""
 
     names: tuple[str, ...] = ("total",)
 
     def sums(
-        self, seen: Seen, after: Seen, z: jax.Array, valid: jax.Array, positive: jax.Array
+        self, seen: Met, after: Met, z: jax.Array, valid: jax.Array, positive: jax.Array
     ) -> dict[str, jax.Array]:
         terms = jax.nn.softplus(jnp.where(positive, -z, z))
         return {"total": seen.sums["total"] + jnp.sum(jnp.where(valid, terms, 0.0), axis=1)}
 
-    def loss(self, images: Seen, texts: Seen) -> jax.Array:
+    def loss(self, images: Met, texts: Met) -> jax.Array:
         return jnp.sum(images.sums["total"])
 
     def slope(
-        self, z: jax.Array, valid: jax.Array, positive: jax.Array, images: Seen, texts: Seen
+        self, z: jax.Array, valid: jax.Array, positive: jax.Array, images: Met, texts: Met
     ) -> jax.Array:
         return jnp.where(positive, -jax.nn.sigmoid(-z), jax.nn.sigmoid(z))
