@@ -12,6 +12,7 @@ from vl_jax.data.images.augment import AugmentationConfig
 from vl_jax.data.images.tiling import TilingConfig
 from vl_jax.data.sample import Sample, Source
 from vl_jax.data.sources.build import SourceConfig, open_source
+from vl_jax.data.sources.negatives import NegativesConfig, WithNegatives
 from vl_jax.data.text.chat import Targets, Turns
 from vl_jax.data.text.turns import TurnSampling
 
@@ -153,6 +154,7 @@ class DataConfig:
     decoding: Decoding = "whole"
     augmentation: AugmentationConfig | None = None  # of pictures, in training; None: they stay as they are
     packing: PackingConfig | None = None  # rows of several samples in training; None: one sample a row
+    negatives: NegativesConfig | None = None  # wrong texts beside each text, where a text is read alone
     seed: int = 0
     loading: LoadingConfig = field(default_factory=LoadingConfig)
 
@@ -176,6 +178,8 @@ class DataConfig:
         row = self.packing
         if row is None:
             return
+        if self.negatives is not None:
+            raise ValueError("packing with negatives: wrong texts stand beside one text, set packing=None")
         talk = self.conversation
         if talk.turns == "dialogue" and (talk.max_turns is not None or talk.turn_sampling != "first"):
             raise ValueError(
@@ -295,7 +299,8 @@ def opened(config: DataConfig, source: SourceConfig) -> Source:
     Raises:
       ValueError: the source cannot be read at all; one line naming the file.
     """
-    return open_source(source, root=config.root, orientation=config.tiling.orientation)
+    found = open_source(source, root=config.root, orientation=config.tiling.orientation)
+    return found if config.negatives is None else WithNegatives(found, config.negatives)
 
 
 def find_source(config: DataConfig, name: str) -> SourceConfig:
