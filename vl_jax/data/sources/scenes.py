@@ -175,7 +175,10 @@ class SceneTextsConfig:
 
 
 class SceneTexts:
-    """Random access to texts about scenes; what is asked or said is what ``ScenesSource`` asks and says."""
+    """Random access to texts about scenes; what is asked or said is what ``ScenesSource`` asks and says.
+
+    The label ``image`` of a sentence is the id of its scene.
+    """
 
     def __init__(self, config: SceneTextsConfig):
         self._config = config
@@ -202,7 +205,7 @@ class SceneTexts:
         turn = dataclasses.replace(turn, question=f"{IMAGE_PLACEHOLDER}\n", answer=text, kind=TEXT)
         wrong = [say(other, language) for other in exchanged(image.scene)] if self._config.negatives else []
         negatives = tuple(dict.fromkeys(other for other in wrong if other != text))
-        return dataclasses.replace(sample, turns=(turn,), negatives=negatives)
+        return dataclasses.replace(sample, turns=(turn,), labels={"image": sample.id}, negatives=negatives)
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ class Retrieval:
 
     head: str = "pairs"
     ks: tuple[int, ...] = (1, 5, 10)
-    first: Literal["recall", "told_apart"] = "recall"  # what the headline is of; the latter of wrong texts
+    first: Literal["recall", "told_apart"] = "recall"  # of what the headline is
 
     def __post_init__(self):
         if not self.ks or min(self.ks) < 1:
