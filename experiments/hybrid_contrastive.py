@@ -12,7 +12,7 @@ one, and of the other texts of a batch the harder ones count more. ``miniature``
 import dataclasses
 
 from vl_jax import config
-from vl_jax.data.config import DataConfig
+from vl_jax.data.config import ConversationConfig, DataConfig
 from vl_jax.data.images.augment import AugmentationConfig
 from vl_jax.data.images.tiling import TilingConfig
 from vl_jax.data.sources.llava import LlavaConfig
@@ -36,6 +36,9 @@ from vl_jax.train.stages import Stage
 SIDE, TOKENS = 96, 48
 # Natural to synthetic is three to one.
 MIXTURE = {"photographs": 2.0, "drawings": 1.0, "scenes": 1.0}
+EXPERTS = MoEConfig(
+    scheme="loss_free", num_experts=8, top_k=2, expert_dim=128, gates=GateConfig(normalize=True)
+)
 # A grid of 6 x 6 tokens of 16 x 16 pixels.
 ENCODER = HybridConfig(
     trunk=ResNetConfig(
@@ -50,9 +53,7 @@ ENCODER = HybridConfig(
     mlp_dim=384,
     num_layers=3,
     num_heads=4,
-    moe=MoEConfig(
-        scheme="loss_free", num_experts=8, top_k=2, expert_dim=128, gates=GateConfig(normalize=True)
-    ),
+    moe=EXPERTS,
     sparse_layers=(2,),
 )
 TEXT = TextEncoderConfig(
@@ -78,7 +79,7 @@ def get_config(name: str = "full"):
 
 def full():
     """300 steps of 128 pairs; minutes on two cores."""
-    found = Experiment(
+    return Experiment(
         name="hybrid_contrastive",
         model=JointConfig(
             towers=(Tower("image", ENCODER), Tower("text", TEXT, "tokens")),
@@ -97,7 +98,7 @@ def full():
                 _scenes("held_out_scenes", seed=2, num_examples=256),
             ),
             max_tokens=TOKENS,
-            negatives=NegativesConfig(),
+            conversation=ConversationConfig(negatives=NegativesConfig()),
             augmentation=AugmentationConfig(brightness=0.2, contrast=0.2, crop=0.3),
             tiling=TilingConfig(tile_size=SIDE, views="global"),
         ),
@@ -115,14 +116,13 @@ def full():
         loop=LoopConfig(log_every=10, routing_every=50, checkpoint_every=500),
         evaluation=EvaluationConfig(task=Retrieval(), batch_size=64),
     )
-    return found
 
 
 def miniature():
     """The same with half the width and pictures of 32 pixels: to see that all of it runs."""
     found = full()
     trunk = dataclasses.replace(ENCODER.trunk, stem_dim=8, stage_dims=(8, 16, 32), image_size=32)
-    experts = dataclasses.replace(ENCODER.moe, num_experts=4, expert_dim=32)
+    experts = dataclasses.replace(EXPERTS, num_experts=4, expert_dim=32)
     image = dataclasses.replace(
         ENCODER,
         trunk=trunk,

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vl_jax.data.config import DataConfig
+from vl_jax.data.config import ConversationConfig, DataConfig
 from vl_jax.data.sources.negatives import NegativesConfig
 from vl_jax.data.sources.scenes import ScenesConfig, SceneTextsConfig
 from vl_jax.evaluate.blind import NGrams, training_texts
@@ -67,7 +67,7 @@ def test_nobody_tells_wrong_texts_of_scenes_apart_without_looking(relations: boo
     data = DataConfig(
         sources=(scenes("train", 1, relations=relations),),
         evaluation=(held_out,),
-        negatives=NegativesConfig(),
+        conversation=ConversationConfig(negatives=NegativesConfig()),
     )
     blind, metric = NGrams(training_texts(data, 600)), ToldApart()
     for index in range(600):

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vl_jax.data.config import DataConfig, ModelSpec, PackingConfig, opened
+from vl_jax.data.config import ConversationConfig, DataConfig, ModelSpec, PackingConfig, opened
 from vl_jax.data.encode import make_encoder
 from vl_jax.data.sample import TEXT, Sample, Turn
 from vl_jax.data.sources.negatives import NegativesConfig, WithNegatives
@@ -229,22 +229,26 @@ def test_a_text_without_a_wrong_one_is_counted():
 def test_the_config_decides():
     config = DataConfig(sources=(source(),))
     assert not isinstance(opened(config, config.sources[0]), WithNegatives)
-    config = dataclasses.replace(config, negatives=NegativesConfig(count=2))
+    config = dataclasses.replace(config, conversation=ConversationConfig(negatives=NegativesConfig(count=2)))
     found = opened(config, config.sources[0])
     assert len(found) == 60 and all(len(found[i].negatives) in (1, 2) for i in range(60))
     with pytest.raises(ValueError, match=r"negatives\.count=0: must be at least 1"):
         NegativesConfig(count=0)
-    with pytest.raises(ValueError, match="packing with negatives: .* set packing=None"):
+    with pytest.raises(ValueError, match="packing with conversation.negatives: .* set packing=None"):
         dataclasses.replace(config, packing=PackingConfig())
     spec = ModelSpec(tile_tokens_side=1, fusion="gated", vocab_size=1 << 20)
     with pytest.raises(
-        ValueError, match=r"data\.negatives=2 with a model that reads 'dialogue': must be None"
+        ValueError, match=r"data\.conversation\.negatives=2 with a model that reads 'dialogue': must be None"
     ):
         make_encoder(config, spec)
 
 
 def test_rows_bring_them_along():
-    config = DataConfig(sources=(source(),), negatives=NegativesConfig(count=2), max_tokens=40)
+    config = DataConfig(
+        sources=(source(),),
+        conversation=ConversationConfig(negatives=NegativesConfig(count=2)),
+        max_tokens=40,
+    )
     encoder = make_encoder(config, ModelSpec(1, "gated", 1 << 20, reads="text"))
     texts = opened(config, config.sources[0])
     examples = [encoder.example(dataclasses.replace(texts[i], images=())) for i in range(3)]

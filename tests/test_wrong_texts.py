@@ -204,7 +204,7 @@ def test_a_joint_model_reads_them_without_its_tower_of_pictures():
 def test_a_batch_without_wrong_texts_is_refused():
     batch = rows()
     objective = ContrastivePairs(negatives=True)
-    with pytest.raises(ValueError, match=r"negatives=True .* set data\.negatives"):
+    with pytest.raises(ValueError, match=r"negatives=True .* set data\.conversation\.negatives"):
         objective.total(batch.replace(media={"x": batch.media["x"]}))
     with pytest.raises(ValueError, match="hardness=-1: must be >= 0"):
         ContrastivePairs(hardness=-1)

@@ -11,6 +11,7 @@ ones are true of other scenes. ``ablations/negatives:4`` is four times as long.
 from vl_jax import config
 from vl_jax.ablation import miniature
 from vl_jax.ablation.plan import Ablation, Arm, Claim
+from vl_jax.data.config import ConversationConfig
 from vl_jax.data.sources.negatives import NegativesConfig
 from vl_jax.data.sources.scenes import SceneTextsConfig
 from vl_jax.encoders.text import TextEncoderConfig
@@ -91,7 +92,7 @@ def get_config(scale: str = "1"):
                 sources=(_sentences("train", 1),),
                 evaluation=(_sentences("heldout", 2, num_examples=256),),
                 max_tokens=32,
-                negatives=NegativesConfig(),
+                conversation=ConversationConfig(negatives=NegativesConfig()),
             ),
             stages=(miniature.stage("pairs", scale, steps=300, batch_size=64, objective=ContrastivePairs()),),
             evaluation=EvaluationConfig(task=Retrieval(first="told_apart"), batch_size=64),

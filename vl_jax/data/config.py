@@ -94,6 +94,7 @@ class ConversationConfig:
     turn_sampling: TurnSampling = "first"  # which ones, where there are more
     merge_turns: int = 1  # ``convert-data`` makes one sample of so many questions about the same pictures
     long_text: Literal["skip", "split"] = "skip"  # what ``convert-data`` does with texts that do not fit
+    negatives: NegativesConfig | None = None  # wrong texts beside each text, where a text is read alone
 
     def __post_init__(self):
         if self.merge_turns < 1:
@@ -154,7 +155,6 @@ class DataConfig:
     decoding: Decoding = "whole"
     augmentation: AugmentationConfig | None = None  # of pictures, in training; None: they stay as they are
     packing: PackingConfig | None = None  # rows of several samples in training; None: one sample a row
-    negatives: NegativesConfig | None = None  # wrong texts beside each text, where a text is read alone
     seed: int = 0
     loading: LoadingConfig = field(default_factory=LoadingConfig)
 
@@ -178,9 +178,11 @@ class DataConfig:
         row = self.packing
         if row is None:
             return
-        if self.negatives is not None:
-            raise ValueError("packing with negatives: wrong texts stand beside one text, set packing=None")
         talk = self.conversation
+        if talk.negatives is not None:
+            raise ValueError(
+                "packing with conversation.negatives: wrong texts stand beside one text, set packing=None"
+            )
         if talk.turns == "dialogue" and (talk.max_turns is not None or talk.turn_sampling != "first"):
             raise ValueError(
                 f"packing with conversation.turns='dialogue', max_turns={talk.max_turns}, turn_sampling="
@@ -300,7 +302,8 @@ def opened(config: DataConfig, source: SourceConfig) -> Source:
       ValueError: the source cannot be read at all; one line naming the file.
     """
     found = open_source(source, root=config.root, orientation=config.tiling.orientation)
-    return found if config.negatives is None else WithNegatives(found, config.negatives)
+    negatives = config.conversation.negatives
+    return found if negatives is None else WithNegatives(found, negatives)
 
 
 def find_source(config: DataConfig, name: str) -> SourceConfig:

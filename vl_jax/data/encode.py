@@ -61,8 +61,8 @@ class Encoder:
             )
         if self.negatives and self.spec.reads != "text":
             raise ValueError(
-                f"data.negatives={self.negatives} with a model that reads {self.spec.reads!r}: must be None, "
-                "for only a text that is read alone, as by joint models, can have wrong texts beside it"
+                f"data.conversation.negatives={self.negatives} with a model that reads {self.spec.reads!r}: "
+                "must be None, for only a text that is read alone, as by joint models, can have wrong ones"
             )
 
     @property
@@ -319,6 +319,7 @@ def make_encoder(config: DataConfig, spec: ModelSpec, *, targets: chat.Targets =
       ValueError: the tokenizer cannot be read, or has more entries than the model.
     """
     answers = config.max_answer_tokens if targets == "answers" else None
+    negatives = config.conversation.negatives
     return Encoder(
         tokenizer=load_tokenizer(config.tokenizer, reads=spec.reads),
         tiling=config.tiling,
@@ -327,7 +328,7 @@ def make_encoder(config: DataConfig, spec: ModelSpec, *, targets: chat.Targets =
         max_tiles=config.max_tiles,
         max_targets=min(answers or config.max_tokens, config.max_tokens),
         decoding=config.decoding,
-        negatives=config.negatives.count if config.negatives else 0,
+        negatives=negatives.count if negatives else 0,
         cache=MemoryCache((config.loading.cache_mb << 20) // max(config.loading.num_workers, 1)),
     )
 

@@ -314,11 +314,10 @@ def exchanged(scene: Scene) -> list[Scene]:
     found = []
     for i, j in itertools.combinations(range(len(scene.objects)), 2):
         one, other = scene.objects[i], scene.objects[j]
-        differ = one.colour != other.colour, one.shape != other.shape
-        fields = [("colour",)] * differ[0] + [("shape",)] * differ[1]
-        if any(differ):
-            fields.append(("cell", "centre", "radius", "angle"))
-        for names in fields:
+        if (one.colour, one.shape) == (other.colour, other.shape):
+            continue
+        fields = [(name,) for name in ("colour", "shape") if getattr(one, name) != getattr(other, name)]
+        for names in (*fields, ("cell", "centre", "radius", "angle")):
             objects = list(scene.objects)
             objects[i] = dataclasses.replace(one, **{name: getattr(other, name) for name in names})
             objects[j] = dataclasses.replace(other, **{name: getattr(one, name) for name in names})

@@ -35,7 +35,7 @@ class ToldApart:
         self._without += not right
         self._blind += sum(1.0 if o < blind_own else 0.5 if o == blind_own else 0.0 for o in blind_wrong)
 
-    def compute(self) -> dict[str, float]:
+    def compute(self) -> dict[str, float | int]:
         """Shares of pairs and of texts; no share where there is no wrong text."""
         counts = {"wrong_texts": self._pairs, "texts_without_wrong": self._without}
         if not self._pairs:

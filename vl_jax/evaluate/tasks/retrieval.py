@@ -28,7 +28,7 @@ class Retrieval:
     """Recall at K both ways by the vectors of a ``Pairs`` head, over all and by language.
 
     Every picture is in the pool once, with all its texts; the texts of one language meet all pictures. With
-    wrong texts (``data.negatives``), how often a text is nearer to its picture than they are.
+    wrong texts (``data.conversation.negatives``), how often a text is nearer to its picture than they are.
 
     Beside them stand chance and a blind model, which knows the training texts alone (see ``blind``): it gives
     all pictures the same score, and a text the same for every picture.

@@ -44,7 +44,7 @@ class ContrastivePairs:
     hardness: float = (
         0.0  # how much more the harder negatives of a row count (see ``hard_negatives``); 0: alike
     )
-    negatives: bool = False  # whether wrong texts count too, of which ``data.negatives`` makes some
+    negatives: bool = False  # whether wrong texts count too, see ``data.conversation``
     chunk: int = 1024  # texts that are compared at once, at most
     micro_batches: int = 1  # parts of the batch that the model sees one after the other
 

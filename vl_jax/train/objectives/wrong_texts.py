@@ -51,5 +51,5 @@ def as_rows(batch: Batch) -> Batch:
 
 def _given(batch: Batch) -> jax.Array:
     if NEGATIVES not in batch.media:
-        raise ValueError("negatives=True of the objective needs wrong texts: set data.negatives")
+        raise ValueError("negatives=True of the objective needs wrong texts: set data.conversation.negatives")
     return batch.media[NEGATIVES].values
