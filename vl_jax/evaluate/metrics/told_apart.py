@@ -37,7 +37,7 @@ class ToldApart:
 
     def compute(self) -> dict[str, float | int]:
         """Shares of pairs and of texts; no share where there is no wrong text."""
-        counts = {"wrong_texts": self._pairs, "texts_without_wrong": self._without}
+        counts: dict[str, float | int] = {"wrong_texts": self._pairs, "texts_without_wrong": self._without}
         if not self._pairs:
             return counts
         return {
