@@ -12,6 +12,7 @@ from vl_jax.data.images.augment import AugmentationConfig
 from vl_jax.data.images.tiling import TilingConfig
 from vl_jax.data.sample import Sample, Source
 from vl_jax.data.sources.build import SourceConfig, open_source
+from vl_jax.data.sources.negatives import NegativesConfig, WithNegatives
 from vl_jax.data.text.chat import Targets, Turns
 from vl_jax.data.text.turns import TurnSampling
 
@@ -93,6 +94,7 @@ class ConversationConfig:
     turn_sampling: TurnSampling = "first"  # which ones, where there are more
     merge_turns: int = 1  # ``convert-data`` makes one sample of so many questions about the same pictures
     long_text: Literal["skip", "split"] = "skip"  # what ``convert-data`` does with texts that do not fit
+    negatives: NegativesConfig | None = None  # wrong texts beside each text, where a text is read alone
 
     def __post_init__(self):
         if self.merge_turns < 1:
@@ -177,6 +179,10 @@ class DataConfig:
         if row is None:
             return
         talk = self.conversation
+        if talk.negatives is not None:
+            raise ValueError(
+                "packing with conversation.negatives: wrong texts stand beside one text, set packing=None"
+            )
         if talk.turns == "dialogue" and (talk.max_turns is not None or talk.turn_sampling != "first"):
             raise ValueError(
                 f"packing with conversation.turns='dialogue', max_turns={talk.max_turns}, turn_sampling="
@@ -300,7 +306,9 @@ def opened(config: DataConfig, source: SourceConfig) -> Source:
     Raises:
       ValueError: the source cannot be read at all; one line naming the file.
     """
-    return open_source(source, root=config.root, orientation=config.tiling.orientation)
+    found = open_source(source, root=config.root, orientation=config.tiling.orientation)
+    negatives = config.conversation.negatives
+    return found if negatives is None else WithNegatives(found, negatives)
 
 
 def find_source(config: DataConfig, name: str) -> SourceConfig:

@@ -29,6 +29,7 @@ from vl_jax.data.images.tiling import (
 from vl_jax.data.sample import BadSample, Sample, each, image_size
 from vl_jax.data.text import chat
 from vl_jax.data.text.bounded import bounded
+from vl_jax.data.text.negatives import NegativeTexts
 from vl_jax.data.text.tokenizer import GROUNDING, Tokenizer, load_tokenizer
 from vl_jax.data.text.written import encode_written
 
@@ -49,6 +50,7 @@ class Encoder:
     max_tiles: int  # M
     max_targets: int  # Q
     decoding: Decoding = "whole"
+    negatives: int = 0  # wrong texts beside a text
     cache: MemoryCache = field(default_factory=lambda: MemoryCache(0), compare=False)  # of pictures
 
     def __post_init__(self):
@@ -57,6 +59,18 @@ class Encoder:
                 f"vocab_size={self.spec.vocab_size} of the model: the tokenizer has "
                 f"{self.tokenizer.vocab_size} entries, it must be at least that"
             )
+        if self.negatives and self.spec.reads != "text":
+            raise ValueError(
+                f"data.conversation.negatives={self.negatives} with a model that reads {self.spec.reads!r}: "
+                "must be None, for only a text that is read alone, as by joint models, can have wrong ones"
+            )
+
+    @property
+    def media(self) -> tuple[RowField, ...]:
+        """The inputs of a row beside text and tiles."""
+        if not self.negatives:
+            return self.spec.media
+        return (*self.spec.media, NegativeTexts(self.tokenizer, self.negatives, self.max_tokens))
 
     @property
     def row_bytes(self) -> int:
@@ -205,7 +219,7 @@ class Encoder:
             visual=self.max_visual_tokens,
             targets=self.max_targets,
             labels=self.spec.labels,
-            media=self.spec.media,
+            media=self.media,
         )
         return collate(rows, sizes, padding_id=self.tokenizer.pad, pad_left=pad_left)
 
@@ -260,7 +274,7 @@ class Encoder:
             num_turns=dialogue.num_turns,
             grids=pictures.grids,
             answer_runs=dialogue.answer_runs,
-            media=_read(sample, self.spec.media, "bad_media"),
+            media=_read(sample, self.media, "bad_media"),
             labels=_read(self._in_tile(sample), self.spec.labels, "bad_label"),
         )
 
@@ -305,6 +319,7 @@ def make_encoder(config: DataConfig, spec: ModelSpec, *, targets: chat.Targets =
       ValueError: the tokenizer cannot be read, or has more entries than the model.
     """
     answers = config.max_answer_tokens if targets == "answers" else None
+    negatives = config.conversation.negatives
     return Encoder(
         tokenizer=load_tokenizer(config.tokenizer, reads=spec.reads),
         tiling=config.tiling,
@@ -313,6 +328,7 @@ def make_encoder(config: DataConfig, spec: ModelSpec, *, targets: chat.Targets =
         max_tiles=config.max_tiles,
         max_targets=min(answers or config.max_tokens, config.max_tokens),
         decoding=config.decoding,
+        negatives=negatives.count if negatives else 0,
         cache=MemoryCache((config.loading.cache_mb << 20) // max(config.loading.num_workers, 1)),
     )
 

@@ -26,6 +26,7 @@ _WORDS = {
     "missing_field": "a field that the config names is not in the record",
     "no_record": "a picture has no text beside it",
     "no_labels": "nobody has labelled it",
+    "no_negative": "no wrong text can be made of the text by a rule; the record is used without one",
 }
 
 

@@ -161,6 +161,7 @@ class Sample:
     labels: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # as the source has them, by name
     media: Mapping[str, Media] = dataclasses.field(default_factory=dict)  # inputs of other kinds, by name
     notes: tuple[Note, ...] = ()  # what of the record is not in it
+    negatives: tuple[str, ...] = ()  # texts that are wrong of its images, in place of its own
 
     def select(self, indices: list[int]) -> Sample:
         """The conversation made of some of the turns, in the given order, still opened by the images."""

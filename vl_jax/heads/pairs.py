@@ -25,6 +25,8 @@ from vl_jax.fusion.streams import Streams, pool
 from vl_jax.nn.layers import Linear, named
 from vl_jax.params import Leaf
 
+FOREIGN = int(np.iinfo(np.int32).max)  # the number of a text that fits no picture at all
+
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
@@ -64,7 +66,9 @@ class Pairs:
             what = sample.labels.get(self.identity)
         else:
             what = (image_key(sample.images[0]) or sample.id) if sample.images else None
-        return None if what is None else np.asarray(zlib.crc32(repr(what).encode()) >> 1, np.int32)
+        if what is None:
+            return None
+        return np.asarray(min(zlib.crc32(repr(what).encode()) >> 1, FOREIGN - 1), np.int32)
 
     def check_widths(self, widths: Mapping[str, int]) -> None:
         """Makes sure that the vectors of two streams can be compared.

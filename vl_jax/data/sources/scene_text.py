@@ -6,6 +6,8 @@ question alone says little: see ``make_turns``.
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -262,22 +264,65 @@ def _said(scene: Scene, languages: Sequence[Language], rng: random.Random) -> li
 
 
 def _caption(scene: Scene, languages: Sequence[Language], rng: random.Random) -> list[Turn]:
-    """One sentence that names everything in reading order."""
     language = rng.choice(languages)
-    items = sorted(scene.objects, key=lambda o: (o.cell[1], o.cell[0]))
+    boxes = [_box(o, language) for o in _in_reading_order(scene)]
+    return [_turn("caption", language, rng, [], caption(scene, language), boxes)]
+
+
+def _in_reading_order(scene: Scene) -> list[SceneObject]:
+    return sorted(scene.objects, key=lambda o: (o.cell[1], o.cell[0]))
+
+
+def caption(scene: Scene, language: Language) -> str:
+    """One sentence that names everything in reading order."""
     parts = []
-    for item in items:
-        name = _describe(language, colour=item.colour, shape=item.shape)
+    for item in _in_reading_order(scene):
         index = scene.place(item)
         if language == "en":
-            article = "an" if name[0] in "aeiou" else "a"
-            parts.append(f"{article} {name} {_EN_PHRASES[index]}")
+            parts.append(f"{_a(item, language)} {_EN_PHRASES[index]}")
         else:
-            parts.append(f"{PLACES[language][index]}有一个{name}")
+            parts.append(f"{PLACES[language][index]}有{_a(item, language)}")
     if scene.word:
         parts.append(f"the word {scene.word}" if language == "en" else f"写着{scene.word}")
-    answer = (", " if language == "en" else "，").join(parts) + ("." if language == "en" else "。")
-    return [_turn("caption", language, rng, [], answer, [_box(o, language) for o in items])]
+    return (", " if language == "en" else "，").join(parts) + ("." if language == "en" else "。")
+
+
+def _a(item: SceneObject, language: Language) -> str:
+    name = _describe(language, colour=item.colour, shape=item.shape)
+    if language == "zh":
+        return f"一个{name}"
+    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
+
+
+def relation_caption(scene: Scene, language: Language) -> str:
+    """One sentence that says on which side of its second object the first one is.
+
+    Sides are left and right where the columns differ, else above and below. The order of the objects says
+    nothing of where they are, so every side is as frequent as its opposite.
+    """
+    item, other = scene.objects[:2]
+    dx, dy = item.cell[0] - other.cell[0], item.cell[1] - other.cell[1]
+    side = ("left" if dx < 0 else "right") if dx else ("above" if dy < 0 else "below")
+    first, second = _a(item, language), _a(other, language)
+    if language == "zh":
+        return f"{first}在{second}的{say(side, language)}。"
+    return f"{first} {side} {'of ' if dx else ''}{second}."
+
+
+def exchanged(scene: Scene) -> list[Scene]:
+    """Scenes in which two objects have exchanged colour, shape or place, and that look different from it."""
+    found = []
+    for i, j in itertools.combinations(range(len(scene.objects)), 2):
+        one, other = scene.objects[i], scene.objects[j]
+        if (one.colour, one.shape) == (other.colour, other.shape):
+            continue
+        fields = [(name,) for name in ("colour", "shape") if getattr(one, name) != getattr(other, name)]
+        for names in (*fields, ("cell", "centre", "radius", "angle")):
+            objects = list(scene.objects)
+            objects[i] = dataclasses.replace(one, **{name: getattr(other, name) for name in names})
+            objects[j] = dataclasses.replace(other, **{name: getattr(one, name) for name in names})
+            found.append(dataclasses.replace(scene, objects=tuple(objects)))
+    return found
 
 
 _COUNT_WEIGHTS = (1.0, 0.7, 3.0, 6.0, 9.0)

@@ -27,7 +27,18 @@ from PIL import ImageDraw, ImageFont
 from vl_jax.data.picture import Orientation
 from vl_jax.data.sample import IMAGE_PLACEHOLDER, TEXT, Sample
 from vl_jax.data.sources.glyphs import GLYPHS, draw_glyph
-from vl_jax.data.sources.scene_text import KINDS, SHAPE_NAMES, Kind, Scene, SceneObject, make_turns
+from vl_jax.data.sources.scene_text import (
+    KINDS,
+    SHAPE_NAMES,
+    Kind,
+    Language,
+    Scene,
+    SceneObject,
+    caption,
+    exchanged,
+    make_turns,
+    relation_caption,
+)
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (219, 40, 40),
@@ -140,10 +151,23 @@ class SceneTextsConfig:
     scenes: ScenesConfig = dataclasses.field(default_factory=lambda: ScenesConfig("scenes"))
     pictures: bool = False  # whether a text comes with its picture
     questions: bool = False  # or instead of them one sentence that says what is where, without a question
+    relations: bool = False  # the sentence says which side of the other thing one of two things is on
+    negatives: bool = False  # with sentences of scenes where two things have exchanged colour, shape or place
 
     def __post_init__(self):
         if not self.name:
             raise ValueError("name='' of a source: must not be empty")
+        limits = self.scenes.min_objects, self.scenes.max_objects
+        if self.relations and limits != (2, 2):
+            raise ValueError(
+                f"relations of source {self.name!r}: scenes.min_objects and scenes.max_objects are {limits}, "
+                "must be 2 each"
+            )
+        if self.questions and (self.relations or self.negatives):
+            raise ValueError(
+                f"questions of source {self.name!r}: must be False with relations or negatives, which are of "
+                "sentences"
+            )
 
     def open(self, root: str, *, orientation: Orientation = "shown") -> SceneTexts:
         """The source; it reads no file, and its pictures have one orientation."""
@@ -151,7 +175,10 @@ class SceneTextsConfig:
 
 
 class SceneTexts:
-    """Random access to texts about scenes; what is asked or said is what ``ScenesSource`` asks and says."""
+    """Random access to texts about scenes; what is asked or said is what ``ScenesSource`` asks and says.
+
+    The label ``image`` of a sentence is the id of its scene.
+    """
 
     def __init__(self, config: SceneTextsConfig):
         self._config = config
@@ -165,10 +192,20 @@ class SceneTexts:
         """The texts of one scene."""
         sample = self._scenes[index]
         if not self._config.questions:
-            (turn,) = sample.turns
-            turn = dataclasses.replace(turn, question=f"{IMAGE_PLACEHOLDER}\n", kind=TEXT)
-            sample = dataclasses.replace(sample, turns=(turn,))
+            sample = self._told(sample)
         return sample if self._config.pictures else sample.without_images()
+
+    def _told(self, sample: Sample) -> Sample:
+        """A scene with one sentence about it, and sentences that are wrong of it where they are asked for."""
+        (turn,), (image,) = sample.turns, sample.images
+        assert isinstance(image, SceneImage)
+        language: Language = "zh" if turn.language == "zh" else "en"
+        say = relation_caption if self._config.relations else caption
+        text = say(image.scene, language)
+        turn = dataclasses.replace(turn, question=f"{IMAGE_PLACEHOLDER}\n", answer=text, kind=TEXT)
+        wrong = [say(other, language) for other in exchanged(image.scene)] if self._config.negatives else []
+        negatives = tuple(dict.fromkeys(other for other in wrong if other != text))
+        return dataclasses.replace(sample, turns=(turn,), labels={"image": sample.id}, negatives=negatives)
 
 
 @dataclass(frozen=True)

@@ -40,8 +40,9 @@ def evaluation_samples(
 
     Yields:
       Records with id, question (what was written, see ``written``), kind and language (of the first turn),
-      labels (as the source has them) and image (the first, a PIL picture, or None); and their batch: record
-      i is row i, padding on the right. Where the records run out, rows past them repeat the last one.
+      labels (as the source has them), negatives (texts that are wrong of it) and image (the first, a PIL
+      picture, or None); and their batch: record i is row i, padding on the right. Where the records run out,
+      rows past them repeat the last one.
     """
     encoder = make_encoder(config, spec)
     records: list[dict[str, Any]] = []
@@ -66,6 +67,7 @@ def evaluation_samples(
                 "kind": first.kind if first else "",
                 "language": first.language if first else "",
                 "labels": dict(sample.labels),
+                "negatives": list(sample.negatives),
                 "image": sample.images[0]() if sample.images else None,
             }
         )

@@ -23,6 +23,13 @@ def written(sample: Sample) -> str:
     return "\n".join(filter(None, texts))
 
 
+def alone(text: str, tokenizer: Tokenizer, *, max_tokens: int) -> list[int]:
+    """The tokens of a text that is read by itself; one that is longer is cut before its EOS."""
+    before, after = tokenizer.around
+    room = max(max_tokens - len(before) - len(after), 0)
+    return [*before, *tokenizer.encode(text)[:room], *after]
+
+
 def encode_written(sample: Sample, tokenizer: Tokenizer, *, max_tokens: int) -> Dialogue:
     """Encodes what was written, and what the tokenizer puts around it, EOS at least.
 
@@ -33,9 +40,7 @@ def encode_written(sample: Sample, tokenizer: Tokenizer, *, max_tokens: int) -> 
     Args:
       max_tokens: a longer text is cut at its end, before the EOS (as CLIP does).
     """
-    before, after = tokenizer.around
-    room = max(max_tokens - len(before) - len(after), 0)
-    ids = [*before, *tokenizer.encode(written(sample))[:room], *after]
+    ids = alone(written(sample), tokenizer, max_tokens=max_tokens)
     nothing = np.zeros(len(ids), np.int32)
     return Dialogue(
         tokens=np.array(ids, np.int32),

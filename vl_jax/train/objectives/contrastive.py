@@ -11,16 +11,19 @@ import jax
 import jax.numpy as jnp
 
 from vl_jax.batch import Batch
-from vl_jax.heads.pairs import PairVectors
+from vl_jax.heads.pairs import FOREIGN, PairVectors
 from vl_jax.moe.stacks import RoutingState
 from vl_jax.params import flatten
 from vl_jax.train.objectives.contrastive_losses import sigmoid_sums, softmax_sums
+from vl_jax.train.objectives.hard_negatives import check
 from vl_jax.train.objectives.objective import Sums, apply, beside
 from vl_jax.train.objectives.rows import give, given_rows, join_rows, split_rows
+from vl_jax.train.objectives.wrong_texts import as_rows, present
 
 Rngs = dict[str, jax.Array] | None
 # What the model brings beside the vectors: losses of the router, and sums by stack and by gate.
 Beside = tuple[jax.Array, dict[str, Any], dict[str, Any]]
+Vectors = tuple[PairVectors, jax.Array | None]  # those of pictures and texts, and of wrong texts [B N E]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,10 +34,17 @@ class ContrastivePairs:
     The model itself may see it in ``micro_batches``, one after the other: memory is that of one of them, and
     loss and gradient are those of the whole batch (gradient caching, arXiv 2101.06983). The model then runs
     twice, with the same random numbers both times. Losses of the router are means over the micro-batches.
+
+    With ``negatives`` the wrong texts of a batch are further texts, which no picture has (NegCLIP, arXiv
+    2210.01936). Their experts count in no loss or statistic of the router.
     """
 
     head: str = "pairs"
     loss: Literal["softmax", "sigmoid"] = "softmax"  # CLIP's, SigLIP's
+    hardness: float = (
+        0.0  # how much more the harder negatives of a row count (see ``hard_negatives``); 0: alike
+    )
+    negatives: bool = False  # whether wrong texts count too, see ``data.conversation``
     chunk: int = 1024  # texts that are compared at once, at most
     micro_batches: int = 1  # parts of the batch that the model sees one after the other
 
@@ -43,6 +53,7 @@ class ContrastivePairs:
             raise ValueError(f"micro_batches={self.micro_batches} must be >= 1")
         if self.chunk < 1:
             raise ValueError(f"chunk={self.chunk} must be >= 1")
+        check(self.hardness)
 
     @property
     def couples_rows(self) -> bool:
@@ -55,28 +66,41 @@ class ContrastivePairs:
         return {f"{self.head}/loss": 1.0}
 
     def total(self, batch: Batch) -> dict[str, jax.Array]:
-        """The rows that have a picture."""
-        return {self.head: jnp.maximum(jnp.sum(batch.labels[self.head].present), 1).astype(jnp.float32)}
+        """The rows that have a picture; and their wrong texts."""
+        totals = {self.head: jnp.sum(batch.labels[self.head].present)}
+        if self.negatives:
+            totals[f"{self.head}/wrong"] = jnp.sum(present(batch, self.head))
+        return {name: jnp.maximum(count, 1).astype(jnp.float32) for name, count in totals.items()}
 
     def __call__(self, params: Any, state: Any, batch: Batch, *, model: nn.Module, rngs: Rngs) -> Sums:
         """The loss, and how many pictures and texts have their own nearest.
 
         Raises:
           ValueError: the sigmoid loss needs a bias, and the head has none; rows do not divide by
-            ``micro_batches``; the model has statistics of the batch, which micro-batches would change.
+            ``micro_batches``; the model has statistics of the batch, which micro-batches would change; there
+            are no wrong texts.
         """
         run = self._whole if self.micro_batches == 1 else self._in_parts
-        pairs, (auxiliary, stats, gates), collections = run(params, state, batch, model=model, rngs=rngs)
+        (pairs, wrong), (auxiliary, stats, gates), collections = run(
+            params, state, batch, model=model, rngs=rngs
+        )
         label = batch.labels[self.head]
         ids = jnp.where(label.present, label.values, -1)
-        options = {"image_ids": ids, "text_ids": ids, "chunk": self.chunk}
+        texts, text_ids, metrics = pairs.text, ids, {}
+        if wrong is not None:
+            there = present(batch, self.head)
+            texts = jnp.concatenate([texts[:, None], wrong], axis=1).reshape(-1, texts.shape[-1])
+            others = jnp.where(there, FOREIGN, -1)
+            text_ids = jnp.concatenate([ids[:, None], others], axis=1).reshape(-1)
+            metrics = _told_apart(self.head, pairs, wrong, there)
+        options = {"image_ids": ids, "text_ids": text_ids, "chunk": self.chunk, "hardness": self.hardness}
         if self.loss == "softmax":
-            sums = softmax_sums(pairs.image, pairs.text, pairs.scale, **options)
+            sums = softmax_sums(pairs.image, texts, pairs.scale, **options)
         elif pairs.bias is None:
             raise ValueError(f"loss='sigmoid' needs a bias: set bias=True of the model's head {self.head!r}")
         else:
-            sums = sigmoid_sums(pairs.image, pairs.text, pairs.scale, pairs.bias, **options)
-        metrics = {
+            sums = sigmoid_sums(pairs.image, texts, pairs.scale, pairs.bias, **options)
+        metrics |= {
             f"{self.head}/image_to_text": sums.images_right,
             f"{self.head}/text_to_image": sums.texts_right,
         }
@@ -84,14 +108,19 @@ class ContrastivePairs:
 
     def _whole(
         self, params: Any, state: Any, batch: Batch, *, model: nn.Module, rngs: Rngs
-    ) -> tuple[PairVectors, Beside, dict[str, Any]]:
+    ) -> tuple[Vectors, Beside, dict[str, Any]]:
         """Vectors, what comes beside them, and new collections."""
         output, collections = apply(params, state, batch, model=model, rngs=rngs)
-        return output.predictions[self.head], beside(output), collections
+        wrong = None
+        if self.negatives:
+            read, _ = apply(params, state, as_rows(batch), model=model, rngs=rngs)
+            text = read.predictions[self.head].text
+            wrong = text.reshape(batch.tokens.shape[0], -1, text.shape[-1])
+        return (output.predictions[self.head], wrong), beside(output), collections
 
     def _in_parts(
         self, params: Any, state: Any, batch: Batch, *, model: nn.Module, rngs: Rngs
-    ) -> tuple[PairVectors, Beside, dict[str, Any]]:
+    ) -> tuple[Vectors, Beside, dict[str, Any]]:
         """Likewise, a micro-batch at a time.
 
         Only vectors outlive a part's forward pass. The loss gives their gradient, and the backward pass runs
@@ -101,7 +130,7 @@ class ContrastivePairs:
         if rows % parts:
             raise ValueError(f"micro_batches={parts} does not divide the {rows} rows of a batch")
 
-        def one(part: tuple[Batch, RoutingState, jax.Array]) -> tuple[PairVectors, Beside]:
+        def one(part: tuple[Batch, RoutingState, jax.Array]) -> tuple[Vectors, Beside]:
             some, given, index = part
             own = dataclasses.replace(state, routing=give(state.routing, given))
             keys = rngs and {name: jax.random.fold_in(key, index) for name, key in rngs.items()}
@@ -112,11 +141,21 @@ class ContrastivePairs:
         micro = split_rows((batch, given_rows(state.routing, rows)), parts)
         # Inside a loop nothing is merged with the first pass, so no barrier against that is needed.
         body = jax.checkpoint(one, prevent_cse=False)  # pyright: ignore[reportPrivateImportUsage]
-        pairs, (auxiliary, *sums) = jax.lax.map(body, (*micro, jnp.arange(parts)))
+        (pairs, wrong), (auxiliary, *sums) = jax.lax.map(body, (*micro, jnp.arange(parts)))
         bias = None if pairs.bias is None else pairs.bias[0]
-        image, text = join_rows((pairs.image, pairs.text))
+        image, text, wrong = join_rows((pairs.image, pairs.text, wrong))
         stats, gates = jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
-        return PairVectors(image, text, pairs.scale[0], bias), (jnp.mean(auxiliary), stats, gates), {}
+        whole = PairVectors(image, text, pairs.scale[0], bias)
+        return (whole, wrong), (jnp.mean(auxiliary), stats, gates), {}
+
+
+def _told_apart(head: str, pairs: PairVectors, wrong: jax.Array, there: jax.Array) -> dict[str, jax.Array]:
+    """How many wrong texts are less like their picture than its own text; how many pictures have any."""
+    own, others = (jnp.sum(pairs.image[:, None] * texts, axis=2) for texts in (pairs.text[:, None], wrong))
+    return {
+        f"{head}/wrong/told_apart": jnp.sum(there & (others < own), dtype=jnp.float32),
+        f"{head}/with_wrong_text": jnp.sum(jnp.any(there, axis=1), dtype=jnp.float32),
+    }
 
 
 def _refuse_moving(before: Mapping[str, Any], after: Mapping[str, Any], parts: int) -> None:
