@@ -103,6 +103,24 @@ class Program:
 
         return jax.tree_util.tree_map_with_path(placed, jax.eval_shape(self.optimizer.init, trained))
 
+    @property
+    def abstract_state(self) -> TrainState:
+        """Shapes and shardings of the state, for a step that is compiled before there is one."""
+        whole = functools.partial(jax.ShapeDtypeStruct, sharding=self.layout.replicated)
+        parts = self.layout.model.config.stacks
+        routing, load = jax.tree.map(
+            lambda x: whole(x.shape, x.dtype), (stacks.init_state(parts), stacks.init_load(parts))
+        )
+        return TrainState(
+            whole((), jnp.int32),
+            self.abstract_params,
+            self.abstract_optimizer,
+            routing,
+            self.adapters,
+            self.layout.collections,
+            load,
+        )
+
     def begin(self, variables: Variables, key: jax.Array) -> TrainState:
         """The state at the beginning: fresh adapters, and fresh optimiser state for all that trains.
 

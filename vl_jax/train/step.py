@@ -48,7 +48,7 @@ class TrainState:
     step: Leaf  # i32[] within the stage
     params: Leaf  # all parameters, trained or frozen; some may be in int8, see ``compress.quantize``
     optimizer: Leaf  # optimiser state of the trained leaves
-    routing: RoutingState  # state of the routing schemes, by stack
+    routing: dict[str, Any]  # state of the routing schemes, by stack; a ``RoutingState``
     adapters: Leaf = struct.field(default_factory=dict)  # see ``lora``; empty without any
     collections: dict[str, Any] = struct.field(default_factory=dict)  # batch statistics and the like, by name
     load: dict[str, Leaf] = struct.field(default_factory=dict)  # f32[L E] running load of the stage, by stack
