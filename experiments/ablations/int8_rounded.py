@@ -2,7 +2,7 @@
 
     python -m vl_jax sweep --config=ablations/int8_rounded --sweep=int8_rounded --workdir=runs/int8_rounded
 
-The second stage is one step at a rate at which float32 does not move: it rounds what is frozen, as it begins,
+The second stage is a step at a rate at which float32 does not move: it rounds what is frozen, as it begins,
 and trains nothing. ``ablations/int8_rounded:4`` is four times as long.
 """
 
@@ -52,7 +52,7 @@ def get_config(scale: str = "1"):
     """The experiment, ``scale`` times as long."""
     round_ = miniature.stage(
         "round",
-        "1",
+        scale,
         steps=1,
         trainable=(),
         hold=True,
