@@ -60,8 +60,8 @@ INT8 = quantize.select(LAYOUT.params, LAYOUT.roles)
 def found(mesh: MeshConfig = ONE, accumulation: int = 1, small: bool = True) -> dict[str, np.ndarray]:
     """Gradients of filled adapters, and the loss; with weights in int8, or with those that it stands for."""
     layout = tiny.layout_of(MODEL, mesh, devices=int(np.prod(dataclasses.astuple(mesh))))
-    params, routing = jax.tree.map(np.asarray, tiny.build(MODEL))
-    params = quantize.quantized(params, INT8, layout.roles)
+    params, routing = tiny.build(MODEL)
+    params, routing = quantize.quantized(params, INT8, layout.roles), jax.tree.map(np.asarray, routing)
     like = quantize.shapes(layout.params, INT8, layout.roles)
     if not small:
         params, like = quantize.whole(params), layout.params
