@@ -221,7 +221,7 @@ def test_a_run_begins_with_another_s_parameters_and_state(tmp_path, caplog, monk
         origin = initial.find(folder)
         assert origin is not None
         with caplog.at_level(logging.INFO, logger="vl_jax"):
-            found = initial.load(origin, other, batch, seed=0, scale_of=lambda _: 1.0)
+            found = initial.load(origin, other, batch, seed=0, lora_of=lambda _: None)
         flat, expected = params_lib.flatten(found.params), params_lib.flatten(params)
         assert flat.keys() == expected.keys()
         for path, leaf in flat.items():
@@ -246,7 +246,7 @@ def test_a_checkpoint_of_which_nothing_fits_is_refused(tmp_path):
     origin = initial.find(tmp_path)
     assert origin is not None
     with pytest.raises(ValueError, match="none of its parameters has path and shape of .* the model x/y"):
-        initial.load(origin, layout, tiny.varied_batch(4), seed=0, scale_of=lambda _: 1.0)
+        initial.load(origin, layout, tiny.varied_batch(4), seed=0, lora_of=lambda _: None)
 
 
 def test_a_published_folder_is_no_checkpoint_of_ours(tmp_path):

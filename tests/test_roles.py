@@ -152,7 +152,8 @@ def expected(path: str) -> Role:
         return Role((-4, -3, -2), (-1,), decay=True)
     letters, inputs, outputs = MATRICES[name]
     axes = {letter: i - len(letters) for i, letter in enumerate(letters)}
-    return Role(tuple(axes[a] for a in inputs), tuple(axes[a] for a in outputs), decay=True)
+    experts = -len(letters) - 1 if parent == "moe" else None
+    return Role(tuple(axes[a] for a in inputs), tuple(axes[a] for a in outputs), True, experts)
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -170,7 +170,7 @@ class Checkpointer:
         """The newest step that reads back soundly, as (step, params, training, record); None without steps.
 
         Args:
-          params: abstract parameters with shardings.
+          params: abstract parameters with shardings; or what gives them from the record of a step.
           training_of: from the record of a step to the abstract tree of its training state.
           before: only steps before this one.
           mend: sets the damaged steps aside, so that the run can write them again, and removes what was
@@ -182,7 +182,8 @@ class Checkpointer:
         """
 
         def wanted(step: int, record: dict[str, Any]) -> dict[str, Any]:
-            trees = {"params": params, "training": training_of(record)}
+            trees = {"params": params(record) if callable(params) else params}
+            trees["training"] = training_of(record)
             for item, tree in trees.items():
                 stored = None if LEAVES in record else self._stored(step, item)
                 if problem := differences(item, shapes(item, record, stored), tree):

@@ -30,6 +30,7 @@ from vl_jax.schema import ConfigError, Open
 from vl_jax.sharding import MeshConfig
 from vl_jax.train import initial, loop, saved
 from vl_jax.train.loop import LoopConfig
+from vl_jax.train.lora import LoraConfig
 from vl_jax.train.stages import Stage, adapter_shapes, trainable_paths
 
 logger = logging.getLogger(__name__)
@@ -220,15 +221,15 @@ def _whole_weights(experiment: Experiment, layout: Layout) -> Variables:
             experiment.data.tokenizer,
         )
 
-    def scale_of(record: Mapping[str, Any]) -> float:
+    def lora_of(record: Mapping[str, Any]) -> LoraConfig | None:
         if before is None:
             raise ValueError(
                 f"config.init={folder}: its adapters are not merged, and there is no {RUN_CONFIG} beside to "
                 "say how much they count; give the folder of the run"
             )
-        return saved.stage_at(before.stages, saved.Position(**record["position"])).lora_scale
+        return saved.stage_at(before.stages, saved.Position(**record["position"])).lora
 
-    return initial.load(origin, layout, example, seed=experiment.seed, scale_of=scale_of)
+    return initial.load(origin, layout, example, seed=experiment.seed, lora_of=lora_of)
 
 
 def read_run(workdir: Path) -> Experiment:

@@ -17,6 +17,7 @@ from vl_jax.joint import JointConfig
 from vl_jax.layout import plan_layout
 from vl_jax.runtime.errors import UserError
 from vl_jax.train import initial, saved
+from vl_jax.train.lora import LoraConfig
 from vl_jax.train.step import TrainState
 
 
@@ -44,10 +45,10 @@ def load_heads(workdir: Path, names: Sequence[str]) -> Run:
     if origin is None:
         raise ValueError(f"--workdir={workdir} holds no checkpoint yet")
 
-    def scale_of(record: Mapping[str, Any]) -> float:
-        return saved.stage_at(before.stages, saved.Position(**record["position"])).lora_scale
+    def lora_of(record: Mapping[str, Any]) -> LoraConfig | None:
+        return saved.stage_at(before.stages, saved.Position(**record["position"])).lora
 
-    found, step = initial.load_part(origin, layout, scale_of=scale_of)
+    found, step = initial.load_part(origin, layout, lora_of=lora_of)
     step0, routing = jax.device_put((jnp.zeros((), jnp.int32), found.routing), layout.replicated)
     state = TrainState(step0, found.params, None, routing, collections=dict(found.collections))
     return Run(workdir, experiment, layout, state, step)

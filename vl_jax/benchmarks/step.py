@@ -321,7 +321,7 @@ def _our_model(case: Case, folder: Path) -> tuple[Any, Any, Any]:
     return layout, params, state
 
 
-def _text(config: Any, tokens: np.ndarray, targets: np.ndarray | None = None) -> Any:
+def text_batch(config: Any, tokens: np.ndarray, targets: np.ndarray | None = None) -> Any:
     """A batch of text rows, all of whose tokens are predicted if targets are given."""
     ids = tokens.astype(np.int32)
     order = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
@@ -361,7 +361,7 @@ def _our_step(case: Case, folder: Path) -> dict[str, Action]:
     )
     optimizer = make_optimizer(config, paths, dict.fromkeys(paths, ORDINARY))  # theirs decays everything
     tokens = case.tokens[:, : case.length + 1]
-    batch = put_batch(_text(layout.model.config, tokens[:, :-1], tokens[:, 1:]), layout)
+    batch = put_batch(text_batch(layout.model.config, tokens[:, :-1], tokens[:, 1:]), layout)
     step = jax.jit(make_train_step(layout.model, optimizer, trainable=paths), donate_argnums=0)
     train = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), state)
 
@@ -422,7 +422,7 @@ def _our_decode(case: Case, folder: Path) -> dict[str, Action]:
     from vl_jax.layout import put_batch
 
     model, stop = layout.model, (-1,)
-    batch = put_batch(_text(model.config, case.tokens[:1, : case.prompt]), layout)
+    batch = put_batch(text_batch(model.config, case.tokens[:1, : case.prompt]), layout)
 
     def begun(tokens: int) -> Any:
         """A stream that has given its first token: so many are left."""

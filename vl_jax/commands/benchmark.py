@@ -11,7 +11,9 @@ from vl_jax.schema import ConfigError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    parser.add_argument("name", choices=("step", "decode", "routing", "loader", "packing", "gate"))
+    parser.add_argument(
+        "name", choices=("step", "decode", "routing", "loader", "packing", "gate", "quantize")
+    )
     parser.add_argument("--config", metavar="FILE[:ARG]", help="with loader and packing: experiment file")
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--topology", help="with routing: compile for a TPU not here, e.g. v5e:2x4")
@@ -44,6 +46,10 @@ def run(arguments: argparse.Namespace) -> None:
         from vl_jax.benchmarks import gate
 
         gate.run(**options)
+    elif arguments.name == "quantize":
+        from vl_jax.benchmarks import quantize
+
+        quantize.run(json_file=arguments.json)
     elif arguments.name == "loader":
         from vl_jax.benchmarks import loader
 

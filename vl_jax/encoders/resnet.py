@@ -23,6 +23,7 @@ from vl_jax.encoders.vit import Levels, as_floats
 from vl_jax.kernels.activation import FUNCTIONS
 from vl_jax.moe.routing import State
 from vl_jax.moe.stacks import Stack
+from vl_jax.nn import packed
 from vl_jax.nn.conv import Conv
 from vl_jax.nn.layers import fan_in, named
 from vl_jax.nn.still import STILL
@@ -259,7 +260,7 @@ class ResNet(nn.Module):
             x, _ = block(c, width, stride, name=f"stage{i}_first")(x, valid)
             if blocks > 1:
                 others = nn.scan(
-                    block,
+                    packed.layer_of(ResidualBlock, self, f"stage{i}_others", remat=self.remat),
                     variable_axes={"params": 0, "batch_stats": 0, STILL: 0, "intermediates": 0},
                     split_rngs={"params": True},
                     in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]

@@ -24,7 +24,7 @@ from vl_jax.encoders.vit import Levels, as_floats
 from vl_jax.kernels.activation import Activation, Kind
 from vl_jax.moe.routing import State
 from vl_jax.moe.stacks import Stack
-from vl_jax.nn import attention
+from vl_jax.nn import attention, packed
 from vl_jax.nn.conv import Conv
 from vl_jax.nn.layers import GatedMLP, LayerNorm, Linear, fan_in, named
 from vl_jax.params import Leaf
@@ -278,11 +278,10 @@ class SAM(nn.Module):
             init = named(nn.initializers.normal(0.02), None, None, "embed")
             x = x + self.param("positions", init, (c.grid, c.grid, c.embed_dim)).astype(x.dtype)
         x = constrain(x, "batch", None, None, None)
-        layer = nn.remat(Layer, prevent_cse=False) if self.remat else Layer
         first_global = None
         for run in c.runs:
             layers = nn.scan(
-                layer,
+                packed.layer_of(Layer, self, run.name, remat=self.remat),
                 variable_axes={"params": 0, "intermediates": 0},
                 split_rngs={"params": True},
                 length=len(run.layers),

@@ -168,6 +168,7 @@ class TextEncoder(nn.Module):
             context=routing_context(counted, modality=TEXT, tokens=tokens),
             routing_state=routing_state,
             remat=self.remat,
+            owner=self,
         )
         x = LayerNorm(c.norm_epsilon, name="norm")(x)
         pooled = self._project(take_positions(x, pooled_positions(tokens, c)))

@@ -19,7 +19,7 @@ from vl_jax.kernels.activation import FUNCTIONS, Kind
 from vl_jax.moe.layer import DynamicMoE, MoEOutput
 from vl_jax.moe.routing import MoEConfig, RoutingContext, State
 from vl_jax.moe.stacks import Stack
-from vl_jax.nn import attention
+from vl_jax.nn import attention, packed
 from vl_jax.nn.layers import LayerNorm, Linear, fan_in, named
 from vl_jax.params import Leaf
 from vl_jax.sharding import constrain
@@ -197,8 +197,9 @@ def run_blocks(
     routing_state: State | None = None,
     states: tuple[int, ...] = (),
     remat: bool = False,
+    owner: nn.Module,
 ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B T D"], ...], MoEOutput | None]:
-    """Runs the blocks, whose parameters belong to the module which calls this.
+    """Runs the blocks, whose parameters belong to ``owner``, the module which calls this.
 
     Args:
       context: needed where there are sparse blocks; every row is a routing group.
@@ -210,12 +211,11 @@ def run_blocks(
     Returns:
       The output of the last block, the hidden states, and what the sparse blocks returned, stacked.
     """
-    block = nn.remat(Block, prevent_cse=False) if remat else Block
     numbers = [i % (config.num_layers + 1) for i in states]
     hidden, routed, first_sparse = {0: x}, [], 0
     for run in config.runs:
         stack = nn.scan(
-            block,
+            packed.layer_of(Block, owner, run.name, remat=remat),
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True, "routing": True},  # "routing": noise of schemes, in training
             in_axes=(0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]

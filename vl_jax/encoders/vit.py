@@ -312,6 +312,7 @@ class ViT(nn.Module):
             routing_state=routing_state,
             states=c.feature_layers,
             remat=self.remat,
+            owner=self,
         )
         norm = LayerNorm(c.norm_epsilon, name="norm")
         if c.final_norm == "tokens":

@@ -27,6 +27,7 @@ from vl_jax.language.gqa import GQA, GQAConfig
 from vl_jax.language.mla import MLA, MLAConfig
 from vl_jax.moe.layer import DynamicMoE, MoEOutput
 from vl_jax.moe.routing import MoEConfig, RoutingContext, State
+from vl_jax.nn import packed
 from vl_jax.nn.attention import within_window
 from vl_jax.nn.cache import Cache
 from vl_jax.nn.layers import GatedMLP, Linear, RMSNorm, named
@@ -199,9 +200,9 @@ class Decoder(nn.Module):
         return jnp.broadcast_to(logits, (logits.shape[0], self.config.num_layers))
 
     def _stack(self, run: LayerRun) -> nn.Module:
-        layer = DecoderLayer
-        if self.config.remat != "none":
-            layer = nn.remat(layer, prevent_cse=False, policy=REMAT_POLICIES[self.config.remat])
+        remat = self.config.remat
+        policy = REMAT_POLICIES.get(remat)
+        layer = packed.layer_of(DecoderLayer, self, run.name, remat=remat != "none", policy=policy)
         scanned = nn.scan(
             layer,
             variable_axes={"params": 0, "intermediates": 0},

@@ -35,6 +35,7 @@ from vl_jax.language.decoder import REMAT_POLICIES, LayerRun
 from vl_jax.moe.layer import DynamicMoE, MoEOutput
 from vl_jax.moe.routing import MoEConfig, RoutingContext, State
 from vl_jax.nn import cache as cache_lib
+from vl_jax.nn import packed
 from vl_jax.nn.cache import Cache
 from vl_jax.nn.layers import GatedMLP, Linear, RMSNorm, named
 from vl_jax.params import Leaf
@@ -206,9 +207,9 @@ class BlockStack(nn.Module):
         return offset_bias(table, offsets, farthest=slots + length, **options)
 
     def _run(self, run: LayerRun) -> nn.Module:
-        block = CrossBlock
-        if self.config.remat != "none":
-            block = nn.remat(block, prevent_cse=False, policy=REMAT_POLICIES[self.config.remat])
+        remat = self.config.remat
+        policy = REMAT_POLICIES.get(remat)
+        block = packed.layer_of(CrossBlock, self, run.name, remat=remat != "none", policy=policy)
         scanned = nn.scan(
             block,
             variable_axes={"params": 0, "intermediates": 0},

@@ -50,7 +50,8 @@ def named(
       outputs: axes that its output has; empty: all that are no inputs.
       decay: whether weight decay draws it to zero; None: exactly if it is a hidden matrix.
     """
-    role = role_of(len(names), inputs=inputs, outputs=outputs, decay=decay)
+    experts = names.index("experts") if "experts" in names else None
+    role = role_of(len(names), inputs=inputs, outputs=outputs, decay=decay, experts=experts)
 
     @functools.wraps(init)
     def boxed(*args: Any, **kwargs: Any) -> Named:

@@ -41,7 +41,8 @@ class EvaluationHook:
         self._layout, self._sources, self._every = layout, tuple(sources), every
         self._held_out, self._examine = held_out, examine
         self._compiled: list[tuple[Objective, Callable]] = []
-        self._merge = jax.jit(functools.partial(lora.merge, roles=layout.roles), static_argnames=("scale",))
+        merge = functools.partial(lora.merge, roles=layout.roles)
+        self._merge = jax.jit(merge, static_argnames=("scale", "only"))
 
     def before_step(self, state: TrainState, moment: Moment) -> None:
         """Does nothing: what counts is the state after the step."""
@@ -52,7 +53,7 @@ class EvaluationHook:
             return metrics
         stage, found = moment.stage, dict[str, Any]()
         if stage.lora is not None:
-            params = self._merge(state.params, state.adapters, scale=stage.lora_scale)
+            params = self._merge(state.params, state.adapters, scale=stage.lora_scale, only=stage.lora_only)
             state = dataclasses.replace(state, params=params, adapters={})
         for source in self._sources:
             loss = self._loss(source, stage, state)

@@ -3,7 +3,7 @@
     checkpoint --by path and shape--> parameters, routing state, collections
     what the checkpoint lacks, or has in another shape --> created afresh, and listed
 
-Adapters of the checkpoint are merged into their weights first.
+Weights in int8 become what they stand for, and adapters are merged into their weights first.
 """
 
 from __future__ import annotations
@@ -22,13 +22,17 @@ import numpy as np
 from vl_jax import params as params_lib
 from vl_jax.batch import Batch
 from vl_jax.checkpoint import CHECKPOINTS, Checkpointer
+from vl_jax.compress import quantize
 from vl_jax.interop.rules import place
 from vl_jax.layout import Layout, Variables, init_leaves
 from vl_jax.moe import stacks
 from vl_jax.runtime.lazy_array import Index, LazyArray
 from vl_jax.train import lora, saved
+from vl_jax.train.lora import LoraConfig
 
 logger = logging.getLogger(__name__)
+
+LoraOf = Callable[[Mapping[str, Any]], LoraConfig | None]
 
 # What the training state of a checkpoint has of a model, beside the optimiser's.
 _PARTS = ("routing", "adapters", "collections")
@@ -63,7 +67,7 @@ def load(
     example: Batch,
     *,
     seed: int,
-    scale_of: Callable[[Mapping[str, Any]], float],
+    lora_of: LoraOf,
 ) -> Variables:
     """Parameters, routing state and collections of a checkpoint, as far as the model has a place for them.
 
@@ -72,7 +76,7 @@ def load(
     Args:
       example: batch of the model, for what is created.
       seed: of what is created.
-      scale_of: from the record of the checkpoint to what its adapters are multiplied by; asked if it has any.
+      lora_of: from the record of the checkpoint to what its adapters are; asked if it has any.
 
     Raises:
       ValueError: there is no sound checkpoint, or none of its parameters is one of the model's.
@@ -82,7 +86,7 @@ def load(
         taken = {path: leaf for path, leaf in need.items() if path in have and fits(have[path], leaf)}
         if not any(path.startswith("params/") for path in taken):
             raise ValueError(_nothing_fits(origin.folder, have, need))
-        values = _placed(taken, have, adapters, layout, scale_of, record)
+        values = _placed(taken, have, adapters, layout, lora_of, record)
         state, of_state = _state(layout, have)
     if new := need.keys() - taken.keys():
         values |= init_leaves(layout, example, seed, new)
@@ -94,26 +98,29 @@ def load(
     return _variables(layout, need, values, state)
 
 
-def load_part(
-    origin: Origin, layout: Layout, *, scale_of: Callable[[Mapping[str, Any]], float]
-) -> tuple[Variables, int]:
+def load_part(origin: Origin, layout: Layout, *, lora_of: LoraOf) -> tuple[Variables, int]:
     """What a checkpoint has of a model that is a part of its own, and its step; nothing else is read.
 
     Args:
-      scale_of: as for ``load``.
+      lora_of: as for ``load``.
 
     Raises:
       ValueError: there is no sound checkpoint, or it lacks something of the model.
     """
     need = params_lib.flatten({"params": layout.params, **layout.collections})
-    with _read(origin, layout, chosen=lambda path: f"params/{path}" in need) as read:
+
+    def chosen(path: str) -> bool:
+        weight, _, part = path.rpartition("/")
+        return f"params/{path}" in need or (part in quantize.PARTS and f"params/{weight}" in need)
+
+    with _read(origin, layout, chosen=chosen) as read:
         step, have, adapters, record = read
         lacking = [path for path, leaf in need.items() if path not in have or not fits(have[path], leaf)]
         if lacking:
             raise ValueError(
                 f"{origin.folder}: its checkpoint has no {_shown(lacking[0])} that fits the model"
             )
-        values = _placed(need, have, adapters, layout, scale_of, record)
+        values = _placed(need, have, adapters, layout, lora_of, record)
         state, _ = _state(layout, have)
     return _variables(layout, need, values, state), step
 
@@ -130,7 +137,8 @@ def _read(
             raise ValueError(f"config.init={origin.folder}: holds no checkpoint")
         step, params, training, record = found
         routing = saved.by_stack(layout, training.get("routing", {}), record)
-        have = params_lib.flatten({"params": params, **training.get("collections", {}), "routing": routing})
+        tree = {"params": params, **training.get("collections", {}), "routing": routing}
+        have = quantize.whole_when_read(params_lib.flatten(tree))
         yield step, have, params_lib.flatten(training.get("adapters", {})), record
     finally:
         checkpointer.close()
@@ -141,12 +149,12 @@ def _placed(
     have: Mapping[str, LazyArray],
     adapters: Mapping[str, LazyArray],
     layout: Layout,
-    scale_of: Callable[[Mapping[str, Any]], float],
+    lora_of: LoraOf,
     record: Mapping[str, Any],
 ) -> dict[str, jax.Array]:
     """Leaves of a checkpoint where the model has them, adapters merged."""
     values = {path: place(_cast(have[path], leaf.dtype), leaf) for path, leaf in need.items()}
-    return values | (_merged(values, adapters, layout, scale_of(record)) if adapters else {})
+    return values | (_merged(values, adapters, layout, lora_of(record)) if adapters else {})
 
 
 def _variables(
@@ -211,9 +219,13 @@ def _cast(array: LazyArray, dtype: Any) -> LazyArray:
 
 
 def _merged(
-    values: Mapping[str, jax.Array], adapters: Mapping[str, LazyArray], layout: Layout, scale: float
+    values: Mapping[str, jax.Array],
+    adapters: Mapping[str, LazyArray],
+    layout: Layout,
+    config: LoraConfig | None,
 ) -> dict[str, jax.Array]:
     """The weights that have adapters, with these added."""
+    assert config is not None
     merged = {}
     for path in sorted({path.rpartition("/")[0] for path in adapters}):
         weight = values.get(f"params/{path}")
@@ -221,8 +233,11 @@ def _merged(
             continue
         pair = [adapters[f"{path}/{name}"] for name in ("a", "b")]
         a, b = (jax.device_put(x[(slice(None),) * len(x.shape)], layout.replicated) for x in pair)
-        add = functools.partial(lora.add_product, scale=scale, role=layout.roles[path])
-        merged[f"params/{path}"] = jax.jit(add, out_shardings=weight.sharding)(weight, a, b)
+        tree = params_lib.unflatten({path: weight}), params_lib.unflatten({f"{path}/a": a, f"{path}/b": b})
+        add = functools.partial(lora.merge, scale=config.scale, roles=layout.roles, only=config.only)
+        targets = params_lib.unflatten({path: weight.sharding})
+        sums = params_lib.flatten(jax.jit(add, out_shardings=targets)(*tree))
+        merged[f"params/{path}"] = sums[path]
     return merged
 
 

@@ -1,11 +1,11 @@
 """What a stage computes, apart from the loop that runs it.
 
     Program.of(layout, stage)
-        .begin(variables, key) -> state              fresh adapters and moments
+        .begin(variables, key) -> state              fresh adapters and moments, frozen weights in int8
         .step(state, batch, learning rate, limit)    compiled; consumes the state; see ``guard``
         .step_of(seed)                               the same, not compiled, with another noise of routing
         .merge(state)                                adapters added to their weights
-        .abstract_optimizer                          what a checkpoint of the stage holds
+        .abstract_params, .abstract_optimizer        what a checkpoint of the stage holds
 
 Stages that differ only in what they read, how long and how fast they train share one compiled step.
 """
@@ -23,12 +23,13 @@ import optax
 from jax.typing import ArrayLike
 
 from vl_jax import params as params_lib
+from vl_jax.compress import quantize
 from vl_jax.layout import Layout, Variables
 from vl_jax.moe import stacks
 from vl_jax.train import lora
 from vl_jax.train.guard import GuardedStep, guarded
 from vl_jax.train.optimizer import make_optimizer, without_schedule
-from vl_jax.train.stages import Stage, adapter_shapes, held_modules, trainable_paths
+from vl_jax.train.stages import Stage, adapter_shapes, held_modules, int8_paths, trainable_paths
 from vl_jax.train.step import TrainState, gradient_names, make_train_step, split_trained
 
 
@@ -78,6 +79,16 @@ class Program:
         return gradient_names(trained, _stacked(self.layout, params_lib.flatten(self.adapters)))
 
     @property
+    def int8(self) -> set[str]:
+        """Paths of the weights that the stage keeps in int8."""
+        return int8_paths(self.stage, self.layout.params, self.layout.roles)
+
+    @property
+    def abstract_params(self) -> Any:
+        """Shapes and shardings of the parameters, as the stage keeps them."""
+        return quantize.shapes(self.layout.params, self.int8, self.layout.roles)
+
+    @property
     def abstract_optimizer(self) -> Any:
         """Shapes and shardings of the optimiser state: moments live where their parameters live."""
         trained, _ = split_trained(self.layout.params, self.adapters, self.trainable)
@@ -92,9 +103,31 @@ class Program:
 
         return jax.tree_util.tree_map_with_path(placed, jax.eval_shape(self.optimizer.init, trained))
 
+    @property
+    def abstract_state(self) -> TrainState:
+        """Shapes and shardings of the state, for a step that is compiled before there is one."""
+        whole = functools.partial(jax.ShapeDtypeStruct, sharding=self.layout.replicated)
+        parts = self.layout.model.config.stacks
+        routing, load = jax.tree.map(
+            lambda x: whole(x.shape, x.dtype), (stacks.init_state(parts), stacks.init_load(parts))
+        )
+        return TrainState(
+            whole((), jnp.int32),
+            self.abstract_params,
+            self.abstract_optimizer,
+            routing,
+            self.adapters,
+            self.layout.collections,
+            load,
+        )
+
     def begin(self, variables: Variables, key: jax.Array) -> TrainState:
-        """The state at the beginning: fresh adapters, and fresh optimiser state for all that trains."""
-        layout, params, adapters = self.layout, variables.params, {}
+        """The state at the beginning: fresh adapters, and fresh optimiser state for all that trains.
+
+        Weights that the stage keeps in int8 are taken from ``variables`` one by one, so that memory never
+        holds all of them twice.
+        """
+        layout, params, adapters = self.layout, self._in_int8(variables.params), {}
         if self.stage.lora is not None:
             init = functools.partial(lora.init, self.stage.lora, layout.params, layout.roles)
             adapters = jax.jit(init, out_shardings=_shardings(self.adapters))(key)
@@ -111,16 +144,38 @@ class Program:
         )
         return TrainState(step, params, moments, routing, adapters, collections, load)
 
+    def _in_int8(self, params: Any) -> Any:
+        flat, shapes = params_lib.flatten(params), params_lib.flatten(self.abstract_params)
+        for path in sorted(self.int8):
+            weight = flat.pop(path)
+            targets = tuple(shapes[f"{path}/{part}"].sharding for part in quantize.PARTS)
+            small = jax.jit(quantize.quantize, static_argnums=1, out_shardings=targets)
+            made = jax.block_until_ready(small(weight, self.layout.roles[path]))
+            flat |= {f"{path}/{part}": x for part, x in zip(quantize.PARTS, made, strict=True)}
+            weight.delete()
+        return params_lib.unflatten(flat)
+
     def merge(self, state: TrainState) -> TrainState:
-        """The state with its adapters added to their weights, and none left; it consumes ``state``."""
+        """The state with its adapters added to their weights, and none left; it consumes ``state``.
+
+        Weights that were in int8 are floating-point numbers again, those that it stands for.
+        """
         if self.stage.lora is None:
             return state
         layout, config = self.layout, self.stage.lora
-        paths = set(lora.select(config, layout.params, layout.roles))
-        weights, rest = params_lib.split(state.params, paths)
-        targets = _shardings(params_lib.split(layout.params, paths)[0])
-        add = functools.partial(lora.merge, scale=config.scale, roles=layout.roles)
-        weights = jax.jit(add, donate_argnums=0, out_shardings=targets)(weights, state.adapters)
+        paths = self.int8 | set(lora.targets(config, layout.params, layout.roles))
+        kept = {f"{path}/{part}" for path in paths for part in quantize.PARTS}
+        weights, rest = params_lib.split(state.params, paths | kept)
+        wanted = params_lib.split(layout.params, paths)[0]
+
+        def add(weights: Any, adapters: Any) -> Any:
+            merged = lora.merge(weights, adapters, config.scale, layout.roles, config.only)
+            return jax.tree.map(lambda x, like: x.astype(like.dtype), merged, wanted)
+
+        donated = () if self.int8 else 0  # int8 is no room for floating-point numbers
+        weights = jax.jit(add, donate_argnums=donated, out_shardings=_shardings(wanted))(
+            weights, state.adapters
+        )
         return dataclasses.replace(state, params=params_lib.merge(weights, rest), adapters={})
 
 
@@ -165,6 +220,7 @@ def _step_of(
         trainable=trainable,
         accumulation=stage.accumulation,
         lora_scale=stage.lora_scale,
+        lora_only=stage.lora_only,
         objective=stage.objective,
         roles=layout.roles,
         stacked=stacked,

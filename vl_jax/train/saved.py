@@ -1,5 +1,6 @@
 """The state of a run as its checkpoints hold it: parameters, a tree of training state, and a record.
 
+    params     frozen weights in int8 if the stage keeps them so
     training   step, optimizer, routing, and where there are any adapters, collections
     record     position, load: the running load of every stack, as lists
 
@@ -119,11 +120,15 @@ def restore(
       CheckpointError: there are checkpoints, and none of them can be used.
     """
 
-    def training_of(record: dict[str, Any]) -> Any:
-        stage = stage_at(stages, Position(**record["position"]))
-        return abstract(Program.of(layout, stage), record)
+    def program_of(record: dict[str, Any]) -> Program:
+        return Program.of(layout, stage_at(stages, Position(**record["position"])))
 
-    restored = checkpointer.restore(params=layout.params, training_of=training_of, before=before, mend=mend)
+    restored = checkpointer.restore(
+        params=lambda record: program_of(record).abstract_params,
+        training_of=lambda record: abstract(program_of(record), record),
+        before=before,
+        mend=mend,
+    )
     if restored is None:
         return None
     step, params, training, record = restored

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 from vl_jax import params as params_lib
+from vl_jax.compress import quantize
+from vl_jax.nn.low_rank import EVERYWHERE, Only
 from vl_jax.roles import Role
 from vl_jax.schema import Open
 from vl_jax.train import lora
@@ -40,6 +42,11 @@ class Stage:
     def lora_scale(self) -> float:
         """What adapters are multiplied by when they are merged."""
         return 1.0 if self.lora is None else self.lora.scale
+
+    @property
+    def lora_only(self) -> Only:
+        """The layers and experts that have adapters."""
+        return EVERYWHERE if self.lora is None else self.lora.only
 
     def __post_init__(self):
         if self.steps < 1 or self.batch_size < 1 or self.accumulation < 1:
@@ -88,23 +95,35 @@ def adapter_shapes(stage: Stage, params: params_lib.Tree, roles: Mapping[str, Ro
     """Shapes of the adapters that the stage trains, laid out as their weights are; empty without any.
 
     Raises:
-      ValueError: a target matches no weight matrix, or one that the stage trains itself; names the stage.
+      ValueError: a target matches no weight matrix, one that the stage trains itself, or one that lacks a
+        layer or expert; names the stage.
     """
     if stage.lora is None:
         return {}
     where = f"config.stages.{stage.name}"
     try:
-        targets, shapes = lora.select(stage.lora, params, roles), lora.shapes(stage.lora, params, roles)
+        targets = lora.targets(stage.lora, params, roles)
     except ValueError as error:
         names = ", ".join(lora.GROUPS)
         raise ValueError(f"{where}.lora.targets: {error} (names for patterns: {names})") from None
-    both = sorted(targets.keys() & trainable_paths(stage, params))
+    try:
+        shapes = lora.shapes(stage.lora, params, roles)
+    except ValueError as error:
+        raise ValueError(f"{where}.lora.{error}") from None
+    both = sorted(trainable_paths(stage, params).intersection(targets))
     if both:
         raise ValueError(
             f"{where}.lora.targets: {both[0]} trains itself, by {where}.trainable={stage.trainable}; "
             "trainable=() trains adapters alone"
         )
     return shapes
+
+
+def int8_paths(stage: Stage, params: params_lib.Tree, roles: Mapping[str, Role]) -> set[str]:
+    """The weights that the stage keeps in int8: all hidden matrices that it does not train, or none."""
+    if stage.lora is None or stage.lora.base == "float":
+        return set()
+    return quantize.select(params, roles) - trainable_paths(stage, params)
 
 
 def trainable_table(

@@ -21,10 +21,12 @@ from jax.typing import ArrayLike
 
 from vl_jax import params as params_lib
 from vl_jax.batch import Batch
+from vl_jax.compress import quantize
 from vl_jax.fusion import budget
 from vl_jax.moe import stacks
 from vl_jax.moe.routing import scheme_of
 from vl_jax.moe.stacks import RoutingState, Stacks
+from vl_jax.nn.low_rank import EVERYWHERE, Only
 from vl_jax.nn.still import resting
 from vl_jax.params import Leaf
 from vl_jax.roles import Role
@@ -44,9 +46,9 @@ class TrainState:
     """Everything an optimiser step changes."""
 
     step: Leaf  # i32[] within the stage
-    params: Leaf  # all parameters, trained or frozen
+    params: Leaf  # all parameters, trained or frozen; some may be in int8, see ``compress.quantize``
     optimizer: Leaf  # optimiser state of the trained leaves
-    routing: RoutingState  # state of the routing schemes, by stack
+    routing: dict[str, Any]  # state of the routing schemes, by stack; a ``RoutingState``
     adapters: Leaf = struct.field(default_factory=dict)  # see ``lora``; empty without any
     collections: dict[str, Any] = struct.field(default_factory=dict)  # batch statistics and the like, by name
     load: dict[str, Leaf] = struct.field(default_factory=dict)  # f32[L E] running load of the stage, by stack
@@ -87,9 +89,11 @@ def gradients(
     trainable: set[str],
     accumulation: int,
     lora_scale: float = 1.0,
+    lora_only: Only = EVERYWHERE,
     objective: Objective = NEXT_TOKEN,
     roles: Mapping[str, Role] = NO_ROLES,
     seed: ArrayLike = 0,
+    stacked: Collection[str] = (),
 ) -> tuple[Any, Metrics, Sums]:
     """Gradients of parameters that train and of adapters for the whole batch; metrics; the sums.
 
@@ -98,6 +102,7 @@ def gradients(
 
     Args:
       seed: of the noise of routing.
+      stacked: the parameters whose first axis counts layers.
     """
     trained, frozen = split_trained(state.params, state.adapters, trainable)
     state = dataclasses.replace(state, collections=_at_rest(state, trainable))
@@ -106,7 +111,8 @@ def gradients(
 
     def minimised(trained: Any, part: tuple[Batch, RoutingState]) -> tuple[jax.Array, Sums]:
         rows, given = part
-        params = lora.merge(*join_trained(trained, frozen, trainable), lora_scale, roles)
+        joined = join_trained(trained, frozen, trainable)
+        params = lora.pack(*joined, lora_scale, roles, lora_only, stacked)
         routing = give(state.routing, given)
         found = objective(params, dataclasses.replace(state, routing=routing), rows, model=model, rngs=rngs)
         losses = {name: value / total_of(name, totals) for name, value in found.losses.items()}
@@ -164,7 +170,8 @@ def _at_rest(state: TrainState, trainable: set[str]) -> dict[str, Any]:
 
     if not state.collections:
         return state.collections
-    resting_modules = of(params_lib.flatten(state.params)) - of(trainable)
+    weights = params_lib.flatten(state.params).keys() | quantize.paths_of(state.params)
+    resting_modules = of(weights) - of(trainable)
     return resting(state.collections, lambda path: path.rpartition("/")[0] in resting_modules)
 
 
@@ -203,6 +210,7 @@ def make_train_step(
     trainable: set[str],
     accumulation: int = 1,
     lora_scale: float = 1.0,
+    lora_only: Only = EVERYWHERE,
     objective: Objective = NEXT_TOKEN,
     roles: Mapping[str, Role] = NO_ROLES,
     seed: ArrayLike = 0,
@@ -214,10 +222,11 @@ def make_train_step(
     Args:
       trainable: the parameters that train; adapters of the state train besides.
       lora_scale: what adapters are multiplied by when they are merged.
+      lora_only: the layers and experts that have adapters.
       roles: of the parameters that have adapters, by path.
       objective: what the stage minimises.
       seed: of the noise of routing.
-      stacked: the leaves that train whose first axis counts layers.
+      stacked: the parameters and adapters whose first axis counts layers.
       held: top-level modules whose routing state stays as it is.
 
     Raises:
@@ -237,9 +246,11 @@ def make_train_step(
             trainable=trainable,
             accumulation=accumulation,
             lora_scale=lora_scale,
+            lora_only=lora_only,
             objective=objective,
             roles=roles,
             seed=seed,
+            stacked=stacked,
         )
         trained, frozen = split_trained(state.params, state.adapters, trainable)
         with jax.numpy_dtype_promotion("standard"):  # optax multiplies counts with decay rates
