@@ -2,6 +2,7 @@
 
     checkpoint --by path and shape--> parameters, routing state, collections
     what the checkpoint lacks, or has in another shape --> created afresh, and listed
+    sparse layers with fewer experts --> grown, if that is asked for (see ``moe.growing``)
 
 Adapters of the checkpoint are merged into their weights first.
 """
@@ -24,8 +25,10 @@ from vl_jax.batch import Batch
 from vl_jax.checkpoint import CHECKPOINTS, Checkpointer
 from vl_jax.interop.rules import place
 from vl_jax.layout import Layout, Variables, init_leaves
-from vl_jax.moe import stacks
+from vl_jax.moe import growing, stacks
+from vl_jax.moe.growing import GrowthConfig
 from vl_jax.runtime.lazy_array import Index, LazyArray
+from vl_jax.train import growth as growth_of
 from vl_jax.train import lora, saved
 
 logger = logging.getLogger(__name__)
@@ -64,6 +67,7 @@ def load(
     *,
     seed: int,
     scale_of: Callable[[Mapping[str, Any]], float],
+    growth: GrowthConfig | None = None,
 ) -> Variables:
     """Parameters, routing state and collections of a checkpoint, as far as the model has a place for them.
 
@@ -72,26 +76,54 @@ def load(
     Args:
       example: batch of the model, for what is created.
       seed: of what is created.
+      growth: how experts begin that the model has more; None: sparse layers of other sizes begin afresh.
       scale_of: from the record of the checkpoint to what its adapters are multiplied by; asked if it has any.
 
     Raises:
-      ValueError: there is no sound checkpoint, or none of its parameters is one of the model's.
+      ValueError: there is no sound checkpoint, or none of its parameters is one of the model's; or no sparse
+        layer can grow.
     """
     need = params_lib.flatten({"params": layout.params, **layout.collections})
     with _read(origin, layout) as (step, have, adapters, record):
+        grown = {} if growth is None else growth_of.places(layout, have, need, where=str(origin.folder))
         taken = {path: leaf for path, leaf in need.items() if path in have and fits(have[path], leaf)}
         if not any(path.startswith("params/") for path in taken):
             raise ValueError(_nothing_fits(origin.folder, have, need))
         values = _placed(taken, have, adapters, layout, scale_of, record)
-        state, of_state = _state(layout, have)
+        state, of_state = _state(layout, have, growth)
+        smaller = _smaller(grown, need, have, adapters, layout, scale_of, record)
     if new := need.keys() - taken.keys():
         values |= init_leaves(layout, example, seed, new)
+    if growth is not None:
+        values |= growth_of.leaves(smaller, values, grown, layout, growth, seed=seed)
+        have = have | {path: need[path] for path in grown}
+        have |= {path: leaf for path, leaf in of_state.items() if path in have}
     count = sum(path.startswith("params/") for path in taken)
     total = len(params_lib.flatten(layout.params))
     logger.info("init: %d of %d parameters come from %s, step %d", count, total, origin.folder, step)
     for line in differences(have, need | of_state, where=str(origin.folder)):
         logger.warning("init: %s", line)
     return _variables(layout, need, values, state)
+
+
+def _smaller(
+    grown: Collection[str],
+    need: Mapping[str, Any],
+    have: Mapping[str, LazyArray],
+    adapters: Mapping[str, LazyArray],
+    layout: Layout,
+    scale_of: Callable[[Mapping[str, Any]], float],
+    record: Mapping[str, Any],
+) -> dict[str, jax.Array]:
+    """The leaves of a checkpoint that are to grow, whole on every device, adapters merged."""
+
+    def whole(path: str) -> jax.Array:
+        array = _cast(have[path], need[path].dtype)
+        return jax.device_put(array[(slice(None),) * len(array.shape)], layout.replicated)
+
+    own = {f"{path.removeprefix('params/')}/{factor}" for path in grown for factor in ("a", "b")}
+    values, kept = {path: whole(path) for path in grown}, {k: v for k, v in adapters.items() if k in own}
+    return values | (_merged(values, kept, layout, scale_of(record)) if kept else {})
 
 
 def load_part(
@@ -114,7 +146,7 @@ def load_part(
                 f"{origin.folder}: its checkpoint has no {_shown(lacking[0])} that fits the model"
             )
         values = _placed(need, have, adapters, layout, scale_of, record)
-        state, _ = _state(layout, have)
+        state, _ = _state(layout, have, None)
     return _variables(layout, need, values, state), step
 
 
@@ -226,14 +258,24 @@ def _merged(
     return merged
 
 
-def _state(layout: Layout, have: Mapping[str, LazyArray]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _state(
+    layout: Layout, have: Mapping[str, LazyArray], growth: GrowthConfig | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """The routing state by stack, and all of its leaves by path; what does not fit is as at the beginning."""
-    first = stacks.init_state(layout.model.config.stacks)
+    known = layout.model.config.stacks
+    first = stacks.init_state(known)
 
     def value(path: str, leaf: Any) -> Any:
-        if path not in have or not fits(have[path], leaf):
+        if path not in have:
             return leaf
-        return _cast(have[path], leaf.dtype)[(slice(None),) * leaf.ndim]
+        stored = _cast(have[path], leaf.dtype)[(slice(None),) * len(have[path].shape)]
+        if fits(stored, leaf):
+            return stored
+        stack = known[path.split("/")[1]]
+        if growth is None or stored.ndim != leaf.ndim or leaf.shape[-1] != stack.moe.num_experts:
+            return leaf
+        name = path.rpartition("/")[2]
+        return growing.grow_state({name: stored}, {name: leaf}, stack, growth)[name]
 
     state = {
         name: params_lib.map_paths(lambda path, leaf, at=f"routing/{name}": value(f"{at}/{path}", leaf), of)

@@ -26,9 +26,10 @@ from vl_jax import params as params_lib
 from vl_jax.layout import Layout, Variables
 from vl_jax.moe import stacks
 from vl_jax.train import lora
+from vl_jax.train.experts import Masks
 from vl_jax.train.guard import GuardedStep, guarded
 from vl_jax.train.optimizer import make_optimizer, without_schedule
-from vl_jax.train.stages import Stage, adapter_shapes, held_modules, trainable_paths
+from vl_jax.train.stages import Stage, adapter_shapes, expert_masks, held_modules, trainable_paths
 from vl_jax.train.step import TrainState, gradient_names, make_train_step, split_trained
 
 
@@ -67,7 +68,8 @@ class Program:
         if same is not None:
             return cls(layout, stage, trainable, adapters, optimizer, same.step_of, same.step)
         held = held_modules(stage, layout.params, factors)
-        step_of = functools.partial(_step_of, layout, stage, trainable, optimizer, stacked, held)
+        masks = expert_masks(stage, layout.params, layout.roles, layout.model.config.stacks)
+        step_of = functools.partial(_step_of, layout, stage, trainable, optimizer, stacked, held, masks)
         step = jax.jit(step_of(seed), donate_argnums=0)
         return cls(layout, stage, trainable, adapters, optimizer, step_of, step)
 
@@ -157,6 +159,7 @@ def _step_of(
     optimizer: optax.GradientTransformation,
     stacked: set[str],
     held: set[str],
+    masks: Masks,
     seed: ArrayLike,
 ) -> GuardedStep:
     step = make_train_step(
@@ -170,6 +173,8 @@ def _step_of(
         stacked=stacked,
         seed=seed,
         held=held,
+        chosen=stage.experts,
+        masks=masks,
     )
     for wrapper in stage.wrap:
         step = wrapper(step)
