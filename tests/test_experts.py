@@ -20,11 +20,11 @@ from vl_jax.moe.config import BalanceConfig, SharedExpertsConfig
 from vl_jax.moe.routing import MoEConfig
 from vl_jax.moe.stacks import init_state
 from vl_jax.sharding import MeshConfig, make_mesh
-from vl_jax.train import experts
 from vl_jax.train.lora import LoraConfig
 from vl_jax.train.objectives.heads import Heads
 from vl_jax.train.optimizer import OptimizerConfig
 from vl_jax.train.program import Program
+from vl_jax.train.specialise import chosen as experts
 from vl_jax.train.stages import Stage, expert_masks, trainable_table
 
 ROWS, E = 4, 5

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from vl_jax import params as params_lib
-from vl_jax.moe import growing, per_expert, routing
+from vl_jax.moe import routing
 from vl_jax.moe.config import BalanceConfig, GateConfig, SharedExpertsConfig
 from vl_jax.moe.decisions import make_inputs
-from vl_jax.moe.growing import GrowthConfig
 from vl_jax.moe.layer import DynamicMoE
 from vl_jax.moe.routing import MoEConfig
+from vl_jax.moe.specialise import growing, per_expert
+from vl_jax.moe.specialise.growing import GrowthConfig
 from vl_jax.moe.stacks import Stack
 
 WIDTH, OLD, NEW = 8, 4, 7

@@ -25,7 +25,7 @@ from vl_jax.joint import JointConfig
 from vl_jax.language.text_to_text import TextToTextConfig
 from vl_jax.layout import Layout, ModelConfig, Variables, init_variables, plan_layout
 from vl_jax.model import VisionLanguageConfig
-from vl_jax.moe.growing import GrowthConfig
+from vl_jax.moe.specialise.growing import GrowthConfig
 from vl_jax.runtime import errors
 from vl_jax.schema import ConfigError, Open
 from vl_jax.sharding import MeshConfig
@@ -212,7 +212,7 @@ def _whole_weights(experiment: Experiment, layout: Layout) -> Variables:
     if experiment.init and origin is None:  # no model that is published has collections
         if experiment.init_experts is not None:
             raise ValueError(
-                f"config.init_experts: {folder} is a published checkpoint; experts are added to those of a run"
+                f"config.init_experts: {folder} is a published checkpoint; experts are added to a run's"
             )
         return Variables(*pretrained.load_params(folder, layout))
     example = example_batch(experiment, sharding.batch_axes(layout.mesh))

@@ -2,7 +2,7 @@
 
     checkpoint --by path and shape--> parameters, routing state, collections
     what the checkpoint lacks, or has in another shape --> created afresh, and listed
-    sparse layers with fewer experts --> grown, if that is asked for (see ``moe.growing``)
+    sparse layers with fewer experts --> grown, if that is asked for (see ``moe.specialise.growing``)
 
 Adapters of the checkpoint are merged into their weights first.
 """
@@ -25,11 +25,12 @@ from vl_jax.batch import Batch
 from vl_jax.checkpoint import CHECKPOINTS, Checkpointer
 from vl_jax.interop.rules import place
 from vl_jax.layout import Layout, Variables, init_leaves
-from vl_jax.moe import growing, stacks
-from vl_jax.moe.growing import GrowthConfig
+from vl_jax.moe import stacks
+from vl_jax.moe.specialise import growing
+from vl_jax.moe.specialise.growing import GrowthConfig
 from vl_jax.runtime.lazy_array import Index, LazyArray
-from vl_jax.train import growth as growth_of
 from vl_jax.train import lora, saved
+from vl_jax.train.specialise import growth as growth_of
 
 logger = logging.getLogger(__name__)
 

@@ -26,9 +26,9 @@ from vl_jax import params as params_lib
 from vl_jax.layout import Layout, Variables
 from vl_jax.moe import stacks
 from vl_jax.train import lora
-from vl_jax.train.experts import Masks
 from vl_jax.train.guard import GuardedStep, guarded
 from vl_jax.train.optimizer import make_optimizer, without_schedule
+from vl_jax.train.specialise.chosen import Masks
 from vl_jax.train.stages import Stage, adapter_shapes, expert_masks, held_modules, trainable_paths
 from vl_jax.train.step import TrainState, gradient_names, make_train_step, split_trained
 

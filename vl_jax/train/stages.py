@@ -12,11 +12,12 @@ from vl_jax import params as params_lib
 from vl_jax.moe.stacks import Stacks
 from vl_jax.roles import Role
 from vl_jax.schema import Open
-from vl_jax.train import experts, lora
+from vl_jax.train import lora
 from vl_jax.train.lora import LoraConfig
 from vl_jax.train.objectives.next_token import NextToken
 from vl_jax.train.objectives.together import AnyObjective
 from vl_jax.train.optimizer import OptimizerConfig
+from vl_jax.train.specialise import chosen as experts
 from vl_jax.train.step import StepWrapper
 
 
@@ -34,7 +35,7 @@ class Stage:
     trainable: tuple[str, ...] = (".*",)  # patterns of parameter paths; the rest is frozen
     experts: tuple[
         int, ...
-    ] = ()  # of every sparse layer, those that train; empty: all (see ``train.experts``)
+    ] = ()  # of every sparse layer, those that train; empty: all (see ``train.specialise.chosen``)
     hold: bool = False  # routing state too stays as it is in top-level modules of which nothing trains
     lora: LoraConfig | None = None  # adapters on frozen weights, merged into them when the stage ends
     objective: AnyObjective = NextToken()  # what it minimises

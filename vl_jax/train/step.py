@@ -28,10 +28,11 @@ from vl_jax.moe.stacks import RoutingState, Stacks
 from vl_jax.nn.still import resting
 from vl_jax.params import Leaf
 from vl_jax.roles import Role
-from vl_jax.train import experts, lora
+from vl_jax.train import lora
 from vl_jax.train.objectives.next_token import NextToken
 from vl_jax.train.objectives.objective import Objective, Sums
 from vl_jax.train.objectives.rows import give, given_rows, split_rows
+from vl_jax.train.specialise import chosen as experts
 
 Metrics = dict[str, jax.Array | np.ndarray | np.number | np.bool_]  # by name; some may be on the host already
 NEXT_TOKEN = NextToken()

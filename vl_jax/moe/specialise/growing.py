@@ -1,6 +1,6 @@
 """Experts added to sparse layers that have learnt; those that there were keep their bits.
 
-    w_in   [.. E D I H] --> [.. E+n D I H]        router [.. D E] --> [.. D E+n]        state [.. E] --> [.. E+n]
+    w_in  [.. E D I H] --> [.. E+n D I H]     router  [.. D E] --> [.. D E+n]     state  [.. E] --> [.. E+n]
 
 A new expert begins as a copy of an old one (sparse upcycling does so with a dense block: Komatsuzaki et al.
 2023, arXiv 2212.05055, section 3), or afresh; so does its column of the router. While no token may take the
@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vl_jax import params as params_lib
-from vl_jax.moe import per_expert
 from vl_jax.moe.routing import State
+from vl_jax.moe.specialise import per_expert
 from vl_jax.moe.stacks import Stack
 
 

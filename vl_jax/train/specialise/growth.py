@@ -1,4 +1,4 @@
-"""Experts that a model has more than the checkpoint it begins with; see ``moe.growing``."""
+"""Experts that a model has more than the checkpoint it begins with; see ``moe.specialise.growing``."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 import jax
 
 from vl_jax.layout import Layout
-from vl_jax.moe import growing, per_expert
-from vl_jax.moe.growing import GrowthConfig
+from vl_jax.moe.specialise import growing, per_expert
+from vl_jax.moe.specialise.growing import GrowthConfig
 
 logger = logging.getLogger(__name__)
 

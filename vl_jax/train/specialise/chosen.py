@@ -1,6 +1,6 @@
 """Training of some experts alone: what belongs to the others keeps its bits, whatever the optimiser.
 
-    gradients --0 for the others--> norms, clipping, moments --> updates --minus 0 for the others--> parameters
+    gradients --0 for others--> norms, clipping, moments --> updates --minus 0 for others--> parameters
 
 What is an expert's own: its matrices, its column of the router, adapters of these, its part of the scheme's
 state. Gradients are cut before anything reads them, and updates after everything, as decay needs none.
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vl_jax import params as params_lib
-from vl_jax.moe import per_expert
+from vl_jax.moe.specialise import per_expert
 from vl_jax.moe.stacks import RoutingState, Stacks
 
 Masks = Mapping[str, np.ndarray]  # bool by path, with an axis of experts and of length 1 otherwise
