@@ -14,9 +14,11 @@ import pytest
 from PIL import Image as PilImage
 
 from vl_jax import params as params_lib
+from vl_jax import schema
 from vl_jax.batch import Given
-from vl_jax.data.config import DataConfig, DomainSources, open_sources
+from vl_jax.data.config import DataConfig, open_sources
 from vl_jax.data.sample import BadSample, Sample
+from vl_jax.data.sources.build import InDomainConfig
 from vl_jax.data.sources.records import RecordsConfig
 from vl_jax.encoders.vit import ViTConfig
 from vl_jax.heads.classification import Classification
@@ -147,9 +149,10 @@ def write(folder: Path, name: str, label: str) -> RecordsConfig:
 
 
 def test_samples_of_a_source_have_its_domain_among_their_labels(tmp_path):
-    sources = write(tmp_path, "x", "crack"), write(tmp_path, "y", "healthy"), write(tmp_path, "z", "hat")
-    domains = DomainSources("roads", ("x",)), DomainSources("bones", ("y",))
-    data = DataConfig(root=str(tmp_path), sources=sources, domains=domains)
+    x, y, z = write(tmp_path, "x", "crack"), write(tmp_path, "y", "healthy"), write(tmp_path, "z", "hat")
+    sources = InDomainConfig("x", "roads", x), InDomainConfig("y", "bones", y), z
+    data = DataConfig(root=str(tmp_path), sources=sources)
+    assert schema.from_json(schema.to_json(data), DataConfig) == data
     found = {name: source[0].labels for name, source in open_sources(data, None)[0].items()}
     assert found == {
         "x": {"label": "crack", "domain": "roads"},
@@ -183,10 +186,7 @@ def test_samples_of_a_source_have_its_domain_among_their_labels(tmp_path):
             lambda: dataclasses.replace(MODEL, heads=(Classification(("a", "b"), name="domain"),)),
             "name 'domain' of a tower or head",
         ),
-        (
-            lambda: DataConfig(domains=(DomainSources("a", ("x",)),)),
-            "domains name source 'x'; there are: none",
-        ),
+        (lambda: InDomainConfig("x", "", RecordsConfig("x", "x.json")), "domain of source 'x' is empty"),
     ],
 )
 def test_what_makes_no_sense_is_one_line(make, message):

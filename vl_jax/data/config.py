@@ -12,7 +12,6 @@ from vl_jax.data.images.augment import AugmentationConfig
 from vl_jax.data.images.tiling import TilingConfig
 from vl_jax.data.sample import Sample, Source
 from vl_jax.data.sources.build import SourceConfig, open_source
-from vl_jax.data.sources.in_domain import InDomain
 from vl_jax.data.text.chat import Targets, Turns
 from vl_jax.data.text.turns import TurnSampling
 
@@ -126,14 +125,6 @@ class LoadingConfig:
 
 
 @dataclass(frozen=True)
-class DomainSources:
-    """The sources of one domain: their samples have its name among their labels, as ``domain``."""
-
-    domain: str
-    sources: tuple[str, ...]  # names, of held-out ones too
-
-
-@dataclass(frozen=True)
 class DataConfig:
     """Where samples come from and how they become batches."""
 
@@ -152,7 +143,6 @@ class DataConfig:
     root: str = "."  # folder that file names of the sources are relative to
     sources: tuple[SourceConfig, ...] = ()
     evaluation: tuple[SourceConfig, ...] = ()
-    domains: tuple[DomainSources, ...] = ()  # which of the sources are of which field of application
     tokenizer: str = ""  # a tokenizer.json; empty means the shipped vocabulary
     max_tokens: int = 512  # T, length of a row
     max_tiles: int = 1  # M, tiles of a row
@@ -181,16 +171,6 @@ class DataConfig:
             names = [s.name for s in group]
             if len(set(names)) < len(names):
                 raise ValueError(f"source names {names}: must be different")
-        self._check_domains()
-
-    def _check_domains(self) -> None:
-        named = [name for domain in self.domains for name in domain.sources]
-        known = [source.name for source in (*self.sources, *self.evaluation)]
-        for name in named:
-            if name not in known:
-                raise ValueError(f"domains name source {name!r}; there are: {', '.join(known) or 'none'}")
-            if named.count(name) > 1:
-                raise ValueError(f"domains name source {name!r} twice; a source is of one domain")
 
     def _check_packing(self) -> None:
         row = self.packing
@@ -315,9 +295,7 @@ def opened(config: DataConfig, source: SourceConfig) -> Source:
     Raises:
       ValueError: the source cannot be read at all; one line naming the file.
     """
-    found = open_source(source, root=config.root, orientation=config.tiling.orientation)
-    domain = next((d.domain for d in config.domains if source.name in d.sources), None)
-    return found if domain is None else InDomain(found, domain)
+    return open_source(source, root=config.root, orientation=config.tiling.orientation)
 
 
 def find_source(config: DataConfig, name: str) -> SourceConfig:

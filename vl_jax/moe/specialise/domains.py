@@ -1,6 +1,6 @@
 """Domains: fields of application, such as medicine, and the experts that are for each.
 
-A row may be told its domain (a label, see ``DataConfig.domains``). In every sparse layer then
+A row may be told its domain (a label, see ``InDomainConfig``). In every sparse layer then
 
     picked     its tokens may take the experts of its domain alone     (``routing.EXCLUDED``)
     weight     a loss draws the router to them                         (``routing.TOWARDS``)
