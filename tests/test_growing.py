@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -19,6 +20,7 @@ from vl_jax.moe.routing import MoEConfig
 from vl_jax.moe.specialise import growing, per_expert
 from vl_jax.moe.specialise.growing import GrowthConfig
 from vl_jax.moe.stacks import Stack
+from vl_jax.train.specialise import growth
 
 WIDTH, OLD, NEW = 8, 4, 7
 # Not those by which experts choose tokens: they have fewer slots each when there are more of them.
@@ -64,21 +66,21 @@ def said(config: MoEConfig, params, state, x, context):
     return DynamicMoE(config).apply({"params": params["stack"]["moe"]}, x, context, state)[0]
 
 
-def grown(scheme: str, growth: GrowthConfig, seed: int, **options):
+def grown(scheme: str, given: GrowthConfig, seed: int, **options):
     """(small config, its parameters and state, large config, its parameters and state)."""
     small, large = moe(scheme, OLD, **options), moe(scheme, NEW, **options)
     (params, state), (fresh, first) = made(small, seed), made(large, seed + 100)
     key = jax.random.key(seed)
-    longer = growing.grow(params, fresh, stack(large), growth, key)
-    return small, params, state, large, longer, growing.grow_state(state, first, stack(large), growth)
+    longer = growing.grow(params, fresh, stack(large), given, key)
+    return small, params, state, large, longer, growing.grow_state(state, first, stack(large), given)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("growth", [GrowthConfig(), GrowthConfig((1, 3), noise=0.1)], ids=["fresh", "copies"])
+@pytest.mark.parametrize("given", [GrowthConfig(), GrowthConfig((1, 3), noise=0.1)], ids=["fresh", "copies"])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_grown_layer_says_what_it_said_while_nobody_may_take_what_is_new(scheme, growth):
+def test_a_grown_layer_says_what_it_said_while_nobody_may_take_what_is_new(scheme, given):
     for seed in range(3):
-        small, params, state, large, longer, larger = grown(scheme, growth, seed)
+        small, params, state, large, longer, larger = grown(scheme, given, seed)
         x, context = make_inputs(seed)
         closed = {**larger, routing.EXCLUDED: (jnp.arange(NEW) >= OLD)[None, None]}
         before, after = said(small, params, state, x, context), said(large, longer, closed, x, context)
@@ -144,3 +146,31 @@ def test_a_router_without_a_column_for_each_expert_is_refused(scheme):
 def test_what_cannot_grow_is_one_line(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def places(had: int, given: GrowthConfig) -> tuple[dict[str, int], dict[str, Any], dict[str, Any]]:
+    """What grows of a run with so many experts; the leaves of the run, and those of the model."""
+    have, need = (
+        {f"params/{path}": leaf for path, leaf in params_lib.flatten(made(moe("top_k", count), 0)[0]).items()}
+        for count in (had, NEW)
+    )
+    stacks = {"image": stack(moe("top_k", NEW))}
+    return growth.places(stacks, have, need, given, where="runs/x"), have, need
+
+
+@pytest.mark.parametrize(
+    ("had", "given", "message"),
+    [
+        (4, GrowthConfig((4,)), "config.init_experts.copies: 4 is no expert of runs/x; expected 0 to 3"),
+        (9, GrowthConfig(), "config.init_experts: runs/x has 9 experts, the model 7; they can only be more"),
+        (7, GrowthConfig(), "config.init_experts: runs/x has as many experts as the model in every sparse"),
+    ],
+)
+def test_a_run_that_cannot_be_added_to_is_one_line(had: int, given: GrowthConfig, message: str):
+    with pytest.raises(ValueError, match=message):
+        places(had, given)
+
+
+def test_the_leaves_that_grow_are_those_with_a_part_for_each_expert():
+    found, have, need = places(OLD, GrowthConfig())
+    assert found.keys() == {path for path in need if need[path].shape != have[path].shape}

@@ -36,7 +36,7 @@ SMALL = {
 
 def small(root: Path, stage: str, *more: str) -> list[str]:
     given = {f"{at}.{name}": value for at, fields in SMALL.items() for name, value in fields.items()}
-    given |= {f"stages.{stage}.steps": 2, f"stages.{stage}.batch_size": 4, "data.root": str(root)}
+    given |= {f"stages.{stage}.steps": 2, f"stages.{stage}.batch_size": 8, "data.root": str(root)}
     return [*(f"--config.{name}={value}" for name, value in given.items()), *more]
 
 

@@ -86,7 +86,10 @@ def load(
     """
     need = params_lib.flatten({"params": layout.params, **layout.collections})
     with _read(origin, layout) as (step, have, adapters, record):
-        grown = {} if growth is None else growth_of.places(layout, have, need, where=str(origin.folder))
+        grown = {}
+        if growth is not None:
+            known = layout.model.config.stacks
+            grown = growth_of.places(known, have, need, growth, where=str(origin.folder))
         taken = {path: leaf for path, leaf in need.items() if path in have and fits(have[path], leaf)}
         if not any(path.startswith("params/") for path in taken):
             raise ValueError(_nothing_fits(origin.folder, have, need))

@@ -11,6 +11,8 @@ expert, or experts choose tokens, there are fewer slots for each.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -89,13 +91,18 @@ def grow(
     return params_lib.unflatten(result)
 
 
-def grow_state(old: State, fresh: State, stack: Stack, config: GrowthConfig) -> State:
-    """State of a scheme with more experts; copies have that of their parents, without noise."""
+def grow_state(old: Mapping[str, Any], fresh: State, stack: Stack, config: GrowthConfig) -> State:
+    """State of a scheme with more experts; copies have that of their parents, without noise.
+
+    Args:
+      old: arrays of the smaller model, by name; one may be lacking.
+    """
     plain = dataclasses.replace(config, noise=0.0)
     names = per_expert.state_names(fresh, stack.moe)
 
     def grown(name: str) -> jax.Array:
-        longer = name in names and old[name].shape != fresh[name].shape
-        return grow_leaf(old[name], fresh[name], -1, plain, jax.random.key(0)) if longer else old[name]
+        have, need = jnp.asarray(old[name]), fresh[name]
+        longer = name in names and have.shape != need.shape
+        return grow_leaf(have, need, -1, plain, jax.random.key(0)) if longer else have
 
     return {name: grown(name) if name in old else value for name, value in fresh.items()}

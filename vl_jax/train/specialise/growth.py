@@ -12,25 +12,31 @@ import jax
 from vl_jax.layout import Layout
 from vl_jax.moe.specialise import growing, per_expert
 from vl_jax.moe.specialise.growing import GrowthConfig
+from vl_jax.moe.stacks import Stacks
 
 logger = logging.getLogger(__name__)
 
 _WHERE = "config.init_experts"
 
 
-def places(layout: Layout, have: Mapping[str, Any], need: Mapping[str, Any], *, where: str) -> dict[str, int]:
+def places(
+    stacks: Stacks, have: Mapping[str, Any], need: Mapping[str, Any], config: GrowthConfig, *, where: str
+) -> dict[str, int]:
     """The leaves that are to get more experts, by path, and their axis of these, from the end.
 
     Args:
+      stacks: of the model.
       have, need: leaves of the checkpoint and of the model by path; below ``params/`` are the parameters.
       where: name of the checkpoint.
 
     Raises:
-      ValueError: there are none, or a stack's router has no column for each expert.
+      ValueError: there are none, or fewer than before; a copy is of an expert that is not there; or a
+        stack's router has no column for each expert.
     """
     found: dict[str, int] = {}
-    for stack in layout.model.config.stacks.values():
-        axes = {f"params/{path}": axis for path, axis in per_expert.axes(layout.params, stack).items()}
+    params = {path.removeprefix("params/"): leaf for path, leaf in need.items() if path.startswith("params/")}
+    for stack in stacks.values():
+        axes = {f"params/{path}": axis for path, axis in per_expert.axes(params, stack).items()}
         other = [p for p in axes if p in have and tuple(have[p].shape) != tuple(need[p].shape)]
         if not other:
             continue
@@ -38,6 +44,11 @@ def places(layout: Layout, have: Mapping[str, Any], need: Mapping[str, Any], *, 
             per_expert.check_columns(stack.moe)
         except ValueError as error:
             raise ValueError(f"{_WHERE}: {error}") from None
+        had, now = have[other[0]].shape[axes[other[0]]], stack.moe.num_experts
+        if had >= now:
+            raise ValueError(f"{_WHERE}: {where} has {had} experts, the model {now}; they can only be more")
+        if wrong := [number for number in config.copies if not 0 <= number < had]:
+            raise ValueError(f"{_WHERE}.copies: {wrong[0]} is no expert of {where}; expected 0 to {had - 1}")
         found |= {path: axes[path] for path in other}
     if not found:
         raise ValueError(
