@@ -201,6 +201,7 @@ def test_exclusions_that_cannot_be_are_refused_in_one_line():
     with pytest.raises(ValueError, match="scheme='smear': its tokens share one mean of experts"):
         weights_of("smear", np.zeros((2, 8, MANY), bool))
     with pytest.raises(
-        ValueError, match=r"excluded experts are \(1, 1, 4\), expected \(1, 1, 8\) or \(2, 8, 8\)"
+        ValueError,
+        match=r"excluded experts are \(1, 1, 4\), expected \(1, 1, 8\), \(2, 1, 8\) or \(2, 8, 8\)",
     ):
         weights_of("top_k", np.zeros((1, 1, 4), bool))

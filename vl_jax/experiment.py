@@ -25,13 +25,14 @@ from vl_jax.joint import JointConfig
 from vl_jax.language.text_to_text import TextToTextConfig
 from vl_jax.layout import Layout, ModelConfig, Variables, init_variables, plan_layout
 from vl_jax.model import VisionLanguageConfig
+from vl_jax.moe.specialise.growing import GrowthConfig
 from vl_jax.runtime import errors
 from vl_jax.schema import ConfigError, Open
 from vl_jax.sharding import MeshConfig
 from vl_jax.train import initial, loop, saved
 from vl_jax.train.loop import LoopConfig
 from vl_jax.train.lora import LoraConfig
-from vl_jax.train.stages import Stage, adapter_shapes, trainable_paths
+from vl_jax.train.stages import Stage, expert_masks
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,9 @@ class Experiment:
     # Parts that begin with published encoders all the same: path of the part and folder (see
     # ``interop.parts``), as (("image/trunk", "resnet-18"),).
     init_parts: tuple[tuple[str, str], ...] = ()
+    init_experts: GrowthConfig | None = (
+        None  # how experts begin that the run of ``init`` lacks; None: as all else
+    )
     mesh: MeshConfig = MeshConfig()
     loop: LoopConfig = LoopConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -64,6 +68,8 @@ class Experiment:
     def __post_init__(self):
         if not self.init:
             self.model.check_data(self.data)
+        if self.init_experts is not None and not self.init:
+            raise ValueError("init_experts needs init, the run whose experts there are to be more of")
         if not self.stages:
             raise ValueError("stages is empty; an experiment needs at least one")
         names = [source.name for source in self.data.sources]
@@ -175,8 +181,7 @@ def plan(experiment: Experiment) -> Layout:
             f"config.model: no model can be built of these sizes: {errors.described(error)}"
         ) from error
     for stage in experiment.stages:
-        trainable_paths(stage, layout.params)
-        adapter_shapes(stage, layout.params, layout.roles)
+        expert_masks(stage, layout.params, layout.roles, experiment.model.stacks)
     for path, placement in layout.placements.items():
         if placement.whole:
             logger.warning("%s: %s does not divide, kept whole on the mesh", path, ", ".join(placement.whole))
@@ -206,6 +211,10 @@ def _whole_weights(experiment: Experiment, layout: Layout) -> Variables:
     folder = Path(experiment.init)
     origin = initial.find(folder) if experiment.init else None
     if experiment.init and origin is None:  # no model that is published has collections
+        if experiment.init_experts is not None:
+            raise ValueError(
+                f"config.init_experts: {folder} is a published checkpoint; experts are added to a run's"
+            )
         return Variables(*pretrained.load_params(folder, layout))
     example = example_batch(experiment, sharding.batch_axes(layout.mesh))
     if origin is None:
@@ -229,7 +238,8 @@ def _whole_weights(experiment: Experiment, layout: Layout) -> Variables:
             )
         return saved.stage_at(before.stages, saved.Position(**record["position"])).lora
 
-    return initial.load(origin, layout, example, seed=experiment.seed, lora_of=lora_of)
+    options = {"seed": experiment.seed, "growth": experiment.init_experts}
+    return initial.load(origin, layout, example, lora_of=lora_of, **options)
 
 
 def read_run(workdir: Path) -> Experiment:

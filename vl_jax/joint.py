@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool
 from vl_jax.batch import Batch, Given, blank
 from vl_jax.data.config import DataConfig, ModelSpec, check_packing
 from vl_jax.data.sample import BadSample, Sample
+from vl_jax.data.sources.in_domain import DOMAIN
 from vl_jax.encoders.adapter import used_tiles
 from vl_jax.encoders.build import AnyEncoder
 from vl_jax.fusion.budget import BudgetConfig, GateOutput
@@ -31,6 +32,7 @@ from vl_jax.fusion.build import AnyFusion, Apart
 from vl_jax.fusion.streams import Stream
 from vl_jax.heads.build import AnyHead
 from vl_jax.moe.layer import MoEOutput
+from vl_jax.moe.specialise.domains import DomainsConfig, with_domains
 from vl_jax.moe.stacks import RoutingState, Stack
 
 TILES, TOKENS = "tiles", "tokens"
@@ -79,12 +81,13 @@ class JointConfig:
     towers: tuple[Tower, ...]
     heads: tuple[AnyHead, ...]
     fusion: AnyFusion = Apart()
+    domains: DomainsConfig | None = None  # which experts of the towers are for which field of application
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters stay float32
     remat: bool = False  # keep only the inputs of blocks for the backward pass
 
     def __post_init__(self):
         towers = tuple(tower.name for tower in self.towers)
-        names = (*towers, *(head.name for head in self.heads))
+        names = (*towers, *(field.name for field in self._labels))
         if not self.towers or not self.heads:
             raise ValueError(
                 f"{len(self.towers)} towers, {len(self.heads)} heads: expected at least one each"
@@ -98,6 +101,8 @@ class JointConfig:
                 )
         if sum(tower.input == TOKENS for tower in self.towers) > 1:
             raise ValueError("two towers read tokens; a row has one text, so one tower can read it")
+        if self.domains is not None:
+            self.domains.check(self.stacks)
         streams = self.fusion.streams(towers)
         for head in self.heads:
             for name in head.inputs:
@@ -134,9 +139,14 @@ class JointConfig:
             fusion="gated",
             vocab_size=_NO_TEXT if text is None else text.encoder.vocab_size,  # pyright: ignore
             reads="text",
-            labels=self.heads,
+            labels=self._labels,
             media=media,
         )
+
+    @property
+    def _labels(self) -> tuple[Any, ...]:
+        """What rows are told: what each head is to say, and their domain."""
+        return self.heads if self.domains is None else (*self.heads, self.domains)
 
     @property
     def _tile_tokens_side(self) -> int:
@@ -178,7 +188,8 @@ class JointConfig:
         kept = tuple(self.head(name) for name in heads)
         trunk = {module for name in heads for module in self.trunk_of(name)}
         towers = tuple(tower for tower in self.towers if tower.name in trunk)
-        return dataclasses.replace(self, towers=towers, heads=kept)
+        domains = self.domains if any(tower.encoder.stack for tower in towers) else None
+        return dataclasses.replace(self, towers=towers, heads=kept, domains=domains)
 
     def check_data(self, data: DataConfig) -> None:
         """Refuses data of another size than the towers read.
@@ -223,7 +234,7 @@ class JointConfig:
         return dataclasses.replace(
             batch,
             media={field.name: absent(field.shape, field.dtype) for field in self.spec().media},
-            labels={head.name: absent(head.shape, head.dtype) for head in self.heads},
+            labels={field.name: absent(field.shape, field.dtype) for field in self._labels},
         )
 
 
@@ -260,7 +271,11 @@ class Joint(nn.Module):
                 streams[tower.name] = _nothing_seen(tower.encoder, rows, jnp.dtype(self.config.dtype))
                 continue
             inputs, valid = _inputs(batch, tower)
-            encoded = getattr(self, tower.name)(inputs, valid, routing_state.get(tower.name, {}))
+            state, stack = routing_state.get(tower.name, {}), self.config.stacks.get(tower.name)
+            if self.config.domains is not None and stack is not None:
+                told, groups = batch.labels.get(DOMAIN), valid.shape[0]
+                state = with_domains(state, told, self.config.domains, stack, groups=groups)
+            encoded = getattr(self, tower.name)(inputs, valid, state)
             streams[tower.name] = _stream(encoded, valid, rows)
             if encoded.routed is not None:
                 routed[tower.name] = encoded.routed

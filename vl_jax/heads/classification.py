@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from vl_jax.batch import Given
 from vl_jax.data.sample import BadSample, Sample
+from vl_jax.data.sources.in_domain import DOMAIN
 from vl_jax.fusion.streams import Streams, pool
 from vl_jax.nn.layers import LayerNorm, Linear
 
@@ -28,6 +29,7 @@ class Classification:
     name: str = "label"
     stream: str = "image"  # what it reads
     field: str = "label"  # name in ``Sample.labels``
+    domain: str = ""  # samples of other domains have no label of it; empty: those of all have one
     label_smoothing: float = 0.0  # share of the target that is spread over all classes
 
     def __post_init__(self):
@@ -62,7 +64,7 @@ class Classification:
           BadSample: the label is none of the classes.
         """
         value = sample.labels.get(self.field)
-        if value is None:
+        if value is None or (self.domain and sample.labels.get(DOMAIN) != self.domain):
             return None
         try:
             return np.asarray(self.classes.index(str(value)), np.int32)

@@ -51,6 +51,7 @@ from vl_jax.moe.config import (
     GateConfig,
     SharedExpertsConfig,
 )
+from vl_jax.moe.specialise import drawn as drawing
 
 __all__ = [
     "EXCLUDED",
@@ -58,6 +59,7 @@ __all__ = [
     "MASKED",
     "ROUTES",
     "SCHEMES",
+    "TOWARDS",
     "Assignment",
     "ExpertChoice",
     "Losses",
@@ -103,13 +105,16 @@ SCHEMES = {
 }
 
 
-# An entry of the state that an intervention adds: bool, [1 1 E] or [G T E], experts that may not be chosen.
+# An entry of the state that an intervention adds: bool, [1 1 E], [G 1 E] or [G T E], experts that may not be
+# chosen.
 # Their logits are ``MASKED`` and ``best`` passes them over; what a scheme still chooses of them is taken out
 # of its assignment.
 EXCLUDED, MASKED = "excluded", -1e9
 # Another one: i32[G T K], routes that tokens are to take, such as those of an earlier pass (*replay*; of a
 # rollout, when it is trained on: R3, arXiv 2510.11370). Gates and losses are of the scores of this pass.
 ROUTES = "routes"
+# A third one: f32, of the first one's shapes, weights of a loss that draws a token to experts.
+TOWARDS = "towards"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -324,12 +329,20 @@ def route(
             raise ValueError(f"scheme={config.scheme!r}: {error}") from None
         return result
 
-    logits, given = logits.astype(jnp.float32), state.get(EXCLUDED)
+    logits, given, drawn = logits.astype(jnp.float32), state.get(EXCLUDED), {}
+    shape = (*context.valid.shape, config.num_experts)
+    if TOWARDS in state:  # of the logits as they are, whatever experts are excluded
+        towards = drawing.of_tokens(state[TOWARDS], shape, "experts to be drawn to")
+        scores = probabilities(logits, context, config)
+        drawn = {TOWARDS: drawing.drawn_loss(scores, towards, context.valid)}
+    state = {name: value for name, value in state.items() if name not in (EXCLUDED, TOWARDS)}
     if given is None:
         assignment, losses = jax.vmap(one_group, axis_name=GROUPS)(logits, context)
-        return assignment, {name: jnp.mean(value) for name, value in losses.items()}
-    state = {name: value for name, value in state.items() if name != EXCLUDED}
-    excluded = _excluded(given, context, config)
+        return assignment, {name: jnp.mean(value) for name, value in losses.items()} | drawn
+    try:
+        excluded = drawing.of_tokens(given, shape, "excluded experts")
+    except ValueError as error:
+        raise ValueError(f"scheme={config.scheme!r}: {error}") from None
     context = context.replace(excluded=excluded)  # pyright: ignore[reportAttributeAccessIssue]
     if scheme.by_expert:
         logits = jnp.where(_of_columns(excluded, logits), MASKED, logits)
@@ -338,7 +351,7 @@ def route(
         assignment = assignment_lib.without(assignment, excluded, shared=given.shape[1] == 1)
     except ValueError as error:
         raise ValueError(f"scheme={config.scheme!r}: {error}") from None
-    return assignment, {name: jnp.mean(value) for name, value in losses.items()}
+    return assignment, {name: jnp.mean(value) for name, value in losses.items()} | drawn
 
 
 def probabilities(
@@ -349,16 +362,6 @@ def probabilities(
     if scheme.scores_of_group is None:
         return scheme.scores(logits, config)
     return jax.vmap(lambda z, where: scheme.scores_of_group(z, where, config))(logits, context)  # pyright: ignore
-
-
-def _excluded(given: jax.Array, context: RoutingContext, config: MoEConfig) -> Bool[Array, "G T E"]:
-    allowed = (1, 1, config.num_experts), (*context.valid.shape, config.num_experts)
-    if given.shape not in allowed:
-        raise ValueError(
-            f"scheme={config.scheme!r}: excluded experts are {given.shape}, expected {allowed[0]} or "
-            f"{allowed[1]}"
-        )
-    return jnp.broadcast_to(given, allowed[1])
 
 
 def _of_columns(excluded: Bool[Array, "*G E"], values: Float[Array, "*G N"]) -> Bool[Array, "*G N"]:

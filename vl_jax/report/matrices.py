@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from html import escape
 from typing import Any
 
@@ -20,6 +20,29 @@ def matrix_card(matrix: Mapping[str, Any]) -> str:
     head = f"<thead><tr><th>{corner}</th>{head}</tr></thead>"
     table = f'<table class="scores matrix">{head}<tbody>{body}</tbody></table>'
     return f'<h3 style="margin:14px 0 6px">{escape(matrix["title"])}</h3><div class="scroll">{table}</div>'
+
+
+def cards(matrices: Iterable[Mapping[str, Any]]) -> str:
+    """The tables of one task; those of a single row tell something beside others alone: see ``joined``."""
+    return "".join(matrix_card(matrix) for matrix in matrices if len(matrix["rows"]) != 1)
+
+
+def joined(results: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Tables of a single row put together over the results of several tasks, by their titles and columns.
+
+    So a page shows which experts which domain goes to, where each source is of one domain.
+    """
+    found: dict[tuple[str, ...], dict[str, Any]] = {}
+    for result in results:
+        for matrix in result.get("matrices", ()):
+            if len(matrix["rows"]) != 1:
+                continue
+            table = found.setdefault(
+                (matrix["title"], *matrix["columns"]), {**matrix, "rows": [], "values": []}
+            )
+            table["rows"] = [*table["rows"], *matrix["rows"]]
+            table["values"] = [*table["values"], *matrix["values"]]
+    return [table for table in found.values() if len(table["rows"]) > 1]
 
 
 def _cell(value: float, most: float) -> str:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from vl_jax.metrics import METRICS_FILE, objective_metrics, read_metrics
-from vl_jax.report import results
+from vl_jax.report import matrices, results
 from vl_jax.report.charts import NUM_COLOURS, Band, Series, absent, line_chart, number, percent
 from vl_jax.report.gallery import gallery
 from vl_jax.report.load import (
@@ -32,7 +32,6 @@ from vl_jax.report.load import (
     load_cards,
     logged_stacks,
 )
-from vl_jax.report.matrices import matrix_card
 from vl_jax.runtime import disk
 from vl_jax.schema import TYPE_KEY
 
@@ -101,7 +100,7 @@ def render(run: RunFiles) -> str:
     sections = [
         ("Result", _headline(run)),
         ("Training", _training(run)),
-        ("By group", "".join(_breakdowns(task, evals[-1]) for task, evals in run.history.items())),
+        ("By group", _groups(run)),
         ("Samples", "".join(_gallery(run, task) for task in run.history)),
         ("Routing", _routing(run)),
         ("Configuration", _config(run)),
@@ -273,13 +272,20 @@ def _stages(lines: Sequence[Mapping[str, Any]]) -> list[Band]:
     return bands
 
 
+def _groups(run: RunFiles) -> str:
+    """The breakdowns of every task, and the tables that tell of several of them."""
+    content = "".join(_breakdowns(task, evals[-1]) for task, evals in run.history.items())
+    tables = "".join(map(matrices.matrix_card, matrices.joined(evals[-1] for evals in run.history.values())))
+    return content + (f'<div class="card wide">{tables}</div>' if tables else "")
+
+
 def _breakdowns(task: str, result: Mapping[str, Any]) -> str:
     content = "".join(_table(kind, rows, result) for kind, rows in result["groups"].items() if rows)
     if not content:
         content = absent("This evaluation has no breakdown.")
     elif results.is_share(result, result["headline"]):
         content = _legend(result) + content
-    content += "".join(matrix_card(matrix) for matrix in result.get("matrices", ()))
+    content += matrices.cards(result.get("matrices", ()))
     return f'<div class="card wide"><div class="top"><h3>{escape(task)}</h3></div>{content}</div>'
 
 

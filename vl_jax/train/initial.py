@@ -2,6 +2,7 @@
 
     checkpoint --by path and shape--> parameters, routing state, collections
     what the checkpoint lacks, or has in another shape --> created afresh, and listed
+    sparse layers with fewer experts --> grown, if that is asked for (see ``moe.specialise.growing``)
 
 Weights in int8 become what they stand for, and adapters are merged into their weights first.
 """
@@ -26,9 +27,12 @@ from vl_jax.compress import quantize
 from vl_jax.interop.rules import place
 from vl_jax.layout import Layout, Variables, init_leaves
 from vl_jax.moe import stacks
+from vl_jax.moe.specialise import growing
+from vl_jax.moe.specialise.growing import GrowthConfig
 from vl_jax.runtime.lazy_array import Index, LazyArray
 from vl_jax.train import lora, saved
 from vl_jax.train.lora import LoraConfig
+from vl_jax.train.specialise import growth as growth_of
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +72,7 @@ def load(
     *,
     seed: int,
     lora_of: LoraOf,
+    growth: GrowthConfig | None = None,
 ) -> Variables:
     """Parameters, routing state and collections of a checkpoint, as far as the model has a place for them.
 
@@ -76,26 +81,57 @@ def load(
     Args:
       example: batch of the model, for what is created.
       seed: of what is created.
+      growth: how experts begin that the model has more; None: sparse layers of other sizes begin afresh.
       lora_of: from the record of the checkpoint to what its adapters are; asked if it has any.
 
     Raises:
-      ValueError: there is no sound checkpoint, or none of its parameters is one of the model's.
+      ValueError: there is no sound checkpoint, or none of its parameters is one of the model's; or no sparse
+        layer can grow.
     """
     need = params_lib.flatten({"params": layout.params, **layout.collections})
     with _read(origin, layout) as (step, have, adapters, record):
+        grown = {}
+        if growth is not None:
+            known = layout.model.config.stacks
+            grown = growth_of.places(known, have, need, growth, where=str(origin.folder))
         taken = {path: leaf for path, leaf in need.items() if path in have and fits(have[path], leaf)}
         if not any(path.startswith("params/") for path in taken):
             raise ValueError(_nothing_fits(origin.folder, have, need))
         values = _placed(taken, have, adapters, layout, lora_of, record)
-        state, of_state = _state(layout, have)
+        state, of_state = _state(layout, have, growth)
+        smaller = _smaller(grown, need, have, adapters, layout, lora_of, record)
     if new := need.keys() - taken.keys():
         values |= init_leaves(layout, example, seed, new)
+    if growth is not None:
+        values |= growth_of.leaves(smaller, values, grown, layout, growth, seed=seed)
+        have = have | {path: need[path] for path in grown}
+        have |= {path: leaf for path, leaf in of_state.items() if path in have}
     count = sum(path.startswith("params/") for path in taken)
     total = len(params_lib.flatten(layout.params))
     logger.info("init: %d of %d parameters come from %s, step %d", count, total, origin.folder, step)
     for line in differences(have, need | of_state, where=str(origin.folder)):
         logger.warning("init: %s", line)
     return _variables(layout, need, values, state)
+
+
+def _smaller(
+    grown: Collection[str],
+    need: Mapping[str, Any],
+    have: Mapping[str, LazyArray],
+    adapters: Mapping[str, LazyArray],
+    layout: Layout,
+    lora_of: LoraOf,
+    record: Mapping[str, Any],
+) -> dict[str, jax.Array]:
+    """The leaves of a checkpoint that are to grow, whole on every device, adapters merged."""
+
+    def whole(path: str) -> jax.Array:
+        array = _cast(have[path], need[path].dtype)
+        return jax.device_put(array[(slice(None),) * len(array.shape)], layout.replicated)
+
+    own = {f"{path.removeprefix('params/')}/{factor}" for path in grown for factor in ("a", "b")}
+    values, kept = {path: whole(path) for path in grown}, {k: v for k, v in adapters.items() if k in own}
+    return values | (_merged(values, kept, layout, lora_of(record)) if kept else {})
 
 
 def load_part(origin: Origin, layout: Layout, *, lora_of: LoraOf) -> tuple[Variables, int]:
@@ -121,7 +157,7 @@ def load_part(origin: Origin, layout: Layout, *, lora_of: LoraOf) -> tuple[Varia
                 f"{origin.folder}: its checkpoint has no {_shown(lacking[0])} that fits the model"
             )
         values = _placed(need, have, adapters, layout, lora_of, record)
-        state, _ = _state(layout, have)
+        state, _ = _state(layout, have, None)
     return _variables(layout, need, values, state), step
 
 
@@ -241,14 +277,24 @@ def _merged(
     return merged
 
 
-def _state(layout: Layout, have: Mapping[str, LazyArray]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _state(
+    layout: Layout, have: Mapping[str, LazyArray], growth: GrowthConfig | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """The routing state by stack, and all of its leaves by path; what does not fit is as at the beginning."""
-    first = stacks.init_state(layout.model.config.stacks)
+    known = layout.model.config.stacks
+    first = stacks.init_state(known)
 
     def value(path: str, leaf: Any) -> Any:
-        if path not in have or not fits(have[path], leaf):
+        if path not in have:
             return leaf
-        return _cast(have[path], leaf.dtype)[(slice(None),) * leaf.ndim]
+        stored = _cast(have[path], leaf.dtype)[(slice(None),) * len(have[path].shape)]
+        if fits(stored, leaf):
+            return stored
+        stack = known[path.split("/")[1]]
+        if growth is None or stored.ndim != leaf.ndim or leaf.shape[-1] != stack.moe.num_experts:
+            return leaf
+        name = path.rpartition("/")[2]
+        return growing.grow_state({name: stored}, {name: leaf}, stack, growth)[name]
 
     state = {
         name: params_lib.map_paths(lambda path, leaf, at=f"routing/{name}": value(f"{at}/{path}", leaf), of)

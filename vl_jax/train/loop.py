@@ -259,7 +259,8 @@ def _run_stage(
     """Runs one stage from ``position`` to its end, and moves on to the beginning of the next, if any."""
     layout, program = run.layout, run.programs[position.stage]
     stage = program.stage
-    run.progress.announce(stage.name, stage.steps, trainable_table(stage, layout.params, layout.roles))
+    table = trainable_table(stage, layout.params, layout.roles, layout.model.config.stacks)
+    run.progress.announce(stage.name, stage.steps, table)
     stream = run.open_stream(stage)
     rate, clock = schedule(stage.optimizer, stage.steps), Clock()
     run.guard.begin_stage(program.gradient_names, anew=position.step == 0)

@@ -29,7 +29,15 @@ from vl_jax.moe import stacks
 from vl_jax.train import lora
 from vl_jax.train.guard import GuardedStep, guarded
 from vl_jax.train.optimizer import make_optimizer, without_schedule
-from vl_jax.train.stages import Stage, adapter_shapes, held_modules, int8_paths, trainable_paths
+from vl_jax.train.specialise.chosen import Masks
+from vl_jax.train.stages import (
+    Stage,
+    adapter_shapes,
+    expert_masks,
+    held_modules,
+    int8_paths,
+    trainable_paths,
+)
 from vl_jax.train.step import TrainState, gradient_names, make_train_step, split_trained
 
 
@@ -56,10 +64,8 @@ class Program:
         Raises:
           ValueError: a pattern of the stage matches no parameter, or its settings contradict each other.
         """
-        trainable, adapters = (
-            trainable_paths(stage, layout.params),
-            adapter_shapes(stage, layout.params, layout.roles),
-        )
+        trainable = trainable_paths(stage, layout.params)
+        adapters = adapter_shapes(stage, layout.params, layout.roles)
         factors = params_lib.flatten(adapters)
         roles = layout.roles | dict.fromkeys(factors, lora.FACTOR)
         optimizer = make_optimizer(stage.optimizer, trainable | factors.keys(), roles)
@@ -68,7 +74,8 @@ class Program:
         if same is not None:
             return cls(layout, stage, trainable, adapters, optimizer, same.step_of, same.step)
         held = held_modules(stage, layout.params, factors)
-        step_of = functools.partial(_step_of, layout, stage, trainable, optimizer, stacked, held)
+        masks = expert_masks(stage, layout.params, layout.roles, layout.model.config.stacks)
+        step_of = functools.partial(_step_of, layout, stage, trainable, optimizer, stacked, held, masks)
         step = jax.jit(step_of(seed), donate_argnums=0)
         return cls(layout, stage, trainable, adapters, optimizer, step_of, step)
 
@@ -212,6 +219,7 @@ def _step_of(
     optimizer: optax.GradientTransformation,
     stacked: set[str],
     held: set[str],
+    masks: Masks,
     seed: ArrayLike,
 ) -> GuardedStep:
     step = make_train_step(
@@ -226,6 +234,8 @@ def _step_of(
         stacked=stacked,
         seed=seed,
         held=held,
+        chosen=stage.experts,
+        masks=masks,
     )
     for wrapper in stage.wrap:
         step = wrapper(step)

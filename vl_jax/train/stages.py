@@ -6,8 +6,11 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
+import numpy as np
+
 from vl_jax import params as params_lib
 from vl_jax.compress import quantize
+from vl_jax.moe.stacks import Stacks
 from vl_jax.nn.low_rank import EVERYWHERE, Only
 from vl_jax.roles import Role
 from vl_jax.schema import Open
@@ -16,6 +19,7 @@ from vl_jax.train.lora import LoraConfig
 from vl_jax.train.objectives.next_token import NextToken
 from vl_jax.train.objectives.together import AnyObjective
 from vl_jax.train.optimizer import OptimizerConfig
+from vl_jax.train.specialise import chosen as experts
 from vl_jax.train.step import StepWrapper
 
 
@@ -31,6 +35,9 @@ class Stage:
     weights: tuple[float, ...] = ()  # of the mixture; empty: equal
     targets: Literal["all", "answers"] = "answers"  # which text tokens are predicted
     trainable: tuple[str, ...] = (".*",)  # patterns of parameter paths; the rest is frozen
+    experts: tuple[
+        int, ...
+    ] = ()  # of every sparse layer, those that train; empty: all (see ``train.specialise.chosen``)
     hold: bool = False  # routing state too stays as it is in top-level modules of which nothing trains
     lora: LoraConfig | None = None  # adapters on frozen weights, merged into them when the stage ends
     objective: AnyObjective = NextToken()  # what it minimises
@@ -63,6 +70,8 @@ class Stage:
                 f"accumulation={self.accumulation}: rows act on one another under "
                 f"{type(self.objective).__name__}, so the batch cannot be cut; it must be 1"
             )
+        if len(set(self.experts)) < len(self.experts):
+            raise ValueError(f"experts={self.experts} names an expert twice")
         if self.weights and len(self.weights) != len(self.sources):
             raise ValueError(f"{len(self.weights)} weights for {len(self.sources)} sources")
 
@@ -126,15 +135,41 @@ def int8_paths(stage: Stage, params: params_lib.Tree, roles: Mapping[str, Role])
     return quantize.select(params, roles) - trainable_paths(stage, params)
 
 
-def trainable_table(
-    stage: Stage, params: params_lib.Tree, roles: Mapping[str, Role]
-) -> list[tuple[str, int, int]]:
-    """(module, its parameters, how many of them train), adapters included, for modules two levels deep."""
+def expert_masks(
+    stage: Stage, params: params_lib.Tree, roles: Mapping[str, Role], stacks: Stacks
+) -> experts.Masks:
+    """What may change of the leaves that the stage trains, where that is not all of them.
+
+    Raises:
+      ValueError: there is no such expert, or nothing of it trains; the message names the stage.
+    """
     adapters = params_lib.flatten(adapter_shapes(stage, params, roles))
     paths = trainable_paths(stage, params) | adapters.keys()
+    try:
+        return experts.masks(stage.experts, paths, params, stacks)
+    except ValueError as error:
+        raise ValueError(f"config.stages.{stage.name}.experts: {error}") from None
+
+
+NO_STACKS: Stacks = {}
+
+
+def trainable_table(
+    stage: Stage, params: params_lib.Tree, roles: Mapping[str, Role], stacks: Stacks = NO_STACKS
+) -> list[tuple[str, int, int]]:
+    """(module, its parameters, how many of them train), adapters included, for modules two levels deep.
+
+    Args:
+      stacks: of the model; needed where the stage trains some experts alone.
+    """
+    adapters = params_lib.flatten(adapter_shapes(stage, params, roles))
+    paths = trainable_paths(stage, params) | adapters.keys()
+    masks = expert_masks(stage, params, roles, stacks)
     rows: dict[str, tuple[int, int]] = {}
     for path, leaf in (params_lib.flatten(params) | adapters).items():
         module = "/".join(path.split("/")[:2])
         total, trains = rows.get(module, (0, 0))
-        rows[module] = (total + leaf.size, trains + leaf.size * (path in paths))
+        share = masks[path] if path in masks else np.ones(1, bool)
+        own = leaf.size // share.size * int(np.count_nonzero(share))
+        rows[module] = (total + leaf.size, trains + own * (path in paths))
     return [(module, total, trains) for module, (total, trains) in rows.items()]

@@ -34,10 +34,12 @@ from vl_jax.train import lora
 from vl_jax.train.objectives.next_token import NextToken
 from vl_jax.train.objectives.objective import Objective, Sums
 from vl_jax.train.objectives.rows import give, given_rows, split_rows
+from vl_jax.train.specialise import chosen as experts
 
 Metrics = dict[str, jax.Array | np.ndarray | np.number | np.bool_]  # by name; some may be on the host already
 NEXT_TOKEN = NextToken()
 NO_ROLES: Mapping[str, Role] = {}
+NO_MASKS: experts.Masks = {}
 GRADIENT_NORMS = "gradient_norms"  # among the metrics: f32[N], see ``gradient_norms``
 
 
@@ -216,6 +218,8 @@ def make_train_step(
     seed: ArrayLike = 0,
     stacked: Collection[str] = (),
     held: Collection[str] = (),
+    chosen: tuple[int, ...] = (),
+    masks: experts.Masks = NO_MASKS,
 ) -> Step:
     """The step of one stage, ``(state, batch, learning_rate)``, to be compiled by the caller.
 
@@ -228,6 +232,7 @@ def make_train_step(
       seed: of the noise of routing.
       stacked: the parameters and adapters whose first axis counts layers.
       held: top-level modules whose routing state stays as it is.
+      chosen: the experts that train, with their ``masks``; empty: all.
 
     Raises:
       ValueError: rows of the objective act on one another, and micro-batches would part them.
@@ -252,17 +257,20 @@ def make_train_step(
             seed=seed,
             stacked=stacked,
         )
+        grads = experts.cut(grads, masks, 0.0)
         trained, frozen = split_trained(state.params, state.adapters, trainable)
         with jax.numpy_dtype_promotion("standard"):  # optax multiplies counts with decay rates
             updates, optimizer_state = optimizer.update(grads, state.optimizer, trained)
         updates = jax.tree.map(lambda u: (learning_rate * u).astype(u.dtype), updates)
-        trained = optax.apply_updates(trained, updates)
+        # Adding minus zero leaves every number as it is, a negative zero too.
+        trained = optax.apply_updates(trained, experts.cut(updates, masks, -0.0))
         metrics["grad_norm"] = optax.tree.norm(grads)
         metrics[GRADIENT_NORMS] = gradient_norms(grads, stacked)
         parts: Stacks = model.config.stacks  # pyright: ignore[reportAttributeAccessIssue]
         load = stacks.update_load(state.load, sums.stats)
         metrics |= stacks.summarize(sums.stats, load, parts) | budget.summarize(sums.gates)
         routing = stacks.update_state(state.routing, sums.stats, parts)
+        routing = experts.kept_state(routing, state.routing, chosen, parts)
         routing |= {name: state.routing[name] for name in routing if parts[name].runs[0][0] in held}
         params, adapters = join_trained(trained, frozen, trainable)
         collections = state.collections | sums.collections

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from typing import Annotated, Any, ClassVar, Protocol, runtime_checkable
 
@@ -10,6 +11,7 @@ from vl_jax.data.sample import BadSample, Box, Image, Sample, Source, Turn
 from vl_jax.data.sources.array_records import ArrayRecordConfig
 from vl_jax.data.sources.coco import CocoConfig
 from vl_jax.data.sources.exams.questions import ExamConfig
+from vl_jax.data.sources.in_domain import InDomain
 from vl_jax.data.sources.label_studio.source import LabelStudioConfig
 from vl_jax.data.sources.llava import LlavaConfig
 from vl_jax.data.sources.meta import MetaConfig
@@ -30,6 +32,7 @@ __all__ = [
     "CocoConfig",
     "ExamConfig",
     "Image",
+    "InDomainConfig",
     "LabelStudioConfig",
     "LlavaConfig",
     "MetaConfig",
@@ -75,7 +78,7 @@ class OwnSourceConfig(Protocol):
         ...
 
 
-SourceConfig = Annotated[
+_Known = (
     ScenesConfig
     | SceneTextsConfig
     | SyntheticScenesConfig
@@ -91,9 +94,28 @@ SourceConfig = Annotated[
     | RecordsConfig
     | PlacedConfig
     | ExamConfig
-    | OwnSourceConfig,
-    Open("source", ("name", "open")),
-]
+)
+_OWN = Open("source", ("name", "open"))
+
+
+@dataclasses.dataclass(frozen=True)
+class InDomainConfig:
+    """A source all of whose samples are of one field of application, which is among their labels."""
+
+    name: str
+    domain: str
+    source: Annotated[_Known | OwnSourceConfig, _OWN]
+
+    def __post_init__(self):
+        if not self.domain:
+            raise ValueError(f"domain of source {self.name!r} is empty; it must have a name")
+
+    def open(self, root: str, *, orientation: Orientation = "shown") -> InDomain:
+        """The source; raises as the one in it."""
+        return InDomain(self.source.open(root, orientation=orientation), self.domain)
+
+
+SourceConfig = Annotated[_Known | InDomainConfig | OwnSourceConfig, _OWN]
 
 
 def open_source(config: SourceConfig, *, root: str = ".", orientation: Orientation = "shown") -> Source:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections import defaultdict
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -22,14 +23,16 @@ from vl_jax.moe.assignment import TokenChoice
 from vl_jax.moe.stacks import RoutingState
 
 _SHARES = ("accuracy", "balanced_accuracy", "macro_f1")
-_MOST_CLASSES = 40  # of which a matrix is shown
+_MOST_ROWS = 40  # of a matrix that is shown
+
+Load = dict[tuple[str, str, str], np.ndarray]  # [L E] choices by stack, kind of group and name of group
 
 
 @dataclasses.dataclass(frozen=True)
 class Labels:
     """The class of every sample; by the groups of the record, such as its language."""
 
-    head: str = "label"
+    head: str = "label"  # empty: that of each source, the first one that its first samples have a label of
     headline: str = "accuracy"
     groups: tuple[str, ...] = ("language",)  # fields of a record, labels included, whose values are groups
 
@@ -44,13 +47,13 @@ class Labels:
           ValueError: the model has no such head, or no sample has a label.
         """
         model = examinee.layout.model
-        head = model.config.head(self.head)
+        head = model.config.head(self.head or _labelled(examinee))
         grouped = Grouped(lambda: LabelScores(head.classes), self.groups)
         overall = LabelScores(head.classes)
-        load: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(()))
+        load: Load = defaultdict(lambda: np.zeros(()))
         for records, batch in examinee.samples():
-            scores, chosen = examinee.apply(_compiled(model, self.head), batch)
-            label = batch.labels[self.head]
+            scores, chosen = examinee.apply(_compiled(model, head.name), batch)
+            label = batch.labels[head.name]
             for row, record in enumerate(records):
                 if not label.present[row]:
                     continue
@@ -58,9 +61,10 @@ class Labels:
                 record = {**record, **record["labels"]}
                 grouped.update(record, truth, said)
                 overall.update(truth, said)
-                of_class = np.eye(len(head.classes))[truth]
-                for stack, counts in chosen.items():  # [L B E] to [L K E]
-                    load[stack] = load[stack] + of_class[None, :, None] * counts[:, row, None]
+                kinds = {"class": head.classes[truth], **{k: str(record.get(k) or "") for k in self.groups}}
+                for (kind, name), (stack, counts) in itertools.product(kinds.items(), chosen.items()):
+                    if name:
+                        load[stack, kind, name] = load[stack, kind, name] + counts[:, row]
                 yield {
                     "id": record["id"],
                     "question": record["question"],
@@ -71,7 +75,7 @@ class Labels:
                     **{name: str(record.get(name) or "") for name in self.groups},
                 }
         names = (*_SHARES, *(f"majority_{name}" for name in _SHARES))
-        matrices = _matrices(overall, head, load, model)
+        matrices = (*_confusion(overall, head.classes), *_loads(load, head.classes, model))
         gates = gate_use(examinee, examinee.samples(), self.groups)
         return grouped.findings(shares=names, matrices=(*matrices, *gates))
 
@@ -98,18 +102,41 @@ def _choices(experts: jax.Array, num_experts: int) -> jax.Array:
     return jax.nn.one_hot(experts, num_experts).sum(axis=(1, 2))
 
 
-def _matrices(overall: LabelScores, head: Any, load: dict[str, np.ndarray], model: Any) -> tuple[Matrix, ...]:
-    classes = head.classes
-    if len(classes) > _MOST_CLASSES:
+def _labelled(examinee: Examinee) -> str:
+    """The first head of classes that one of the first samples has a label of.
+
+    Raises:
+      ValueError: there is none.
+    """
+    batch = next((batch for _, batch in examinee.samples()), None)
+    heads = [head.name for head in examinee.layout.model.config.heads if hasattr(head, "classes")]
+    found = [name for name in heads if batch is not None and np.any(batch.labels[name].present)]
+    if not found:
+        known = ", ".join(heads) or "a head of classes"
+        raise ValueError(f"source {examinee.source!r}: its first samples have no label of {known}")
+    return found[0]
+
+
+def _confusion(overall: LabelScores, classes: tuple[str, ...]) -> tuple[Matrix, ...]:
+    if len(classes) > _MOST_ROWS:
         return ()
-    confusion = _shares(overall.confusion)
-    found = [Matrix("Confusion", classes, classes, confusion.tolist(), "class", "called")]
-    for name, counts in load.items():
-        for layer, of_layer in zip(model.config.stacks[name].layers, counts, strict=True):
+    confusion = _shares(overall.confusion).tolist()
+    return (Matrix("Confusion", classes, classes, confusion, "class", "called"),)
+
+
+def _loads(load: Load, classes: tuple[str, ...], model: Any) -> Iterator[Matrix]:
+    """By layer and by kind of group, the experts that its samples went to."""
+    for stack, kind in dict.fromkeys((stack, kind) for stack, kind, _ in load):
+        found = {name: counts for (s, k, name), counts in load.items() if (s, k) == (stack, kind)}
+        names = classes if kind == "class" else tuple(sorted(found))
+        if len(names) > _MOST_ROWS:
+            continue
+        absent = np.zeros_like(next(iter(found.values())))
+        counts = np.stack([found.get(name, absent) for name in names], axis=1)  # [L K E]
+        for layer, of_layer in zip(model.config.stacks[stack].layers, counts, strict=True):
             experts = tuple(str(e) for e in range(of_layer.shape[-1]))
-            title = f"Experts of {name}, layer {layer}, by class"
-            found.append(Matrix(title, classes, experts, _shares(of_layer).tolist(), "class", "expert"))
-    return tuple(found)
+            title = f"Experts of {stack}, layer {layer}, by {kind}"
+            yield Matrix(title, names, experts, _shares(of_layer).tolist(), kind, "expert")
 
 
 def _shares(counts: np.ndarray) -> np.ndarray:

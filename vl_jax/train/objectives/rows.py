@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vl_jax.moe.routing import EXCLUDED, ROUTES
+from vl_jax.moe.routing import EXCLUDED, ROUTES, TOWARDS
 from vl_jax.moe.stacks import RoutingState
 
 
@@ -25,7 +25,7 @@ def given_rows(state: RoutingState, rows: int) -> RoutingState:
     return {
         stack: {
             name: jnp.moveaxis(of[name], 1, 0)
-            for name in (EXCLUDED, ROUTES)
+            for name in (EXCLUDED, ROUTES, TOWARDS)
             if name in of and of[name].shape[1] == rows
         }
         for stack, of in state.items()

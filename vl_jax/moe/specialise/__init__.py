@@ -1,0 +1,1 @@
+"""Experts by domain: adding some, and which rows take which."""

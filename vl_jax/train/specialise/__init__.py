@@ -1,0 +1,1 @@
+"""Stages that add experts, or train some of them alone."""
