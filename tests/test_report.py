@@ -353,6 +353,24 @@ def test_a_score_that_is_no_share_has_no_percentage_and_no_bar(tmp_path: Path):
     assert "bar" not in [value for name, value in page.attributes if name == "class"]
 
 
+def test_groups_without_the_headline_have_bars_of_what_they_have(tmp_path: Path):
+    folder = tmp_path / "eval" / "road"
+    folder.mkdir(parents=True)
+    result = {
+        "task": "road",
+        "step": 3,
+        "headline": "mean_iou",
+        "scores": {"mean_iou": 0.5, "count": 9},
+        "groups": {"class": {"sky": {"iou": 0.75}, "pole": {"iou": 0.25}}},
+        "shares": ["mean_iou", "iou"],
+    }
+    (folder / "3.json").write_text(json.dumps(result))
+    page = _page(tmp_path)
+    assert "75.0 %" in page.text and "–" not in page.text.partition("By group")[2]
+    bars = [value for name, value in page.attributes if name == "style" and "width:75" in (value or "")]
+    assert len(bars) == 1
+
+
 def test_ticks_are_round_and_inside():
     assert ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
     assert ticks(3, 47, count=4) == [20, 40]

@@ -300,9 +300,11 @@ def _legend(result: Mapping[str, Any]) -> str:
 
 
 def _table(kind: str, rows: Mapping[str, Mapping[str, Any]], result: Mapping[str, Any]) -> str:
-    """A row for each group of a kind, with a bar where the headline is a share."""
-    first, compared = result["headline"], results.baselines(result)
-    names = [first, *results.others(result, dict.fromkeys(name for row in rows.values() for name in row))]
+    """A row for each group of a kind, with a bar of the headline, or of what groups have in its place."""
+    found, compared = dict.fromkeys(name for row in rows.values() for name in row), results.baselines(result)
+    others = results.others(result, found)
+    first = others[0] if others and result["headline"] not in found else result["headline"]
+    names = list(dict.fromkeys([first, *others]))
     head = "".join(f'<th class="num">{escape(compared.get(n, results.label(n)))}</th>' for n in names)
     body = ""
     for group, row in rows.items():
