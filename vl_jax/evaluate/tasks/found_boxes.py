@@ -96,8 +96,8 @@ class FoundBoxes:
         return {
             "id": record["id"],
             "question": record["question"],
-            "answer": _counted(truth),
-            "prediction": _counted([entry["label"] for entry in shown]),
+            "answer": counted(truth),
+            "prediction": counted([entry["label"] for entry in shown]),
             "found": int(((overlaps >= 0.5) & alike).any(axis=1).sum()),
             "image": head.draw(PilImage.fromarray(tile), listed),
         }
@@ -154,7 +154,7 @@ def _scores(scores: DetectionScores) -> dict[str, float]:
     return scores.compute() | {_WIDE: scores.at(0.33)}
 
 
-def _counted(names: list[str]) -> str:
+def counted(names: list[str]) -> str:
     """How many there are of each, in alphabetical order."""
     return ", ".join(f"{names.count(name)} {name}" for name in sorted(set(names))) or "nothing"
 
