@@ -32,7 +32,7 @@ def pack(objects: Float[np.ndarray, "G 5"], masks: Bool[np.ndarray, "n s s"]) ->
     result[:, :_PLACE] = np.ascontiguousarray(objects, np.float32).view(np.uint32)
     across = -(-size // _WORD) * _WORD - size
     bits = np.packbits(np.pad(masks, ((0, 0), (0, 0), (0, across))), axis=-1, bitorder="little")
-    result[: len(masks), _PLACE:] = bits.view("<u4").reshape(len(masks), -1)
+    result[: len(masks), _PLACE:] = bits.view("<u4").reshape(len(masks), result.shape[1] - _PLACE)
     return result
 
 
