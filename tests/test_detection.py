@@ -520,7 +520,7 @@ def test_scores_are_those_of_boxes_on_the_picture(fit, size):
     picture = PilImage.new("RGB", size)
     records, found = scores_of(Pupil(picture, label, Detections(on_tile, scores, classes), tiling))
     expected = DetectionScores()
-    true = HEAD.objects(label, "")
+    true = HEAD.objects(label.boxes, "")
     expected.update(true[:, 1:], true[:, 0].astype(int), on_picture, classes, scores)
     for name, value in expected.compute().items():
         assert found.scores[name] == pytest.approx(value), name

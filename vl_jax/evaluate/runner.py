@@ -19,6 +19,7 @@ from vl_jax.evaluate.exams.exam import Exam
 from vl_jax.evaluate.task import Examinee, Extent, Findings, Record, Scores, Task
 from vl_jax.evaluate.tasks.answers import Answers
 from vl_jax.evaluate.tasks.found_boxes import FoundBoxes
+from vl_jax.evaluate.tasks.found_masks import FoundMasks
 from vl_jax.evaluate.tasks.held_out_loss import HeldOutLoss
 from vl_jax.evaluate.tasks.labels import Labels
 from vl_jax.evaluate.tasks.pixel_classes import PixelClasses
@@ -38,7 +39,16 @@ class EvaluationConfig(Extent):
     """What is asked of a trained model about every held-out source, and how much of it."""
 
     task: Annotated[
-        Answers | Labels | FoundBoxes | PixelClasses | PixelDepths | Retrieval | HeldOutLoss | Exam | Task,
+        Answers
+        | Labels
+        | FoundBoxes
+        | FoundMasks
+        | PixelClasses
+        | PixelDepths
+        | Retrieval
+        | HeldOutLoss
+        | Exam
+        | Task,
         Open("task", needs=("headline", "run")),
     ] = Answers()
 

@@ -11,6 +11,7 @@ from vl_jax.data.sample import Sample
 from vl_jax.heads.classification import Classification
 from vl_jax.heads.depth import Depth
 from vl_jax.heads.detection import Detection
+from vl_jax.heads.instances import InstanceMasks
 from vl_jax.heads.pairs import Pairs
 from vl_jax.heads.segmentation import Segmentation
 from vl_jax.schema import Open
@@ -63,5 +64,6 @@ class HeadConfig(Protocol):
 
 HEAD_NEEDS = ("name", "inputs", "shape", "dtype", "read", "build")
 AnyHead = Annotated[
-    Classification | Pairs | Detection | Segmentation | Depth | HeadConfig, Open("head", HEAD_NEEDS)
+    Classification | Pairs | Detection | InstanceMasks | Segmentation | Depth | HeadConfig,
+    Open("head", HEAD_NEEDS),
 ]

@@ -19,6 +19,7 @@ an object (Wang et al. 2024, YOLOv10, arXiv 2405.14458). What it says needs no s
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -34,7 +35,7 @@ from vl_jax.data.sample import BadSample, Box, Sample
 from vl_jax.data.text import grounding
 from vl_jax.fusion.streams import Streams
 from vl_jax.heads import decoder
-from vl_jax.heads.assignment import assign, inside
+from vl_jax.heads.assignment import Assignment, assign, inside
 from vl_jax.heads.boxes import ciou, distribution_focal, sigmoid_focal, to_distances
 from vl_jax.heads.detector import Detected, Detector, DetectorConfig, Guesses, SaidConfig
 
@@ -122,22 +123,26 @@ class Detection:
         if tuple(label.size) != (self.size, self.size):
             message = f"{where} of a picture of {label.size} pixels, expected {(self.size, self.size)}"
             raise BadSample("bad_label", message)
-        if len(label.boxes) > self.most_objects:
-            message = f"{where}: {len(label.boxes)} boxes, most_objects={self.most_objects} of head"
+        return self.objects_of(label.boxes, where)
+
+    def objects_of(self, boxes: Sequence[Box], where: str) -> Float[np.ndarray, "G 5"]:
+        """Class, x0, y0, x1, y1 of every box; raises as ``read``, whose message begins with ``where``."""
+        if len(boxes) > self.most_objects:
+            message = f"{where}: {len(boxes)} boxes, most_objects={self.most_objects} of head"
             raise BadSample("too_many_boxes", f"{message} {self.name!r}")
-        result = np.full(self.shape, 0, np.float32)
+        result = np.zeros((self.most_objects, 5), np.float32)
         result[:, 0] = _NOTHING
-        result[: len(label.boxes)] = self.objects(label, where)
+        result[: len(boxes)] = self.objects(boxes, where)
         return result
 
-    def objects(self, label: Boxes, where: str) -> Float[np.ndarray, "n 5"]:
+    def objects(self, boxes: Sequence[Box], where: str) -> Float[np.ndarray, "n 5"]:
         """Class and corners of every box, in pixels of whatever the boxes lie in.
 
         Raises:
           BadSample: a box is of no known class, or is no finite rectangle with an area.
         """
-        result = np.zeros((len(label.boxes), 5))
-        for row, box in zip(result, label.boxes, strict=True):
+        result = np.zeros((len(boxes), 5))
+        for row, box in zip(result, boxes, strict=True):
             if box.label not in self.classes:
                 message = f"{where}: {box.label!r} is none of the classes of head {self.name!r}"
                 raise BadSample("unknown_label", message)
@@ -156,11 +161,8 @@ class Detection:
 
         Metrics are ``box``, ``cls`` and ``dfl`` of the branch of many cells; ``one_box``, ... of the other.
         """
-        branches = {"": (prediction.many, self.assignment.top_k)}
-        if prediction.one is not None:
-            branches["one_"] = (prediction.one, 1)
         loss, metrics = jnp.zeros(()), {}
-        for prefix, (guesses, top_k) in branches.items():
+        for prefix, (guesses, top_k) in self.branches(prediction).items():
 
             def of_row(cells: jax.Array, guesses: Guesses, objects: jax.Array, k: int = top_k) -> Any:
                 return self._row(cells, guesses, objects, top_k=k)
@@ -171,15 +173,19 @@ class Detection:
                 loss, metrics[prefix + name] = loss + gain * part, part
         return loss, metrics
 
-    def _row(
+    def branches(self, prediction: Detected) -> dict[str, tuple[Guesses, int]]:
+        """Guesses, and how many cells learn an object at most, by what their metrics begin with."""
+        found = {"": (prediction.many, self.assignment.top_k)}
+        return found if prediction.one is None else {**found, "one_": (prediction.one, 1)}
+
+    def assigned(
         self, cells: Float[Array, "A 4"], guesses: Guesses, objects: Float[Array, "G 5"], *, top_k: int
-    ) -> Parts:
-        """The parts of one picture, each over the sum of its target scores."""
-        boxes = guesses.boxes(cells)
+    ) -> Assignment:
+        """Which object of a picture each cell learns."""
         there, classes, true = objects[:, 0] >= 0.0, objects[:, 0].astype(jnp.int32), objects[:, 1:]
-        found = assign(
+        return assign(
             jax.nn.sigmoid(guesses.logits),
-            boxes,
+            guesses.boxes(cells),
             self._candidates(cells, true, there),
             true,
             jnp.maximum(classes, 0),
@@ -187,6 +193,14 @@ class Detection:
             alpha=self.assignment.alpha,
             beta=self.assignment.beta,
         )
+
+    def _row(
+        self, cells: Float[Array, "A 4"], guesses: Guesses, objects: Float[Array, "G 5"], *, top_k: int
+    ) -> Parts:
+        """The parts of one picture, each over the sum of its target scores."""
+        boxes = guesses.boxes(cells)
+        classes, true = objects[:, 0].astype(jnp.int32), objects[:, 1:]
+        found = self.assigned(cells, guesses, objects, top_k=top_k)
         total = jnp.maximum(jnp.sum(found.score), 1.0)
         # A cell without an object is given a box of its own size, so that every term is a number.
         around = jnp.concatenate([cells[:, :2] - cells[:, 2:], cells[:, :2] + cells[:, 2:]], axis=1)
@@ -230,11 +244,7 @@ class Detection:
         Boxes that lie in the margin around the picture are left out.
         """
         boxes = in_picture(cut, np.asarray(prediction.found.boxes), size)
-        return [
-            said
-            for said in self._listed(prediction, boxes)
-            if said["box"][0] < said["box"][2] and said["box"][1] < said["box"][3]
-        ]
+        return [said for said in self._listed(prediction, boxes) if has_area(said["box"])]
 
     def _listed(self, prediction: Detected, boxes: Float[np.ndarray, "n 4"]) -> list[dict[str, Any]]:
         found = prediction.found
@@ -254,6 +264,11 @@ class Detection:
         boxes = [Box(entry["label"], tuple(entry["box"])) for entry in shown]
         captions = [f"{entry['label']} {entry['score']:.2f}" for entry in shown]
         return grounding.draw(picture, boxes, captions).picture
+
+
+def has_area(corners: Sequence[float]) -> bool:
+    """Whether a box is more than a line or a point."""
+    return corners[0] < corners[2] and corners[1] < corners[3]
 
 
 class DetectionHead(nn.Module):

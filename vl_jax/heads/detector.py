@@ -1,10 +1,11 @@
 """The network of a detection head: maps of a stream in, boxes out, one guess a cell.
 
-    maps --pyramid--> levels --convolutions--> distances to the four sides [A 4 R]
+    maps --pyramid--> levels --convolutions--> distances to the four sides [A 4 R], coefficients [A P]
                             '--convolutions--> logits of classes           [A K]
 
 A cell says which classes the object around its centre has, and how far the sides are, in cells. The towers of
-convolutions are shared by all levels, as distances in cells are alike on each.
+convolutions are shared by all levels, as distances in cells are alike on each. Coefficients are for heads
+that say more of an object than its box (see ``instances``).
 """
 
 from __future__ import annotations
@@ -37,12 +38,16 @@ class DetectorConfig:
     depth: int = 2  # convolutions before classes, and before distances
     bottom_up: bool = False  # the pyramid goes back from the finest map to the coarsest
     reg_max: int = 16  # bins of a distance, in cells; 1: a plain number, without distributions
+    coefficients: int = 0  # that a cell says besides, each in -1..1
 
     def __post_init__(self):
         if self.width < GROUPS or self.width % GROUPS:
             raise ValueError(f"width={self.width} of a detector must be a multiple of {GROUPS}")
-        if self.depth < 0 or self.reg_max < 1:
-            raise ValueError(f"depth={self.depth} of a detector must be >= 0, reg_max={self.reg_max} >= 1")
+        if self.depth < 0 or self.reg_max < 1 or self.coefficients < 0:
+            raise ValueError(
+                f"depth={self.depth} and coefficients={self.coefficients} of a detector must be >= 0, "
+                f"reg_max={self.reg_max} >= 1"
+            )
         if min(self.levels, default=0) < 0 or list(self.levels) != sorted(set(self.levels)):
             raise ValueError(f"levels={self.levels} of a detector must rise, from 0")
 
@@ -80,6 +85,7 @@ class Guesses:
 
     logits: Leaf  # f32[B A K]
     distances: Leaf  # f32[B A 4 R] logits of distances in cells
+    coefficients: Leaf = None  # f32[B A P], if the network has any
 
     def boxes(self, cells: Float[Array, "*rows A 4"]) -> Float[Array, "*rows A 4"]:
         """Corners in pixels of the tile, of all rows or of one."""
@@ -146,7 +152,12 @@ class Branch(nn.Module):
         }
         to_classes = Linear(self.num_classes, ("embed", None), use_bias=True, hidden=False, name="classes")
         to_sides = Linear(4 * c.reg_max, ("embed", None), use_bias=True, hidden=False, name="sides")
-        logits, distances = [], []
+        to_coefficients = None
+        if c.coefficients:
+            to_coefficients = Linear(
+                c.coefficients, ("embed", None), use_bias=True, hidden=False, name="coefficients"
+            )
+        logits, distances, coefficients = [], [], []
         for x in levels:
             y = z = x
             for of_class, of_distance in zip(towers["class"], towers["distance"], strict=True):
@@ -155,7 +166,11 @@ class Branch(nn.Module):
             said = to_classes(y).astype(jnp.float32) - math.log((1 - PRIOR) / PRIOR)
             logits.append(said.reshape(rows, count, self.num_classes))
             distances.append(to_sides(z).astype(jnp.float32).reshape(rows, count, 4, c.reg_max))
-        return Guesses(jnp.concatenate(logits, axis=1), jnp.concatenate(distances, axis=1))
+            if to_coefficients is not None:
+                said = jnp.tanh(to_coefficients(z).astype(jnp.float32))
+                coefficients.append(said.reshape(rows, count, c.coefficients))
+        joined = [jnp.concatenate(of, axis=1) for of in (logits, distances, coefficients) if of]
+        return Guesses(*joined)
 
 
 def cells_of(height: int, width: int, size: int) -> Float[np.ndarray, "a 4"]:

@@ -23,6 +23,7 @@ class Detections:
     boxes: Leaf  # f32[N 4] corners
     scores: Leaf  # f32[N]
     classes: Leaf  # i32[N]
+    cells: Leaf = None  # i32[N] which guess each is, where that is known
 
 
 def suppress(
@@ -68,11 +69,12 @@ def strongest(
     classes = scores.shape[1]
     values, index = jax.lax.top_k(scores.reshape(-1), min(most, scores.size))
     values = jnp.where(values >= least_score, values, 0.0)
-    return Detections(boxes[index // classes], values, (index % classes).astype(jnp.int32))
+    cells = (index // classes).astype(jnp.int32)
+    return Detections(boxes[cells], values, (index % classes).astype(jnp.int32), cells)
 
 
 def without_copies(found: Detections, *, threshold: float | Float[Array, ""], most: int) -> Detections:
     """What suppression leaves, the most certain first; ``most`` of them at most."""
     stays = suppress(found.boxes, found.scores, found.classes, threshold=threshold)
     values, index = jax.lax.top_k(jnp.where(stays, found.scores, 0.0), min(most, stays.shape[0]))
-    return Detections(found.boxes[index], values, found.classes[index])
+    return jax.tree.map(lambda of: of[index], found).replace(scores=values)

@@ -21,7 +21,7 @@ def colours(count: int) -> UInt8[np.ndarray, "K 3"]:
         colorsys.hsv_to_rgb(i * _TURN % 1, (0.9, 0.55)[i // 6 % 2], (0.95, 0.75)[i // 3 % 2])
         for i in range(count)
     ]
-    return np.round(255 * np.array(found)).astype(np.uint8)
+    return np.round(255 * np.array(found).reshape(count, 3)).astype(np.uint8)
 
 
 def heat(values: Float[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w 3"]:

@@ -108,8 +108,8 @@ class FoundBoxes:
         return {
             "id": record["id"],
             "question": record["question"],
-            "answer": _counted(truth),
-            "prediction": _counted([entry["label"] for entry in shown]),
+            "answer": counted(truth),
+            "prediction": counted([entry["label"] for entry in shown]),
             "found": int(((overlaps >= 0.5) & alike).any(axis=1).sum()),
             "image": head.draw(record["image"], listed),
         }
@@ -164,7 +164,7 @@ def _truth(head: Any, record: Record) -> Float[np.ndarray, "n 5"]:
     Raises:
       BadSample: one is of no class that the head knows.
     """
-    return head.objects(whole(record["labels"][head.field]), f"sample {record['id']}: {head.field}")
+    return head.objects(whole(record["labels"][head.field]).boxes, f"sample {record['id']}: {head.field}")
 
 
 def _moved(found: Detections, cut: Cut, size: tuple[int, int]) -> Detections:
@@ -180,7 +180,7 @@ def _scores(scores: DetectionScores) -> dict[str, float]:
     return scores.compute() | {_WIDE: scores.at(0.33)}
 
 
-def _counted(names: list[str]) -> str:
+def counted(names: list[str]) -> str:
     """How many there are of each, in alphabetical order."""
     return ", ".join(f"{names.count(name)} {name}" for name in sorted(set(names))) or "nothing"
 
