@@ -23,8 +23,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vl_jax.sharding import batch_axes, current_mesh, current_rules
 
-# ``compute(shared, rows)`` gives an array whose rows are those of ``rows``, a tree of arrays.
-Compute = Callable[[Any, Any], jax.Array]
+# ``compute(shared, rows)`` gives an array, or a tree of arrays, whose rows are those of ``rows``, a tree too.
+Compute = Callable[[Any, Any], Any]
 
 
 def sizes(rows: int, buckets: int) -> tuple[int, ...]:
@@ -34,22 +34,27 @@ def sizes(rows: int, buckets: int) -> tuple[int, ...]:
 
 def open_rows(
     compute: Compute, is_open: Bool[Array, " B"], shared: Any, rows: Any, *, buckets: int
-) -> tuple[Float[Array, "B ..."], Float[Array, ""]]:
-    """``compute`` for the rows that are open, 0 for the others; and the rows computed.
+) -> tuple[Any, Float[Array, ""]]:
+    """``compute`` for the rows that are open, 0 for the others; and the number of rows computed.
 
     Args:
       shared: what all rows need, such as parameters; whole on every device.
       buckets: how many sizes there are besides none.
     """
 
-    def local(is_open: jax.Array, shared: Any, rows: Any) -> tuple[jax.Array, jax.Array]:
-        def some(size: int) -> jax.Array:
+    def local(is_open: jax.Array, shared: Any, rows: Any) -> tuple[Any, jax.Array]:
+        def some(size: int) -> Any:
             order = _open_first(is_open, size)
-            found = _only(compute(shared, jax.tree.map(lambda a: a[order], rows)), is_open[order])
-            return jnp.zeros((len(is_open), *found.shape[1:]), found.dtype).at[order].set(found)
+            found = compute(shared, jax.tree.map(lambda a: a[order], rows))
 
-        def every() -> jax.Array:
-            return _only(compute(shared, rows), is_open)
+            def back(values: jax.Array) -> jax.Array:
+                whole = jnp.zeros((len(is_open), *values.shape[1:]), values.dtype)
+                return whole.at[order].set(_only(values, is_open[order]))
+
+            return jax.tree.map(back, found)
+
+        def every() -> Any:
+            return jax.tree.map(lambda values: _only(values, is_open), compute(shared, rows))
 
         return _ladder(some, every, jnp.sum(is_open), sizes(len(is_open), buckets), each=1)
 
@@ -90,17 +95,17 @@ def open_tokens(
 
 
 def _ladder(
-    some: Callable[[int], jax.Array],
-    every: Callable[[], jax.Array],
+    some: Callable[[int], Any],
+    every: Callable[[], Any],
     count: Int[Array, ""],
     steps: tuple[int, ...],
     *,
     each: int,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Any, jax.Array]:
     """The smallest step that holds ``count``: nothing, some rows, or all of them."""
-    shape = jax.eval_shape(every)
+    shapes = jax.eval_shape(every)
     branches = [
-        lambda: jnp.zeros(shape.shape, shape.dtype),
+        lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes),
         *(functools.partial(some, size) for size in steps[:-1]),
         every,
     ]
@@ -120,15 +125,15 @@ def _only(values: jax.Array, is_open: jax.Array) -> jax.Array:
 
 
 def _by_device(
-    local: Callable[..., tuple[jax.Array, jax.Array]], is_open: jax.Array, shared: Any, rows: Any
-) -> tuple[jax.Array, jax.Array]:
+    local: Callable[..., tuple[Any, jax.Array]], is_open: jax.Array, shared: Any, rows: Any
+) -> tuple[Any, jax.Array]:
     """``local`` on the rows of each device; on one device, or where rows do not divide, on all of them."""
     mesh = current_mesh()
     if mesh is None or len(is_open) % batch_axes(mesh, current_rules()):
         return local(is_open, shared, rows)
     whole, batch = jax.sharding.PartitionSpec(), current_rules().spec(("batch",))
 
-    def one(is_open: jax.Array, shared: Any, rows: Any) -> tuple[jax.Array, jax.Array]:
+    def one(is_open: jax.Array, shared: Any, rows: Any) -> tuple[Any, jax.Array]:
         found, counted = local(is_open, shared, rows)
         return found, counted[None]
 
