@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,10 +16,16 @@ import tiny
 from vl_jax import params as params_lib
 from vl_jax import sharding
 from vl_jax.batch import Batch, without_pictures
-from vl_jax.fusion.budget import LEARNING, BudgetConfig, Grain
+from vl_jax.encoders.text import TextEncoderConfig
+from vl_jax.encoders.vit import ViTConfig
+from vl_jax.fusion.budget import LEARNING, BudgetConfig, Grain, Openings
+from vl_jax.fusion.gate import CrossModalGateConfig
+from vl_jax.fusion.gated_streams import GatedStreams
 from vl_jax.fusion.towers import before_answers
 from vl_jax.generation.choice import GenerationConfig
 from vl_jax.generation.generate import generate
+from vl_jax.heads.classification import Classification
+from vl_jax.joint import JointConfig, Tower
 from vl_jax.layout import put_batch
 from vl_jax.model import VisionLanguage, VisionLanguageConfig
 from vl_jax.sharding import MeshConfig
@@ -179,3 +186,62 @@ def test_a_tower_that_cannot_be_left_out_is_refused():
     assert not dataclasses.replace(model, encoder=experts).leaves_out_tower
     with pytest.raises(ValueError, match="tower=True of a gate's budget: the encoder has experts"):
         dataclasses.replace(model_of("sample", tower=True), encoder=experts)
+
+
+def looking_model(**options: Any) -> JointConfig:
+    """A text tower that looks at pictures of another one through a gate with a budget."""
+    picture = ViTConfig(image_size=16, patch_size=8, embed_dim=16, mlp_dim=32, num_layers=1, num_heads=2)
+    words = TextEncoderConfig(
+        vocab_size=64, max_length=8, embed_dim=16, mlp_dim=32, num_layers=1, num_heads=2, causal=False
+    )
+    gate = CrossModalGateConfig(2, 8, budget=BudgetConfig("sample", **options))
+    fields: dict[str, Any] = {
+        "towers": (Tower("image", picture), Tower("text", words, "tokens")),
+        "fusion": GatedStreams(gate=gate),
+        "heads": (Classification(("red", "green"), name="kind", field="kind", stream="fused"),),
+    }
+    return JointConfig(**fields)
+
+
+@pytest.mark.slow
+def test_a_joint_model_leaves_the_tower_out_that_closed_rows_would_look_at():
+    model, random = looking_model(), np.random.default_rng(0)
+    batch = jax.tree.map(lambda x: np.repeat(x, ROWS, axis=0), model.smallest_batch(1))
+    seen = np.tile(np.arange(4, dtype=np.int32), (ROWS, 1))
+    seen[6:] = -1  # no pictures
+    changes = {
+        "tokens": random.integers(1, 64, (ROWS, 6)).astype(np.int32),
+        "segment_ids": np.ones((ROWS, 6), np.int32),
+        "tiles": random.integers(0, 256, (ROWS, 1, 16, 16, 3)).astype(np.uint8),
+        "visual_index": seen,
+    }
+    batch = dataclasses.replace(batch, **changes)
+    params: Any = model.build().init(jax.random.key(0), batch, {}, method="initialize")["params"]
+    params = jax.tree.map(lambda x: 0.3 * random.standard_normal(x.shape, np.float32), nn.meta.unbox(params))
+
+    def found(options: dict[str, Any], params: Any, batch: Batch = batch) -> Any:
+        return jax.jit(looking_model(**options).build().apply)({"params": params}, batch, {})
+
+    # Rows are drawn apart by what their words say, so that some look.
+    streams = found({"tower": False}, params).streams
+    logits = Openings(1).apply(
+        {"params": params["fusion"]["looks"]}, streams["text"].tokens, streams["text"].mask
+    )
+    params["fusion"]["looks"]["outer"]["bias"] -= np.sort(np.asarray(logits)[:6, 0])[-3:-1].mean()
+    skipping, whole = found({}, params), found({"tower": False}, params)
+    assert_same_but_for_rounding(skipping.predictions["kind"], whole.predictions["kind"])
+    assert float(whole.gates.tower) == ROWS and float(skipping.gates.tower) == 2
+    assert float(skipping.gates.decided.rows[0]) == 6 and float(skipping.gates.decided.open[0]) == 2
+    text = found({}, params, without_pictures(batch))
+    closed = np.asarray(skipping.gates.decided.by_row[0]) <= 0
+    assert_same_but_for_rounding(text.predictions["kind"][closed], whole.predictions["kind"][closed])
+
+
+def test_a_tower_that_a_head_reads_itself_is_not_left_out():
+    model = looking_model()
+    assert model.left_out is not None and model.left_out.name == "image" and model.reads_text_alone
+    both = Classification(("red", "green"), name="kind", field="kind", stream="image")
+    reading = dataclasses.replace(model, heads=(both,))
+    assert reading.left_out is None and not reading.reads_text_alone
+    with pytest.raises(ValueError, match="head 'kind' reads tower 'image' itself; set tower=None"):
+        dataclasses.replace(looking_model(tower=True), heads=(both,))

@@ -44,7 +44,7 @@ def looking(logits: Float[Array, "B L"], batch: Batch) -> Bool[Array, " B"]:
 
 def only_infers(module: nn.Module) -> bool:
     """Whether nothing but the output comes of a pass: nothing learns, is noted, or moves."""
-    names = ("intermediates", *module.variables)
+    names = ("params", "intermediates", *module.variables)
     return not module.has_rng(LEARNING) and not any(map(module.is_mutable_collection, names))
 
 
