@@ -224,9 +224,8 @@ def test_a_joint_model_leaves_the_tower_out_that_closed_rows_would_look_at():
 
     # Rows are drawn apart by what their words say, so that some look.
     streams = found({"tower": False}, params).streams
-    logits = Openings(1).apply(
-        {"params": params["fusion"]["looks"]}, streams["text"].tokens, streams["text"].mask
-    )
+    given = {"params": params["fusion"]["looks"]}, streams["text"].tokens, streams["text"].mask
+    logits: Any = jax.jit(Openings(1).apply)(*given)
     params["fusion"]["looks"]["outer"]["bias"] -= np.sort(np.asarray(logits)[:6, 0])[-3:-1].mean()
     skipping, whole = found({}, params), found({"tower": False}, params)
     assert_same_but_for_rounding(skipping.predictions["kind"], whole.predictions["kind"])

@@ -47,11 +47,8 @@ def open_rows(
             order = _open_first(is_open, size)
             found = compute(shared, jax.tree.map(lambda a: a[order], rows))
 
-            def back(values: jax.Array) -> jax.Array:
-                whole = jnp.zeros((len(is_open), *values.shape[1:]), values.dtype)
-                return whole.at[order].set(_only(values, is_open[order]))
-
-            return jax.tree.map(back, found)
+            place = _place(is_open, size)
+            return jax.tree.map(lambda values: _only(values[place], is_open), found)
 
         def every() -> Any:
             return jax.tree.map(lambda values: _only(values, is_open), compute(shared, rows))
@@ -81,9 +78,7 @@ def open_tokens(
         def some(size: int) -> jax.Array:
             order = jax.vmap(functools.partial(_open_first, size=size))(is_open)
             found = compute(shared, (jax.tree.map(lambda a: take(a, order), tokens), rows))
-            found = _only(found, take(is_open, order))
-            whole = jnp.zeros((found.shape[0], length, *found.shape[2:]), found.dtype)
-            return jax.vmap(lambda into, order, values: into.at[order].set(values))(whole, order, found)
+            return _only(take(found, _place(is_open, size)), is_open)
 
         def every() -> jax.Array:
             return _only(compute(shared, (tokens, rows)), is_open)
@@ -119,9 +114,18 @@ def _open_first(is_open: Bool[Array, " B"], size: int) -> Int[Array, " size"]:
     return jnp.argsort(~is_open, stable=True)[:size]
 
 
+def _place(is_open: Bool[Array, "*B T"], size: int) -> Int[Array, "*B T"]:
+    """Where among the open ones each stands, from 0; of closed ones any place.
+
+    So results are gathered back: scattered, they would be written one after another.
+    """
+    return jnp.clip(jnp.cumsum(is_open, axis=-1) - 1, 0, size - 1)
+
+
 def _only(values: jax.Array, is_open: jax.Array) -> jax.Array:
     """The values, and 0 where it is closed: the rows that fill a size up."""
-    return jnp.where(is_open.reshape(*is_open.shape, *(1,) * (values.ndim - is_open.ndim)), values, 0)
+    shape = (*is_open.shape, *(1,) * (values.ndim - is_open.ndim))
+    return jnp.where(is_open.reshape(shape), values, jnp.zeros((), values.dtype))
 
 
 def _by_device(
