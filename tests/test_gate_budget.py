@@ -23,10 +23,11 @@ from vl_jax.evaluate.gates import GateUse
 from vl_jax.fusion import skipping
 from vl_jax.fusion.budget import BudgetConfig, Grain, budget_loss, decide, summarize
 from vl_jax.fusion.gate import CrossModalGateConfig, SkippingGate
+from vl_jax.fusion.towers import before_answers
 from vl_jax.generation.choice import GenerationConfig
 from vl_jax.generation.decode import prefill
 from vl_jax.generation.generate import generate
-from vl_jax.model import VisionLanguage, VisionLanguageConfig, before_answers
+from vl_jax.model import VisionLanguage, VisionLanguageConfig
 from vl_jax.sharding import MeshConfig, make_mesh
 
 GRAINS: tuple[Grain, ...] = ("sample", "layer", "token")
@@ -165,13 +166,15 @@ def test_the_loss_draws_the_open_share_to_its_budget(share):
 
 def test_figures_of_the_log_are_shares_of_rows_that_could_look():
     sums = {"rows": jnp.asarray([4.0, 4]), "open": jnp.asarray([4.0, 1]), "executed": jnp.asarray([4.0, 2])}
-    figures = summarize({**sums, "loss": jnp.float32(0.6), "parts": jnp.float32(2)})
+    sums |= {"loss": jnp.float32(0.6), "parts": jnp.float32(2), "tower": jnp.float32(5)}
+    figures = summarize(sums)
     found = {name: round(float(value), 6) for name, value in figures.items()}
     assert found == {
         "gate/budget_loss": 0.3,
         "gate/open": 0.625,
         "gate/rows": 8,
         "gate/rows_executed": 6,
+        "gate/tower_rows_executed": 5,
         "gate/open/layer_0": 1.0,
         "gate/open/layer_1": 0.25,
     }
@@ -277,16 +280,17 @@ def test_tables_say_how_open_gates_are_by_layer_kind_and_picture():
     use = GateUse(("kind", "modality"), what="samples")
     records = [{"kind": "colour"}, {"kind": "said"}, {"kind": "colour"}, {"kind": ""}]
     open_rows = np.asarray([[1.0, 0], [0, 0], [0, 0], [-1, -1], [1, 1]])  # the last is no record: padding
-    use.update(records, (open_rows, np.asarray([2.0, 1])), 5)
-    use.update([{"kind": "said"}], None, 5)  # a batch without pictures: no gate was run
-    tables = {table.row_name or "rows": table for table in use.matrices()}
+    use.update(records, (open_rows, np.asarray([2.0, 1]), np.asarray([4.0])), 5, 5)
+    use.update([{"kind": "said"}], None, 5, 5)  # a batch without pictures: no gate was run
+    tables = {table.row_name or table.rows[0]: table for table in use.matrices()}
     kinds = tables["kind of question"]
     assert kinds.rows == ("colour", "said") and kinds.columns == ("layer 0", "layer 1")
     np.testing.assert_allclose(kinds.values, [[0.5, 0], [0, 0]])
     pictures = tables["what the sample has"]
     assert pictures.rows == ("a picture", "no picture")
     np.testing.assert_allclose(pictures.values, [[1 / 3, 0], [0, 0]])
-    np.testing.assert_allclose(tables["rows"].values, [[0.2, 0.1]])
+    np.testing.assert_allclose(tables["computed"].values, [[0.2, 0.1]])
+    np.testing.assert_allclose(tables["read"].values, [[0.4]])
     assert GateUse(("kind",), what="samples").matrices() == ()
 
 

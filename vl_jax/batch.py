@@ -117,8 +117,11 @@ def without_blank_pictures(batch: Batch) -> Batch:
     used = batch.visual_segment_ids
     if not isinstance(used, np.ndarray) and not getattr(used, "is_fully_addressable", False):
         return batch
-    if not batch.tiles.shape[1] or np.asarray(used).any():
-        return batch
+    return batch if np.asarray(used).any() else without_pictures(batch)
+
+
+def without_pictures(batch: Batch) -> Batch:
+    """The batch without any room for pictures, whatever stands there."""
     names = [name for name, field in FIELDS.items() if {"M", "S"} & set(field.axes)]
     empty = {name: getattr(batch, name)[:, :0] for name in names}
     high = None if batch.high_tiles is None else batch.high_tiles[:, :0]

@@ -29,9 +29,12 @@ from vl_jax.encoders.adapter import used_tiles
 from vl_jax.encoders.build import AnyEncoder
 from vl_jax.fusion.budget import BudgetConfig, GateOutput
 from vl_jax.fusion.build import AnyFusion, Apart
+from vl_jax.fusion.gated_streams import GatedStreams
 from vl_jax.fusion.streams import Stream
+from vl_jax.fusion.towers import only_infers, read_open_rows
 from vl_jax.heads.build import AnyHead
 from vl_jax.moe.layer import MoEOutput
+from vl_jax.moe.routing import State
 from vl_jax.moe.specialise.domains import DomainsConfig, with_domains
 from vl_jax.moe.stacks import RoutingState, Stack
 
@@ -104,6 +107,7 @@ class JointConfig:
         if self.domains is not None:
             self.domains.check(self.stacks)
         streams = self.fusion.streams(towers)
+        _ = self.left_out  # it says what cannot be
         for head in self.heads:
             for name in head.inputs:
                 if name not in streams:
@@ -129,6 +133,29 @@ class JointConfig:
     def budget(self) -> BudgetConfig | None:
         """Of the fusion's gate, if it has one."""
         return getattr(self.fusion, "budget", None)
+
+    @property
+    def left_out(self) -> Tower | None:
+        """The tower that, at inference, does not run for rows that do not look at it.
+
+        Raises:
+          ValueError: the budget says that there is one, and there cannot be.
+        """
+        if not isinstance(self.fusion, GatedStreams) or self.fusion.budget is None:
+            return None
+        tower = next(tower for tower in self.towers if tower.name == self.fusion.source)
+        readers, against = [head.name for head in self.heads if tower.name in head.inputs], ""
+        if tower.encoder.stack is not None:
+            against = f"tower {tower.name!r} has experts, and what they say of a batch is of all rows"
+        if readers:
+            against = f"head {readers[0]!r} reads tower {tower.name!r} itself"
+        return tower if self.fusion.budget.leaves_out_tower(against=against) else None
+
+    @property
+    def reads_text_alone(self) -> bool:
+        """Whether a batch without pictures has a program of its own, in which nothing looks at any."""
+        image = {tower.name for tower in self.towers if tower.input == TILES}
+        return self.budget is not None and not any(image & set(head.inputs) for head in self.heads)
 
     def spec(self) -> ModelSpec:
         """What the data side must know."""
@@ -264,25 +291,68 @@ class Joint(nn.Module):
     def __call__(self, batch: Batch, routing_state: RoutingState) -> JointOutput:
         """Runs every tower once, and every head."""
         batch = jax.tree.map(jnp.asarray, batch)  # a host batch will do
-        streams, routed = {}, {}
-        for tower in self.config.towers:
-            rows = batch.tokens.shape[0]
+        streams, routed, rows = {}, {}, batch.tokens.shape[0]
+        # A tower that may be left out comes last: what is said about it has to be read first.
+        late, read = self.config.left_out if only_infers(self) else None, jnp.float32(rows)
+        for tower in sorted(self.config.towers, key=lambda tower: tower == late):
             if tower.input == TILES and not batch.tiles.shape[1]:
                 streams[tower.name] = _nothing_seen(tower.encoder, rows, jnp.dtype(self.config.dtype))
                 continue
-            inputs, valid = _inputs(batch, tower)
-            state, stack = routing_state.get(tower.name, {}), self.config.stacks.get(tower.name)
-            if self.config.domains is not None and stack is not None:
-                told, groups = batch.labels.get(DOMAIN), valid.shape[0]
-                state = with_domains(state, told, self.config.domains, stack, groups=groups)
-            encoded = getattr(self, tower.name)(inputs, valid, state)
-            streams[tower.name] = _stream(encoded, valid, rows)
-            if encoded.routed is not None:
-                routed[tower.name] = encoded.routed
-        streams = self.fusion(streams)
+            given = _given(batch, tower)
+            if tower == late:
+                streams[tower.name], read = self._see_open_rows(given, streams)
+                continue
+            streams[tower.name], found = self.see(given, tower, self._state(tower, batch, routing_state))
+            if found is not None:
+                routed[tower.name] = found
+        streams = self.fusion({tower.name: streams[tower.name] for tower in self.config.towers})
         predictions = {head.name: getattr(self, head.name)(streams) for head in self.config.heads}
         gates = next((s.gates for s in streams.values() if s.gates is not None), None)
+        gates = None if gates is None else dataclasses.replace(gates, tower=read)
         return JointOutput(streams, predictions, routed, gates)
+
+    def see(
+        self, given: tuple[jax.Array, jax.Array], tower: Tower, routing_state: State
+    ) -> tuple[Stream, MoEOutput | None]:
+        """What a tower sees of some rows, and what its sparse layers returned.
+
+        Args:
+          given: what it reads, and which of it is there, rows first; tiles of all rows then stand one behind
+            the other.
+        """
+        (inputs, valid), rows = given, given[0].shape[0]
+        if tower.input == TILES:
+            inputs, valid = (x.reshape(-1, *x.shape[2:]) for x in given)
+        encoded = getattr(self, tower.name)(inputs, valid, routing_state)
+        return _stream(encoded, valid, rows), encoded.routed
+
+    def _state(self, tower: Tower, batch: Batch, routing_state: RoutingState) -> State:
+        """The routing state of a tower, with what follows from the domains of the rows."""
+        state, stack = routing_state.get(tower.name, {}), self.config.stacks.get(tower.name)
+        if self.config.domains is None or stack is None:
+            return state
+        groups = batch.tokens.shape[0] * (batch.tiles.shape[1] if tower.input == TILES else 1)
+        return with_domains(state, batch.labels.get(DOMAIN), self.config.domains, stack, groups=groups)
+
+    def see_left_out(self, given: tuple[jax.Array, jax.Array]) -> Stream:
+        """What the tower that may be left out sees of some rows."""
+        assert self.config.left_out is not None
+        return self.see(given, self.config.left_out, {})[0]
+
+    def _see_open_rows(
+        self, given: tuple[jax.Array, jax.Array], before: dict[str, Stream]
+    ) -> tuple[Stream, jax.Array]:
+        """What it sees of rows that look at it, 0 for the others; and the number of rows it was run for."""
+        tower, budget, valid = self.config.left_out, self.config.budget, given[1]
+        assert tower is not None and budget is not None
+        valid = valid.reshape(valid.shape[0], -1)
+        is_open = (self.fusion.looks(before) >= 0) & jnp.any(valid, axis=1)
+        stream, read = read_open_rows(
+            self, "see_left_out", is_open, given, parts=(tower.name,), buckets=budget.buckets
+        )
+        # Rows that do not look could.
+        mask = jnp.repeat(valid, stream.mask.shape[1] // valid.shape[1], axis=1)
+        return dataclasses.replace(stream, mask=mask), read
 
     def initialize(self, batch: Batch, routing_state: RoutingState) -> dict[str, Any]:
         """Touches every parameter once; the method to call ``init`` with."""
@@ -294,14 +364,13 @@ def _pooled_dim(encoder: Any) -> int:
     return getattr(encoder, "pooled_dim", encoder.output_dim)
 
 
-def _inputs(batch: Batch, tower: Tower) -> tuple[jax.Array, Bool[Array, "..."]]:
-    """What a tower reads, and which of it is there; tiles of all rows stand one behind the other."""
+def _given(batch: Batch, tower: Tower) -> tuple[jax.Array, Bool[Array, "B ..."]]:
+    """What a tower reads, and which of it is there, rows first."""
     if tower.input == TOKENS:
         return batch.tokens, batch.segment_ids > 0
     if tower.input == TILES:
-        rows, tiles = batch.tiles.shape[:2]
-        used = used_tiles(batch.visual_index, tiles=tiles, tile_tokens=tower.encoder.grid**2)
-        return batch.tiles.reshape(rows * tiles, *batch.tiles.shape[2:]), used.reshape(-1)
+        tiles = batch.tiles.shape[1]
+        return batch.tiles, used_tiles(batch.visual_index, tiles=tiles, tile_tokens=tower.encoder.grid**2)
     given = batch.media[tower.input]
     return given.values, given.present
 

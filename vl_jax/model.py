@@ -21,13 +21,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vl_jax.batch import Batch, blank
 from vl_jax.data.config import DataConfig, ModelSpec
-from vl_jax.encoders.adapter import Adapter, AdapterConfig, used_tiles
+from vl_jax.encoders.adapter import Adapter, AdapterConfig, merge_visual, used_tiles
 from vl_jax.encoders.build import AnyEncoder
 from vl_jax.encoders.high_resolution import HighResolution, HighResolutionConfig, ResolutionAligner
 from vl_jax.encoders.transformer import Encoded
 from vl_jax.encoders.vit import ViTConfig
 from vl_jax.fusion.budget import LEARNING, BudgetConfig, GateOutput, budget_loss
 from vl_jax.fusion.gate import CrossModalGateConfig
+from vl_jax.fusion.towers import Seen, before_answers, looking, only_infers, read_open_rows
 from vl_jax.language.decoder import Decoder, DecoderConfig, LayerContext
 from vl_jax.moe.config import BalanceConfig, GateConfig
 from vl_jax.moe.layer import MoEOutput
@@ -73,6 +74,7 @@ class VisionLanguageConfig:
             if self.high_resolution is not None:
                 raise ValueError("high_resolution needs an encoder, whose tokens its own are joined with")
             return
+        _ = self.leaves_out_tower  # it says what cannot be
         if len(self.encoder.input_shape) != 3:
             raise ValueError(
                 f"encoder={type(self.encoder).__name__} takes inputs of shape {self.encoder.input_shape}; "
@@ -170,6 +172,23 @@ class VisionLanguageConfig:
         """Of the gate between pictures and text, if it has one."""
         return self.fusion.gate.budget if self.fusion.kind == "gated" else None
 
+    @property
+    def leaves_out_tower(self) -> bool:
+        """Whether, at inference, the tower does not run for samples that look in no layer.
+
+        Raises:
+          ValueError: the budget says that it is left out, and it cannot be.
+        """
+        if self.budget is None or self.encoder is None:
+            return False
+        experts = "the encoder has experts, and what they say of a batch is of all rows"
+        return self.budget.leaves_out_tower(against="" if self.encoder.stack is None else experts)
+
+    @property
+    def reads_text_alone(self) -> bool:
+        """Whether a batch without pictures has a program of its own, in which nothing looks at any."""
+        return self.encoder is not None
+
     def build(self) -> VisionLanguage:
         """The module."""
         return VisionLanguage(self)
@@ -216,14 +235,6 @@ class ModelOutput:
     gates: GateOutput | None = None  # of gates with a budget, where there was something to look at
 
 
-@struct.dataclass
-class Seen:
-    """What is made of a row's pictures once, where the row decides whether it looks at them."""
-
-    vision: Leaf  # [B S D]
-    looks: Leaf  # f32[B L] logits
-
-
 class VisionLanguage(nn.Module):
     """The model; ``__call__`` is the training and prefill pass, ``decode`` one step over the cache."""
 
@@ -249,24 +260,44 @@ class VisionLanguage(nn.Module):
         With them comes what the sparse layers of the encoder returned, if it has any. Where a budget is over
         rows, so does how far each is to look, which the words before its first answer decide.
         """
-        vision, routed = self._vision(batch, routing_state)
-        budget = self.config.budget
-        if budget is None or budget.grain == "token" or not vision.shape[1]:
-            return vision, routed
-        return Seen(vision, self.language.looks(batch.tokens, before_answers(batch))), routed
+        return self._see(batch, routing_state)[:2]
 
-    def _vision(
+    def _see(
         self, batch: Batch, routing_state: RoutingState | None
+    ) -> tuple[Float[Array, "B S D"] | Seen, MoEOutput | None, Leaf]:
+        """``see``, and the number of rows whose pictures were read."""
+        c, rows = self.config, batch.tokens.shape[0]
+        if c.encoder is None or not batch.visual_index.shape[1]:
+            shape = (*batch.visual_index.shape, c.language.embed_dim)
+            return jnp.zeros(shape, c.dtype), None, jnp.float32(0)
+        pictures, looks, budget = (batch.tiles, batch.high_tiles, batch.visual_index), None, c.budget
+        if budget is not None and budget.grain != "token":
+            looks = self.language.looks(batch.tokens, before_answers(batch))
+        if looks is None or budget is None or not c.leaves_out_tower or not only_infers(self):
+            vision, routed = self.read(pictures, (routing_state or {}).get(ENCODER))
+            return vision if looks is None else Seen(vision, looks), routed, jnp.float32(rows)
+        parts = (ENCODER, "adapter", "high", "aligner")
+        (vision, _), ran = read_open_rows(
+            self, "read", looking(looks, batch), pictures, parts=parts, buckets=budget.buckets
+        )
+        return Seen(vision, looks), None, ran
+
+    def read(
+        self, pictures: tuple[Leaf, Leaf, Leaf], routing_state: State | None = None
     ) -> tuple[Float[Array, "B S D"], MoEOutput | None]:
-        rows, tiles = batch.tiles.shape[:2]
-        if self.config.encoder is None or not batch.visual_index.shape[1]:
-            shape = (*batch.visual_index.shape, self.config.language.embed_dim)
-            return jnp.zeros(shape, self.config.dtype), None
-        used = used_tiles(jnp.asarray(batch.visual_index), tiles=tiles, tile_tokens=self.config.tile_tokens)
-        flat, high = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (batch.tiles, batch.high_tiles))
-        encoded = self.encode(flat, high, used.reshape(-1), (routing_state or {}).get(ENCODER))
+        """The visual tokens of some rows, and what the sparse layers of the encoder returned.
+
+        Args:
+          pictures: ``tiles``, ``high_tiles`` and ``visual_index`` of a ``Batch``.
+        """
+        *both, index = pictures
+        rows, tiles = both[0].shape[:2]
+        index = jnp.asarray(index)
+        used = used_tiles(index, tiles=tiles, tile_tokens=self.config.tile_tokens)
+        flat, high = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), both)
+        encoded = self.encode(flat, high, used.reshape(-1), routing_state)
         patches = encoded.tokens.reshape(rows, tiles, *encoded.tokens.shape[1:])
-        return self.adapter(patches, batch.visual_index), encoded.routed
+        return self.adapter(patches, index), encoded.routed
 
     def encode(
         self,
@@ -307,7 +338,9 @@ class VisionLanguage(nn.Module):
           seen: the visual tokens, if ``see`` already ran; the encoder's statistics are then left out.
           cache: if given, the batch is appended to it (a row's segment must not begin before).
         """
-        seen, in_encoder = (seen, None) if seen is not None else self.see(batch, routing_state)
+        in_encoder, read = None, jnp.float32(0)
+        if seen is None:
+            seen, in_encoder, read = self._see(batch, routing_state)
         vision, looks = (seen.vision, seen.looks) if isinstance(seen, Seen) else (seen, None)
         x = self.embed(batch, vision)
         gated = self.config.fusion.kind == "gated" and vision.shape[1] > 0
@@ -315,6 +348,7 @@ class VisionLanguage(nn.Module):
             mask, offset = attention.causal_mask(batch.segment_ids, batch.branch_ids), 0
         else:
             mask, offset = cache_lib.causal_mask(cache, batch.segment_ids), cache.length
+        seeing = batch.segment_ids, batch.visual_start, batch.visual_segment_ids
         context = LayerContext(
             positions=batch.positions,
             mask=mask,
@@ -325,7 +359,7 @@ class VisionLanguage(nn.Module):
                 positions=batch.positions,
             ),
             vision=vision if gated else None,
-            vision_mask=_vision_mask(batch, offset) if gated else None,
+            vision_mask=attention.cross_mask(*seeing, offset=offset) if gated else None,
             length=None if cache is None else cache.length,
             learning=self.has_rng(LEARNING),
         )
@@ -338,7 +372,7 @@ class VisionLanguage(nn.Module):
         gates = None
         if decided is not None:
             assert self.config.budget is not None
-            gates = GateOutput(decided, budget_loss(decided, self.config.budget))
+            gates = GateOutput(decided, budget_loss(decided, self.config.budget), read)
         return ModelOutput(hidden, by_stack, cache, gates)
 
     def embed(self, batch: Batch, vision: Float[Array, "B S D"]) -> Float[Array, "B T D"]:
@@ -361,26 +395,3 @@ class VisionLanguage(nn.Module):
     def initialize(self, batch: Batch, routing_state: RoutingState) -> Float[Array, "B T V"]:
         """Touches every parameter once; the method to call ``init`` with."""
         return self.logits(self(batch, routing_state).hidden)
-
-
-def _vision_mask(batch: Batch, offset: Any) -> jax.Array:
-    return attention.cross_mask(
-        batch.segment_ids, batch.visual_start, batch.visual_segment_ids, offset=offset
-    )
-
-
-def before_answers(batch: Batch) -> Bool[Array, "B T"]:
-    """The tokens of each row up to the first that is predicted from; all of them where nothing is."""
-    length = batch.tokens.shape[1]
-    first = jnp.where(batch.loss_weights > 0, batch.target_index, length)
-    first = jnp.min(first, axis=1, initial=length, keepdims=True)
-    return (batch.segment_ids > 0) & (jnp.arange(length) <= first)
-
-
-def merge_visual(
-    x: Float[Array, "B T D"], vision: Float[Array, "B S D"], visual_slot: Int[Array, "B T"]
-) -> Float[Array, "B T D"]:
-    """Puts visual token ``visual_slot`` where it is set, the text embedding elsewhere."""
-    index = jnp.maximum(visual_slot, 0)[..., None]
-    placed = jnp.take_along_axis(vision, index, axis=1)
-    return jnp.where(visual_slot[..., None] >= 0, placed.astype(x.dtype), x)

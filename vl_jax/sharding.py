@@ -112,9 +112,12 @@ def use_mesh(mesh: Mesh, rules: AxisRules | None = None) -> Iterator[None]:
 
 
 def current_mesh() -> jax.sharding.AbstractMesh | None:
-    """The current mesh, or None where there is none or it has a single device."""
+    """The current mesh, or None where there is none, where it has a single device, and in ``shard_map``.
+
+    There every device has its own rows, and nobody lays anything out.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    return None if mesh.empty or mesh.size == 1 else mesh
+    return None if mesh.empty or mesh.size == 1 or mesh.manual_axes else mesh
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:

@@ -99,8 +99,10 @@ def get_config(scale: str = "1"):
                     source("seeing", 3, KINDS, 256),
                     source("said", 3, ("said",), 256),
                 ),
-                # A row decides for one question.
+                # A row decides for one question, which takes 26 tokens at most, 3 of them of the answer.
                 conversation=ConversationConfig(max_turns=1, turn_sampling="uniform"),
+                max_tokens=32,
+                max_answer_tokens=4,
             ),
             # With one question a row instead of three, rows are cheap.
             stages=(

@@ -128,3 +128,12 @@ def used_tiles(visual_index: Int[Array, "B S"], *, tiles: int, tile_tokens: int)
     """The tiles that some visual token of their row is taken from."""
     source = visual_index // tile_tokens  # -1 for padding; the vectors behind the tiles are past the last
     return jnp.any(source[:, :, None] == jnp.arange(tiles), axis=1)
+
+
+def merge_visual(
+    x: Float[Array, "B T D"], vision: Float[Array, "B S D"], visual_slot: Int[Array, "B T"]
+) -> Float[Array, "B T D"]:
+    """Puts visual token ``visual_slot`` where it is set, the text embedding elsewhere."""
+    index = jnp.maximum(visual_slot, 0)[..., None]
+    placed = jnp.take_along_axis(vision, index, axis=1)
+    return jnp.where(visual_slot[..., None] >= 0, placed.astype(x.dtype), x)

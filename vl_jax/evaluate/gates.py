@@ -14,6 +14,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vl_jax.batch import Batch
@@ -23,6 +24,7 @@ from vl_jax.moe.stacks import RoutingState
 _WORDS = {"kind": "kind of question", "modality": "what the sample has"}
 _TITLE = "How open the gate is, by {}: % of {} that look at pictures in a layer"
 _ROWS = "What the gate computed, of all {} in a layer, %"
+_TOWER = "Samples whose pictures the tower read, of all samples, %"
 
 
 def gate_use(
@@ -42,17 +44,20 @@ def gate_use(
     for records, batch in batches:
         found = examinee.apply(_compiled(model), batch)
         whole = batch.tokens.size if budget.grain == "token" else batch.tokens.shape[0]
-        use.update(records, found, whole)
+        use.update(records, found, whole, batch.tokens.shape[0])
     return use.matrices()
 
 
 @functools.cache
 def _compiled(model: nn.Module) -> Any:
-    """How open the gate is by row and layer [B L], and the rows each layer computed [L]; None: none ran."""
+    """How open the gate is by row and layer [B L], the rows each layer computed [L], and those that the tower
+    read [1]; None: no gate ran."""
 
-    def run(variables: Any, state: RoutingState, batch: Batch) -> tuple[jax.Array, jax.Array] | None:
+    def run(variables: Any, state: RoutingState, batch: Batch) -> tuple[jax.Array, ...] | None:
         gates = model.apply(variables, batch, state).gates  # pyright: ignore[reportAttributeAccessIssue]
-        return None if gates is None else (gates.decided.by_row.T, gates.decided.executed)
+        if gates is None:
+            return None
+        return gates.decided.by_row.T, gates.decided.executed, jnp.asarray(gates.tower, jnp.float32)[None]
 
     return jax.jit(run)
 
@@ -70,18 +75,27 @@ class GateUse:
         self._sums: dict[str, dict[str, Any]] = {kind: defaultdict(lambda: 0.0) for kind in kinds}
         self._counts: dict[str, dict[str, int]] = {kind: defaultdict(int) for kind in kinds}
         self._executed: Any = 0.0
-        self._whole = 0
+        self._whole = self._samples = 0
+        self._read = 0.0  # samples that the tower read
 
-    def update(self, records: Sequence[Mapping[str, Any]], found: tuple[Any, Any] | None, whole: int) -> None:
+    def update(
+        self,
+        records: Sequence[Mapping[str, Any]],
+        found: tuple[Any, ...] | None,
+        whole: int,
+        samples: int,
+    ) -> None:
         """Takes a batch.
 
         Args:
-          found: how open each row is [B L], -1 where it has nothing to look at, and the rows computed by
-            layer [L]; None: no gate was run.
+          found: how open each row is [B L], -1 where it has nothing to look at, the rows computed by layer
+            [L], and the samples that the tower read [1]; None: no gate was run.
           whole: the rows, or tokens, of the batch.
+          samples: the rows of the batch.
         """
-        self._whole += whole
+        self._whole, self._samples = self._whole + whole, self._samples + samples
         if found is not None:
+            self._read += float(np.sum(found[2]))
             self._layers = len(found[1])
             self._executed = self._executed + np.asarray(found[1], np.float64)
         for row, record in enumerate(records):
@@ -95,7 +109,7 @@ class GateUse:
                     self._counts[kind][name] += 1
 
     def matrices(self) -> tuple[Matrix, ...]:
-        """A table for every kind of group, and one of the rows that were computed."""
+        """A table for every kind of group, one of rows that were computed, and one of those of the tower."""
         columns = tuple(f"layer {layer}" for layer in range(self._layers))
         zeros, tables = np.zeros(self._layers), []
         for kind, sums in self._sums.items():
@@ -109,4 +123,5 @@ class GateUse:
             computed = ((zeros + self._executed) / self._whole).tolist()
             title = _ROWS.format("samples" if self._what == "samples" else "tokens, padding included,")
             tables.append(Matrix(title, ("computed",), columns, [computed]))
+            tables.append(Matrix(_TOWER, ("read",), ("tower",), [[self._read / self._samples]]))
         return tuple(tables)

@@ -81,7 +81,9 @@ class Examinee:
 
     def apply(self, compiled: Callable[[Any, RoutingState, Batch], Any], batch: Batch) -> Any:
         """What a compiled ``(variables, routing_state, batch)`` gives for a host batch, on every host."""
-        if getattr(self.layout.model.config, "budget", None) is not None and jax.process_count() == 1:
+        config = self.layout.model.config
+        skips = getattr(config, "budget", None) is not None and getattr(config, "reads_text_alone", False)
+        if skips and jax.process_count() == 1:
             batch = without_blank_pictures(batch)
         with sharding.use_mesh(self.layout.mesh, self.layout.rules):
             found = compiled(self.variables, self.routing_state, put_batch(batch, self.layout))

@@ -40,12 +40,35 @@ class BudgetConfig:
     weight: float = 1.0  # of the loss that draws the open share to ``share``
     hard: bool = False  # in training: multiply by 0 or 1, straight-through; by the probability otherwise
     buckets: int = 4  # sizes to which open rows are filled up at inference; 0: compute all, multiply by 0
+    tower: bool | None = None  # leave the tower out too for a sample that is closed; None: where that can be
 
     def __post_init__(self):
         if not 0 <= self.share <= 1:
             raise ValueError(f"share={self.share} of a gate's budget: must be from 0 to 1")
         if self.weight < 0 or self.buckets < 0:
             raise ValueError(f"weight={self.weight}, buckets={self.buckets} of a gate's budget: must be >= 0")
+        if self.tower and self.grain == "token":
+            raise ValueError(
+                "tower=True with grain='token' of a gate's budget: tokens decide in the layers, after the "
+                "tower has run; set grain='sample' or 'layer', where words decide, or tower=None"
+            )
+        if self.tower and not self.buckets:
+            raise ValueError(
+                "tower=True with buckets=0 of a gate's budget: 0 leaves nothing out; set buckets=4"
+            )
+
+    def leaves_out_tower(self, *, against: str) -> bool:
+        """Whether the tower is left out for samples that do not look in any layer.
+
+        Args:
+          against: why it cannot be in this model; empty where it can.
+
+        Raises:
+          ValueError: it cannot be, and ``tower`` says that it has to be.
+        """
+        if self.tower and against:
+            raise ValueError(f"tower=True of a gate's budget: {against}; set tower=None")
+        return self.tower is not False and self.grain != "token" and self.buckets > 0 and not against
 
     def refuse_shared_rows(self, *, packing: bool, branches: bool, where: str) -> None:
         """Refuses rows of several questions where a row has one decision.
@@ -155,6 +178,7 @@ class GateOutput:
 
     decided: Decided  # of every layer: [L], and [L B] by row
     loss: Leaf  # f32[] of the budget, already weighted
+    tower: Leaf = 0.0  # f32[] samples for which the tower ran, those that fill up a size included
 
     def sums(self) -> dict[str, Any]:
         """What a step adds up over its micro-batches; see ``summarize``."""
@@ -163,6 +187,7 @@ class GateOutput:
             "rows": d.rows,
             "open": d.open,
             "executed": d.executed,
+            "tower": jnp.asarray(self.tower, jnp.float32),
             "loss": jax.lax.stop_gradient(self.loss),
             "parts": jnp.ones(()),
         }
@@ -178,6 +203,7 @@ def summarize(sums: dict[str, Any]) -> dict[str, jax.Array]:
         "gate/open": jnp.sum(sums["open"]) / jnp.maximum(jnp.sum(sums["rows"]), 1.0),
         "gate/rows": jnp.sum(sums["rows"]),
         "gate/rows_executed": jnp.sum(sums["executed"]),
+        "gate/tower_rows_executed": sums["tower"],
     }
     if rows.shape[0] > 1:
         shares = sums["open"] / rows

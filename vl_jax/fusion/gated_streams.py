@@ -6,6 +6,7 @@ import dataclasses
 
 import flax.linen as nn
 import jax
+from jaxtyping import Array, Float
 
 from vl_jax.fusion.budget import LEARNING, BudgetConfig, GateOutput, Openings, budget_loss
 from vl_jax.fusion.gate import CrossModalGate, CrossModalGateConfig, SkippingGate
@@ -49,6 +50,16 @@ class GateBetween(nn.Module):
 
     config: GatedStreams
 
+    def setup(self):
+        budget = self.config.budget
+        if budget is not None and budget.grain != "token":
+            self.opening = Openings(1, name="looks")
+
+    def looks(self, streams: Streams) -> Float[Array, " B"]:
+        """How far every row is to look, as logits, from what it reads; where rows decide."""
+        reader = streams[self.config.reader]
+        return self.opening(reader.tokens, reader.mask)[:, 0]
+
     @nn.compact
     def __call__(self, streams: Streams) -> Streams:
         c = self.config
@@ -65,7 +76,7 @@ class GateBetween(nn.Module):
             return {**streams, c.name: Stream(tokens, reader.mask)}
         logits = None
         if c.budget.grain != "token":
-            logits = Openings(1, name="looks")(reader.tokens, reader.mask)[:, 0]
+            logits = self.looks(streams)
         found, decided = SkippingGate(c.gate, name="gate")(
             reader.tokens, seen, mask, logits, learning=self.has_rng(LEARNING)
         )

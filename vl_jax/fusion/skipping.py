@@ -23,8 +23,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vl_jax.sharding import batch_axes, current_mesh, current_rules
 
-# ``compute(shared, rows)`` gives an array whose rows are those of ``rows``, a tree of arrays.
-Compute = Callable[[Any, Any], jax.Array]
+# ``compute(shared, rows)`` gives an array, or a tree of arrays, whose rows are those of ``rows``, a tree too.
+Compute = Callable[[Any, Any], Any]
 
 
 def sizes(rows: int, buckets: int) -> tuple[int, ...]:
@@ -34,22 +34,24 @@ def sizes(rows: int, buckets: int) -> tuple[int, ...]:
 
 def open_rows(
     compute: Compute, is_open: Bool[Array, " B"], shared: Any, rows: Any, *, buckets: int
-) -> tuple[Float[Array, "B ..."], Float[Array, ""]]:
-    """``compute`` for the rows that are open, 0 for the others; and the rows computed.
+) -> tuple[Any, Float[Array, ""]]:
+    """``compute`` for the rows that are open, 0 for the others; and the number of rows computed.
 
     Args:
       shared: what all rows need, such as parameters; whole on every device.
       buckets: how many sizes there are besides none.
     """
 
-    def local(is_open: jax.Array, shared: Any, rows: Any) -> tuple[jax.Array, jax.Array]:
-        def some(size: int) -> jax.Array:
+    def local(is_open: jax.Array, shared: Any, rows: Any) -> tuple[Any, jax.Array]:
+        def some(size: int) -> Any:
             order = _open_first(is_open, size)
-            found = _only(compute(shared, jax.tree.map(lambda a: a[order], rows)), is_open[order])
-            return jnp.zeros((len(is_open), *found.shape[1:]), found.dtype).at[order].set(found)
+            found = compute(shared, jax.tree.map(lambda a: a[order], rows))
 
-        def every() -> jax.Array:
-            return _only(compute(shared, rows), is_open)
+            place = _place(is_open, size)
+            return jax.tree.map(lambda values: _only(values[place], is_open), found)
+
+        def every() -> Any:
+            return jax.tree.map(lambda values: _only(values, is_open), compute(shared, rows))
 
         return _ladder(some, every, jnp.sum(is_open), sizes(len(is_open), buckets), each=1)
 
@@ -76,9 +78,7 @@ def open_tokens(
         def some(size: int) -> jax.Array:
             order = jax.vmap(functools.partial(_open_first, size=size))(is_open)
             found = compute(shared, (jax.tree.map(lambda a: take(a, order), tokens), rows))
-            found = _only(found, take(is_open, order))
-            whole = jnp.zeros((found.shape[0], length, *found.shape[2:]), found.dtype)
-            return jax.vmap(lambda into, order, values: into.at[order].set(values))(whole, order, found)
+            return _only(take(found, _place(is_open, size)), is_open)
 
         def every() -> jax.Array:
             return _only(compute(shared, (tokens, rows)), is_open)
@@ -90,17 +90,17 @@ def open_tokens(
 
 
 def _ladder(
-    some: Callable[[int], jax.Array],
-    every: Callable[[], jax.Array],
+    some: Callable[[int], Any],
+    every: Callable[[], Any],
     count: Int[Array, ""],
     steps: tuple[int, ...],
     *,
     each: int,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Any, jax.Array]:
     """The smallest step that holds ``count``: nothing, some rows, or all of them."""
-    shape = jax.eval_shape(every)
+    shapes = jax.eval_shape(every)
     branches = [
-        lambda: jnp.zeros(shape.shape, shape.dtype),
+        lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes),
         *(functools.partial(some, size) for size in steps[:-1]),
         every,
     ]
@@ -114,21 +114,30 @@ def _open_first(is_open: Bool[Array, " B"], size: int) -> Int[Array, " size"]:
     return jnp.argsort(~is_open, stable=True)[:size]
 
 
+def _place(is_open: Bool[Array, "*B T"], size: int) -> Int[Array, "*B T"]:
+    """Where among the open ones each stands, from 0; of closed ones any place.
+
+    So results are gathered back: scattered, they would be written one after another.
+    """
+    return jnp.clip(jnp.cumsum(is_open, axis=-1) - 1, 0, size - 1)
+
+
 def _only(values: jax.Array, is_open: jax.Array) -> jax.Array:
     """The values, and 0 where it is closed: the rows that fill a size up."""
-    return jnp.where(is_open.reshape(*is_open.shape, *(1,) * (values.ndim - is_open.ndim)), values, 0)
+    shape = (*is_open.shape, *(1,) * (values.ndim - is_open.ndim))
+    return jnp.where(is_open.reshape(shape), values, jnp.zeros((), values.dtype))
 
 
 def _by_device(
-    local: Callable[..., tuple[jax.Array, jax.Array]], is_open: jax.Array, shared: Any, rows: Any
-) -> tuple[jax.Array, jax.Array]:
+    local: Callable[..., tuple[Any, jax.Array]], is_open: jax.Array, shared: Any, rows: Any
+) -> tuple[Any, jax.Array]:
     """``local`` on the rows of each device; on one device, or where rows do not divide, on all of them."""
     mesh = current_mesh()
     if mesh is None or len(is_open) % batch_axes(mesh, current_rules()):
         return local(is_open, shared, rows)
     whole, batch = jax.sharding.PartitionSpec(), current_rules().spec(("batch",))
 
-    def one(is_open: jax.Array, shared: Any, rows: Any) -> tuple[jax.Array, jax.Array]:
+    def one(is_open: jax.Array, shared: Any, rows: Any) -> tuple[Any, jax.Array]:
         found, counted = local(is_open, shared, rows)
         return found, counted[None]
 

@@ -24,7 +24,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from vl_jax import sharding
-from vl_jax.batch import Batch
+from vl_jax.batch import Batch, without_pictures
 from vl_jax.checkpoint import CHECKPOINTS, Checkpointer, CheckpointError
 from vl_jax.layout import Layout, Variables, put_batch
 from vl_jax.metrics import MetricsWriter
@@ -135,6 +135,7 @@ class StepDue(NamedTuple):
     program: Program
     state: Callable[[], TrainState]  # what the step consumes
     batch: Batch  # on the host
+    pictures: bool  # whether it is for the program with pictures; the same in every process
     learning_rate: np.float32
     limit: np.float32  # of the gradient norm
 
@@ -155,10 +156,10 @@ def drive(running: Course) -> TrainState:
         taken: Any = None
         while True:
             try:
-                program, state, batch, rate, limit = running.send(taken)
+                program, state, batch, pictures, rate, limit = running.send(taken)
             except StopIteration as end:
                 return end.value
-            layout = program.layout
+            layout, batch = program.layout, batch if pictures else without_pictures(batch)
             with sharding.use_mesh(layout.mesh, layout.rules):
                 after, metrics = program.step(state(), put_batch(batch, layout), rate, limit)
             taken = StepDone(_at_hand(after), metrics)
@@ -264,7 +265,10 @@ def _run_stage(
     stream = run.open_stream(stage)
     rate, clock = schedule(stage.optimizer, stage.steps), Clock()
     run.guard.begin_stage(program.gradient_names, anew=position.step == 0)
-    compiled = position.step + BEHIND + 1  # up to this step, one may wait for its compiler
+    text_alone = getattr(layout.model.config, "reads_text_alone", False)
+    compiled = dict[
+        bool, int
+    ]()  # by whether there are pictures: up to this step, one may wait for a compiler
     state = _at_hand(begun)
     del begun  # The first step consumes it.
     with contextlib.closing(stream):
@@ -280,8 +284,14 @@ def _run_stage(
                 batch = next(stream)
             learning_rate = float(np.asarray(rate(position.step)))
             position.step, position.global_step = moment.step, moment.global_step
-            run.alive(f"computing step {moment.global_step}", compiles=moment.step <= compiled)
-            state, metrics = yield from _step(run, program, state, batch, learning_rate, moment, stream)
+            pictures = not text_alone or getattr(stream, "pictures", True)
+            compiled.setdefault(pictures, moment.step + BEHIND)
+            begins = moment.step <= max(compiled.values())
+            run.alive(f"computing step {moment.global_step}", compiles=begins)
+            limit = np.float32(run.guard.limit(moment.global_step))
+            due = StepDue(program, state, batch, pictures, np.float32(learning_rate), limit)
+            state, metrics = yield from _step(run, due, moment, stream)
+            del due  # what the step consumed
             _report(run, moment, batch, metrics, learning_rate, clock, stream.skipped)
             ends = position.step == stage.steps
             stopped = _asked_to_stop(run, position.global_step)
@@ -307,21 +317,15 @@ def _run_stage(
 
 
 def _step(
-    run: Session,
-    program: Program,
-    state: Callable[[], TrainState],
-    batch: Batch,
-    learning_rate: float,
-    moment: Moment,
-    stream: TrainingStream,
+    run: Session, due: StepDue, moment: Moment, stream: TrainingStream
 ) -> Generator[StepDue, StepDone, StepDone]:
     """One step with what stands around it; its figures may still be on their way."""
-    layout, limit = run.layout, run.guard.limit(moment.global_step)
+    layout = run.layout
     with sharding.use_mesh(layout.mesh, layout.rules):
         for hook in run.hooks:
-            hook.before_step(state(), moment)
-    taken = yield StepDue(program, state, batch, np.float32(learning_rate), np.float32(limit))
-    metrics = run.guard.watch(moment, taken.metrics, limit, getattr(stream, "ids", ()))
+            hook.before_step(due.state(), moment)
+    taken = yield due
+    metrics = run.guard.watch(moment, taken.metrics, float(due.limit), getattr(stream, "ids", ()))
     with sharding.use_mesh(layout.mesh, layout.rules):
         for hook in run.hooks:
             metrics = hook.after_step(taken.state(), metrics, moment)

@@ -214,7 +214,9 @@ class _PackedWork:
             lengths = [item.tokens for item in rows[place][0].items]
             segments = np.repeat(np.arange(1, 1 + len(lengths), dtype=np.int32), lengths)
             batch.segment_ids[place, : len(segments)] = segments
-        return Made(batch, ids, rows[-1][0].cursor, skipped)
+        # By the plan, which is the same everywhere: whether a record is broken is known to one host alone.
+        pictures = any(item.tiles for row, _ in rows for item in row.items)
+        return Made(batch, ids, rows[-1][0].cursor, skipped, pictures)
 
 
 def _rows_from(planner: Planner, cursor: Cursor, pool: ThreadPoolExecutor) -> Iterator[_Row]:

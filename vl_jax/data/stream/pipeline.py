@@ -135,7 +135,8 @@ class _SampleWork:
             rows.append([result])
             if len(rows) == self.batch_size:
                 ids = [[e.id for e in row] for row in rows]
-                yield Made(self.reader.encoder.collate(rows), ids, place.index + 1, skipped)
+                pictures = any(len(example.tiles) for row in rows for example in row)
+                yield Made(self.reader.encoder.collate(rows), ids, place.index + 1, skipped, pictures)
                 rows, skipped = [], {}
 
     def _results(self, start: int, stop: threading.Event) -> Iterator[tuple[Place, Example | BadSample]]:

@@ -14,7 +14,8 @@ import numpy as np
 
 from vl_jax.data.sample import Sample
 from vl_jax.data.stream.held_out_batches import held_out_groups
-from vl_jax.evaluate.task import Examinee, Findings, Record
+from vl_jax.evaluate.gates import gate_use
+from vl_jax.evaluate.task import Examinee, Findings, Matrix, Record
 from vl_jax.train.evaluation import held_out_sums
 from vl_jax.train.objectives.next_token import NextToken
 from vl_jax.train.objectives.objective import Objective
@@ -22,6 +23,7 @@ from vl_jax.train.objectives.together import AnyObjective
 from vl_jax.train.step import TrainState
 
 Sums = tuple[Counter, Counter]  # losses, and what they are divided by
+_GATED_QUESTIONS = 256  # of a source, for which gates with a budget are looked at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,13 +78,22 @@ class HeldOutLoss:
             raise ValueError(f"source {examinee.source!r}: nothing in it has a target, so it has no loss")
         groups = {name: self._scores(sums) for name, sums in sorted(by_group.items())}
         yield from ()
-        return Findings(self._scores(whole), {"modality": groups} if len(groups) > 1 else {})
+        by_modality = {"modality": groups} if len(groups) > 1 else {}
+        return Findings(self._scores(whole), by_modality, matrices=_gates(examinee))
 
     def _scores(self, sums: Sums) -> dict[str, float]:
         losses, totals = sums
         means = {name: losses[name] / totals[name] if totals[name] else math.nan for name in losses}
         loss = sum(self.objective.weights[name] * mean for name, mean in means.items())
         return {"loss": loss, **({} if set(means) == {"loss"} else means)}
+
+
+def _gates(examinee: Examinee) -> tuple[Matrix, ...]:
+    """How open the gates of a model with a budget are for the first questions of the source."""
+    most = min(examinee.extent.limit or _GATED_QUESTIONS, _GATED_QUESTIONS)
+    examinee = dataclasses.replace(examinee, extent=dataclasses.replace(examinee.extent, limit=most))
+    batches = examinee.samples() if examinee.spec.reads == "text" else examinee.prompts()
+    return gate_use(examinee, batches, ("kind", "language"))
 
 
 def modalities(sample: Sample) -> str:
