@@ -302,7 +302,7 @@ class Joint(nn.Module):
             if tower == late:
                 streams[tower.name], read = self._see_open_rows(given, streams)
                 continue
-            streams[tower.name], found = self.see(given, tower, self._state(tower, batch, routing_state))
+            streams[tower.name], found = self.see(given, tower, self._routing(tower, batch, routing_state))
             if found is not None:
                 routed[tower.name] = found
         streams = self.fusion({tower.name: streams[tower.name] for tower in self.config.towers})
@@ -326,7 +326,7 @@ class Joint(nn.Module):
         encoded = getattr(self, tower.name)(inputs, valid, routing_state)
         return _stream(encoded, valid, rows), encoded.routed
 
-    def _state(self, tower: Tower, batch: Batch, routing_state: RoutingState) -> State:
+    def _routing(self, tower: Tower, batch: Batch, routing_state: RoutingState) -> State:
         """The routing state of a tower, with what follows from the domains of the rows."""
         state, stack = routing_state.get(tower.name, {}), self.config.stacks.get(tower.name)
         if self.config.domains is None or stack is None:
