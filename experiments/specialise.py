@@ -155,7 +155,7 @@ def first() -> Experiment:
         name="specialise",
         model=JointConfig((Tower("image", ENCODER),), OLD, domains=domains),
         data=data("industrial", "clothing"),
-        stages=(Stage("train", steps=200, batch_size=32, objective=objective, optimizer=rate),),
+        stages=(Stage("train", steps=400, batch_size=32, objective=objective, optimizer=rate),),
         loop=LoopConfig(log_every=10, routing_every=50, checkpoint_every=500),
         evaluation=EvaluationConfig(task=Labels(head="", groups=("domain",)), batch_size=64),
     )
@@ -168,13 +168,13 @@ def medical() -> Experiment:
     domains = dataclasses.replace(before.model.domains, domains=(INDUSTRIAL, CLOTHING, MEDICAL))
     stage = Stage(
         "specialise",
-        steps=80,
+        steps=150,
         batch_size=32,
         sources=("medical_train",),
         trainable=(r"image/vit/moe_blocks/moe/(w_in|w_out|router)", "lungs/.*"),
         experts=MEDICAL.experts,
         objective=Heads((NEW.name,)),
-        optimizer=OptimizerConfig(method="muon", learning_rate=1e-3, warmup_steps=10, final_fraction=0.03),
+        optimizer=OptimizerConfig(method="muon", learning_rate=1e-3, warmup_steps=15, final_fraction=0.03),
     )
     return dataclasses.replace(
         before,

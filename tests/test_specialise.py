@@ -32,11 +32,12 @@ SMALL = {
     "evaluation": {"limit": 8, "batch_size": 8},
     "loop": {"log_every": 2, "routing_every": 2},
 }
+STAGE = {"steps": 2, "batch_size": 8, "optimizer.method": "adamw"}
 
 
 def small(root: Path, stage: str, *more: str) -> list[str]:
     given = {f"{at}.{name}": value for at, fields in SMALL.items() for name, value in fields.items()}
-    given |= {f"stages.{stage}.steps": 2, f"stages.{stage}.batch_size": 8, "data.root": str(root)}
+    given |= {f"stages.{stage}.{name}": value for name, value in STAGE.items()} | {"data.root": str(root)}
     return [*(f"--config.{name}={value}" for name, value in given.items()), *more]
 
 
