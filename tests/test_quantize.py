@@ -92,6 +92,7 @@ def test_a_channel_of_zeros_stays_zero():
     assert not np.any(dequantize(values, scale)) and np.all(np.isfinite(scale))
 
 
+@pytest.mark.slow
 def test_a_tree_becomes_small_and_whole_again_and_all_else_stays():
     params = tree()
     small = quantize.quantized(params, MATRICES, ROLES)
@@ -136,6 +137,7 @@ def test_what_is_no_matrix_is_refused_in_one_line():
     )
 
 
+@pytest.mark.slow
 def test_as_close_as_qwix_where_that_sees_a_weight():
     qarray = pytest.importorskip("qwix._src.core.qarray")
     weight = tree(3)["mlp"]["w_out"][0]
@@ -144,7 +146,7 @@ def test_as_close_as_qwix_where_that_sees_a_weight():
     values, scale = quantize.quantize(weight, SQUARE)
     # It divides by 127.5, and so cannot say every weight again that int8 can say.
     np.testing.assert_allclose(scale / theirs.scale, 127.5 / 127, rtol=1e-6)
-    assert np.all(np.abs(values - theirs.qvalue.astype(int)) <= 1)
+    assert np.all(np.abs(np.asarray(values, int) - np.asarray(theirs.qvalue, int)) <= 1)
     ours, others = (
         jnp.linalg.norm(w - weight) for w in (dequantize(values, scale), qarray.dequantize(theirs))
     )
@@ -155,6 +157,7 @@ ONLY = Only(layers=(1,), experts=(0, 2))
 CONFIG = LoraConfig(rank=2, alpha=3.0, targets=(".*w_in",), only=ONLY)
 
 
+@pytest.mark.slow
 def test_only_chosen_layers_and_experts_have_factors_and_change():
     params = tree()
     shapes = lora.shapes(CONFIG, params, ROLES)
