@@ -475,7 +475,7 @@ def test_mean_average_precision_of_masks_is_that_of_pycocotools():
     coco, cocoeval = pytest.importorskip("pycocotools.coco"), pytest.importorskip("pycocotools.cocoeval")
     codec = pytest.importorskip("pycocotools.mask")
     rng, images, size = np.random.default_rng(0), 40, 120
-    for _ in range(5):
+    for _ in range(25):
         scores, truths, said = InstanceScores(), [], []
         for image in range(images):
             count = int(rng.integers(0, 5))
