@@ -128,7 +128,8 @@ def test_labels_stay_in_the_picture_and_on_their_objects(quartet, seed, augmente
         assert 0 <= x0 < x1 <= size[0] and 0 <= y0 < y1 <= size[1]
         rows, columns = np.nonzero(mask)
         seen = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
-        np.testing.assert_allclose(seen, box.corners, atol=1.01)
+        # The nearest pixel is up to a half away; a crop then enlarges that by 1 / 0.6, and rounds once more.
+        np.testing.assert_allclose(seen, box.corners, atol=0.5 / 0.6 + 0.51 if augmented else 0.51)
         if len(rows) > 30:
             away = np.abs(picture[mask] - COLOURS[int(box.label)]).max(axis=1)
             assert np.mean(away < 100) > 0.7
