@@ -6,7 +6,7 @@
 The first of three stages of the encoder: it learns what pictures and texts have in common, and its experts
 with it. Of four samples three are natural (photographs of ``flickr8k_bilingual``, twice as often as drawings
 of ``twemoji_bilingual``) and one is synthetic. Beside a text of which words can be exchanged stands a wrong
-one, and of the other texts of a batch the harder ones count more. ``miniature`` runs for about a minute.
+one, and of the other texts of a batch the harder ones count more. ``miniature`` shows that all of it runs.
 """
 
 import dataclasses
@@ -78,7 +78,7 @@ def get_config(name: str = "full"):
 
 
 def full():
-    """300 steps of 128 pairs; minutes on two cores."""
+    """300 steps of 128 pairs."""
     return Experiment(
         name="hybrid_contrastive",
         model=JointConfig(

@@ -117,7 +117,7 @@ def test_the_noise_of_micro_batches_differs():
     state, batch = state_of(model), rows()
     same = batch.replace(media={"x": Given(jnp.zeros((ROWS, WIDTH)), jnp.ones(ROWS, bool))})
     options = {"model": model, "rngs": {"routing": jax.random.key(2)}}
-    pairs = objective._in_parts(state.params, state, same, **options)[0]
+    pairs, _ = objective._in_parts(state.params, state, same, **options)[0]
     assert not np.allclose(pairs.image[0::2], pairs.image[1::2])
 
 
