@@ -38,7 +38,7 @@ class Sizes:
     """What is measured."""
 
     width: int = 512
-    layers: int = 24
+    layers: int = 4
     num_experts: int = 16
     expert_dim: int = 512
     vocab_size: int = 2048
