@@ -103,7 +103,7 @@ class InstanceMasks(Detection):
             message = f"{where} of a picture of {label.size} pixels, expected {(self.size, self.size)}"
             raise BadSample("bad_label", message)
         found = label.values()
-        seen = found.any(axis=(1, 2))
+        seen = np.array([mask.any() for mask in found], bool)
         boxes = [box for box, there in zip(label.boxes, seen, strict=True) if there]
         return masks.pack(self.objects_of(boxes, where), found[seen])
 

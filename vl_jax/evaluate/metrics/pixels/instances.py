@@ -49,7 +49,7 @@ class InstanceScores(AveragePrecision):
             raise ValueError(f"picture {self._images}: true and detected masks differ in size: {sizes}")
         true = [_coded(mask) | {"area": int(mask.sum())} for mask in masks]
         said = [_coded(mask) for mask in said_masks]
-        picture = dict(zip(("height", "width"), masks.shape[1:], strict=True))
+        picture = {"height": masks.shape[1], "width": masks.shape[2]}
         self.take(true, labels, said, said_labels, said_scores, crowd, picture)
 
 
