@@ -15,7 +15,7 @@ FAILED_FILE = "failed.json"  # in the folder of a run of a sweep: why it failed
 LAST_LINES = 10  # the log's end, over which noisy values are averaged
 # Figures of routing that a row has, each the mean of layers; of stacks beside the main one under their names.
 _ROUTING = ("maxvio", "maxvio_running", "dead", "drop_rate")
-_NOISY = ("loss", "auxiliary_loss", "grad_norm", "tokens_per_second", "step_ms", "data_wait_ms")
+_NOISY = ("loss", "auxiliary_loss", "grad_norm", "tokens_per_second", "step_ms", "data_wait_ms", "gate/open")
 _FACTS = ("wall_time_s", "parameters", "peak_memory_mb", "commit")
 # Parts of names of figures that are better when they are lower; nothing is known of others but shares.
 _LOWER = (
