@@ -25,7 +25,9 @@ def batch_rows() -> P:
 
 
 def _batch_axes() -> tuple[str, ...]:
-    return () if current_mesh() is None else current_rules().batch
+    """The mesh axes over which rows are spread, inside ``spread``; none where one shard has all."""
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    return tuple(axis for axis in current_rules().batch if axis in manual)
 
 
 def spread(local: Callable[..., Any], in_specs: tuple, out_specs: tuple) -> Callable[..., Any]:
