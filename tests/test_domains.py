@@ -186,7 +186,10 @@ def test_samples_of_a_source_have_its_domain_among_their_labels(tmp_path):
             lambda: dataclasses.replace(MODEL, heads=(Classification(("a", "b"), name="domain"),)),
             "name 'domain' of a tower or head",
         ),
-        (lambda: InDomainConfig("x", "", RecordsConfig("x", "x.json", image="image")), "domain of source 'x' is empty"),
+        (
+            lambda: InDomainConfig("x", "", RecordsConfig("x", "x.json", image="image")),
+            "domain of source 'x' is empty",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_one_line(make, message):
