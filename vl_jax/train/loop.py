@@ -266,9 +266,8 @@ def _run_stage(
     rate, clock = schedule(stage.optimizer, stage.steps), Clock()
     run.guard.begin_stage(program.gradient_names, anew=position.step == 0)
     text_alone = getattr(layout.model.config, "reads_text_alone", False)
-    compiled = dict[
-        bool, int
-    ]()  # by whether there are pictures: up to this step, one may wait for a compiler
+    # By whether there are pictures: up to this step, one may wait for a compiler.
+    compiled: dict[bool, int] = {}
     state = _at_hand(begun)
     del begun  # The first step consumes it.
     with contextlib.closing(stream):
