@@ -36,8 +36,8 @@ STAGE = Stage("all", steps=6, batch_size=4)
 
 
 def text(seed: int, fusion: str = "gated", *, tiles: int = 0) -> Batch:
-    """Four questions without a picture, beside room for some."""
-    rows = [[tiny.example(10 * seed + i, fusion=fusion, text=5 + i, tiles=tiles)] for i in range(4)]
+    """Eight questions without a picture, beside room for some."""
+    rows = [[tiny.example(10 * seed + i, fusion=fusion, text=5 + i % 4, tiles=tiles)] for i in range(8)]
     return tiny.batch(rows, fusion=fusion, length=14)
 
 

@@ -94,7 +94,6 @@ def ablation_forgetting():
             Claim(
                 *("experts", "everything", NEW, "open"), says="what a frozen trunk costs in the new domain"
             ),
-            Claim(*("lora", "experts", NEW, "open"), says="the same, of adapters"),
         ),
         equal=("steps", "samples", "tokens"),
         says="What does a model forget of one domain while it learns another?",
