@@ -22,6 +22,7 @@ from vl_jax.evaluate.metrics.pixels.instances import InstanceScores, mask_iou
 from vl_jax.evaluate.task import Examinee, Findings, Record
 from vl_jax.evaluate.tasks.found_boxes import counted
 from vl_jax.heads import masks
+from vl_jax.heads.detector import Detected, Guesses
 from vl_jax.heads.instances import Segmented
 from vl_jax.moe.stacks import RoutingState
 
@@ -101,6 +102,7 @@ def _compiled(model: nn.Module, head: str) -> Any:
     def run(variables: Any, state: RoutingState, batch: Batch) -> Segmented:
         output: Any = model.apply(variables, batch, state)
         said = output.predictions[head]
-        return said.replace(detected=said.detected.replace(cells=None, many=None, one=None))
+        found = Detected(None, Guesses(None, None), None, said.found)
+        return said.replace(detected=found)
 
     return jax.jit(run)
