@@ -71,8 +71,7 @@ PICTURES = AugmentationConfig(brightness=0.2, contrast=0.2, crop=0.3)
 
 def get_config(name: str = "clothing"):
     """The experiment of that name."""
-    choices = (clothing, magnetic_tile, bccd_cells, fsdd_digits, banking77)
-    return {choice.__name__: choice for choice in choices}[name]()
+    return config.choose(name, clothing, magnetic_tile, bccd_cells, fsdd_digits, banking77)
 
 
 def clothing():

@@ -46,7 +46,7 @@ RATE = OptimizerConfig(method="muon", learning_rate=1e-3, warmup_steps=30, final
 
 def get_config(name: str = "twemoji"):
     """The experiment of that name."""
-    return config.view({"twemoji": twemoji, "flickr8k": flickr8k, "published": published}[name]())
+    return config.view(config.choose(name, twemoji, flickr8k, published))
 
 
 def twemoji():

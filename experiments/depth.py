@@ -107,4 +107,4 @@ def rgbd_demo():
 
 def get_config(name: str = "rgbd_demo"):
     """The experiment of that name."""
-    return config.view({choice.__name__: choice for choice in (rgbd_demo,)}[name]())
+    return config.view(config.choose(name, rgbd_demo))

@@ -63,13 +63,13 @@ class Thinned:
 
 def get_config(choice: str = "deeppcb"):
     """The experiment of that name, with its options behind commas."""
-    name, *options = choice.split(",")
-    given = dict(option.split("=") for option in options)
-    return config.view({f.__name__: f for f in (deeppcb, bccd_cells, raccoon)}[name](**given))
+    return config.view(config.choose(choice, deeppcb, bccd_cells, raccoon))
 
 
-def deeppcb(images: str = "", template: str = "yes"):
+def deeppcb(images: int = 0, template: str = "yes"):
     """Defects of circuit boards, some 20 pixels wide, beside what the difference from the template shows."""
+    if template not in ("yes", "no"):
+        raise ValueError(f"template={template}: expected yes or no")
     if template == "yes":
         # Brightness and contrast would change both pictures alike; these boards are black and white.
         look, task = {}, FoundBoxes(difference=128)
@@ -93,8 +93,8 @@ def raccoon():
     return _experiment("raccoon", ("raccoon",), SOURCE, look, FoundBoxes(), steps=1500, levels=(2, 3))
 
 
-def _experiment(name, classes, source, augmentation, task, *, steps, images="", size=320, levels=(1, 2)):
-    train = ThinnedConfig("train", source, int(images)) if images else source
+def _experiment(name, classes, source, augmentation, task, *, steps, images=0, size=320, levels=(1, 2)):
+    train = ThinnedConfig("train", source, images) if images else source
     network = ResNetConfig(
         stem_dim=16,
         stage_dims=(32, 64, 96, 128),

@@ -56,7 +56,9 @@ ENCODER = HybridConfig(
 
 def get_config(name: str = "magnetic_tile"):
     """The experiment of that name."""
-    classes = {"magnetic_tile": DEFECTS, "clothing": CLOTHES}[name]
+    known = {"magnetic_tile": DEFECTS, "clothing": CLOTHES}
+    if name not in known:
+        raise ValueError(f"{name!r} is not one of {', '.join(known)}")
 
     def records(source: str, file: str) -> RecordsConfig:
         return RecordsConfig(source, file, image="image", labels=("label",))
@@ -65,7 +67,7 @@ def get_config(name: str = "magnetic_tile"):
     return config.view(
         Experiment(
             name=f"hybrid_{name}",
-            model=JointConfig((Tower("image", ENCODER),), (Classification(classes),)),
+            model=JointConfig((Tower("image", ENCODER),), (Classification(known[name]),)),
             data=DataConfig(
                 root=f"../shared/data/{name}",
                 sources=(records("train", "train.json"),),

@@ -74,7 +74,7 @@ RATE = OptimizerConfig(
 
 def get_config(name: str = "full"):
     """The experiment of that name."""
-    return config.view({"full": full, "miniature": miniature}[name]())
+    return config.view(config.choose(name, full, miniature))
 
 
 def full():

@@ -73,4 +73,4 @@ def pennfudan():
 
 def get_config(name: str = "pennfudan"):
     """The experiment of that name."""
-    return config.view({choice.__name__: choice for choice in (pennfudan,)}[name]())
+    return config.view(config.choose(name, pennfudan))

@@ -103,4 +103,4 @@ def magnetic_tile():
 
 def get_config(name: str = "camvid"):
     """The experiment of that name."""
-    return config.view({choice.__name__: choice for choice in (camvid, magnetic_tile)}[name]())
+    return config.view(config.choose(name, camvid, magnetic_tile))

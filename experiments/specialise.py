@@ -143,7 +143,7 @@ def data(*domains: str) -> DataConfig:
 
 def get_config(choice: str = "first"):
     """The first run, or the one that begins with it and adds a domain."""
-    return config.view({"first": first, "medical": medical}[choice]())
+    return config.view(config.choose(choice, first, medical))
 
 
 def first() -> Experiment:

@@ -13,7 +13,7 @@ import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vl_jax.config import load, override, view
+from vl_jax.config import choose, load, override, view
 from vl_jax.data.config import ConversationConfig, DataConfig, LoadingConfig, PackingConfig
 from vl_jax.data.images.tiling import TilingConfig
 from vl_jax.data.sources.llava import LlavaConfig
@@ -372,3 +372,24 @@ def test_an_argument_after_the_colon_reaches_the_file(tmp_path):
     )
     assert load(str(file)).num_experts == 8
     assert load(f"{file}:16", (("top_k", "2"),)) == MoEConfig(num_experts=16, top_k=2)
+
+
+def test_a_file_of_several_experiments_is_asked_by_name():
+    def first(images: int = 0, template: str = "yes"):
+        return images, template
+
+    def second():
+        return "second"
+
+    assert choose("first,images=50,template=no", first, second) == (50, "no")
+    assert choose("second", first, second) == "second"
+    for choice, message in {
+        "third": "the file has no experiment 'third'; it has first, second",
+        "first,pictures=5": "experiment 'first' has no option 'pictures=5'; options and defaults: images=0, "
+        "template=yes",
+        "first,images": "has no option 'images'",
+        "first,images=x": "experiment 'first', option 'images=x': expected int",
+        "second,images=1": "experiment 'second' has no option 'images=1'; options and defaults: none",
+    }.items():
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            choose(choice, first, second)

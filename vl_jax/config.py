@@ -19,9 +19,10 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import inspect
 import types
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -61,6 +62,33 @@ def view(config: Any):
 
     tree = to_tree(config)
     return convert(tree, hints_of(tree)).lock()
+
+
+def choose(choice: str, *builders: Callable[..., Any]) -> Any:
+    """What one of several functions builds: the way for a file to hold several experiments.
+
+    ``--config=FILE:name,option=value`` calls the function ``name``. An option becomes what its default is,
+    text or a number.
+
+    Raises:
+      ConfigError: there is no such function or option, or the value is of another kind; says which there are.
+    """
+    name, *options = choice.split(",")
+    found = {builder.__name__: builder for builder in builders}
+    if name not in found:
+        raise ConfigError(f"the file has no experiment {name!r}; it has {', '.join(found)}")
+    known, given = inspect.signature(found[name]).parameters, {}
+    for option in options:
+        key, _, text = option.partition("=")
+        if key not in known or "=" not in option:
+            there = ", ".join(f"{k}={p.default}" for k, p in known.items()) or "none"
+            raise ConfigError(f"experiment {name!r} has no option {option!r}; options and defaults: {there}")
+        kind = type(known[key].default)
+        try:
+            given[key] = kind(text)
+        except ValueError:
+            raise ConfigError(f"experiment {name!r}, option {option!r}: expected {kind.__name__}") from None
+    return found[name](**given)
 
 
 def override(config_view: Any, path: str, text: str) -> None:
