@@ -55,27 +55,4 @@ def ablation_int8_adapters():
 
 def get_config(scale: str = "1"):
     """The experiment, ``scale`` times as long."""
-    new = {"languages": ("zh",), "num_colours": 8, "num_shapes": 6}
-    return config.view(
-        miniature.experiment(
-            scale,
-            data=miniature.data(
-                sources=(
-                    miniature.scenes("known", 1, languages=("en",)),
-                    miniature.scenes("new", 3, **new),
-                ),
-                evaluation=(miniature.scenes("heldout", 2, 256, **new),),
-            ),
-            stages=(
-                miniature.stage("pretrain", scale, steps=90, sources=("known",)),
-                miniature.stage(
-                    "adapt",
-                    scale,
-                    steps=90,
-                    sources=("new",),
-                    trainable=("language/embedding.*", "language/head.*"),
-                    lora=LoraConfig(rank=8, alpha=16.0, targets=_EVERY),
-                ),
-            ),
-        )
-    )
+    return config.view(miniature.adapting(scale, LoraConfig(rank=8, alpha=16.0, targets=_EVERY)))

@@ -2,6 +2,7 @@
 
     experiment()                       a decoder with experts that answers questions about scenes
     experiment(model=SEEING, ...)      the same with its experts in the encoder of pictures
+    adapting(...)                      the decoder, which then learns something new by adapters
 
 A file of ablations takes one of them, changes it with ``dataclasses.replace``, and declares its arms.
 """
@@ -25,6 +26,7 @@ from vl_jax.moe.config import BalanceConfig, GateConfig, SharedExpertsConfig
 from vl_jax.moe.routing import MoEConfig
 from vl_jax.nn.rope import RopeConfig
 from vl_jax.train.loop import LoopConfig
+from vl_jax.train.lora import LoraConfig
 from vl_jax.train.optimizer import OptimizerConfig
 from vl_jax.train.stages import Stage
 
@@ -131,3 +133,21 @@ def experiment(scale: str = "1", **options) -> Experiment:
         "evaluation": EvaluationConfig(task=HeldOutLoss(), batch_size=64),
     }
     return Experiment(**{**fields, **options})
+
+
+def adapting(scale: str, lora: LoraConfig) -> Experiment:
+    """A model that knows scenes in English learns new colours, new shapes and Chinese, by adapters.
+
+    The vectors of tokens train beside them, as those of Chinese are new.
+    """
+    new = {"languages": ("zh",), "num_colours": 8, "num_shapes": 6}
+    sources = scenes("known", 1, languages=("en",)), scenes("new", 3, **new)
+    ends = ("language/embedding.*", "language/head.*")
+    return experiment(
+        scale,
+        data=data(sources=sources, evaluation=(scenes("heldout", 2, 256, **new),)),
+        stages=(
+            stage("pretrain", scale, steps=90, sources=("known",)),
+            stage("adapt", scale, steps=90, sources=("new",), trainable=ends, lora=lora),
+        ),
+    )
