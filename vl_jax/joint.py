@@ -389,7 +389,11 @@ def _stream(encoded: Any, valid: jax.Array, rows: int) -> Stream:
     """
     tokens, pooled = encoded.tokens, encoded.pooled
     maps = encoded.maps if tokens.shape[0] == rows else ()
-    mask = valid if valid.shape == tokens.shape[:2] else jnp.broadcast_to(valid[:, None], tokens.shape[:2])
+    mask = encoded.mask
+    if mask is None:
+        mask = (
+            valid if valid.shape == tokens.shape[:2] else jnp.broadcast_to(valid[:, None], tokens.shape[:2])
+        )
     if tokens.shape[0] != rows:
         tokens, mask = tokens.reshape(rows, -1, tokens.shape[-1]), mask.reshape(rows, -1)
         if pooled is not None:

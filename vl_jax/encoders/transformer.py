@@ -88,6 +88,7 @@ class Encoded:
     states: tuple[Leaf, ...] = ()  # [B T D] each: the hidden states that the config asks for
     routed: MoEOutput | None = None  # of the sparse layers, stacked; None where there are none
     maps: tuple[Leaf, ...] = ()  # [B h w D] each: what an image looks like, from the finest to the coarsest
+    mask: Leaf = None  # bool[B T] tokens that are there; None: those of valid inputs
 
 
 def from_grid(features: Float[Array, "M u v D"], maps: tuple[Leaf, ...] = ()) -> Encoded:
