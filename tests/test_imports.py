@@ -25,6 +25,7 @@ LEVELS = (
     "layout checkpoint interop compress generation",
     "train evaluate serving export fit",
     "experiment",
+    "rehearsals",
     "runs report benchmarks",
     "ablation",
     "sweep ask",
