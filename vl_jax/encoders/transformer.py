@@ -20,7 +20,7 @@ from vl_jax.moe.layer import DynamicMoE, MoEOutput
 from vl_jax.moe.routing import MoEConfig, RoutingContext, State
 from vl_jax.moe.stacks import Stack
 from vl_jax.nn import attention, packed
-from vl_jax.nn.layers import LayerNorm, Linear, fan_in, named
+from vl_jax.nn.layers import LayerNorm, Linear, as_used, fan_in, named
 from vl_jax.params import Leaf
 from vl_jax.sharding import constrain
 
@@ -114,7 +114,7 @@ class Attention(nn.Module):
         width, heads = x.shape[-1], self.num_heads
         shape = (width, 3, heads, width // heads)
         init = named(fan_in(), "embed", None, "heads", None, inputs=(0,))
-        qkv = self.param("qkv", init, shape).astype(x.dtype)
+        qkv = as_used(self.param("qkv", init, shape), x.dtype, "embed", None, "heads", None)
         bias = jnp.zeros(shape[1:], x.dtype)
         if self.qkv_bias:
             init = named(nn.initializers.zeros, None, "heads", None)
@@ -130,7 +130,8 @@ class Attention(nn.Module):
             self.sow("intermediates", "weights", weights)
         mixed = attention.attend(query, key, value, mask=mask, scale=scale)
         init = named(fan_in(in_axis=(0, 1)), "heads", None, "embed", inputs=(0, 1))
-        project = self.param("project", init, (heads, width // heads, width)).astype(x.dtype)
+        project = self.param("project", init, (heads, width // heads, width))
+        project = as_used(project, x.dtype, "heads", None, "embed")
         bias = self.param("project_bias", named(nn.initializers.zeros, "embed"), (width,)).astype(x.dtype)
         return jnp.einsum("BTNH,NHD->BTD", mixed, project) + bias
 

@@ -119,9 +119,9 @@ def abstract_batch(layout: Layout, example: Batch, rows: int) -> Any:
 def lower(program: Program, batch: Any) -> jax.stages.Lowered:
     """The step of a program, for the devices of its mesh."""
     layout = program.layout
-    number = jax.ShapeDtypeStruct((), jnp.float32, sharding=layout.replicated)
+    state, number = program.abstract_state, jax.ShapeDtypeStruct((), jnp.float32, sharding=layout.replicated)
     with sharding.use_mesh(layout.mesh, layout.rules):
-        return program.step.lower(program.abstract_state, batch, number, number)  # pyright: ignore[reportFunctionMemberAccess]
+        return program.step.lower(state, batch, number, number)  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def rehearse(

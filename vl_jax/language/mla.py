@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from vl_jax.nn import attention, rope
-from vl_jax.nn.layers import Linear, RMSNorm, fan_in, join_heads, named, split_heads
+from vl_jax.nn.layers import Linear, RMSNorm, as_used, fan_in, join_heads, named, split_heads
 from vl_jax.nn.rope import RopeConfig
 
 # The inner norms of DeepSeek-V2 keep this value whatever the epsilon of the outer norms.
@@ -137,7 +137,7 @@ class MLA(nn.Module):
             mixed = absorbed_attention(q_nope, q_rope, latent, key_rope, kv_up, cached, **options)
         init = named(fan_in(in_axis=(0, 1)), "heads", None, "embed", inputs=(0, 1))
         output = self.param("output", init, (c.num_heads, c.v_head_dim, x.shape[-1]))
-        y = join_heads(mixed, output.astype(x.dtype))
+        y = join_heads(mixed, as_used(output, x.dtype, "heads", None, "embed"))
         if c.use_bias:
             bias = self.param("output_bias", named(nn.initializers.zeros, None), (x.shape[-1],))
             y = y + bias.astype(x.dtype)
@@ -151,6 +151,6 @@ class MLA(nn.Module):
             source, name = RMSNorm(INNER_EPSILON, name="query_norm")(source), None
         shape = (source.shape[-1], c.num_heads, c.qk_nope_dim + c.qk_rope_dim)
         kernel = self.param("query", named(fan_in(), name, "heads", None, inputs=(0,)), shape)
-        query = split_heads(source, kernel.astype(x.dtype))
+        query = split_heads(source, as_used(kernel, x.dtype, name, "heads", None))
         self.sow("intermediates", "projected_query", query)
         return query[..., : c.qk_nope_dim], rope.rotate(query[..., c.qk_nope_dim :], angle, c.rope)

@@ -115,9 +115,8 @@ class Program:
         """Shapes and shardings of the state, for a step that is compiled before there is one."""
         whole = functools.partial(jax.ShapeDtypeStruct, sharding=self.layout.replicated)
         parts = self.layout.model.config.stacks
-        routing, load = jax.tree.map(
-            lambda x: whole(x.shape, x.dtype), (stacks.init_state(parts), stacks.init_load(parts))
-        )
+        beside = jax.eval_shape(lambda: (stacks.init_state(parts), stacks.init_load(parts)))
+        routing, load = jax.tree.map(lambda x: whole(x.shape, x.dtype), beside)
         return TrainState(
             whole((), jnp.int32),
             self.abstract_params,
