@@ -7,8 +7,9 @@
 2412.10302, tables 1 and 2, section 3); the steps follow from the tokens of each stage and full batches.
 ``data`` is to be set: captions for alignment, a mixture of pictures with text and of text alone for
 pretraining, dialogues for fine-tuning (see ``docs/data.md``). The paper begins with a trained language model;
-here ``init`` names one. A batch is cut into micro-batches (``accumulation``): set it, and ``mesh``, to what
-``fit --search`` finds for your slice.
+here ``init`` names one. A batch is cut into micro-batches of 64 rows, so that 64 devices, or as many pairs,
+take one each; for other slices set ``accumulation`` and ``mesh`` to what ``fit --search`` finds. Base's 3,328
+rows in place of the paper's 3,360 divide by them.
 """
 
 import dataclasses
@@ -30,6 +31,7 @@ from vl_jax.train.optimizer import OptimizerConfig
 from vl_jax.train.stages import Stage
 
 LENGTH, TILES = 4096, 20  # of a row, which holds several samples
+MICRO_BATCH = 64  # rows; the shards of the batch divide it
 PUBLISHED = VisionLanguageConfig()  # the base model's sizes
 # A packed row is no sequence: experts are balanced over the batch.
 BASE = dataclasses.replace(
@@ -84,6 +86,7 @@ def stages(recipe: Recipe) -> tuple[Stage, ...]:
             "alignment",
             steps=round(2.0e9 / (256 * LENGTH)),
             batch_size=256,
+            accumulation=256 // MICRO_BATCH,
             targets="all",
             trainable=("encoder/.*", "adapter/.*"),
             optimizer=begin,
@@ -92,6 +95,7 @@ def stages(recipe: Recipe) -> tuple[Stage, ...]:
             "pretraining",
             steps=round(recipe.tokens / (recipe.rows * LENGTH)),
             batch_size=recipe.rows,
+            accumulation=recipe.rows // MICRO_BATCH,
             targets="all",
             optimizer=dataclasses.replace(begin, schedule="step"),
         ),
@@ -102,7 +106,7 @@ def stages(recipe: Recipe) -> tuple[Stage, ...]:
 SIZES = {
     "tiny": (TINY, Recipe(rate=5.4e-4, tuning_rate=3.0e-5, rows=2304, tokens=798.5e9)),
     "small": (SMALL, Recipe(rate=4.2e-4, tuning_rate=1.4e-5, rows=2304, tokens=808.9e9)),
-    "base": (BASE, Recipe(rate=4.5e-4, tuning_rate=2.0e-5, rows=3360, tokens=796.5e9)),
+    "base": (BASE, Recipe(rate=4.5e-4, tuning_rate=2.0e-5, rows=3328, tokens=796.5e9)),
 }
 
 
@@ -127,6 +131,6 @@ def get_config(size: str = "tiny"):
             stages=stages(recipe),
             loop=LoopConfig(log_every=10, routing_every=100, checkpoint_every=1000),
             evaluation=EvaluationConfig(batch_size=64, limit=1024, max_new_tokens=64),
-            mesh=MeshConfig(data=1, fsdp=-1),
+            mesh=MeshConfig(data=1, fsdp=-1, tensor=2 if size == "base" else 1),
         )
     )

@@ -206,18 +206,23 @@ def _exact(program: Program, batch: Any, where: Slice) -> Memory:
 
 
 def _placements(layout: Layout) -> list[Finding]:
-    """Parameters that do not divide, or are whole though there are devices to cut them over."""
-    found = []
+    """Parameters that do not divide, or are whole along axes of the mesh that are there to cut them."""
+    found, mesh = [], layout.mesh.shape
     for path, leaf in params_lib.flatten(layout.params).items():
-        placement = layout.placements[path]
-        size = on_device(leaf)
-        if placement.whole and size >= LARGE:
+        placement, size = layout.placements[path], on_device(leaf)
+        if size < LARGE or layout.mesh.size == 1:
+            continue
+        used = {
+            axis for part in leaf.sharding.spec for axis in ((part,) if isinstance(part, str) else part or ())
+        }
+        if placement.whole:
             remedy = "choose mesh sizes that divide it, or a rule that cuts another dimension"
             found.append(Finding(f"does not divide: {', '.join(placement.whole)}", path, remedy, size))
-        elif leaf.sharding.is_fully_replicated and layout.mesh.size > 1 and size >= LARGE:
-            axes = [axis for axis in ("fsdp", "tensor", "expert") if layout.mesh.shape[axis] > 1]
-            remedy = "set config.mesh.fsdp above 1 to cut it" if not axes else "name a dimension that is cut"
-            found.append(Finding("whole on every device", path, remedy, size, is_fault=bool(axes)))
+        elif mesh["fsdp"] > 1 and "fsdp" not in used:
+            remedy = "give one of its dimensions a name that is cut, such as embed"
+            found.append(Finding("whole along fsdp", path, remedy, size))
+        elif not used and mesh["fsdp"] == 1:
+            found.append(Finding("whole everywhere", path, "config.mesh.fsdp cuts it", size, is_fault=False))
     return found
 
 
