@@ -9,9 +9,10 @@ import jax
 import numpy as np
 import pytest
 
-from vl_jax import experiment, rehearsals, sharding
+from vl_jax import experiment, sharding
 from vl_jax.cli import main
 from vl_jax.fit import chips, program_text, rehearsal, search
+from vl_jax.fit import experiment as fit_experiment
 from vl_jax.fit.chips import GIB
 from vl_jax.report import fit as page
 from vl_jax.train.program import Program
@@ -140,7 +141,7 @@ def test_exact_bytes_are_those_of_a_state_that_exists(quickstart):
 
 def _found(**changes):
     memory = rehearsal.Memory(2 * GIB, 4 * GIB, 0, GIB, 3 * GIB, 16 * GIB)
-    estimate = rehearsal.Estimate(1e12, 0.01, 0.02, 0.005, 0.02, 0.25)
+    estimate = rehearsal.StepBound(1e12, 0.01, 0.02, 0.005, 0.02, 0.25)
     mesh = {"data": 2, "fsdp": 4}
     base = rehearsal.Rehearsal("sft", "v5e:2x4", 1, 8, mesh, 16, memory, [], None, estimate, 3.0)
     return dataclasses.replace(base, **changes)
@@ -156,7 +157,7 @@ def test_what_does_not_fit_comes_last_and_the_faster_first():
 
 
 def test_a_rehearsal_is_written_as_text_json_and_page():
-    found = _found(findings=[rehearsal.Finding("whole on every device", "a/b", "cut it", 1 << 21)])
+    found = _found(findings=[rehearsal.Remark("whole on every device", "a/b", "cut it", 1 << 21)])
     written = json.loads(json.dumps(page.as_json(found)))
     assert written["memory"]["total"] == 10 * GIB and written["fits"] is True
     titles = [title for title, _ in page.tables_of(found)]
@@ -184,7 +185,7 @@ def test_mistakes_end_in_one_line(options, message, capsys):
 
 @pytest.mark.tpu_aot
 def test_the_quickstart_fits_eight_chips_and_says_what_travels(quickstart):
-    found = rehearsals.rehearse(quickstart, chips.slice_of("v5e:2x4"), stage="sft")
+    found = fit_experiment.rehearse(quickstart, chips.slice_of("v5e:2x4"), stage="sft")
     assert found.fits and found.compile_seconds > 0
     assert found.memory.parameters > 0 and found.memory.temporaries > 0
     if found.collectives is not None:  # jax 0.10 cannot show every program

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vl_jax.commands.drawing import draw_boxes
+from vl_jax.report.drawing import draw_boxes
 from vl_jax.schema import ConfigError
 
 _SHOWN = 10  # classes

@@ -60,7 +60,7 @@ class Memory:
 
 
 @dataclasses.dataclass(frozen=True)
-class Finding:
+class Remark:
     """Something to look at: what it is about, what it is, and what to do."""
 
     what: str
@@ -71,7 +71,7 @@ class Finding:
 
 
 @dataclasses.dataclass(frozen=True)
-class Estimate:
+class StepBound:
     """A step's time from peaks: products, memory traffic and links do not wait for one another."""
 
     flops: float  # of the model a device and step, three times its forward pass
@@ -93,9 +93,9 @@ class Rehearsal:
     mesh: Mapping[str, int]
     rows: int
     memory: Memory
-    findings: Sequence[Finding]
+    findings: Sequence[Remark]
     collectives: Sequence[Collective] | None  # None: the program was not compiled, or cannot be shown
-    estimate: Estimate
+    estimate: StepBound
     compile_seconds: float | None  # of CPU time
     refusal: str = ""  # what the compiler said, where it compiled nothing
 
@@ -205,7 +205,7 @@ def _exact(program: Program, batch: Any, where: Slice) -> Memory:
     )
 
 
-def _placements(layout: Layout) -> list[Finding]:
+def _placements(layout: Layout) -> list[Remark]:
     """Parameters that do not divide, or are whole along axes of the mesh that are there to cut them."""
     found, mesh = [], layout.mesh.shape
     for path, leaf in params_lib.flatten(layout.params).items():
@@ -217,16 +217,16 @@ def _placements(layout: Layout) -> list[Finding]:
         }
         if placement.whole:
             remedy = "choose mesh sizes that divide it, or a rule that cuts another dimension"
-            found.append(Finding(f"does not divide: {', '.join(placement.whole)}", path, remedy, size))
+            found.append(Remark(f"does not divide: {', '.join(placement.whole)}", path, remedy, size))
         elif mesh["fsdp"] > 1 and "fsdp" not in used:
             remedy = "give one of its dimensions a name that is cut, such as embed"
-            found.append(Finding("whole along fsdp", path, remedy, size))
+            found.append(Remark("whole along fsdp", path, remedy, size))
         elif not used and mesh["fsdp"] == 1:
-            found.append(Finding("whole everywhere", path, "config.mesh.fsdp cuts it", size, is_fault=False))
+            found.append(Remark("whole everywhere", path, "config.mesh.fsdp cuts it", size, is_fault=False))
     return found
 
 
-def _travels(moved: Sequence[Collective], layout: Layout) -> list[Finding]:
+def _travels(moved: Sequence[Collective], layout: Layout) -> list[Remark]:
     """Collectives that carry more than they must: weights in float32, all experts, whole gradients."""
     found = []
     weights = [
@@ -245,15 +245,15 @@ def _travels(moved: Sequence[Collective], layout: Layout) -> list[Finding]:
         carried = item.size * item.times
         if item.kind == "all-gather" and dtype == "bfloat16" and "f32" in item.dtypes:
             text = "gathered in float32, used in bfloat16"
-            found.append(Finding(text, path, "cast before the gather", carried))
+            found.append(Remark(text, path, "cast before the gather", carried))
         if item.kind == "all-gather" and "experts" in placement.names and layout.mesh.shape["expert"] > 1:
             if "expert" in item.axes:
                 text = "all experts gathered on every device"
-                found.append(Finding(text, path, "choose another exchange", carried))
+                found.append(Remark(text, path, "choose another exchange", carried))
         if item.kind == "all-reduce" and any(part is not None for part in placement.spec):
             if not set(item.axes) <= {"data"}:
                 text = "gradient summed whole on every device"
-                found.append(Finding(text, path, "scatter the sum to where the moments live", carried))
+                found.append(Remark(text, path, "scatter the sum to where the moments live", carried))
     return found
 
 
@@ -264,17 +264,17 @@ def _kind(shape: Sequence[int]) -> tuple[int, ...]:
 
 def _estimate(
     flops: float, traffic: float | None, moved: Sequence[Collective] | None, where: Slice
-) -> Estimate:
+) -> StepBound:
     mine, chip = 3 * flops / where.num_devices, where.chip
     times = [mine / chip.flops]
     memory = None if not traffic or traffic < 0 else traffic / chip.bandwidth
     links = None if moved is None else sum(c.size * c.times for c in moved) / chip.links
     seconds = max([*times, *(t for t in (memory, links) if t is not None)])
     known = memory is not None or links is not None
-    return Estimate(mine, times[0], memory, links, seconds, mine / (seconds * chip.flops) if known else None)
+    return StepBound(mine, times[0], memory, links, seconds, mine / (seconds * chip.flops) if known else None)
 
 
-def _too_large(found: Rehearsal) -> Finding:
+def _too_large(found: Rehearsal) -> Remark:
     memory, advice = found.memory, []
     if found.mesh.get("fsdp", 1) * found.mesh.get("expert", 1) < found.devices:
         advice.append("raise config.mesh.fsdp or config.mesh.expert")
@@ -282,7 +282,7 @@ def _too_large(found: Rehearsal) -> Finding:
         advice.append("lower batch_size, raise accumulation, or set model.language.remat=full")
     advice.append("take a larger slice (fit --smallest finds it)")
     said = found.refusal or f"{(memory.total or memory.state) / GIB:.2f} of {memory.limit / GIB:.2f} GiB"
-    return Finding(f"does not fit: {said}", "the step", "; ".join(advice), memory.total or memory.state)
+    return Remark(f"does not fit: {said}", "the step", "; ".join(advice), memory.total or memory.state)
 
 
 def _short(message: str) -> str:

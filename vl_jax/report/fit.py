@@ -15,9 +15,9 @@ from rich.table import Table
 
 from vl_jax.experiment import Experiment
 from vl_jax.fit.chips import GIB, slice_of
+from vl_jax.fit.experiment import rehearse, search, smallest
 from vl_jax.fit.rehearsal import Rehearsal
 from vl_jax.fit.search import Setting
-from vl_jax.rehearsals import rehearse, search, smallest
 from vl_jax.report.run import page
 from vl_jax.report.tables import Cell, TextTable, to_html
 from vl_jax.runtime import disk
