@@ -49,7 +49,7 @@ require() {
   [[ -z "$missing" ]] || mistake "$missing; $SCRIPT --help shows the usage"
 }
 
-# A setting that is true or false, and one that is a whole number; each with its default.
+# A setting that is true or false, and one that is a whole number; with their defaults.
 truth() {
   [[ -n "${!1:-}" ]] || printf -v "$1" %s "$2"
   [[ "${!1}" == true || "${!1}" == false ]] || mistake "$1=${!1} must be true or false"
@@ -59,14 +59,14 @@ number() {
   [[ "${!1}" =~ ^[0-9]+$ && "${!1}" -ge "${3:-0}" ]] || mistake "$1=${!1} must be a whole number >= ${3:-0}"
 }
 
-# Looks TOPOLOGY up: sets ACCELERATOR_TYPE, CHIPS, HOSTS, MACHINE, GKE_ACCELERATOR, GKE_TOPOLOGY, RUNTIME
-# and ZONES.
+# Looks TOPOLOGY up: sets what its line says, and GKE_TOPOLOGY, RUNTIME and ZONES.
 find_topology() {
   local name chip known="" chips=""
   while read -r name ACCELERATOR_TYPE CHIPS HOSTS MACHINE GKE_ACCELERATOR; do
+    [[ "$name" != \#* ]] || continue
     [[ "$name" != "$TOPOLOGY" ]] || break
     [[ "$name" != "${TOPOLOGY%%:*}":* ]] || known+=" $name"
-    [[ "$name" == \#* || " $chips " == *" ${name%%:*} "* ]] || chips+=" ${name%%:*}"
+    [[ " $chips " == *" ${name%%:*} "* ]] || chips+=" ${name%%:*}"
     name=""
   done <"$HERE/topologies.txt"
   [[ -n "$name" ]] || mistake "TOPOLOGY=$TOPOLOGY is unknown; known are${known:- those of$chips}"
@@ -102,9 +102,10 @@ on_workers() {
 # What a host says of its trainer, in one word or two: none, running, stopped (by stop.sh), ended STATUS.
 # shellcheck disable=SC2016
 TRAINER='if [ -f train.stopped ]; then train=stopped
+elif [ -f train.exit ]; then train="ended $(cat train.exit)"
 elif [ ! -f train.pid ]; then train=none
 elif kill -0 "$(cat train.pid)" 2>/dev/null; then train=running
-else train="ended $(cat train.exit 2>/dev/null || echo killed)"; fi'
+else train="ended killed"; fi'
 
 # The state of a request or of a slice; MISSING where there is none, UNKNOWN where nobody answers.
 state_of() {
@@ -112,9 +113,6 @@ state_of() {
   [[ "$1" != queued-resources ]] || format="value(state.state)"
   if found="$(gcloud compute tpus "$1" describe "$2" "${PLACE[@]}" --format="$format" 2>&1)"; then
     echo "${found##*$'\n'}"
-  elif [[ "$found" == *NOT_FOUND* ]]; then
-    echo MISSING
-  else
-    echo UNKNOWN
-  fi
+  elif [[ "$found" == *NOT_FOUND* ]]; then echo MISSING
+  else echo UNKNOWN; fi
 }

@@ -16,7 +16,8 @@ printf -v command ' %q' python -m vl_jax train "--config=$CONFIG" "--workdir=$WO
 # setsid lets the trainer outlive the connection; the shell around it stays to write its status down.
 on_workers all "set -e
 cd vl_jax_source
-if [ -f ../train.pid ] && kill -0 \$(cat ../train.pid) 2>/dev/null; then echo 'already running'; exit 1; fi
+if [ -f ../train.pid ] && [ ! -f ../train.exit ] && kill -0 \$(cat ../train.pid) 2>/dev/null
+then echo 'already running'; exit 1; fi
 rm -f ../train.exit ../train.stopped
 echo \"== launched on \$(date)\" >>../train.log
 PATH=\$HOME/vl_jax_env/bin:\$PATH VL_JAX_DISTRIBUTED=1 setsid nohup bash -c \

@@ -19,6 +19,11 @@ ask='if [ -f train.pid ]; then kill -TERM -- -"$(cat train.pid)" 2>/dev/null || 
 on_workers all "$ask"
 on_workers all "[ -f train.pid ] || { echo \"\$(hostname): nothing was launched\"; exit 0; }
 pid=\$(cat train.pid)
-for second in \$(seq $((60 * WAIT_MINUTES))); do kill -0 \$pid 2>/dev/null || break; sleep 1; done
-if kill -KILL -- -\$pid 2>/dev/null; then echo \"\$(hostname): killed, without saving\"
-else echo \"\$(hostname): ended with status \$(cat train.exit 2>/dev/null)\"; fi"
+for second in \$(seq $((60 * WAIT_MINUTES))); do
+  if [ -f train.exit ] || ! kill -0 \$pid 2>/dev/null; then break; fi
+  sleep 1
+done
+if [ -f train.exit ]; then echo \"\$(hostname): ended with status \$(cat train.exit)\"; exit 0; fi
+kill -KILL -- -\$pid 2>/dev/null
+echo killed >train.exit
+echo \"\$(hostname): killed, without saving\""
