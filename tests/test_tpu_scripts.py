@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from cloud import FOLDER, run
 
+from vl_jax.kernels import aot
+
 SCRIPTS = sorted(p.name for p in FOLDER.iterdir() if p.suffix in (".sh", ".sbatch"))
 RUNNABLE = [name for name in SCRIPTS if name != "common.sh"]
 
@@ -190,6 +192,19 @@ def test_hand_worked_slices():
     assert rows["v6e:16x16"] == ["v6e-256", "256", "64", "ct6e-standard-4t", "tpu-v6e-slice"]
     assert rows["v4:4x4x4"] == ["v4-128", "64", "16", "ct4p-hightpu-4t", "tpu-v4-podslice"]
     assert rows["tpu7x:4x4x4"] == ["-", "64", "16", "tpu7x-standard-4t", "tpu7x"]
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize(
+    "row", [row for row in _table("topologies.txt") if int(row[2]) <= 512], ids=lambda row: row[0]
+)
+def test_the_compiler_knows_the_same_slices(row: list[str]):
+    """libtpu counts two devices a chip for v4 and tpu7x, and puts four chips on a host."""
+    topology, _, chips, hosts, *_ = row
+    devices = aot.devices(topology)
+    assert len(devices) == int(chips) * (2 if topology.startswith(("v4", "tpu7x")) else 1)
+    if not topology.endswith(":2x4"):  # of which there are machines with eight chips
+        assert len({device.process_index for device in devices}) == int(hosts)
 
 
 # Slices
