@@ -45,6 +45,12 @@ def test_the_queue_is_waited_for_until_the_slice_is_there(cloud: Path):
     assert _asked(cloud) == ["describe pod-request", "create pod-request", *["describe pod-request"] * 4]
 
 
+def test_no_answer_at_first_is_no_answer(cloud: Path):
+    _says(cloud, "pod-request.state", "SILENCE", "MISSING", "MISSING", "ACTIVE")
+    assert run("queued_resource.sh", settings=SLICE, folder=cloud).returncode == 0
+    assert _asked(cloud).count("create pod-request") == 1
+
+
 def test_a_request_is_not_made_twice(cloud: Path):
     _says(cloud, "pod-request.state", "PROVISIONING", "ACTIVE")
     assert run("queued_resource.sh", settings=SLICE, folder=cloud).returncode == 0
@@ -90,13 +96,22 @@ def test_a_run_that_ends_well_is_done(cloud: Path):
 
 
 def test_a_slice_that_was_taken_away_is_made_anew(cloud: Path):
-    _says(cloud, "pod-request.state", "MISSING", "MISSING", "ACTIVE", "SUSPENDED", "MISSING", "ACTIVE")
+    asked_for = (*["MISSING"] * 3, "ACTIVE")
+    taken = ("SUSPENDED", "SUSPENDED", "MISSING", "ACTIVE")
+    _says(cloud, "pod-request.state", *asked_for, *taken)
     states = ("MISSING", "MISSING", "READY", "READY", "PREEMPTED", "PREEMPTED", "READY")
     result, launches = _launches(cloud, "train running", "train running", "train ended 0", states=states)
     assert result.returncode == 0, result.stderr
     assert launches == 2  # the first, and the one after the slice was taken
     asked = [line for line in _asked(cloud) if not line.startswith(("describe", "ssh", "scp"))]
     assert asked == ["create pod-request", "delete pod-request", "delete pod", "create pod-request"]
+
+
+def test_a_place_in_the_queue_is_kept(cloud: Path):
+    _says(cloud, "pod-request.state", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE")
+    result, launches = _launches(cloud, "train running", "train ended 0", states=("MISSING", "READY"))
+    assert result.returncode == 0 and launches == 1
+    assert not [line for line in _asked(cloud) if line.startswith(("delete", "create"))]
 
 
 def test_a_trainer_that_ends_early_is_launched_again(cloud: Path):

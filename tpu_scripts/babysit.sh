@@ -45,6 +45,13 @@ again() {
 }
 start() { "$HERE/setup.sh" && "$HERE/launch.sh" "${ARGUMENTS[@]}"; }
 
+clear_away() { # what is left of the slices and their request, unless the request still waits in the queue
+  case "$(state_of queued-resources "$TPU_NAME-request")" in
+    CREATING | ACCEPTED | WAITING_FOR_RESOURCES | PROVISIONING) ;;
+    *) "$HERE/delete.sh" ;;
+  esac
+}
+
 slices_are() { # whole, lost, or waiting for an answer or a repair
   local slice answer=whole
   for slice in "${SLICES[@]}"; do
@@ -85,7 +92,7 @@ while :; do
     mistaken) give_up "the trainer refuses its settings (status 2)" 2 ;;
     new) again "slices without a trainer"; start || true ;;
     ended) again "a trainer ended early"; { RELAUNCH=true "$HERE/stop.sh" && start; } || true ;;
-    lost) again "no slices"; { "$HERE/delete.sh" && "$HERE/queued_resource.sh" && start; } || true ;;
+    lost) again "no slices"; { clear_away && "$HERE/queued_resource.sh" && start; } || true ;;
   esac
   case "$now" in
     silent | waiting) silent=$((silent + 1)) ;;

@@ -75,7 +75,7 @@ if "$CHECK"; then
     "google.com/tpu: $CHIPS_PER_HOST"$'\n' "parallelism: $HOSTS"$'\n' "completions: $HOSTS"$'\n'; do
     need "node shape" "jobset.yaml must have ${fragment%$'\n'} for TOPOLOGY=$TOPOLOGY" "$fragment"
   done
-  [[ "$status" != 0 ]] || echo "all is there; $NUM_SLICES x $TOPOLOGY: $HOSTS nodes $MACHINE, $CHIPS chips each"
+  [[ "$status" != 0 ]] || echo "all is there; $NUM_SLICES x $TOPOLOGY, each $HOSTS x $MACHINE with $CHIPS chips"
   exit "$status"
 fi
 if "$DRY_RUN"; then

@@ -33,8 +33,7 @@ if "$DRY_RUN"; then
   exit
 fi
 
-deadline=$((SECONDS + 60 * WAIT_MINUTES)) before=""
-[[ "$(state_of queued-resources "$request")" != MISSING ]] || "${create[@]}"
+deadline=$((SECONDS + 60 * WAIT_MINUTES)) before="" made=false
 while state="$(state_of queued-resources "$request")"; do
   [[ "$state" == "$before" ]] || echo "$request: $state after $((SECONDS / 60)) min"
   before="$state"
@@ -45,6 +44,11 @@ while state="$(state_of queued-resources "$request")"; do
       echo "$SCRIPT: $request is $state; delete.sh removes it, then ask again" >&2
       exit 1 ;;
   esac
+  if [[ "$state" == MISSING && "$made" == false ]]; then
+    "${create[@]}"
+    made=true
+    continue
+  fi
   if [[ "$SECONDS" -ge "$deadline" ]]; then
     echo "$SCRIPT: $request is still $state after WAIT_MINUTES=$WAIT_MINUTES; run again to wait on, or delete.sh" >&2
     exit 1
