@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import time
@@ -245,3 +246,26 @@ def test_a_failure_is_seen_by_the_babysitter(hosts: Path):
 
 def test_stop_before_a_launch_says_so(hosts: Path):
     assert run("stop.sh", settings=PLACE, folder=hosts).stdout.count("nothing was launched") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(8))
+def test_whatever_happens_it_ends_and_deletes_only_what_is_lost(seed: int, cloud: Path):
+    draw = random.Random(seed)
+    lost = ("MISSING", "PREEMPTED", "STOPPED")
+    states = draw.choices(("READY",) * 8 + ("SILENCE", "REPAIRING") + lost * (seed % 2), k=12)
+    ended = ("ended 0", "ended 1", "ended killed", "ended 124")
+    answers = draw.choices(("none", "running", "running", *ended, "SILENCE"), k=12)
+    _says(cloud, "pod-request.state", *draw.choices(("MISSING", "ACTIVE", "PROVISIONING", "SUSPENDED"), k=20))
+    result, launches = _launches(
+        cloud,
+        *(answer if answer == "SILENCE" else f"train {answer}" for answer in answers),
+        states=tuple(states),
+        RETRIES="3",
+        PATIENCE="3",
+        WAIT_MINUTES="0",
+    )
+    assert result.returncode in (0, 1) and launches <= 4, result.stderr
+    assert ("done" in result.stdout) == (result.returncode == 0)
+    if not set(states) & set(lost):
+        assert not [line for line in _asked(cloud) if line.startswith(("delete", "create"))]
