@@ -230,7 +230,7 @@ def test_stop_kills_what_does_not_stop(hosts: Path):
         (host / "vl_jax_env/bin/python").write_text(text)
     assert _launch(hosts) == 0
     _until("ready", hosts)
-    result = run("stop.sh", settings=PLACE | {"WAIT_MINUTES": "0"}, folder=hosts)
+    result = run("stop.sh", settings=PLACE | {"STOP_MINUTES": "0"}, folder=hosts)
     assert result.stdout.count("killed, without saving") == 2, result.stdout + result.stderr
 
 
@@ -238,7 +238,7 @@ def test_a_failure_is_seen_by_the_babysitter(hosts: Path):
     for host in hosts.glob("host-*"):
         (host / "fail").touch()
         (host / "vl_jax_source.tgz").touch()
-    settings = JOB | {"RETRIES": "1", "WAIT_MINUTES": "0"}
+    settings = JOB | {"RETRIES": "1", "STOP_MINUTES": "0"}
     result = run("babysit.sh", settings=settings, folder=hosts)
     assert result.returncode == 1 and "a trainer ended early, and RETRIES=1 are used up" in result.stderr
     assert (hosts / "host-1/train.log").read_text().count("== launched on") == 2

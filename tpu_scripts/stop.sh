@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Asks the trainer on every host to save and stop, and waits for it; after WAIT_MINUTES it is killed.
+# Asks the trainer on every host to save and stop, and waits for it; after STOP_MINUTES it is killed.
 # The slices stay, and cost money: delete.sh gives them back.
 set -euo pipefail
-USAGE="usage: PROJECT=.. ZONE=.. TPU_NAME=.. [NUM_SLICES=1] [WAIT_MINUTES=10]
+USAGE="usage: PROJECT=.. ZONE=.. TPU_NAME=.. [NUM_SLICES=1] [STOP_MINUTES=10]
   stop.sh [--dry-run]"
 # shellcheck source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 require PROJECT ZONE TPU_NAME
-number WAIT_MINUTES 10
+number STOP_MINUTES 10
 truth RELAUNCH false # set by babysit.sh, which goes on; what a person stops, it leaves alone
 slices
 
@@ -19,7 +19,7 @@ ask='if [ -f train.pid ]; then kill -TERM -- -"$(cat train.pid)" 2>/dev/null || 
 on_workers all "$ask"
 on_workers all "[ -f train.pid ] || { echo \"\$(hostname): nothing was launched\"; exit 0; }
 pid=\$(cat train.pid)
-for second in \$(seq $((60 * WAIT_MINUTES))); do
+for second in \$(seq $((60 * STOP_MINUTES))); do
   if [ -f train.exit ] || ! kill -0 \$pid 2>/dev/null; then break; fi
   sleep 1
 done
