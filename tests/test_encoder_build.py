@@ -24,6 +24,7 @@ from vl_jax.encoders.high_resolution import HighResolutionConfig
 from vl_jax.encoders.hybrid import HybridConfig
 from vl_jax.encoders.resnet import MOMENTUM, ResNetConfig
 from vl_jax.encoders.sam import SAMConfig
+from vl_jax.encoders.swin import SwinConfig
 from vl_jax.encoders.text import TextEncoderConfig
 from vl_jax.encoders.vit import ViTConfig, normalize
 from vl_jax.model import ENCODER, LANGUAGE, VisionLanguageConfig, used_tiles
@@ -68,6 +69,9 @@ HYBRID = HybridConfig(
     moe=MOE,
     sparse_layers=(1,),
 )
+SWIN = SwinConfig(
+    image_size=16, patch_size=2, embed_dim=6, stage_blocks=(2, 1), num_heads=(2, 3), window=4, mlp_ratio=2.0
+)
 POOLED = dataclasses.replace(
     VIT, class_token=True, pooling="class", projection_dim=5, feature_layers=(-1, 0), num_layers=2
 )
@@ -81,6 +85,7 @@ KINDS: dict[str, EncoderConfig] = {
         HYBRID, moe=None, sparse_layers=(), patch_size=8, class_token=True, pooling="class"
     ),
     "hybrid_sparse": HYBRID,
+    "swin": SWIN,
     "high_resolution": HighResolutionConfig(SAM, grid=2),
     "text": TEXTS,
     "text_sparse": dataclasses.replace(TEXTS, moe=MOE, sparse_layers=(0,)),
@@ -122,7 +127,7 @@ def test_every_kind_gives_the_tokens_that_its_config_says(kind: str):
     encoded = jax.eval_shape(run)
     assert encoded.tokens.shape == (2, config.num_tokens, config.output_dim)
     assert encoded.tokens.dtype == jnp.bfloat16
-    maps = {"resnet": [4, 2], "hybrid": [4, 2, 2], "hybrid_sparse": [4, 4]}
+    maps = {"resnet": [4, 2], "hybrid": [4, 2, 2], "hybrid_sparse": [4, 4], "swin": [8, 4]}
     assert [grid.shape[1] for grid in encoded.maps] == maps.get(kind, [])
     pooled = {"vit": None, "vit_sparse": None, "vit_pooled": 5, "text": 512, "text_sparse": 512}
     width = pooled.get(kind, config.output_dim)

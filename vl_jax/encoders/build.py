@@ -19,6 +19,7 @@ from vl_jax.encoders.high_resolution import HighResolutionConfig
 from vl_jax.encoders.hybrid import HybridConfig
 from vl_jax.encoders.resnet import ResNetConfig
 from vl_jax.encoders.sam import SAMConfig
+from vl_jax.encoders.swin import SwinConfig
 from vl_jax.encoders.text import TextEncoderConfig
 from vl_jax.encoders.vit import ViTConfig
 from vl_jax.moe.stacks import Stack
@@ -81,6 +82,7 @@ AnyEncoder = Annotated[
     | ResNetConfig
     | HybridConfig
     | HighResolutionConfig
+    | SwinConfig
     | TextEncoderConfig
     | EncoderConfig,
     Open("encoder", NEEDS),
