@@ -66,7 +66,7 @@ def linear(x: np.ndarray, w: Any, name: str) -> np.ndarray:
 
 
 def attend(x: np.ndarray, w: Any, name: str, heads: int, window: int, shift: int) -> np.ndarray:
-    """Cells of a padded grid see those that lie in their window: windows begin at ``shift``, and at the ends."""
+    """Cells of a padded grid see those of their window: windows begin at ``shift``, and at the ends."""
     rows, columns, dim = x.shape
     query, key, value = (
         linear(x, w, f"{name}.attention.self.{p}").reshape(rows, columns, heads, -1)

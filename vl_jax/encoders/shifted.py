@@ -80,9 +80,8 @@ class ShiftedAttention(nn.Module):
         table = self.param("offsets", init, (offsets, offsets, heads))
         scores = attention.dot_products(query, key) * width**-0.5
         scores = scores + offset_bias(table.astype(jnp.float32), side=side)
-        if mask is not None:
-            mask = jnp.tile(jnp.asarray(mask), (count // len(mask), 1, 1))[:, None]
-        weights = attention.masked_softmax(scores, mask)
+        seen = None if mask is None else jnp.tile(jnp.asarray(mask), (count // len(mask), 1, 1))[:, None]
+        weights = attention.masked_softmax(scores, seen)
         self.sow("intermediates", "weights", weights)
         mixed = attention.weighted_sum(weights, value).reshape(x.shape)
         return Linear(dim, ("heads", "embed"), use_bias=True, name="project")(mixed)
@@ -97,7 +96,7 @@ class SwinBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "M u v D"], _: None = None) -> tuple[Float[Array, "M u v D"], None]:
-        c, (_, rows, columns, _) = self.config, x.shape
+        c, (rows, columns) = self.config, x.shape[1:3]
         side, shift = window_of(rows, columns, self.window)
         shift = shift if self.shifted else 0
         y = LayerNorm(c.norm_epsilon, name="norm1")(x)
