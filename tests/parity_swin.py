@@ -11,7 +11,7 @@ from parity_conv import Found, Loaded, channels_first, channels_last
 
 from vl_jax.encoders.shifted import stacks_of
 from vl_jax.encoders.swin import SwinConfig
-from vl_jax.interop import swin
+from vl_jax.interop.encoders import swin
 
 # What a recorded block shows, and where ours shows the same.
 BLOCK = {

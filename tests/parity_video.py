@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from parity_vision import gradients, load, seen
 
-from vl_jax.interop import video
+from vl_jax.interop.encoders import video
 
 BLOCK = {
     "": "__call__",

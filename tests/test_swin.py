@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -13,11 +14,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracle import folder_in
 
 from vl_jax import params as params_lib
 from vl_jax.encoders import shifted
 from vl_jax.encoders.swin import SwinConfig
-from vl_jax.interop import rules, swin
+from vl_jax.heads.classification import Classification
+from vl_jax.interop import parts, rules
+from vl_jax.interop.encoders import swin
+from vl_jax.interop.folder import read_config
+from vl_jax.joint import JointConfig, Tower
+from vl_jax.layout import Variables, plan_layout
+from vl_jax.sharding import MeshConfig, make_mesh
 
 TINY = SwinConfig(
     image_size=22,
@@ -221,6 +229,23 @@ def test_both_layouts_of_names_cover_every_parameter():
         assert sum(math.prod(shape) for shape in keys.values()) == 28_288_354 - 769 * 1000
     assert keys["features.5.3.attn.qkv.weight"] == (1152, 384)
     assert keys["features.6.reduction.weight"] == (768, 1536)
+
+
+@pytest.mark.slow
+def test_a_published_folder_begins_a_tower(oracles: Path):
+    folder = folder_in(oracles, "hf", "swin")
+    encoder = swin.read_swin(read_config(folder))
+    model = JointConfig((Tower("image", encoder),), (Classification(("a", "b")),))
+    layout = plan_layout(model, model.smallest_batch(1), make_mesh(MeshConfig(), devices=jax.devices()[:1]))
+    empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), layout.params)
+    begun = parts.load(Variables(empty, {}, {}), layout, parts.find(model, (("image", str(folder)),)))
+    with np.load(folder / "io.npz") as recorded:
+        pixels, expected = recorded["in_pixel_values"], recorded["out_pooler_output"]
+    found = see(encoder, begun.params["image"], jnp.asarray(np.moveaxis(pixels, 1, -1)))
+    np.testing.assert_allclose(found.pooled, expected, rtol=1e-5, atol=1e-5)
+    other = dataclasses.replace(model, towers=(Tower("image", dataclasses.replace(encoder, window=3)),))
+    with pytest.raises(ValueError, match="'image' has window=3, the swin of .* has 4"):
+        parts.find(other, (("image", str(folder)),))
 
 
 @pytest.mark.parametrize(

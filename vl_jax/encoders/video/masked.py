@@ -137,6 +137,6 @@ class MaskedClips(nn.Module):
         positions = jnp.asarray(sinusoids(order.shape[1], c.embed_dim), x.dtype)[order]
         x = jnp.concatenate([x, token], axis=1) + positions
         pixels = ClipDecoder(c, self.remat, name="decoder")(x, hidden=count)
-        wanted = jnp.take_along_axis(targets(clips, c), order[:, -count:, None], axis=1)
+        wanted = jnp.take_along_axis(targets(clips, c), order[:, order.shape[1] - count :, None], axis=1)
         wanted = jax.lax.stop_gradient(wanted)
         return Reconstruction(pixels, jnp.mean((pixels.astype(jnp.float32) - wanted) ** 2))

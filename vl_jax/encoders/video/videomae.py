@@ -46,6 +46,7 @@ class VideoMAEConfig:
     pixel_std: Levels = (0.229, 0.224, 0.225)
 
     varies: ClassVar[bool] = True  # a clip may have fewer frames
+    input_dtype: ClassVar[str] = "uint8"  # of clips that come as data
 
     def __post_init__(self):
         if min(self.patch_size, self.tubelet) < 1 or min(self.shape) < 1:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vl_jax.encoders.video.masked import MaskedClipsConfig
+from vl_jax.encoders.video.resnet3d import VideoResNetConfig
 from vl_jax.encoders.video.videomae import VideoMAEConfig
 from vl_jax.interop.conv import ACTIVATIONS
 from vl_jax.interop.rules import Rule
@@ -126,3 +127,51 @@ def _blocks(source: str, target: str) -> tuple[Rule, ...]:
         Rule(bias, f"{target}attention/qv_bias", "layer part (n h) -> layer part n h", ("q", "v")),
         *(Rule(source + name, target + path, f"layer {axes}") for name, path, axes in rows),
     )
+
+
+# torchvision 0.25, models/video/resnet.py.
+ARCHITECTURES = {"r3d_18": VideoResNetConfig()}
+# Counts of batches, and the classifier behind the encoder.
+R3D_IGNORED = (r".*\.num_batches_tracked", r"fc\.(weight|bias)")
+
+
+def read_r3d(config: Fields) -> VideoResNetConfig:
+    """Our configuration of a 3D residual network of torchvision, by ``architecture``.
+
+    Raises:
+      ValueError: it is not known.
+    """
+    name = config.get("architecture")
+    if name not in ARCHITECTURES:
+        raise ValueError(f"architecture={name!r}: known are {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[name]
+
+
+def r3d_rules(
+    config: VideoResNetConfig, source: str = "", target: str = "params/", statistics: str = "batch_stats/"
+) -> tuple[Rule, ...]:
+    """Where the tensors of a 3D residual network go: its parameters, and its running statistics."""
+    # (names of convolution and norm, module of ours, numbers of the blocks that ours stacks)
+    convs: list[tuple[str, str, str, tuple[str, ...]]] = [("stem.0", "stem.1", "stem", ())]
+    parts = [(f"conv{i + 1}", f"conv{i}") for i in (0, 1)] + [("downsample", "shortcut")]
+    for i, blocks in enumerate(config.stage_blocks):
+        for theirs, ours in parts:
+            stage, others = f"layer{i + 1}", tuple(str(n) for n in range(1, blocks))
+            first = f"{stage}.0.{theirs}"
+            convs.append((f"{first}.0", f"{first}.1", f"stage{i}_first/{ours}", ()))
+            if others:
+                other = f"{stage}.{{part}}.{theirs}"
+                convs.append((f"{other}.0", f"{other}.1", f"stage{i}_others/{ours}", others))
+    rules: list[Rule] = []
+    for conv, norm, ours, others in convs:
+        before = "part " if others else ""
+        kernel, vector = f"{before}o i t p q -> {before}t p q i o", f"{before}d -> {before}d"
+        rules.append(Rule(f"{source}{conv}.weight", f"{target}{ours}/conv/kernel", kernel, others))
+        for name, tree, path in (
+            ("weight", target, "scale"),
+            ("bias", target, "bias"),
+            ("running_mean", statistics, "mean"),
+            ("running_var", statistics, "variance"),
+        ):
+            rules.append(Rule(f"{source}{norm}.{name}", f"{tree}{ours}/norm/{path}", vector, others))
+    return tuple(rules)
