@@ -31,6 +31,8 @@ from vl_jax.encoders.text import TextEncoderConfig
 from vl_jax.encoders.video.resnet3d import VideoResNetConfig
 from vl_jax.encoders.video.videomae import VideoMAEConfig
 from vl_jax.encoders.vit import ViTConfig, normalize
+from vl_jax.heads.classification import Classification
+from vl_jax.joint import JointConfig, Tower
 from vl_jax.model import ENCODER, LANGUAGE, VisionLanguageConfig, used_tiles
 from vl_jax.moe import stacks
 from vl_jax.moe.config import BalanceConfig, SharedExpertsConfig
@@ -167,6 +169,26 @@ def test_every_kind_gives_the_tokens_that_its_config_says(kind: str):
     else:
         with pytest.raises(ValueError, match="form no square"):
             _ = config.grid
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_written_and_read_again(kind: str):
+    reads = {1: "tokens", 3: "tiles", 4: "clip"}[len(KINDS[kind].input_shape)]
+    model = JointConfig((Tower("eye", KINDS[kind], reads),), (Classification(("a", "b"), inputs=("eye",)),))
+    assert schema.from_json(schema.to_json(model), JointConfig) == model
+
+
+@pytest.mark.parametrize("kind", ["videomae", "video_resnet"])
+@pytest.mark.slow
+def test_clips_are_an_input_of_a_joint_model(kind: str):
+    model = JointConfig((Tower("eye", KINDS[kind], "clip"),), (Classification(("a", "b"), inputs=("eye",)),))
+    batch = model.smallest_batch(2)
+    output, _ = jax.eval_shape(
+        lambda: model.build().init_with_output(jax.random.key(0), jax.tree.map(jnp.asarray, batch), {})
+    )
+    stream = output.streams["eye"]
+    assert stream.tokens.shape == (2, KINDS[kind].num_tokens, KINDS[kind].output_dim)
+    assert stream.mask.shape == stream.tokens.shape[:2]
 
 
 @pytest.mark.slow
