@@ -63,6 +63,8 @@ RUNNERS: dict[str, str] = {
     **dict.fromkeys(("SiglipModel", "CLIPModel"), "parity_vision:run_pair"),
     "SamVisionModel": "parity_conv:run",
     "ResNetModel": "parity_conv:run",
+    "SwinModel": "parity_swin:run",
+    "VideoMAEForPreTraining": "parity_video:run",
     "SwitchTransformersForConditionalGeneration": "parity_switch:run",
     "DeepseekVLForConditionalGeneration": "parity_vision_language:run",
     "DeepseekVLHybridForConditionalGeneration": "parity_vision_language:run",

@@ -2,8 +2,9 @@
 
     module(inputs, valid, routing_state) -> Encoded
 
-``inputs`` are images [B h w c], grey levels or normalised floats, or texts [B T]. ``valid`` is bool[B] for
-images and bool[B T] for texts: what is not valid takes no experts. ``routing_state`` is that of the sparse
+``inputs`` are images [B h w c], grey levels or normalised floats, clips [B f h w c] of such, or texts [B T].
+``valid`` is bool[B] for images, bool[B f] for the frames of clips and bool[B T] for texts: what is not valid
+takes no experts. ``routing_state`` is that of the sparse
 layers. The module returns ``Encoded``: the tokens that a language model would see, and the input as one
 vector where the encoder has one.
 """
@@ -15,11 +16,16 @@ from typing import Annotated, Protocol, runtime_checkable
 import flax.linen as nn
 from jax.typing import DTypeLike
 
+from vl_jax.encoders.deformable_front import DeformableFrontConfig
 from vl_jax.encoders.high_resolution import HighResolutionConfig
 from vl_jax.encoders.hybrid import HybridConfig
 from vl_jax.encoders.resnet import ResNetConfig
 from vl_jax.encoders.sam import SAMConfig
+from vl_jax.encoders.swin import SwinConfig
+from vl_jax.encoders.swin_hybrid import SwinHybridConfig
 from vl_jax.encoders.text import TextEncoderConfig
+from vl_jax.encoders.video.resnet3d import VideoResNetConfig
+from vl_jax.encoders.video.videomae import VideoMAEConfig
 from vl_jax.encoders.vit import ViTConfig
 from vl_jax.moe.stacks import Stack
 from vl_jax.schema import Open
@@ -81,6 +87,11 @@ AnyEncoder = Annotated[
     | ResNetConfig
     | HybridConfig
     | HighResolutionConfig
+    | SwinConfig
+    | SwinHybridConfig
+    | DeformableFrontConfig
+    | VideoMAEConfig
+    | VideoResNetConfig
     | TextEncoderConfig
     | EncoderConfig,
     Open("encoder", NEEDS),

@@ -9,6 +9,7 @@ Running statistics of batch normalisation are no parameters but a collection of 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
 import flax.linen as nn
@@ -119,27 +120,31 @@ class ResNetOutput:
 
 
 def batch_norm(
-    x: Float[Array, "M h w D"],
+    x: Float[Array, "M *grid D"],
     mean: Float[Array, " D"],
     variance: Float[Array, " D"],
     scale: Float[Array, " D"],
     bias: Float[Array, " D"],
-) -> Float[Array, "M h w D"]:
+) -> Float[Array, "M *grid D"]:
     """``(x - mean) / sqrt(variance + epsilon) * scale + bias`` in float32, cast back."""
     gain = scale * jax.lax.rsqrt(variance + EPSILON)
     return ((x.astype(jnp.float32) - mean) * gain + bias).astype(x.dtype)
 
 
 def batch_statistics(
-    x: Float[Array, "M h w D"], valid: Bool[Array, " M"] | None
+    x: Float[Array, "M *grid D"], valid: Bool[Array, "M *first"] | None
 ) -> tuple[Float[Array, " D"], Float[Array, " D"], Float[Array, ""]]:
-    """Mean and variance of the channels over valid images (None: all), and how many cells those have."""
-    wide = x.astype(jnp.float32)
+    """Mean and variance of the channels over what is valid (None: all), and how many cells that has.
+
+    Args:
+      valid: of images, or of their rows; of clips, or of their frames.
+    """
+    wide, axes = x.astype(jnp.float32), tuple(range(x.ndim - 1))
     valid = jnp.ones(x.shape[:1], bool) if valid is None else valid
-    mask = valid[:, None, None, None]
-    count = jnp.sum(valid, dtype=jnp.float32) * (x.shape[1] * x.shape[2])
-    mean = jnp.sum(wide, axis=(0, 1, 2), where=mask) / jnp.maximum(count, 1.0)
-    square = jnp.sum((wide - mean) ** 2, axis=(0, 1, 2), where=mask)
+    mask = valid.reshape(valid.shape + (1,) * (x.ndim - valid.ndim))
+    count = jnp.sum(valid, dtype=jnp.float32) * math.prod(x.shape[valid.ndim : -1])
+    mean = jnp.sum(wide, axis=axes, where=mask) / jnp.maximum(count, 1.0)
+    square = jnp.sum((wide - mean) ** 2, axis=axes, where=mask)
     return mean, square / jnp.maximum(count, 1.0), count
 
 
@@ -155,9 +160,9 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "M h w D"], valid: Bool[Array, " M"] | None = None
-    ) -> Float[Array, "M h w D"]:
-        """Normalises channels; only ``valid`` images (None: all) count in the statistics of the batch."""
+        self, x: Float[Array, "M *grid D"], valid: Bool[Array, "M *first"] | None = None
+    ) -> Float[Array, "M *grid D"]:
+        """Normalises channels; only what is ``valid`` (None: all) counts in the statistics of the batch."""
         shape = x.shape[-1:]
         scale = self.param("scale", named(nn.initializers.ones, None), shape)
         bias = self.param("bias", named(nn.initializers.zeros, None), shape)

@@ -45,6 +45,9 @@ class BlockConfig:
     activation: Kind
     norm_epsilon: float
     qkv_bias: bool = True
+    key_bias: bool = (
+        True  # whether keys have one too; it changes no output, and some published models lack it
+    )
     moe: MoEConfig | None = None
     sparse_layers: tuple[int, ...] = ()  # numbers of the blocks with experts, ascending
 
@@ -102,6 +105,7 @@ class Attention(nn.Module):
 
     num_heads: int
     qkv_bias: bool = True
+    key_bias: bool = True
 
     @nn.compact
     def __call__(
@@ -116,9 +120,13 @@ class Attention(nn.Module):
         init = named(fan_in(), "embed", None, "heads", None, inputs=(0,))
         qkv = as_used(self.param("qkv", init, shape), x.dtype, "embed", None, "heads", None)
         bias = jnp.zeros(shape[1:], x.dtype)
-        if self.qkv_bias:
+        if self.qkv_bias and self.key_bias:
             init = named(nn.initializers.zeros, None, "heads", None)
             bias = self.param("qkv_bias", init, shape[1:]).astype(x.dtype)
+        elif self.qkv_bias:
+            init = named(nn.initializers.zeros, None, "heads", None)
+            given = self.param("qv_bias", init, (2, *shape[2:])).astype(x.dtype)
+            bias = jnp.stack([given[0], jnp.zeros_like(given[0]), given[1]])
         if source is None:
             query, key, value = jnp.einsum("BTD,DXNH->XBTNH", x, qkv) + bias[:, None, None]
         else:
@@ -136,7 +144,7 @@ class Attention(nn.Module):
         return jnp.einsum("BTNH,NHD->BTD", mixed, project) + bias
 
 
-def feed_forward(x: Float[Array, "B T D"], config: BlockConfig) -> Float[Array, "B T D"]:
+def feed_forward(x: Float[Array, "*batch D"], config: BlockConfig) -> Float[Array, "*batch D"]:
     """Two projections, ``fc1`` and ``fc2``, that belong to the module which calls this."""
     hidden = Linear(config.mlp_dim, ("embed", "mlp"), use_bias=True, name="fc1")(x)
     hidden = FUNCTIONS[config.activation](hidden)
@@ -159,7 +167,7 @@ class Block(nn.Module):
         context: RoutingContext | None,
     ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B T D"] | None, MoEOutput | None]]:
         c, routed = self.config, None
-        attend = Attention(c.num_heads, c.qkv_bias, name="attention")
+        attend = Attention(c.num_heads, c.qkv_bias, c.key_bias, name="attention")
         x = x + attend(LayerNorm(c.norm_epsilon, name="norm1")(x), mask=mask)
         normed = LayerNorm(c.norm_epsilon, name="norm2")(x)
         if self.sparse:
