@@ -64,6 +64,7 @@ RUNNERS: dict[str, str] = {
     "SamVisionModel": "parity_conv:run",
     "ResNetModel": "parity_conv:run",
     "SwitchTransformersForConditionalGeneration": "parity_switch:run",
+    "BertForPreTraining": "parity_words:run_bert",
     "DeepseekVLForConditionalGeneration": "parity_vision_language:run",
     "DeepseekVLHybridForConditionalGeneration": "parity_vision_language:run",
     "LlavaForConditionalGeneration": "parity_vision_language:run",

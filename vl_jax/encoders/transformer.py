@@ -1,7 +1,8 @@
-"""The pre-norm transformer that image and text encoders share, whatever stands before and after it.
+"""The transformer that encoders of images, texts and sounds share, whatever stands before and after it.
 
-Every block is ``x + attention(norm1(x))``, then ``x + fc2(activation(fc1(norm2(x))))``; in a sparse block
-experts take the place of the two projections. Consecutive blocks of one kind are stacked and scanned.
+Every block is ``x + attention(norm1(x))``, then ``x + fc2(activation(fc1(norm2(x))))``; with norms behind the
+sums, ``norm1(x + attention(x))``, then ``norm2(x + fc2(activation(fc1(x))))``. In a sparse block experts take
+the place of the two projections. Consecutive blocks of one kind are stacked and scanned.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class BlockConfig:
     qkv_bias: bool = True
     moe: MoEConfig | None = None
     sparse_layers: tuple[int, ...] = ()  # numbers of the blocks with experts, ascending
+    norms_follow: bool = False  # norms take the sums, as in BERT; else what is added to them reads norms
 
     def __post_init__(self):
         if self.num_heads < 1 or self.embed_dim % self.num_heads:
@@ -129,6 +131,7 @@ class Attention(nn.Module):
             weights = attention.attention_weights(query, key, mask=mask, scale=scale)
             self.sow("intermediates", "weights", weights)
         mixed = attention.attend(query, key, value, mask=mask, scale=scale)
+        self.sow("intermediates", "mixed", mixed)
         init = named(fan_in(in_axis=(0, 1)), "heads", None, "embed", inputs=(0, 1))
         project = self.param("project", init, (heads, width // heads, width)).astype(x.dtype)
         bias = self.param("project_bias", named(nn.initializers.zeros, "embed"), (width,)).astype(x.dtype)
@@ -157,18 +160,27 @@ class Block(nn.Module):
         mask: Bool[Array, "B #T T"] | None,
         context: RoutingContext | None,
     ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B T D"] | None, MoEOutput | None]]:
-        c, routed = self.config, None
+        c = self.config
+        norm1, norm2 = (LayerNorm(c.norm_epsilon, name=name) for name in ("norm1", "norm2"))
         attend = Attention(c.num_heads, c.qkv_bias, name="attention")
-        x = x + attend(LayerNorm(c.norm_epsilon, name="norm1")(x), mask=mask)
-        normed = LayerNorm(c.norm_epsilon, name="norm2")(x)
-        if self.sparse:
-            assert c.moe is not None and context is not None
-            y, routed = DynamicMoE(c.moe, name="moe")(normed, context, state)
-            x = x + y
+        if c.norms_follow:
+            x = norm1(x + attend(x, mask=mask))
+            y, routed = self._feed_forward(x, state, context)
+            x = norm2(x + y)
         else:
-            x = x + feed_forward(normed, c)
+            x = x + attend(norm1(x), mask=mask)
+            y, routed = self._feed_forward(norm2(x), state, context)
+            x = x + y
         x = constrain(x, "batch", None, None)
         return x, (x if self.keep else None, routed)
+
+    def _feed_forward(
+        self, x: Float[Array, "B T D"], state: State, context: RoutingContext | None
+    ) -> tuple[Float[Array, "B T D"], MoEOutput | None]:
+        if not self.sparse:
+            return feed_forward(x, self.config), None
+        assert self.config.moe is not None and context is not None
+        return DynamicMoE(self.config.moe, name="moe")(x, context, state)
 
 
 def routing_context(
