@@ -1,4 +1,4 @@
-"""BERT (Devlin et al. 2018, arXiv 1810.04805): a text encoder that sees both ways, with norms behind the sums.
+"""BERT (Devlin et al. 2018, arXiv 1810.04805): a text encoder that sees both ways, norms behind the sums.
 
     tokens [T] -> word + position + type -> norm -> blocks -> tokens [T D]
                                                           '-> first token -> dense -> tanh -> pooled [D]
@@ -43,7 +43,7 @@ class BertConfig(ReadsText):
     activation: Kind = "gelu"
     norm_epsilon: float = 1e-12
     causal: bool = False  # whether a token sees only those before it, as in a decoder
-    pooler: bool = True  # the first token becomes the vector of the text; else the mean of tokens stands for it
+    pooler: bool = True  # the first token becomes the text as a vector; else the mean of all does
     moe: MoEConfig | None = None  # experts of the sparse blocks; every row is a routing group
     sparse_layers: tuple[int, ...] = ()  # numbers of the blocks with experts, ascending
 

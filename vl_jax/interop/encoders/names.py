@@ -1,4 +1,4 @@
-"""What published encoders of texts and sounds have in common: rows of their tables, and names of functions."""
+"""What published encoders of texts and sounds have in common: rows of tables, and names of functions."""
 
 from __future__ import annotations
 
@@ -61,9 +61,7 @@ def attention(source: str, output: str, parts: tuple[str, str, str]) -> tuple[Ro
 
 def outer_rules(rows: Iterable[Row], source: str, target: str) -> tuple[Rule, ...]:
     """Rules of tensors that there is one of, with prefixes before the names of both sides."""
-    return tuple(
-        Rule(source + name, target + path, axes, *parts) for name, path, axes, *parts in rows
-    )
+    return tuple(Rule(source + name, target + path, axes, *parts) for name, path, axes, *parts in rows)
 
 
 def layer_rules(rows: Iterable[Row], source: str, target: str, *, stack: str = STACK) -> tuple[Rule, ...]:
