@@ -17,8 +17,10 @@ from jax.typing import DTypeLike
 
 from vl_jax.encoders.high_resolution import HighResolutionConfig
 from vl_jax.encoders.hybrid import HybridConfig
+from vl_jax.encoders.language.bert import BertConfig
 from vl_jax.encoders.resnet import ResNetConfig
 from vl_jax.encoders.sam import SAMConfig
+from vl_jax.encoders.sound.wav2vec2 import Wav2Vec2Config
 from vl_jax.encoders.text import TextEncoderConfig
 from vl_jax.encoders.vit import ViTConfig
 from vl_jax.moe.stacks import Stack
@@ -82,6 +84,8 @@ AnyEncoder = Annotated[
     | HybridConfig
     | HighResolutionConfig
     | TextEncoderConfig
+    | BertConfig
+    | Wav2Vec2Config
     | EncoderConfig,
     Open("encoder", NEEDS),
 ]
