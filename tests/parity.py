@@ -65,6 +65,7 @@ RUNNERS: dict[str, str] = {
     "ResNetModel": "parity_conv:run",
     "SwitchTransformersForConditionalGeneration": "parity_switch:run",
     "BertForPreTraining": "parity_words:run_bert",
+    "TransfoXLLMHeadModel": "parity_words:run_transformer_xl",
     "Wav2Vec2ForCTC": "parity_sound:run",
     "DeepseekVLForConditionalGeneration": "parity_vision_language:run",
     "DeepseekVLHybridForConditionalGeneration": "parity_vision_language:run",

@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from vl_jax.encoders.high_resolution import HighResolutionConfig
 from vl_jax.encoders.hybrid import HybridConfig
 from vl_jax.encoders.language.bert import BertConfig
+from vl_jax.encoders.language.transformer_xl import TransformerXLConfig
 from vl_jax.encoders.resnet import ResNetConfig
 from vl_jax.encoders.sam import SAMConfig
 from vl_jax.encoders.sound.wav2vec2 import Wav2Vec2Config
@@ -85,6 +86,7 @@ AnyEncoder = Annotated[
     | HighResolutionConfig
     | TextEncoderConfig
     | BertConfig
+    | TransformerXLConfig
     | Wav2Vec2Config
     | EncoderConfig,
     Open("encoder", NEEDS),

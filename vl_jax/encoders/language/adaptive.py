@@ -2,10 +2,10 @@
 
     word of cluster i -> its row of table i [V_i E_i] -> projection i -> * sqrt(D)
     hidden [D] -> projection i, transposed -> table i -> scores;
-        log p(word) = log p(cluster i) + log p(word | cluster i), and the first cluster stands beside the others
+        log p(word) = log p(cluster i) + log p(word | cluster i); words of the first cluster need no second term
 
-Words are numbered by frequency, so clusters are ranges of ids. Input: Baevski and Auli 2018, arXiv 1809.10853;
-output: Grave et al. 2016, arXiv 1609.04309; both in the form of Transformer-XL.
+Words are numbered by frequency, so clusters are ranges of ids. Input: Baevski and Auli 2018,
+arXiv 1809.10853; output: Grave et al. 2016, arXiv 1609.04309; both in the form of Transformer-XL.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from vl_jax.nn.layers import named
@@ -43,7 +42,7 @@ class AdaptiveConfig:
             )
         if self.shrink < 1 or self.embed_dim // self.shrink ** len(self.cutoffs) < 1:
             raise ValueError(
-                f"shrink={self.shrink} must be >= 1 and leave the last of {len(bounds) - 1} clusters a width; "
+                f"shrink={self.shrink} must be >= 1 and leave the last of {len(bounds) - 1} clusters width; "
                 f"embed_dim={self.embed_dim}"
             )
 
@@ -69,6 +68,9 @@ class AdaptiveConfig:
         return self.tied_projections[cluster : cluster + 1] == (True,)
 
 
+Cluster = tuple[Any, Any]  # its table, and its projection or None
+
+
 class AdaptiveEmbedding(nn.Module):
     """Ids to vectors."""
 
@@ -77,15 +79,11 @@ class AdaptiveEmbedding(nn.Module):
     dtype: jnp.dtype = jnp.dtype(jnp.float32)
 
     def setup(self):
-        c, init = self.config, nn.initializers.normal(0.02)
-        self.tables = [
-            self.param(f"table{i}", named(init, "vocab", "embed"), shape) for i, shape in enumerate(c.tables)
-        ]
+        c, init = self.config, named(nn.initializers.normal(0.02), "vocab", "embed")
+        self.tables = [self.param(f"table{i}", init, shape) for i, shape in enumerate(c.tables)]
+        init = named(_projection, None, "embed", inputs=(0,))
         shapes = [(size, self.width) for _, size in c.tables] if c.projects(self.width) else []
-        self.projections = [
-            self.param(f"project{i}", named(_projection, None, "embed", inputs=(0,)), shape)
-            for i, shape in enumerate(shapes)
-        ]
+        self.projections = [self.param(f"project{i}", init, shape) for i, shape in enumerate(shapes)]
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """The vector of every id."""
@@ -99,64 +97,66 @@ class AdaptiveEmbedding(nn.Module):
             parts.append(jnp.where(inside[..., None], vectors, 0))
         return sum(parts[1:], parts[0]) * jnp.asarray(self.width**0.5, self.dtype)
 
-    def of_cluster(self, cluster: int) -> tuple[Any, Any]:
-        """Table and projection of a cluster; None where vectors need no projection."""
-        c = self.config
-        if c.shrink > 1:
-            return self.tables[cluster], self.projections[cluster]
-        table = self.tables[0][c.bounds[cluster] : c.bounds[cluster + 1]]
-        return table, self.projections[0] if self.projections else None
+    def clusters(self) -> list[Cluster]:
+        """Table and projection of every cluster."""
+        projections = self.projections or [None] * len(self.tables)
+        if self.config.shrink == 1:
+            projections = projections * (len(self.config.bounds) - 1)
+        return list(zip(_by_cluster(self.tables, self.config), projections, strict=True))
 
 
-def _projection(key: Any, shape: Any, dtype: DTypeLike = jnp.float32) -> jax.Array:
-    return jax.random.normal(key, shape, dtype) * shape[1] ** -0.5
+def _projection(key: Any, shape: Any, dtype: Any = jnp.float32) -> jax.Array:
+    """Vectors keep their length, on the whole."""
+    return jax.random.normal(key, shape, dtype) * shape[0] ** -0.5
+
+
+def _by_cluster(arrays: list[jax.Array], config: AdaptiveConfig) -> list[jax.Array]:
+    """Rows by cluster, of one array a cluster or of one for all."""
+    if config.shrink > 1:
+        return arrays
+    return [arrays[0][start:end] for start, end in itertools.pairwise(config.bounds)]
 
 
 class AdaptiveSoftmax(nn.Module):
     """Hidden states to the logarithm of the probability of every word, in float32."""
 
     config: AdaptiveConfig
-    embedding: AdaptiveEmbedding  # whose tables it shares, as far as the config says
 
     @nn.compact
-    def __call__(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Every cluster's words in order."""
-        c, first = self.config, self.config.bounds[1]
-        tables = self._tables()
-        scores = [
-            self._scores(hidden, i, table, projection) for i, (table, projection) in enumerate(tables)
-        ]
-        if len(scores) == 1:
-            return jax.nn.log_softmax(scores[0])
-        head = jax.nn.log_softmax(scores[0])  # words of the first cluster, and each other cluster
+    def __call__(self, hidden: Float[Array, "B T D"], shared: list[Cluster]) -> Float[Array, "B T V"]:
+        """Words in the order of their ids.
+
+        Args:
+          shared: what the embedding has of every cluster; it is used as far as the config says.
+        """
+        scores = self._scores(hidden, shared)
+        first = self.config.bounds[1]
+        head = jax.nn.log_softmax(scores[0])  # words of the first cluster, and every other cluster
         tails = [head[..., first + i, None] + jax.nn.log_softmax(s) for i, s in enumerate(scores[1:])]
         return jnp.concatenate([head[..., :first], *tails], axis=-1)
 
-    def _scores(self, hidden: jax.Array, cluster: int, table: Any, projection: Any) -> jax.Array:
-        """Of a cluster's words, and, behind those of the first, of the other clusters."""
-        c = self.config
-        size = c.bounds[cluster + 1] - c.bounds[cluster]
-        bias = self.param(f"bias{cluster}", named(nn.initializers.zeros, "vocab"), (size,))
-        if cluster == 0 and c.cutoffs:
-            init = named(nn.initializers.normal(0.02), None, "embed")
-            others = self.param("clusters", init, (len(c.cutoffs), c.embed_dim))
-            more = self.param("clusters_bias", named(nn.initializers.zeros, None), (len(c.cutoffs),))
-            table, bias = jnp.concatenate([table, others]), jnp.concatenate([bias, more])
-        if projection is not None:
-            hidden = hidden @ projection.astype(hidden.dtype).T
-        return (hidden @ table.astype(hidden.dtype).T).astype(jnp.float32) + bias
+    def _scores(self, hidden: jax.Array, shared: list[Cluster]) -> list[jax.Array]:
+        """Of every cluster's words, and, behind those of the first, of the other clusters."""
+        c, scores = self.config, []
+        tables = [table for table, _ in shared] if c.tied else self._own("table", "embed")
+        for i, (table, bias) in enumerate(zip(tables, self._own("bias"), strict=True)):
+            if i == 0 and c.cutoffs:
+                init = named(nn.initializers.normal(0.02), None, "embed")
+                others = self.param("clusters", init, (len(c.cutoffs), c.embed_dim))
+                more = self.param("clusters_bias", named(nn.initializers.zeros, None), (len(c.cutoffs),))
+                table, bias = jnp.concatenate([table, others]), jnp.concatenate([bias, more])
+            x, projection = hidden, shared[i][1]
+            if projection is not None:
+                if not c.shares_projection(i):
+                    init = named(_projection, None, "embed", inputs=(1,), outputs=(0,))
+                    projection = self.param(f"project{i}", init, projection.shape)
+                x = x @ projection.astype(x.dtype).T
+            scores.append((x @ table.astype(x.dtype).T).astype(jnp.float32) + bias)
+        return scores
 
-    def _tables(self) -> list[tuple[Any, Any]]:
-        """Table and projection of every cluster, shared or not."""
-        c, width, found = self.config, self.embedding.width, []
-        init = named(nn.initializers.normal(0.02), "vocab", "embed")
-        for i in range(len(c.bounds) - 1):
-            table, projection = self.embedding.of_cluster(i)
-            if not c.tied:
-                shape = (c.bounds[i + 1] - c.bounds[i], table.shape[1])
-                table = self.param(f"table{i}", init, shape)
-            if projection is not None and not c.shares_projection(i):
-                named_init = named(_projection, None, "embed", inputs=(1,), outputs=(0,), decay=True)
-                projection = self.param(f"project{i}", named_init, (table.shape[1], width))
-            found.append((table, projection))
-        return found
+    def _own(self, name: str, *wide: str) -> list[jax.Array]:
+        """Parameters with a row, or a number, for every word, by cluster."""
+        init = named(nn.initializers.normal(0.02) if wide else nn.initializers.zeros, "vocab", *wide)
+        shapes = [shape[: 1 + len(wide)] for shape in self.config.tables]
+        arrays = [self.param(f"{name}{i}", init, shape) for i, shape in enumerate(shapes)]
+        return _by_cluster(arrays, self.config)
