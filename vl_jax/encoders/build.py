@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from vl_jax.encoders.high_resolution import HighResolutionConfig
 from vl_jax.encoders.hybrid import HybridConfig
 from vl_jax.encoders.language.bert import BertConfig
+from vl_jax.encoders.language.relative import RelativeTextConfig
 from vl_jax.encoders.language.transformer_xl import TransformerXLConfig
 from vl_jax.encoders.resnet import ResNetConfig
 from vl_jax.encoders.sam import SAMConfig
@@ -87,6 +88,7 @@ AnyEncoder = Annotated[
     | TextEncoderConfig
     | BertConfig
     | TransformerXLConfig
+    | RelativeTextConfig
     | Wav2Vec2Config
     | EncoderConfig,
     Open("encoder", NEEDS),

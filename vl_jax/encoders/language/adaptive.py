@@ -2,7 +2,7 @@
 
     word of cluster i -> its row of table i [V_i E_i] -> projection i -> * sqrt(D)
     hidden [D] -> projection i, transposed -> table i -> scores;
-        log p(word) = log p(cluster i) + log p(word | cluster i); words of the first cluster need no second term
+        log p(word) = log p(cluster i) + log p(word | cluster i), whose first term the first cluster lacks
 
 Words are numbered by frequency, so clusters are ranges of ids. Input: Baevski and Auli 2018,
 arXiv 1809.10853; output: Grave et al. 2016, arXiv 1609.04309; both in the form of Transformer-XL.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -99,7 +100,7 @@ class AdaptiveEmbedding(nn.Module):
 
     def clusters(self) -> list[Cluster]:
         """Table and projection of every cluster."""
-        projections = self.projections or [None] * len(self.tables)
+        projections = list(self.projections) or [None] * len(self.tables)
         if self.config.shrink == 1:
             projections = projections * (len(self.config.bounds) - 1)
         return list(zip(_by_cluster(self.tables, self.config), projections, strict=True))
@@ -110,10 +111,10 @@ def _projection(key: Any, shape: Any, dtype: Any = jnp.float32) -> jax.Array:
     return jax.random.normal(key, shape, dtype) * shape[0] ** -0.5
 
 
-def _by_cluster(arrays: list[jax.Array], config: AdaptiveConfig) -> list[jax.Array]:
+def _by_cluster(arrays: Sequence[jax.Array], config: AdaptiveConfig) -> list[jax.Array]:
     """Rows by cluster, of one array a cluster or of one for all."""
     if config.shrink > 1:
-        return arrays
+        return list(arrays)
     return [arrays[0][start:end] for start, end in itertools.pairwise(config.bounds)]
 
 

@@ -96,12 +96,14 @@ def transformer_xl_rules(
         *names.norm("pos_ff.layer_norm", "norm2"),
     )
     rules: list[Rule] = []
-    for i in range(len(config.words.tables)):
-        table = _either(keys, f"{source}word_emb.emb_layers.{i}.weight", f"crit.out_layers.{i}.weight")
-        projection = _either(keys, f"{source}word_emb.emb_projs.{i}", f"crit.out_projs.{i}")
+    words, clusters = config.words, range(len(config.words.bounds) - 1)
+    for i in range(len(words.tables)):
+        tied = [c for c in clusters if words.shares_projection(c) and (words.shrink == 1 or c == i)]
+        table = [f"{source}word_emb.emb_layers.{i}.weight", *[f"crit.out_layers.{i}.weight"] * words.tied]
+        projection = [f"{source}word_emb.emb_projs.{i}", *(f"crit.out_projs.{c}" for c in tied)]
         rules += [
-            Rule(table, f"{target}embedding/table{i}", "v e -> v e"),
-            Rule(projection, f"{target}embedding/project{i}", "d e -> e d"),
+            Rule(_stored(table, keys), f"{target}embedding/table{i}", "v e -> v e"),
+            Rule(_stored(projection, keys), f"{target}embedding/project{i}", "d e -> e d"),
         ]
     return (
         *rules,
@@ -110,8 +112,9 @@ def transformer_xl_rules(
     )
 
 
-def _either(keys: Collection[str], name: str, other: str) -> str:
-    return name if name in keys or other not in keys else other
+def _stored(candidates: list[str], keys: Collection[str]) -> str:
+    """The name under which a tensor is stored that has several; the first, if it is under none."""
+    return next((name for name in candidates if name in keys), candidates[0])
 
 
 def next_word_rules(config: TransformerXLConfig, keys: Collection[str]) -> tuple[Rule, ...]:
