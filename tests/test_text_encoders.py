@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -24,10 +25,15 @@ from vl_jax.encoders.language.transformer_xl import (
     keys_in_reach,
     shift_to_keys,
 )
-from vl_jax.interop import rules
+from vl_jax.heads.classification import Classification
+from vl_jax.interop import parts, rules
 from vl_jax.interop.encoders import bert, transformer_xl
+from vl_jax.interop.folder import open_weights, read_config
+from vl_jax.joint import JointConfig, Tower
+from vl_jax.layout import Variables, plan_layout
 from vl_jax.moe.config import BalanceConfig
 from vl_jax.moe.routing import MoEConfig
+from vl_jax.sharding import MeshConfig, make_mesh
 
 assert_close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5)
 
@@ -129,20 +135,17 @@ def test_texts_that_are_too_long_are_refused(kind: str):
 # BERT.
 
 
+@pytest.mark.slow
 def test_bert_knows_types_and_takes_experts():
     moe = MoEConfig(num_experts=4, top_k=2, expert_dim=8, balance=BalanceConfig(weight=0.0))
     config = dataclasses.replace(BERT, moe=moe, sparse_layers=(1,))
-    found = jax.eval_shape(lambda: config.build("float32").init_with_output(jax.random.key(0), tokens_of()))[
-        0
-    ]
+    module, tokens = config.build("float32"), tokens_of()
+    found = jax.eval_shape(lambda x: module.init_with_output(jax.random.key(0), x)[0], tokens)
     assert found.routed.stats.load.shape == (1, 2, 4) and found.pooled.shape == (3, 16)
-    assert dataclasses.replace(BERT, pooler=False).pooled_dim == 16
-    tokens = tokens_of()
-    plain = encode(BERT, tokens)
-    run = jax.jit(
-        lambda types: BERT.build("float32").apply({"params": make(BERT)}, tokens, None, None, types)
+    variables, plain = {"params": make(BERT)}, encode(BERT, tokens)
+    same, other = (
+        program(BERT)(variables, tokens, token_types=np.full_like(tokens, kind)) for kind in (0, 1)
     )
-    same, other = run(np.zeros_like(tokens)), run(np.ones_like(tokens))
     assert_close(same.tokens, plain.tokens)
     assert np.abs(np.asarray(other.tokens - plain.tokens)).max() > 1e-2
 
@@ -278,11 +281,8 @@ def test_padding_is_not_remembered_as_a_token():
 def test_no_token_depends_on_a_later_one_and_no_gradient_enters_a_memory():
     """Every token is a word of its own, so the rows of the table tell which tokens matter."""
     config = dataclasses.replace(XL, words=AdaptiveConfig(20, (), embed_dim=16, shrink=1))
-    tokens, module, params = (
-        np.arange(20, dtype=np.int32).reshape(2, 10),
-        config.build("float32"),
-        make(config),
-    )
+    tokens = jnp.arange(20, dtype=jnp.int32).reshape(2, 10)
+    module, params = config.build("float32"), make(config)
 
     def last(params: Any, position: int, memory: bool) -> Any:
         if not memory:
@@ -388,3 +388,36 @@ def test_a_memory_that_makes_no_sense_is_refused(change: dict[str, Any], message
         dataclasses.replace(XL, **change)
     with pytest.raises(ValueError, match=r"cutoffs=\(10, 5\) must be ascending"):
         AdaptiveConfig(WORDS, (10, 5))
+
+
+# Published weights for a tower.
+
+
+def tower(encoder: Any) -> JointConfig:
+    head = Classification(("a", "b"), stream="text")
+    return JointConfig((Tower("text", encoder, "tokens"),), (head,))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["bert", "transfo_xl"])
+def test_a_tower_begins_with_a_published_encoder(kind: str, oracles: Path):
+    folder = oracles / "hf" / kind
+    if not folder.is_dir():
+        pytest.skip(f"no folder {folder}")
+    read = {"bert": bert.read_bert, "transfo_xl": transformer_xl.read_transformer_xl}[kind]
+    model = tower(dataclasses.replace(read(read_config(folder)), max_length=10))
+    layout = plan_layout(model, model.smallest_batch(1), make_mesh(MeshConfig(), devices=jax.devices()[:1]))
+    blank = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.125, leaf.dtype), layout.params)
+    found = parts.load(Variables(blank, {}, {}), layout, parts.find(model, (("text", str(folder)),)))
+    weights = open_weights(folder)
+    flat = params_lib.flatten(found.params)
+    assert not any(np.all(leaf == 0.125) for path, leaf in flat.items() if path.startswith("text/"))
+    if kind == "bert":
+        positions = weights["bert.embeddings.position_embeddings.weight"]
+        np.testing.assert_array_equal(flat["text/positions"], positions[:10])
+    else:
+        table = weights["transformer.word_emb.emb_layers.1.weight"]
+        np.testing.assert_array_equal(flat["text/embedding/table1"], table)
+    other = tower(dataclasses.replace(model.towers[0].encoder, mlp_dim=7))
+    with pytest.raises(ValueError, match="'text' has mlp_dim=7, the "):
+        parts.find(other, (("text", str(folder)),))

@@ -24,6 +24,7 @@ from vl_jax import params as params_lib
 from vl_jax.encoders.resnet import ResNetConfig
 from vl_jax.encoders.vit import ViTConfig
 from vl_jax.interop import conv, rules, vision
+from vl_jax.interop.encoders import kinds
 from vl_jax.interop.folder import open_weights, read_config
 from vl_jax.interop.safetensors import WeightsError
 from vl_jax.joint import JointConfig
@@ -59,7 +60,7 @@ def places(model: Any) -> dict[str, tuple[Any, tuple[str, ...]]]:
         encoders = {ENCODER: model.encoder}
     found: dict[str, tuple[Any, tuple[str, ...]]] = {}
     for name, encoder in encoders.items():
-        if isinstance(encoder, ViTConfig | ResNetConfig):
+        if isinstance(encoder, ViTConfig | ResNetConfig) or kinds.kind_of(encoder):
             found[name] = (encoder, ())
         found |= {f"{name}/{part}": place for part, place in getattr(encoder, "parts", {}).items()}
     return found
@@ -81,15 +82,15 @@ def find(model: Any, named: Sequence[tuple[str, str]]) -> tuple[PublishedPart, .
         if not folder.is_dir():
             raise ValueError(f"{where}: no folder {name}")
         kind, fields = _encoder_of(read_config(folder))
-        expected = ("resnet",) if isinstance(known[path][0], ResNetConfig) else tuple(vision.TABLES)
+        expected = _expected(known[path][0])
         if kind not in expected:
             raise ValueError(f"{where}: {name} holds a {kind!r}, expected {' or '.join(expected)}")
         try:
-            published = conv.read_resnet(fields) if kind == "resnet" else vision.read_vision(fields)
+            published = _published(kind, fields)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{where}: {name}: {error}") from None
         part = PublishedPart(path, *known[path], folder, kind, published)
-        wrong = next(_differences(part.config, published), None)
+        wrong = next(_differences(part), None)
         if wrong is not None:
             name_of, ours, theirs = wrong
             raise ValueError(f"{where} has {name_of}={ours!r}, the {kind} of {name} has {theirs!r}")
@@ -106,8 +107,27 @@ def _encoder_of(fields: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     return kind, {**inner, "model_type": kind}
 
 
-def _differences(ours: Any, theirs: Any) -> Iterator[tuple[str, Any, Any]]:
+def _expected(config: Any) -> tuple[str, ...]:
+    """The model types whose weights an encoder can take."""
+    kind = kinds.kind_of(config)
+    if kind is not None:
+        return (kind,)
+    return ("resnet",) if isinstance(config, ResNetConfig) else tuple(vision.TABLES)
+
+
+def _published(kind: str, fields: Mapping[str, Any]) -> Any:
+    """A published config as one of ours."""
+    if kind in kinds.KINDS:
+        return kinds.KINDS[kind].read(fields)
+    return conv.read_resnet(fields) if kind == "resnet" else vision.read_vision(fields)
+
+
+def _differences(part: PublishedPart) -> Iterator[tuple[str, Any, Any]]:
     """(field, ours, theirs) of what must be alike."""
+    ours, theirs = part.config, part.published
+    if part.kind in kinds.KINDS:
+        yield from kinds.differences(ours, theirs, part.kind)
+        return
     is_resnet = isinstance(ours, ResNetConfig)
     for name in _RESNET_SAME if is_resnet else _VIT_SAME:
         if getattr(ours, name) != getattr(theirs, name):
@@ -158,7 +178,7 @@ def _read(part: PublishedPart, layout: Layout) -> dict[str, jax.Array]:
         source = next(rule.source for rule in table if rule.target == positions)
         if source not in weights:
             raise ValueError(f"config.init_parts: {part.path!r} from {part.folder}: {source} is missing")
-        resized = _positions(np.asarray(weights[source]), part.published, part.config)
+        resized = _positions(np.asarray(weights[source]), part)
         found[positions] = jax.device_put(resized, own[positions].sharding)
     used = {key for leaf in plan.leaves for _, key in leaf.sources()}
     logger.info(
@@ -197,6 +217,9 @@ def _rules(
             source = _prefix(keys, _ANCHOR)
             table = conv.resnet_rules(part.config, source, target, f"batch_stats/{part.path}/")
             return table, {}
+        if part.kind in kinds.KINDS:
+            kind = kinds.KINDS[part.kind]
+            return kind.rules(part.config, keys, _prefix(keys, kind.anchor), target)
         source = vision.find_prefix(keys, part.kind)
     except ValueError as error:
         raise ValueError(f"config.init_parts: {part.path!r} from {part.folder}: {error}") from None
@@ -218,13 +241,19 @@ def _prefix(keys: Mapping[str, Any], anchor: str) -> str:
     return found[0]
 
 
-def _positions(table: np.ndarray, theirs: ViTConfig, ours: ViTConfig) -> np.ndarray:
-    """The positions of a grid as those of another one, by bicubic interpolation; f32[T D].
+def _positions(table: np.ndarray, part: PublishedPart) -> np.ndarray:
+    """The first positions of a text, or those of a grid as those of another one, by bicubic interpolation.
+
+    Returns:
+      f32[T D].
 
     Raises:
       ValueError: the table is not that of its own config.
     """
+    theirs, ours = part.published, part.config
     table = np.asarray(table, np.float32).reshape(-1, table.shape[-1])
+    if part.kind in kinds.KINDS:
+        return table[: ours.max_length]
     if table.shape != (theirs.length, theirs.embed_dim):
         expected = (theirs.length, theirs.embed_dim)
         raise ValueError(f"config.init_parts: positions have shape {table.shape}, expected {expected}")
