@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from vl_jax.nn.layers import named
+from vl_jax.nn.layers import fan_in, named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +82,7 @@ class AdaptiveEmbedding(nn.Module):
     def setup(self):
         c, init = self.config, named(nn.initializers.normal(0.02), "vocab", "embed")
         self.tables = [self.param(f"table{i}", init, shape) for i, shape in enumerate(c.tables)]
-        init = named(_projection, None, "embed", inputs=(0,))
+        init = named(fan_in(), None, "embed", inputs=(0,))
         shapes = [(size, self.width) for _, size in c.tables] if c.projects(self.width) else []
         self.projections = [self.param(f"project{i}", init, shape) for i, shape in enumerate(shapes)]
 
@@ -104,11 +104,6 @@ class AdaptiveEmbedding(nn.Module):
         if self.config.shrink == 1:
             projections = projections * (len(self.config.bounds) - 1)
         return list(zip(_by_cluster(self.tables, self.config), projections, strict=True))
-
-
-def _projection(key: Any, shape: Any, dtype: Any = jnp.float32) -> jax.Array:
-    """Vectors keep their length, on the whole."""
-    return jax.random.normal(key, shape, dtype) * shape[0] ** -0.5
 
 
 def _by_cluster(arrays: Sequence[jax.Array], config: AdaptiveConfig) -> list[jax.Array]:
@@ -149,7 +144,7 @@ class AdaptiveSoftmax(nn.Module):
             x, projection = hidden, shared[i][1]
             if projection is not None:
                 if not c.shares_projection(i):
-                    init = named(_projection, None, "embed", inputs=(1,), outputs=(0,))
+                    init = named(fan_in(in_axis=1), None, "embed", inputs=(1,), outputs=(0,))
                     projection = self.param(f"project{i}", init, projection.shape)
                 x = x @ projection.astype(x.dtype).T
             scores.append((x @ table.astype(x.dtype).T).astype(jnp.float32) + bias)

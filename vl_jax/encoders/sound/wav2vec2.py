@@ -11,6 +11,7 @@ model that reads rows of differing lengths.
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -29,6 +30,8 @@ from vl_jax.sharding import constrain
 class Wav2Vec2Config:
     """Defaults are wav2vec 2.0 Base."""
 
+    varies: ClassVar[bool] = True  # rows differ in length
+
     features: WaveFeaturesConfig = WaveFeaturesConfig()
     embed_dim: int = 768
     mlp_dim: int = 3072
@@ -42,8 +45,6 @@ class Wav2Vec2Config:
     rate: int = 16_000  # samples a second that it was made for; sources bring sounds to it
     max_samples: int = 160_000  # of the longest sound
     normalize: bool = True  # bring every row to mean 0 and variance 1 first; False: it already is
-
-    varies = True  # rows have lengths of their own
 
     def __post_init__(self):
         if min(self.num_layers, self.position_kernel, self.position_groups, self.rate) < 1:

@@ -88,7 +88,7 @@ def read_speech(config: Fields) -> JointConfig:
     blank = c["pad_token_id"]
     symbols = tuple("" if i == blank else f"<{i}>" for i in range(c["vocab_size"]))
     head = Transcript(symbols, blank, by_symbol=c["ctc_loss_reduction"] == "mean")
-    return JointConfig(towers=(Tower("sound", read_wav2vec2(config), "waveform"),), heads=(head,))
+    return JointConfig(towers=(Tower("sound", read_wav2vec2(config), "wave"),), heads=(head,))
 
 
 def wav2vec2_rules(keys: Collection[str], *, source: str = "wav2vec2.", target: str = "") -> tuple[Rule, ...]:
