@@ -19,8 +19,12 @@ from jax.typing import DTypeLike
 from vl_jax.encoders.deformable_front import DeformableFrontConfig
 from vl_jax.encoders.high_resolution import HighResolutionConfig
 from vl_jax.encoders.hybrid import HybridConfig
+from vl_jax.encoders.language.bert import BertConfig
+from vl_jax.encoders.language.relative import RelativeTextConfig
+from vl_jax.encoders.language.transformer_xl import TransformerXLConfig
 from vl_jax.encoders.resnet import ResNetConfig
 from vl_jax.encoders.sam import SAMConfig
+from vl_jax.encoders.sound.wav2vec2 import Wav2Vec2Config
 from vl_jax.encoders.swin import SwinConfig
 from vl_jax.encoders.swin_hybrid import SwinHybridConfig
 from vl_jax.encoders.text import TextEncoderConfig
@@ -93,6 +97,10 @@ AnyEncoder = Annotated[
     | VideoMAEConfig
     | VideoResNetConfig
     | TextEncoderConfig
+    | BertConfig
+    | TransformerXLConfig
+    | RelativeTextConfig
+    | Wav2Vec2Config
     | EncoderConfig,
     Open("encoder", NEEDS),
 ]

@@ -1,7 +1,8 @@
-"""The pre-norm transformer that image and text encoders share, whatever stands before and after it.
+"""The transformer that encoders of images, texts and sounds share, whatever stands before and after it.
 
-Every block is ``x + attention(norm1(x))``, then ``x + fc2(activation(fc1(norm2(x))))``; in a sparse block
-experts take the place of the two projections. Consecutive blocks of one kind are stacked and scanned.
+Every block is ``x + attention(norm1(x))``, then ``x + fc2(activation(fc1(norm2(x))))``; with norms behind the
+sums, ``norm1(x + attention(x))``, then ``norm2(x + fc2(activation(fc1(x))))``. In a sparse block experts take
+the place of the two projections. Consecutive blocks of one kind are stacked and scanned.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class BlockConfig:
     )
     moe: MoEConfig | None = None
     sparse_layers: tuple[int, ...] = ()  # numbers of the blocks with experts, ascending
+    norms_follow: bool = False  # norms take the sums, as in BERT; else what is added to them reads norms
 
     def __post_init__(self):
         if self.num_heads < 1 or self.embed_dim % self.num_heads:
@@ -114,34 +116,37 @@ class Attention(nn.Module):
         source: Float[Array, "B S D"] | None = None,
         *,
         mask: Bool[Array, "B #T S"] | None = None,
+        bias: Float[Array, "1 N T S"] | None = None,
     ) -> Float[Array, "B T D"]:
+        """The mixture; ``bias`` is added to the scaled scores."""
         width, heads = x.shape[-1], self.num_heads
         shape = (width, 3, heads, width // heads)
         init = named(fan_in(), "embed", None, "heads", None, inputs=(0,))
         qkv = as_used(self.param("qkv", init, shape), x.dtype, "embed", None, "heads", None)
-        bias = jnp.zeros(shape[1:], x.dtype)
+        offset = jnp.zeros(shape[1:], x.dtype)
         if self.qkv_bias and self.key_bias:
             init = named(nn.initializers.zeros, None, "heads", None)
-            bias = self.param("qkv_bias", init, shape[1:]).astype(x.dtype)
+            offset = self.param("qkv_bias", init, shape[1:]).astype(x.dtype)
         elif self.qkv_bias:
             init = named(nn.initializers.zeros, None, "heads", None)
             given = self.param("qv_bias", init, (2, *shape[2:])).astype(x.dtype)
-            bias = jnp.stack([given[0], jnp.zeros_like(given[0]), given[1]])
+            offset = jnp.stack([given[0], jnp.zeros_like(given[0]), given[1]])
         if source is None:
-            query, key, value = jnp.einsum("BTD,DXNH->XBTNH", x, qkv) + bias[:, None, None]
+            query, key, value = jnp.einsum("BTD,DXNH->XBTNH", x, qkv) + offset[:, None, None]
         else:
-            query = jnp.einsum("BTD,DNH->BTNH", x, qkv[:, 0]) + bias[0]
-            key, value = jnp.einsum("BSD,DXNH->XBSNH", source, qkv[:, 1:]) + bias[1:, None, None]
-        scale = query.shape[-1] ** -0.5
-        if self.is_mutable_collection("intermediates"):
-            weights = attention.attention_weights(query, key, mask=mask, scale=scale)
-            self.sow("intermediates", "weights", weights)
-        mixed = attention.attend(query, key, value, mask=mask, scale=scale)
+            query = jnp.einsum("BTD,DNH->BTNH", x, qkv[:, 0]) + offset[0]
+            key, value = jnp.einsum("BSD,DXNH->XBSNH", source, qkv[:, 1:]) + offset[1:, None, None]
+        scores = attention.dot_products(query, key) * query.shape[-1] ** -0.5
+        scores = scores if bias is None else scores + bias
+        weights = attention.masked_softmax(scores, None if mask is None else mask[:, None])
+        self.sow("intermediates", "weights", weights)
+        mixed = attention.weighted_sum(weights, value)
+        self.sow("intermediates", "mixed", mixed)
         init = named(fan_in(in_axis=(0, 1)), "heads", None, "embed", inputs=(0, 1))
         project = self.param("project", init, (heads, width // heads, width))
         project = as_used(project, x.dtype, "heads", None, "embed")
-        bias = self.param("project_bias", named(nn.initializers.zeros, "embed"), (width,)).astype(x.dtype)
-        return jnp.einsum("BTNH,NHD->BTD", mixed, project) + bias
+        offset = self.param("project_bias", named(nn.initializers.zeros, "embed"), (width,)).astype(x.dtype)
+        return jnp.einsum("BTNH,NHD->BTD", mixed, project) + offset
 
 
 def feed_forward(x: Float[Array, "*batch D"], config: BlockConfig) -> Float[Array, "*batch D"]:
@@ -165,19 +170,29 @@ class Block(nn.Module):
         state: State,
         mask: Bool[Array, "B #T T"] | None,
         context: RoutingContext | None,
+        bias: Float[Array, "1 N T T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B T D"] | None, MoEOutput | None]]:
-        c, routed = self.config, None
+        c = self.config
+        norm1, norm2 = (LayerNorm(c.norm_epsilon, name=name) for name in ("norm1", "norm2"))
         attend = Attention(c.num_heads, c.qkv_bias, c.key_bias, name="attention")
-        x = x + attend(LayerNorm(c.norm_epsilon, name="norm1")(x), mask=mask)
-        normed = LayerNorm(c.norm_epsilon, name="norm2")(x)
-        if self.sparse:
-            assert c.moe is not None and context is not None
-            y, routed = DynamicMoE(c.moe, name="moe")(normed, context, state)
-            x = x + y
+        if c.norms_follow:
+            x = norm1(x + attend(x, mask=mask, bias=bias))
+            y, routed = self._feed_forward(x, state, context)
+            x = norm2(x + y)
         else:
-            x = x + feed_forward(normed, c)
+            x = x + attend(norm1(x), mask=mask, bias=bias)
+            y, routed = self._feed_forward(norm2(x), state, context)
+            x = x + y
         x = constrain(x, "batch", None, None)
         return x, (x if self.keep else None, routed)
+
+    def _feed_forward(
+        self, x: Float[Array, "B T D"], state: State, context: RoutingContext | None
+    ) -> tuple[Float[Array, "B T D"], MoEOutput | None]:
+        if not self.sparse:
+            return feed_forward(x, self.config), None
+        assert self.config.moe is not None and context is not None
+        return DynamicMoE(self.config.moe, name="moe")(x, context, state)
 
 
 def routing_context(
@@ -203,6 +218,7 @@ def run_blocks(
     mask: Bool[Array, "B #T T"] | None,
     config: BlockConfig,
     *,
+    bias: Float[Array, "1 N T T"] | None = None,
     context: RoutingContext | None = None,
     routing_state: State | None = None,
     states: tuple[int, ...] = (),
@@ -212,6 +228,7 @@ def run_blocks(
     """Runs the blocks, whose parameters belong to ``owner``, the module which calls this.
 
     Args:
+      bias: what is added to the scores of every block.
       context: needed where there are sparse blocks; every row is a routing group.
       routing_state: state of the scheme, stacked over the sparse blocks; None: empty.
       states: hidden states to return too: 0 is the input, i the output of block i, negative ones count
@@ -228,7 +245,7 @@ def run_blocks(
             packed.layer_of(Block, owner, run.name, remat=remat),
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True, "routing": True},  # "routing": noise of schemes, in training
-            in_axes=(0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=len(run.layers),
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
@@ -236,7 +253,8 @@ def run_blocks(
         state = jax.tree.map(lambda a, s=own: a[s], routing_state or {}) if run.sparse else {}
         first_sparse = own.stop
         run_context = context if run.sparse else None
-        x, (kept, here) = stack(config, run.sparse, bool(states), name=run.name)(x, state, mask, run_context)
+        blocks = stack(config, run.sparse, bool(states), name=run.name)
+        x, (kept, here) = blocks(x, state, mask, run_context, bias)
         routed += [here] * run.sparse
         if kept is not None:
             hidden |= {layer + 1: kept[i] for i, layer in enumerate(run.layers) if layer + 1 in numbers}

@@ -25,6 +25,7 @@ from vl_jax.evaluate.tasks.labels import Labels
 from vl_jax.evaluate.tasks.pixel_classes import PixelClasses
 from vl_jax.evaluate.tasks.pixel_depths import PixelDepths
 from vl_jax.evaluate.tasks.retrieval import Retrieval
+from vl_jax.evaluate.tasks.transcripts import Transcripts
 from vl_jax.layout import NO_COLLECTIONS, Layout
 from vl_jax.runtime import disk
 from vl_jax.schema import Open
@@ -46,6 +47,7 @@ class EvaluationConfig(Extent):
         | PixelClasses
         | PixelDepths
         | Retrieval
+        | Transcripts
         | HeldOutLoss
         | Exam
         | Task,

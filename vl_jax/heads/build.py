@@ -14,6 +14,7 @@ from vl_jax.heads.detection import Detection
 from vl_jax.heads.instances import InstanceMasks
 from vl_jax.heads.pairs import Pairs
 from vl_jax.heads.segmentation import Segmentation
+from vl_jax.heads.transcript import Transcript
 from vl_jax.schema import Open
 
 
@@ -64,6 +65,6 @@ class HeadConfig(Protocol):
 
 HEAD_NEEDS = ("name", "inputs", "shape", "dtype", "read", "build")
 AnyHead = Annotated[
-    Classification | Pairs | Detection | InstanceMasks | Segmentation | Depth | HeadConfig,
+    Classification | Pairs | Detection | InstanceMasks | Segmentation | Depth | Transcript | HeadConfig,
     Open("head", HEAD_NEEDS),
 ]

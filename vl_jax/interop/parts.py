@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ import jax
 import numpy as np
 
 from vl_jax import params as params_lib
-from vl_jax.encoders.vit import ViTConfig
 from vl_jax.interop import rules
 from vl_jax.interop.folder import open_weights, read_config
 from vl_jax.interop.part_kinds import KIND_OF, NAMES, Stacks, name_of
@@ -119,8 +117,8 @@ def _read(part: PublishedPart, layout: Layout) -> dict[str, jax.Array]:
     """The leaves of a part, by path in the tree of parameters and collections."""
     targets = params_lib.flatten({"params": layout.params, **layout.collections})
     own = {path: leaf for path, leaf in targets.items() if _inside(path, part)}
-    # Of a vision transformer; a Swin's are read as they are.
-    positions = f"params/{part.path}/positions" if isinstance(part.config, ViTConfig) else ""
+    fitted = KIND_OF[type(part.config)].positions
+    positions = f"params/{part.path}/positions" if fitted is not None else ""
     table, stacks = _rules(part, weights := open_weights(part.folder))
     wanted = {path: leaf for path, leaf in own.items() if path != positions and not _is_fresh(path, part)}
     plan = rules.plan(table, {path: tuple(leaf.shape) for path, leaf in wanted.items()}, stacks)
@@ -131,12 +129,12 @@ def _read(part: PublishedPart, layout: Layout) -> dict[str, jax.Array]:
         others = f" (and {len(more)} more)" if more else ""
         raise ValueError(f"config.init_parts: {part.path!r} from {part.folder}: {first}{others}") from None
     found = params_lib.flatten(tree)
-    if positions in own:
+    if positions in own and fitted is not None:
         source = next(rule.source for rule in table if rule.target == positions)
         if source not in weights:
             raise ValueError(f"config.init_parts: {part.path!r} from {part.folder}: {source} is missing")
-        resized = _positions(np.asarray(weights[source]), part.published, part.config)
-        found[positions] = jax.device_put(resized, own[positions].sharding)
+        table_of_ours = fitted(np.asarray(weights[source]), part.published, part.config)
+        found[positions] = jax.device_put(table_of_ours, own[positions].sharding)
     used = {key for leaf in plan.leaves for _, key in leaf.sources()}
     logger.info(
         "init: %s begins with %s: %d leaves, %s afresh; %d tensors of it are left out",
@@ -170,21 +168,3 @@ def _rules(part: PublishedPart, keys: Mapping[str, Any]) -> tuple[tuple[rules.Ru
         return KIND_OF[type(part.config)].rules(part.config, part.path, part.fields, keys)
     except ValueError as error:
         raise ValueError(f"config.init_parts: {part.path!r} from {part.folder}: {error}") from None
-
-
-def _positions(table: np.ndarray, theirs: ViTConfig, ours: ViTConfig) -> np.ndarray:
-    """The positions of a grid as those of another one, by bicubic interpolation; f32[T D].
-
-    Raises:
-      ValueError: the table is not that of its own config.
-    """
-    table = np.asarray(table, np.float32).reshape(-1, table.shape[-1])
-    if table.shape != (theirs.length, theirs.embed_dim):
-        expected = (theirs.length, theirs.embed_dim)
-        raise ValueError(f"config.init_parts: positions have shape {table.shape}, expected {expected}")
-    first, cells = table[: int(theirs.class_token)], table[int(theirs.class_token) :]
-    if theirs.grid_shape != ours.grid_shape:
-        grid = cells.reshape(*theirs.grid_shape, -1)
-        resized = jax.image.resize(grid, (*ours.grid_shape, grid.shape[-1]), "bicubic", antialias=False)
-        cells = np.asarray(resized).reshape(math.prod(ours.grid_shape), -1)
-    return np.concatenate([first, cells]) if ours.class_token else cells
