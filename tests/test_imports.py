@@ -40,7 +40,7 @@ DATA_LEVELS = (
     "sample reasons",
     "files",
     "text",
-    "images",
+    "images media",
     "sources",
     "example config",
     "encode collate",
