@@ -68,6 +68,7 @@ EXTRAS = {
     ],
     "notebooks": [*FIGURES, "ipykernel>=7.0"],
     "audio": ["soundfile>=0.13.1"],
+    "medical": ["nibabel>=5.4", "pydicom>=3.0"],
     "parquet": ["pyarrow>=25"],
     "benchmark": ["torch>=2.9", "transformers>=5.0"],
     "gpu": ["jax[cuda13]>=0.10.2,<0.13"],

@@ -61,6 +61,8 @@ OPTIONAL = {
     "faster_coco_eval": set(),
     "jiwer": set(),
     "lmms_eval": set(),
+    "nibabel": set(),
+    "pydicom": set(),
     "rapidfuzz": set(),
     "sacrebleu": set(),
     "sklearn": set(),

@@ -16,6 +16,7 @@ import functools
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -127,14 +128,25 @@ def sound_in(folder: Path, name: str, where: str, config: AudioConfig) -> SoundI
     return SoundImage(path_in(folder, name, where, kind="audio"), where, config)
 
 
-def resample(samples: Float[np.ndarray, "n"], rate: int, new_rate: int) -> Float[np.ndarray, "m"]:
-    """The sound at another rate, by a polyphase filter that removes what the new one cannot hold."""
+def resample(
+    samples: Float[np.ndarray, "n *channels"],
+    rate: float,
+    new_rate: float,
+    *,
+    ends: Literal["constant", "line"] = "constant",
+) -> Float[np.ndarray, "m *channels"]:
+    """The sound at another rate, by a polyphase filter that removes what the new one cannot hold.
+
+    Args:
+      ends: what lies before and behind it: silence, or the line from its first to its last sample.
+    """
     ratio = _ratio(rate, new_rate)
     if ratio == 1:
         return samples
     from scipy.signal import resample_poly  # takes half a second to import, and may not be needed
 
-    return resample_poly(samples, ratio.numerator, ratio.denominator).astype(np.float32)
+    up, down = ratio.numerator, ratio.denominator
+    return resample_poly(samples, up, down, padtype=ends).astype(np.float32)
 
 
 def log_mel(samples: Float[np.ndarray, "n"], config: AudioConfig) -> Float[np.ndarray, "bands w"]:
@@ -185,6 +197,6 @@ def _transform(config: AudioConfig) -> int:
     return 1 << max(config.window - 1, int(config.sample_rate / narrowest)).bit_length()
 
 
-def _ratio(rate: int, new_rate: int) -> Fraction:
+def _ratio(rate: float, new_rate: float) -> Fraction:
     """New samples for an old one."""
-    return Fraction(new_rate, rate).limit_denominator(_FINEST)
+    return (Fraction(new_rate) / Fraction(rate)).limit_denominator(_FINEST)
