@@ -17,10 +17,10 @@ from vl_jax import schema
 from vl_jax.data.config import DataConfig
 from vl_jax.data.media.clip import ClipConfig
 from vl_jax.data.media.maps import DepthMapConfig, FlowMapConfig
-from vl_jax.data.media.medium import Place
+from vl_jax.data.media.medium import RecordPlace
 from vl_jax.data.media.scan import Scan, canonical, resized, spacing_of
 from vl_jax.data.media.series import SeriesConfig
-from vl_jax.data.media.volume import VolumeConfig, Window
+from vl_jax.data.media.volume import VolumeConfig
 from vl_jax.data.media.wave import WaveConfig
 from vl_jax.data.sample import BadSample, Sample
 from vl_jax.data.sources.build import RecordsConfig, open_source
@@ -193,7 +193,7 @@ def test_frames_at_a_rate_are_those_nearest_in_time(tmp_path):
 @given(st.integers(1, 40), st.integers(1, 20), st.floats(0.5, 50))
 def test_frames_that_are_taken_exist_and_do_not_go_back(count, most, rate):
     config = ClipConfig("clip", most=most, rate=rate, file_rate=10)
-    clip = config.open({"frames": "x.npy"}, Place(Path("/nowhere"), "sample 0")).media["clip"]
+    clip = config.open({"frames": "x.npy"}, RecordPlace(Path("/nowhere"), "sample 0")).media["clip"]
     taken = clip._taken(count)  # pyright: ignore[reportAttributeAccessIssue]
     assert 1 <= len(taken) <= most and taken[0] == 0 and max(taken) < count
     assert all(a <= b for a, b in zip(taken, taken[1:], strict=False))
@@ -244,7 +244,7 @@ def test_voxels_of_another_size_keep_the_extent_and_the_mean():
 def test_a_volume_is_windowed_and_brought_to_a_shape(tmp_path):
     values = np.linspace(-1000, 1000, 27).reshape(3, 3, 3)
     np.savez(tmp_path / "v.npz", volume=values, affine=np.eye(4))
-    config = VolumeConfig("scan", window=Window(0, 1000), shape=(5, 1, 3))
+    config = VolumeConfig("scan", window=(0, 1000), shape=(5, 1, 3))
     _, media = read(tmp_path, config, scan="v.npz")
     expected = ((values + 500) / 1000).clip(0, 1)
     assert media["scan"].shape == (5, 1, 3, 1)
@@ -298,8 +298,8 @@ def test_nifti_is_read_as_nibabel_reads_it(tmp_path):
 def test_a_ct_volume_and_its_slices():
     pytest.importorskip("nibabel")
     pytest.importorskip("pydicom")
-    place = Place((DATA / "ct_example").resolve(), "x")
-    config = VolumeConfig("scan", spacing=(6, 6, 6), window=Window(40, 400), shape=(32, 32, 32))
+    place = RecordPlace((DATA / "ct_example").resolve(), "x")
+    config = VolumeConfig("scan", spacing=(6, 6, 6), window=(40, 400), shape=(32, 32, 32))
     (ct,) = config.open({"scan": "example_ct_sm.nii.gz"}, place).media.values()
     found = ct()
     assert found.shape == (32, 32, 32, 1) and 0.05 < found.mean() < 0.95
@@ -343,7 +343,7 @@ def test_depth_and_flow_are_stretched_to_a_size(tmp_path):
         (lambda: ClipConfig("c", most=0), "most=0 of clip 'c'"),
         (lambda: VolumeConfig("v", spacing=(1, 1, 0)), "spacing=\\(1, 1, 0\\) of volume 'v'"),
         (lambda: VolumeConfig("v", spacing=(1, 1, 1), affine="ignored"), "needs affine='needed'"),
-        (lambda: VolumeConfig("v", window=Window(0, 0)), "its width must be above 0"),
+        (lambda: VolumeConfig("v", window=(0, 0)), "its width must be above 0"),
         (lambda: DepthMapConfig("d", levels=0), "must be above 0"),
         (lambda: FlowMapConfig("f", size=(0, 1)), "must be at least 1"),
         (
@@ -358,6 +358,6 @@ def test_configs_that_cannot_be(make, words):
 
 
 def test_media_of_a_source_are_written_to_a_config_and_read_again():
-    media = (WaveConfig("wave"), VolumeConfig("scan", window=Window(40, 400)), ClipConfig("clip"))
+    media = (WaveConfig("wave"), VolumeConfig("scan", window=(40, 400)), ClipConfig("clip"))
     data = DataConfig(sources=(RecordsConfig("s", "a.json", media=media),))
     assert schema.from_json(schema.to_json(data), DataConfig) == data

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from vl_jax.data.media.clip import ClipConfig
 from vl_jax.data.media.maps import DepthMapConfig, FlowMapConfig
-from vl_jax.data.media.medium import MediumConfig, Opened, Place
+from vl_jax.data.media.medium import MediumConfig, Opened, RecordPlace
 from vl_jax.data.media.series import SeriesConfig
 from vl_jax.data.media.volume import VolumeConfig
 from vl_jax.data.media.wave import WaveConfig
@@ -30,7 +30,7 @@ def check_media(media: Sequence[AnyMedium], source: str) -> None:
         raise ValueError(f"media of source {source!r}: names {names}, must be different")
 
 
-def open_media(media: Sequence[AnyMedium], record: Mapping[str, Any], place: Place) -> Opened:
+def open_media(media: Sequence[AnyMedium], record: Mapping[str, Any], place: RecordPlace) -> Opened:
     """All media that a record has: those whose first field is neither null nor empty.
 
     Raises:

@@ -19,7 +19,7 @@ from PIL import Image as PilImage
 
 from vl_jax.data.files.array_files import read_array
 from vl_jax.data.images.clips import evenly, frames_in
-from vl_jax.data.media.medium import Opened, Place, named
+from vl_jax.data.media.medium import Opened, RecordPlace, named
 from vl_jax.data.sample import DEFAULT_MAX_PIXELS, BadSample, FileImage, image_in
 
 _ARRAYS = (".npy", ".npz")
@@ -57,7 +57,7 @@ class ClipConfig:
         """The field with the frames, and that with their times."""
         return (*named(self.name, self.field), *((self.times_field,) if self.times_field else ()))
 
-    def open(self, record: Mapping[str, Any], place: Place) -> Opened:
+    def open(self, record: Mapping[str, Any], place: RecordPlace) -> Opened:
         """The clip of a record, and its times where they are known."""
         held: Path | tuple[FileImage, ...] = self._held(record[self.fields[0]], place)
         times = self._times(record, place.where)
@@ -70,7 +70,7 @@ class ClipConfig:
             media[f"{self.name}_times"] = clip.seconds
         return Opened(media)
 
-    def _held(self, value: Any, place: Place) -> Path | tuple[FileImage, ...]:
+    def _held(self, value: Any, place: RecordPlace) -> Path | tuple[FileImage, ...]:
         field = self.fields[0]
         if isinstance(value, str) and value.endswith(_ARRAYS):
             return place.path(value, field, "clip")

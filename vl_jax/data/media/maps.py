@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Float
 
 from vl_jax.data.files.array_files import read_array
-from vl_jax.data.media.medium import Opened, Place, named
+from vl_jax.data.media.medium import Opened, RecordPlace, named
 from vl_jax.data.sample import DEFAULT_MAX_PIXELS, BadSample, FileImage
 
 _ARRAYS = (".npy", ".npz")
@@ -46,7 +46,7 @@ class DepthMapConfig:
         """The field with the path."""
         return named(self.name, self.field)
 
-    def open(self, record: Mapping[str, Any], place: Place) -> Opened:
+    def open(self, record: Mapping[str, Any], place: RecordPlace) -> Opened:
         """The depth of a record."""
         (field,) = self.fields
         return Opened({self.name: DepthFile(place.path(record[field], field, "depth"), place.where, self)})
@@ -95,7 +95,7 @@ class FlowMapConfig:
         """The field with the path."""
         return named(self.name, self.field)
 
-    def open(self, record: Mapping[str, Any], place: Place) -> Opened:
+    def open(self, record: Mapping[str, Any], place: RecordPlace) -> Opened:
         """The flow of a record."""
         (field,) = self.fields
         return Opened({self.name: FlowFile(place.path(record[field], field, "flow"), place.where, self)})

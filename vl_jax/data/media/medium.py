@@ -12,7 +12,7 @@ from vl_jax.data.sample import BadSample, Media, Note, path_in
 
 
 @dataclass(frozen=True)
-class Place:
+class RecordPlace:
     """Where a record stands, and where the files lie that it names."""
 
     folder: Path  # resolved; nothing outside it is opened
@@ -53,7 +53,7 @@ class MediumConfig(Protocol):
         """The fields of a record that it reads; where the first is null, the record has no such medium."""
         ...
 
-    def open(self, record: Mapping[str, Any], place: Place) -> Opened:
+    def open(self, record: Mapping[str, Any], place: RecordPlace) -> Opened:
         """The medium of a record that has one.
 
         Raises:

@@ -20,7 +20,7 @@ from jaxtyping import Float
 
 from vl_jax.data.files.array_files import MOST_BYTES, read_array
 from vl_jax.data.images.audio import resample
-from vl_jax.data.media.medium import Opened, Place, named, number_of
+from vl_jax.data.media.medium import Opened, RecordPlace, named, number_of
 from vl_jax.data.sample import BadSample, Note
 
 
@@ -52,7 +52,7 @@ class SeriesConfig:
         """The field with the path, and that with the rate."""
         return (*named(self.name, self.field), *((self.rate_field,) if self.rate_field else ()))
 
-    def open(self, record: Mapping[str, Any], place: Place) -> Opened:
+    def open(self, record: Mapping[str, Any], place: RecordPlace) -> Opened:
         """The series of a record, whose rate must be stated if it matters."""
         field, given, notes = self.fields[0], self.file_rate, ()
         if self.rate_field:

@@ -14,25 +14,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
 
 from vl_jax.data.files.array_files import arrays_in, read_array
 from vl_jax.data.media import medical
-from vl_jax.data.media.medium import Opened, Place, named
+from vl_jax.data.media.medium import Opened, RecordPlace, named
 from vl_jax.data.media.scan import Scan, canonical, resized, spacing_of
 from vl_jax.data.sample import BadSample
 
 _NIFTI = (".nii", ".nii.gz")
-
-
-class Window(NamedTuple):
-    """A range of values, as radiologists name one: in Hounsfield units a lung is seen at -600, 1500."""
-
-    centre: float
-    width: float
 
 
 @dataclass(frozen=True)
@@ -42,7 +35,9 @@ class VolumeConfig:
     name: str
     field: str = ""  # of the record, with the path of a file, or of a folder of DICOM slices
     spacing: tuple[float, float, float] | None = None  # millimetres of a voxel; None: it stays as it is
-    window: Window | None = None  # its ends become 0 and 1, and what is beyond is cut off; None: no change
+    # Centre and width of the values that become 0 to 1, what is beyond is cut off; None: no change. In
+    # Hounsfield units a lung is seen at (-600, 1500), soft tissue at (40, 400).
+    window: tuple[float, float] | None = None
     shape: tuple[int, int, int] | None = None  # voxels; None: as many as there are
     key: str = "volume"  # of an NPZ file
     affine: Literal["needed", "ignored"] = "needed"  # ignored: axes and spacing stay as they are stored
@@ -53,7 +48,7 @@ class VolumeConfig:
             raise ValueError(f"spacing={self.spacing} of volume {self.name!r}: must be above 0 mm")
         if self.spacing is not None and self.affine == "ignored":
             raise ValueError(f"spacing of volume {self.name!r} needs affine='needed'")
-        if self.window is not None and not Window(*self.window).width > 0:
+        if self.window is not None and not self.window[1] > 0:
             raise ValueError(f"window={self.window} of volume {self.name!r}: its width must be above 0")
         if self.shape is not None and min(self.shape) < 1:
             raise ValueError(f"shape={self.shape} of volume {self.name!r}: must be at least 1")
@@ -63,7 +58,7 @@ class VolumeConfig:
         """The field with the path."""
         return named(self.name, self.field)
 
-    def open(self, record: Mapping[str, Any], place: Place) -> Opened:
+    def open(self, record: Mapping[str, Any], place: RecordPlace) -> Opened:
         """The volume of a record."""
         (field,) = self.fields
         return Opened({self.name: VolumeFile(place.path(record[field], field, "volume"), place.where, self)})
@@ -120,7 +115,9 @@ class VolumeFile:
         return scan
 
 
-def windowed(values: Float[np.ndarray, "x y z"], window: Window | None) -> Float[np.ndarray, "x y z"]:
+def windowed(
+    values: Float[np.ndarray, "x y z"], window: tuple[float, float] | None
+) -> Float[np.ndarray, "x y z"]:
     """Values of which the ends of the window are 0 and 1."""
     if window is None:
         return values

@@ -15,7 +15,7 @@ from jaxtyping import Float
 
 from vl_jax.data.files.sound_files import Header, read_header, read_sound
 from vl_jax.data.images.audio import resample
-from vl_jax.data.media.medium import Opened, Place, named
+from vl_jax.data.media.medium import Opened, RecordPlace, named
 from vl_jax.data.sample import BadSample, Note
 
 
@@ -41,7 +41,7 @@ class WaveConfig:
         """The field with the path."""
         return named(self.name, self.field)
 
-    def open(self, record: Mapping[str, Any], place: Place) -> Opened:
+    def open(self, record: Mapping[str, Any], place: RecordPlace) -> Opened:
         """The wave of a record; its header is read, so that a rate can be refused or noted."""
         (field,) = self.fields
         file = WaveFile(place.path(record[field], field, "audio"), place.where, self)

@@ -21,7 +21,7 @@ from vl_jax.data.files.shards import check_fields, file_and_folder
 from vl_jax.data.files.spans import Spans
 from vl_jax.data.images.audio import AudioConfig, sound_in
 from vl_jax.data.media.build import AnyMedium, check_media, open_media
-from vl_jax.data.media.medium import Place
+from vl_jax.data.media.medium import RecordPlace
 from vl_jax.data.picture import Orientation
 from vl_jax.data.sample import (
     DEFAULT_MAX_PIXELS,
@@ -179,7 +179,7 @@ class RecordsSource:
             images.append(image_in(self._folder, name, where, config.max_pixels, self._orientation))
         if name := self._path(record, config.sound, "audio", where):
             images.append(sound_in(self._folder, name, where, config.audio))
-        media = open_media(config.media, record, Place(self._folder, where, self._orientation))
+        media = open_media(config.media, record, RecordPlace(self._folder, where, self._orientation))
         turn = Turn(
             f"{IMAGE_PLACEHOLDER}\n" * len(images),
             _text(record, config.text, where),
