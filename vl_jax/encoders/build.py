@@ -20,6 +20,9 @@ from vl_jax.encoders.high_resolution import HighResolutionConfig
 from vl_jax.encoders.hybrid import HybridConfig
 from vl_jax.encoders.resnet import ResNetConfig
 from vl_jax.encoders.sam import SAMConfig
+from vl_jax.encoders.series.lstm import LSTMConfig
+from vl_jax.encoders.series.tcn import TCNConfig
+from vl_jax.encoders.sound.spectrogram import SpectrogramConfig
 from vl_jax.encoders.text import TextEncoderConfig
 from vl_jax.encoders.vit import ViTConfig
 from vl_jax.moe.stacks import Stack
@@ -86,6 +89,9 @@ AnyEncoder = Annotated[
     | HybridConfig
     | HighResolutionConfig
     | TextEncoderConfig
+    | LSTMConfig
+    | TCNConfig
+    | SpectrogramConfig
     | EncoderConfig,
     Open("encoder", NEEDS),
 ]

@@ -12,7 +12,7 @@ import functools
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -136,7 +136,7 @@ def _header(file: Path, name: str, where: str) -> tuple[tuple[int, ...], np.dtyp
     return shape, dtype
 
 
-def _read_header(opened: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+def _read_header(opened: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
     version = np.lib.format.read_magic(opened)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     return read(opened)
