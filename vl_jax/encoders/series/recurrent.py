@@ -16,8 +16,7 @@ from jaxtyping import Array, Bool, Float
 
 from vl_jax.nn.layers import fan_in, named
 
-# Of one layer: what its cell remembers, and what it said last.
-Carry = tuple[Float[Array, "B H"], Float[Array, "B H"]]
+Carry = tuple[jax.Array, jax.Array]  # [B H] of one layer: what its cell remembers, and what it said last
 
 
 @dataclasses.dataclass(frozen=True)

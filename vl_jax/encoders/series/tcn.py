@@ -23,9 +23,8 @@ from vl_jax.moe.routing import State
 from vl_jax.moe.stacks import Stack
 from vl_jax.nn.layers import Linear, fan_in, named
 
-Past = tuple[
-    Float[Array, "B p D"], ...
-]  # for each convolution, the steps before the first that it still sees
+# [B p D] for each convolution: the steps before the first that it still sees.
+Past = tuple[jax.Array, ...]
 
 
 @dataclasses.dataclass(frozen=True)
