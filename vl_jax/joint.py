@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Float
 
 from vl_jax.batch import Batch, Given, blank
 from vl_jax.data.config import DataConfig, ModelSpec, check_packing
@@ -329,6 +329,20 @@ class Joint(nn.Module):
         # Rows that do not look could.
         mask = jnp.repeat(valid, stream.mask.shape[1] // valid.shape[1], axis=1)
         return dataclasses.replace(stream, mask=mask), read
+
+    def hear(
+        self, chunk: Float[Array, "B l ..."], state: Any, valid: Bool[Array, "B l"], *, tower: str
+    ) -> tuple[dict[str, Any], Any]:
+        """What the heads that read one tower alone say after a chunk, and its state for the next.
+
+        Args:
+          state: of the tower's encoder, which streams (see ``encoders/streaming.py``).
+          valid: steps of the chunk that are there.
+        """
+        encoded, state = getattr(self, tower).stream(chunk, state, valid)
+        streams = {tower: Stream(encoded.tokens, encoded.mask, encoded.pooled)}
+        heads = [head for head in self.config.heads if head.inputs == (tower,)]
+        return {head.name: getattr(self, head.name)(streams) for head in heads}, state
 
     def initialize(self, batch: Batch, routing_state: RoutingState) -> dict[str, Any]:
         """Touches every parameter once; the method to call ``init`` with."""
