@@ -20,7 +20,7 @@ from PIL import Image as PilImage
 from vl_jax.data.files.array_files import read_array
 from vl_jax.data.images.clips import evenly, frames_in
 from vl_jax.data.media.medium import Opened, RecordPlace, named
-from vl_jax.data.sample import DEFAULT_MAX_PIXELS, BadSample, FileImage, image_in
+from vl_jax.data.sample import DEFAULT_MAX_PIXELS, BadSample, FileImage, Media, image_in
 
 _ARRAYS = (".npy", ".npz")
 _MOST = 100_000  # frames of a clip, before some of them are taken
@@ -65,7 +65,7 @@ class ClipConfig:
             message = f"{place.where}: {len(times)} times of {len(held)} frames"
             raise BadSample("bad_times", message)
         clip = ClipFile(held, place.where, self, times)
-        media = {self.name: clip}
+        media: dict[str, Media] = {self.name: clip}
         if times is not None or self.file_rate:
             media[f"{self.name}_times"] = clip.seconds
         return Opened(media)

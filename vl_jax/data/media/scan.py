@@ -60,4 +60,5 @@ def resized(
     # Half the step from one new voxel to the next, less half of an old one.
     blur = [max(0.0, (1 / factor - 1) / 2) for factor in factors]
     smooth = ndimage.gaussian_filter(values, blur, mode="nearest") if any(blur) else values
-    return ndimage.zoom(smooth, factors, order=1, mode="nearest", grid_mode=True).astype(np.float32)
+    found = ndimage.zoom(smooth, factors, order=1, mode="nearest", grid_mode=True)
+    return np.asarray(found, np.float32)

@@ -126,7 +126,7 @@ class RecordedWindows:
             raise ValueError(f"{where}: key must name an array of {self._arrays}")
         for field in (config.rate_field, config.scale_field, "samples"):
             value = record.get(field)
-            if type(value) not in (int, float) or not 0 < value < 1e12:
+            if value is None or type(value) not in (int, float) or not 0 < value < 1e12:
                 raise ValueError(f"{where}: {field}={value!r} must be a number above 0")
         return record
 
