@@ -53,11 +53,15 @@ EVAL = [
 # What docs/notebooks draw with, and what opens them.
 FIGURES = ["matplotlib>=3.10"]
 
+# What reads volumes: NIfTI and DICOM.
+MEDICAL = ["nibabel>=5.4", "pydicom>=3.0"]
+
 EXTRAS = {
     "eval": EVAL,
     "test": [
         *EVAL,
         *FIGURES,
+        *MEDICAL,
         "beartype>=0.23.1",
         "hypothesis>=6.170",
         "pycocotools>=2.0.11",
@@ -70,6 +74,7 @@ EXTRAS = {
     ],
     "notebooks": [*FIGURES, "ipykernel>=7.0"],
     "audio": ["soundfile>=0.13.1"],
+    "medical": MEDICAL,
     "parquet": ["pyarrow>=25"],
     "benchmark": ["torch>=2.9", "transformers>=5.0"],
     "gpu": ["jax[cuda13]>=0.10.2,<0.13"],

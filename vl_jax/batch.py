@@ -69,6 +69,7 @@ class Given:
 
     values: Leaf  # [B ...], zeros where a row has none
     present: Leaf  # bool[B]
+    steps: Leaf = None  # i32[B] of an input that varies in length: how many steps of ``values`` are there
 
 
 @struct.dataclass

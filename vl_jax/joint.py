@@ -19,11 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Float
 
 from vl_jax.batch import Batch, Given, blank
 from vl_jax.data.config import DataConfig, ModelSpec, check_packing
-from vl_jax.data.sample import BadSample, Sample
+from vl_jax.data.media.inputs import MediaInput
 from vl_jax.data.sources.in_domain import DOMAIN
 from vl_jax.encoders.adapter import used_tiles
 from vl_jax.encoders.build import AnyEncoder
@@ -50,31 +50,6 @@ class Tower:
     name: str
     encoder: AnyEncoder
     input: str = TILES  # "tiles" (pictures), "tokens" (text), or a name in ``Sample.media``
-
-
-@dataclasses.dataclass(frozen=True)
-class MediaInput:
-    """An input that is neither picture nor text, cut or filled with zeros at its end to one length."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str = "float32"
-
-    def read(self, sample: Sample) -> np.ndarray | None:
-        """The array of a sample, if it has one.
-
-        Raises:
-          BadSample: its shape differs in more than the first axis.
-        """
-        if self.name not in sample.media:
-            return None
-        found = np.asarray(sample.media[self.name](), self.dtype)
-        if found.shape[1:] != self.shape[1:] or found.ndim != len(self.shape):
-            message = f"sample {sample.id}: {self.name} has shape {found.shape}, expected {self.shape}"
-            raise BadSample("bad_media", message)
-        result = np.zeros(self.shape, self.dtype)
-        result[: len(found)] = found[: self.shape[0]]
-        return result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +134,7 @@ class JointConfig:
 
     def spec(self) -> ModelSpec:
         """What the data side must know."""
-        media = tuple(MediaInput(t.input, t.encoder.input_shape) for t in self.towers if self._is_media(t))
+        media = dict.fromkeys(_media_input(tower) for tower in self.towers if self._is_media(tower))
         text = self._reading(TOKENS)
         return ModelSpec(
             tile_tokens_side=self._tile_tokens_side,
@@ -167,7 +142,7 @@ class JointConfig:
             vocab_size=_NO_TEXT if text is None else text.encoder.vocab_size,  # pyright: ignore
             reads="text",
             labels=self._labels,
-            media=media,
+            media=tuple(media),
         )
 
     @property
@@ -251,17 +226,18 @@ class JointConfig:
     def smallest_batch(self, rows: int) -> Batch:
         """A batch of one tile and one token a row: enough to learn the shapes of the parameters."""
         image = self._reading(TILES)
-        height, width, channels = (1, 1, 3) if image is None else image.encoder.input_shape
+        height, width, channels = (1, 1, 3) if image is None else image.encoder.input_shape[:3]
         sizes = {"T": 1, "Q": 1, "S": 1, "M": 1, "h": height, "w": width, "c": channels}
 
-        def absent(shape: tuple[int, ...], dtype: str) -> Given:
-            return Given(np.zeros((rows, *shape), dtype), np.zeros(rows, bool))
+        def absent(field: Any) -> Given:
+            steps = np.zeros(rows, np.int32) if getattr(field, "varies", False) else None
+            return Given(np.zeros((rows, *field.shape), field.dtype), np.zeros(rows, bool), steps)
 
         batch = blank(sizes, rows)
         return dataclasses.replace(
             batch,
-            media={field.name: absent(field.shape, field.dtype) for field in self.spec().media},
-            labels={field.name: absent(field.shape, field.dtype) for field in self._labels},
+            media={field.name: absent(field) for field in self.spec().media},
+            labels={field.name: absent(field) for field in self._labels},
         )
 
 
@@ -354,6 +330,20 @@ class Joint(nn.Module):
         mask = jnp.repeat(valid, stream.mask.shape[1] // valid.shape[1], axis=1)
         return dataclasses.replace(stream, mask=mask), read
 
+    def hear(
+        self, chunk: Float[Array, "B l ..."], state: Any, valid: Bool[Array, "B l"], *, tower: str
+    ) -> tuple[dict[str, Any], Any]:
+        """What the heads that read one tower alone say after a chunk, and its state for the next.
+
+        Args:
+          state: of the tower's encoder, which streams (see ``encoders/streaming.py``).
+          valid: steps of the chunk that are there.
+        """
+        encoded, state = getattr(self, tower).stream(chunk, state, valid)
+        streams = {tower: Stream(encoded.tokens, encoded.mask, encoded.pooled)}
+        heads = [head for head in self.config.heads if head.inputs == (tower,)]
+        return {head.name: getattr(self, head.name)(streams) for head in heads}, state
+
     def initialize(self, batch: Batch, routing_state: RoutingState) -> dict[str, Any]:
         """Touches every parameter once; the method to call ``init`` with."""
         return self(batch, routing_state).predictions
@@ -364,6 +354,13 @@ def _pooled_dim(encoder: Any) -> int:
     return getattr(encoder, "pooled_dim", encoder.output_dim)
 
 
+def _media_input(tower: Tower) -> MediaInput:
+    """What a tower reads of ``Sample.media``."""
+    encoder = tower.encoder
+    dtype, varies = getattr(encoder, "input_dtype", "float32"), getattr(encoder, "varies", False)
+    return MediaInput(tower.input, encoder.input_shape, dtype, varies)
+
+
 def _given(batch: Batch, tower: Tower) -> tuple[jax.Array, Bool[Array, "B ..."]]:
     """What a tower reads, and which of it is there, rows first."""
     if tower.input == TOKENS:
@@ -372,7 +369,10 @@ def _given(batch: Batch, tower: Tower) -> tuple[jax.Array, Bool[Array, "B ..."]]
         tiles = batch.tiles.shape[1]
         return batch.tiles, used_tiles(batch.visual_index, tiles=tiles, tile_tokens=tower.encoder.grid**2)
     given = batch.media[tower.input]
-    return given.values, given.present
+    if given.steps is None:
+        return given.values, given.present
+    there = jnp.arange(given.values.shape[1]) < given.steps[:, None]
+    return given.values, there & given.present[:, None]
 
 
 def _nothing_seen(encoder: Any, rows: int, dtype: Any) -> Stream:

@@ -207,7 +207,10 @@ class DataConfig:
 
 @runtime_checkable
 class RowField(Protocol):
-    """An array that a row may have beside its text and tiles: a label, or an input of another kind."""
+    """An array that a row may have beside its text and tiles: a label, or an input of another kind.
+
+    One whose first axis is of any length up to that of ``shape`` says so by a field ``varies``.
+    """
 
     @property
     def name(self) -> str:

@@ -299,7 +299,7 @@ def _read(sample: Sample, fields: Sequence[RowField], reason: str) -> dict[str, 
         value = field_.read(sample)
         if value is None:
             continue
-        if value.shape != tuple(field_.shape) or value.dtype != np.dtype(field_.dtype):
+        if not _fits(value, field_) or value.dtype != np.dtype(field_.dtype):
             message = (
                 f"sample {sample.id}: {field_.name} of {value.dtype}{list(value.shape)}, must be "
                 f"{field_.dtype}{list(field_.shape)}"
@@ -307,6 +307,14 @@ def _read(sample: Sample, fields: Sequence[RowField], reason: str) -> dict[str, 
             raise BadSample(reason, message)
         found[field_.name] = np.asarray(value)
     return found
+
+
+def _fits(value: np.ndarray, field_: RowField) -> bool:
+    """Whether an array has the shape of a field."""
+    shape = tuple(field_.shape)
+    if not getattr(field_, "varies", False):
+        return value.shape == shape
+    return value.ndim == len(shape) and value.shape[1:] == shape[1:] and len(value) <= shape[0]
 
 
 def make_encoder(config: DataConfig, spec: ModelSpec, *, targets: chat.Targets = "all") -> Encoder:

@@ -55,6 +55,7 @@ class ResNetConfig:
     # several, and the running ones then move once, to the mean. Where scale and bias do not train they stay.
     statistics: Literal["frozen", "moving"] = "frozen"
     image_size: int = 224  # pixels on the side; the module itself takes images of any size
+    num_channels: int = 3
     pixel_mean: Levels = (0.485, 0.456, 0.406)  # of pixel values scaled to 0..1
     pixel_std: Levels = (0.229, 0.224, 0.225)
 
@@ -67,8 +68,8 @@ class ResNetConfig:
             raise ValueError(f"stage_blocks={self.stage_blocks} must be >= 1")
         if self.block == "bottleneck" and min(self.stage_dims) < self.bottleneck:
             raise ValueError(f"stage_dims={self.stage_dims} must be >= bottleneck={self.bottleneck}")
-        if self.image_size < 1:
-            raise ValueError(f"image_size={self.image_size} must be >= 1")
+        if min(self.image_size, self.num_channels) < 1:
+            raise ValueError(f"image_size={self.image_size}, num_channels={self.num_channels}: must be >= 1")
 
     @property
     def grid(self) -> int:
@@ -91,7 +92,7 @@ class ResNetConfig:
     @property
     def input_shape(self) -> tuple[int, int, int]:
         """The shape of an image: height, width, channels."""
-        return self.image_size, self.image_size, 3
+        return self.image_size, self.image_size, self.num_channels
 
     @property
     def stack(self) -> Stack | None:

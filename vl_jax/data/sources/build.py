@@ -17,6 +17,9 @@ from vl_jax.data.sources.llava import LlavaConfig
 from vl_jax.data.sources.meta import MetaConfig
 from vl_jax.data.sources.parquet import ParquetConfig
 from vl_jax.data.sources.placed import PlacedConfig
+from vl_jax.data.sources.recorded.arrays import RecordedArraysConfig
+from vl_jax.data.sources.recorded.walks import RecordedWalksConfig
+from vl_jax.data.sources.recorded.windows import RecordedWindowsConfig
 from vl_jax.data.sources.records import RecordsConfig
 from vl_jax.data.sources.scenes import ScenesConfig, SceneTextsConfig
 from vl_jax.data.sources.synthesis.boards import SyntheticBoardsConfig
@@ -38,6 +41,9 @@ __all__ = [
     "MetaConfig",
     "ParquetConfig",
     "PlacedConfig",
+    "RecordedArraysConfig",
+    "RecordedWalksConfig",
+    "RecordedWindowsConfig",
     "RecordsConfig",
     "Sample",
     "SceneTextsConfig",
@@ -94,6 +100,9 @@ _Known = (
     | RecordsConfig
     | PlacedConfig
     | ExamConfig
+    | RecordedArraysConfig
+    | RecordedWalksConfig
+    | RecordedWindowsConfig
 )
 _OWN = Open("source", ("name", "open"))
 

@@ -1,1 +1,1 @@
-"""Encoders of sounds: wav2vec 2.0 reads the waveform itself."""
+"""Encoders of sounds: waves in, tokens in time out."""
