@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, UInt32
 
-from vl_jax.batch import Batch, Given, blank
+from vl_jax.batch import TILES, TOKENS, Batch, Given, blank
 from vl_jax.data.config import DataConfig, ModelSpec, check_packing
 from vl_jax.data.sample import BadSample, Sample
 from vl_jax.data.sources.in_domain import DOMAIN
@@ -32,13 +32,14 @@ from vl_jax.fusion.build import AnyFusion, Apart
 from vl_jax.fusion.gated_streams import GatedStreams
 from vl_jax.fusion.streams import Stream
 from vl_jax.fusion.towers import only_infers, read_open_rows
+from vl_jax.fusion.weights import ModalityWeights
 from vl_jax.heads.build import AnyHead
 from vl_jax.moe.layer import MoEOutput
+from vl_jax.moe.noise import content_of
 from vl_jax.moe.routing import State
 from vl_jax.moe.specialise.domains import DomainsConfig, with_domains
 from vl_jax.moe.stacks import RoutingState, Stack
 
-TILES, TOKENS = "tiles", "tokens"
 _NO_TEXT = 1 << 30  # entries of a vocabulary that nothing reads
 _RESERVED = ("config", "dtype", "fusion", "parent", "name", "scope")
 
@@ -135,6 +136,11 @@ class JointConfig:
         return getattr(self.fusion, "budget", None)
 
     @property
+    def draws(self) -> tuple[str, ...]:
+        """The random streams that the fusion needs in training."""
+        return getattr(self.fusion, "draws", ())
+
+    @property
     def left_out(self) -> Tower | None:
         """The tower that, at inference, does not run for rows that do not look at it.
 
@@ -152,10 +158,18 @@ class JointConfig:
         return tower if self.fusion.budget.leaves_out_tower(against=against) else None
 
     @property
-    def reads_text_alone(self) -> bool:
-        """Whether a batch without pictures has a program of its own, in which nothing looks at any."""
-        image = {tower.name for tower in self.towers if tower.input == TILES}
-        return self.budget is not None and not any(image & set(head.inputs) for head in self.heads)
+    def may_lack(self) -> frozenset[str]:
+        """Inputs that a whole batch may lack: then it has a program of its own, without their towers.
+
+        Fusion and heads then find streams without tokens, and say by ``reads_empty`` that they can.
+        """
+        if not getattr(self.fusion, "reads_empty", False):
+            return frozenset()
+        unable = [head for head in self.heads if not getattr(head, "reads_empty", False)]
+        full = {name for head in unable for name in head.inputs}
+        if full - {tower.name for tower in self.towers}:
+            return frozenset()  # what a fusion makes of several
+        return frozenset(t.input for t in self.towers) - {t.input for t in self.towers if t.name in full}
 
     def spec(self) -> ModelSpec:
         """What the data side must know."""
@@ -273,6 +287,7 @@ class JointOutput:
     predictions: dict[str, Any]  # by head
     routed: dict[str, MoEOutput]  # by tower, over its sparse layers
     gates: GateOutput | None = None  # of a fusion whose gate has a budget
+    weights: ModalityWeights | None = None  # of a fusion that weighs modalities
 
 
 class Joint(nn.Module):
@@ -295,7 +310,7 @@ class Joint(nn.Module):
         # A tower that may be left out comes last: what is said about it has to be read first.
         late, read = self.config.left_out if only_infers(self) else None, jnp.float32(rows)
         for tower in sorted(self.config.towers, key=lambda tower: tower == late):
-            if tower.input == TILES and not batch.tiles.shape[1]:
+            if not _has_room(batch, tower):
                 streams[tower.name] = _nothing_seen(tower.encoder, rows, jnp.dtype(self.config.dtype))
                 continue
             given = _given(batch, tower)
@@ -305,11 +320,16 @@ class Joint(nn.Module):
             streams[tower.name], found = self.see(given, tower, self._routing(tower, batch, routing_state))
             if found is not None:
                 routed[tower.name] = found
-        streams = self.fusion({tower.name: streams[tower.name] for tower in self.config.towers})
+        streams = {tower.name: streams[tower.name] for tower in self.config.towers}
+        if any(map(self.has_rng, self.config.draws)):
+            content = _content(batch, self.config.towers)
+            streams = {n: dataclasses.replace(s, content=content) for n, s in streams.items()}
+        streams = self.fusion(streams)
         predictions = {head.name: getattr(self, head.name)(streams) for head in self.config.heads}
         gates = next((s.gates for s in streams.values() if s.gates is not None), None)
         gates = None if gates is None else dataclasses.replace(gates, tower=read)
-        return JointOutput(streams, predictions, routed, gates)
+        weights = next((s.weights for s in streams.values() if s.weights is not None), None)
+        return JointOutput(streams, predictions, routed, gates, weights)
 
     def see(
         self, given: tuple[jax.Array, jax.Array], tower: Tower, routing_state: State
@@ -364,6 +384,13 @@ def _pooled_dim(encoder: Any) -> int:
     return getattr(encoder, "pooled_dim", encoder.output_dim)
 
 
+def _has_room(batch: Batch, tower: Tower) -> bool:
+    """Whether a row could have what a tower reads: not where the whole batch is known to lack it."""
+    if tower.input in (TILES, TOKENS):
+        return getattr(batch, tower.input).shape[1] > 0
+    return tower.input in batch.media
+
+
 def _given(batch: Batch, tower: Tower) -> tuple[jax.Array, Bool[Array, "B ..."]]:
     """What a tower reads, and which of it is there, rows first."""
     if tower.input == TOKENS:
@@ -373,6 +400,17 @@ def _given(batch: Batch, tower: Tower) -> tuple[jax.Array, Bool[Array, "B ..."]]
         return batch.tiles, used_tiles(batch.visual_index, tiles=tiles, tile_tokens=tower.encoder.grid**2)
     given = batch.media[tower.input]
     return given.values, given.present
+
+
+def _content(batch: Batch, towers: Sequence[Tower]) -> UInt32[Array, " B"]:
+    """A number of every row, from what it has and not from where it is in the batch."""
+    total = jnp.zeros(batch.tokens.shape[:1], jnp.uint32)
+    for tower in towers:
+        if _has_room(batch, tower):
+            values, valid = _given(batch, tower)
+            values = jnp.where(valid, values + 1, 0) if tower.input == TOKENS else values
+            total = total + content_of(values)
+    return total
 
 
 def _nothing_seen(encoder: Any, rows: int, dtype: Any) -> Stream:
@@ -385,7 +423,8 @@ def _nothing_seen(encoder: Any, rows: int, dtype: Any) -> Stream:
 def _stream(encoded: Any, valid: jax.Array, rows: int) -> Stream:
     """A tower's output by rows: the tokens of several tiles are joined, their vectors averaged.
 
-    Maps are handed on where a row is one input; those of several tiles are no map of the picture.
+    Maps are handed on where a row is one input; those of several tiles are no map of the picture. The vector
+    of a row that has nothing for the tower is 0, as where the tower is not run.
     """
     tokens, pooled = encoded.tokens, encoded.pooled
     maps = encoded.maps if tokens.shape[0] == rows else ()
@@ -400,4 +439,6 @@ def _stream(encoded: Any, valid: jax.Array, rows: int) -> Stream:
             weights = valid.reshape(rows, -1, 1).astype(pooled.dtype)
             total = jnp.sum(pooled.reshape(*weights.shape[:2], -1) * weights, axis=1)
             pooled = total / jnp.maximum(jnp.sum(weights, axis=1), 1)
-    return Stream(tokens, mask, pooled, maps)
+    here = jnp.any(valid.reshape(rows, -1), axis=1)[:, None]
+    pooled = None if pooled is None else jnp.where(here, pooled, 0)
+    return Stream(tokens, mask & here, pooled, maps)

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Protocol, runtime_checkable
+from typing import Annotated, ClassVar, Protocol, runtime_checkable
 
 import flax.linen as nn
 
 from vl_jax.fusion.gated_streams import GatedStreams
+from vl_jax.fusion.mixing import Mixing
 from vl_jax.schema import Open
 
 
 @runtime_checkable
 class Fusion(Protocol):
-    """What the config of a fusion has to have; its module maps ``Streams`` to ``Streams``."""
+    """What the config of a fusion has to have; its module maps ``Streams`` to ``Streams``.
+
+    One that can do with streams without tokens has ``reads_empty = True``: then a batch in which no row has
+    what a tower reads is computed without the tower. One that draws at random in training names the random
+    streams in ``draws``.
+    """
 
     def build(self) -> nn.Module:
         """The module."""
@@ -32,6 +38,8 @@ class Fusion(Protocol):
 class Apart:
     """No fusion: heads read the towers themselves."""
 
+    reads_empty: ClassVar[bool] = True
+
     def streams(self, towers: tuple[str, ...]) -> tuple[str, ...]:
         """The towers."""
         return towers
@@ -46,4 +54,4 @@ class _Same(nn.Module):
         return streams
 
 
-AnyFusion = Annotated[Apart | GatedStreams | Fusion, Open("fusion", ("streams", "build"))]
+AnyFusion = Annotated[Apart | GatedStreams | Mixing | Fusion, Open("fusion", ("streams", "build"))]

@@ -1,0 +1,201 @@
+"""What every fusion must hold: a modality that is absent is as one that the model does not have."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vl_jax import params as params_lib
+from vl_jax import sharding
+from vl_jax.fusion.mixing import DROPOUT, Mixing, hide, mixing_weights
+from vl_jax.fusion.streams import Stream, Streams
+from vl_jax.sharding import MeshConfig, make_mesh
+
+ROWS = 8
+WIDTHS = {"image": 12, "text": 16, "sound": 8}
+LENGTHS = {"image": 4, "text": 5, "sound": 3}
+CASES: dict[str, Any] = {
+    "mixing": Mixing(dim=8),
+}
+# Those in which it makes no difference in which order the towers stand.
+SYMMETRIC = ("mixing",)
+close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6)
+
+
+@functools.cache
+def drawn() -> dict[str, Stream]:
+    """A stream of every tower; some tokens are padding, and text has a vector of its own."""
+    random, streams = np.random.default_rng(0), {}
+    for name, width in WIDTHS.items():
+        mask = random.random((ROWS, LENGTHS[name])) < 0.7
+        mask[:, 0] = True
+        tokens = random.standard_normal((ROWS, LENGTHS[name], width)).astype(np.float32)
+        streams[name] = Stream(jnp.asarray(tokens), jnp.asarray(mask))
+    pooled = random.standard_normal((ROWS, 6)).astype(np.float32)
+    return streams | {"text": dataclasses.replace(streams["text"], pooled=jnp.asarray(pooled))}
+
+
+def only(*names: str) -> dict[str, Stream]:
+    return {name: drawn()[name] for name in names}
+
+
+def lacking(name: str, rows: Any, streams: Streams) -> dict[str, Stream]:
+    """The streams, of which some rows have nothing in one: what stands there is no number."""
+    stream = streams[name]
+    gone = jnp.zeros(ROWS, bool).at[rows].set(True)
+    tokens = jnp.where(gone[:, None, None], 1e4, stream.tokens)
+    pooled = None if stream.pooled is None else jnp.where(gone[:, None], 0.0, stream.pooled)
+    return {**streams, name: Stream(tokens, stream.mask & ~gone[:, None], pooled)}
+
+
+def emptied(name: str, streams: Streams) -> dict[str, Stream]:
+    """The streams, of which one has no room for tokens: no row of the batch has any."""
+    stream = streams[name]
+    pooled = None if stream.pooled is None else jnp.zeros_like(stream.pooled)
+    return {**streams, name: Stream(stream.tokens[:, :0], stream.mask[:, :0], pooled)}
+
+
+@functools.cache
+def made(case: str) -> tuple[Any, Any]:
+    """The module, and parameters of which none is at its initial zero or one."""
+    module, random = CASES[case].build(), np.random.default_rng(1)
+    shapes = jax.eval_shape(lambda s: module.init(jax.random.key(0), s), drawn())["params"]
+    shapes = sharding.nn.meta.unbox(shapes)
+
+    def draw(path: str, leaf: Any) -> jax.Array:
+        value = 0.3 * random.standard_normal(leaf.shape, np.float32) + np.float32(path.endswith("scale"))
+        return jnp.asarray(value)
+
+    return module, params_lib.map_paths(draw, shapes)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _fused(case: str, params: Any, streams: Streams) -> dict[str, Stream]:
+    found = made(case)[0].apply({"params": params}, streams)
+    return {name: stream for name, stream in found.items() if name not in WIDTHS}
+
+
+def fused(case: str, streams: Streams) -> dict[str, np.ndarray]:
+    """What comes of some streams: every vector, and every token that is there, 0 elsewhere."""
+    found = jax.device_get(_fused(case, made(case)[1], dict(streams)))
+    parts = {}
+    for name, stream in found.items():
+        parts |= {f"{name}/{row}": stream.tokens[row][stream.mask[row]] for row in range(ROWS)}
+        if stream.pooled is not None:
+            parts[name] = stream.pooled
+    return parts
+
+
+def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], rows: Any = None) -> None:
+    assert found.keys() == expected.keys()
+    for name in found:
+        head, _, row = name.partition("/")
+        if rows is None:
+            close(found[name], expected[name], err_msg=name)
+        elif not row:
+            close(found[name][rows], expected[name][rows], err_msg=head)
+        elif int(row) in rows:
+            close(found[name], expected[name], err_msg=name)
+
+
+@pytest.mark.parametrize("case", SYMMETRIC)
+def test_the_order_of_towers_makes_no_difference(case):
+    whole = jax.device_get(_fused(case, made(case)[1], drawn()))["fused"].pooled
+    for names in list(itertools.permutations(WIDTHS))[1::2]:
+        found = jax.device_get(_fused(case, made(case)[1], only(*names)))["fused"].pooled
+        close(found, whole)
+
+
+@pytest.mark.parametrize("name", WIDTHS)
+@pytest.mark.parametrize("case", CASES)
+def test_a_modality_that_no_row_has_is_as_one_that_the_model_lacks(case, name):
+    without = fused(case, only(*(other for other in WIDTHS if other != name)))
+    assert_same(fused(case, lacking(name, slice(None), drawn())), without)
+    assert_same(fused(case, emptied(name, drawn())), without)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_row_that_lacks_a_modality_is_as_in_a_model_without_it(case):
+    rows, others = [1, 4, 6], [0, 2, 3, 5, 7]
+    found = fused(case, lacking("image", np.array(rows), drawn()))
+    assert_same(found, fused(case, only("text", "sound")), rows)
+    assert_same(found, fused(case, drawn()), others)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_modality_alone_is_the_model_of_one_modality(case):
+    for name in WIDTHS:
+        streams = drawn()
+        for other in set(WIDTHS) - {name}:
+            streams = lacking(other, slice(None), streams)
+        assert_same(fused(case, streams), fused(case, only(name)))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_are_numbers_and_those_of_an_absent_modality_are_zero(case):
+    streams = lacking("image", slice(None), drawn())
+
+    def total(params: Any, streams: Streams) -> jax.Array:
+        found = _fused(case, params, streams)
+        return sum(jnp.sum(jnp.where(s.mask[..., None], s.tokens, 0.0) ** 2) for s in found.values())  # type: ignore
+
+    grads, of = jax.jit(jax.grad(total, argnums=(0, 1), allow_int=True))(made(case)[1], streams)
+    for path, grad in params_lib.flatten(jax.device_get(grads)).items():
+        assert np.isfinite(grad).all(), path
+        if "image" in path:
+            assert not grad.any(), path
+    assert not np.asarray(of["image"].tokens).any() and np.asarray(of["text"].mask).dtype == jax.dtypes.float0
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_eight_devices_are_one(case):
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, expert=2), devices=jax.devices()[:8])
+    streams = lacking("sound", np.array([0, 5]), drawn())
+    with sharding.use_mesh(mesh):
+        placed = jax.device_put(streams, sharding.batch_sharding(mesh))
+        found = jax.device_get(jax.jit(functools.partial(_fused, case))(made(case)[1], placed))
+    expected = jax.device_get(_fused(case, made(case)[1], streams))
+    for name, stream in expected.items():
+        np.testing.assert_array_equal(found[name].mask, stream.mask)
+        there = stream.mask[..., None]
+        close(np.where(there, found[name].tokens, 0), np.where(there, stream.tokens, 0), rtol=1e-5, atol=1e-5)
+
+
+def test_weights_are_a_softmax_over_the_modalities_that_are_there():
+    scores = jnp.array([[0.0, np.log(3.0), 9.0], [1.0, 2.0, 3.0]])
+    found = mixing_weights(scores, jnp.array([[True, True, False], [False, False, False]]))
+    close(found, [[0.25, 0.75, 0.0], [0.0, 0.0, 0.0]])
+
+
+def test_hidden_modalities_are_drawn_by_row_and_never_all():
+    present = jnp.asarray(np.random.default_rng(0).random((400, 3)) < 0.8)
+    content, numbers = jnp.arange(400, dtype=jnp.uint32), jnp.arange(3, dtype=jnp.uint32)
+    draw = functools.partial(hide, jax.random.key(0), rate=0.5)
+    kept = np.asarray(draw(present, content, numbers))
+    assert not (kept & ~np.asarray(present)).any()
+    np.testing.assert_array_equal(kept.any(axis=1), np.asarray(present).any(axis=1))
+    # Of two that are there, each is hidden in half of the rows, or kept as the last.
+    both = kept[np.asarray(present).sum(axis=1) == 2].sum(axis=1)
+    assert 0.15 < (both == 2).mean() < 0.35
+    order = np.random.default_rng(1).permutation(400)
+    np.testing.assert_array_equal(draw(present[order], content[order], numbers), kept[order])
+    np.testing.assert_array_equal(draw(present[:, ::-1], content, numbers[::-1]), kept[:, ::-1])
+    np.testing.assert_array_equal(draw(present, content, numbers, rate=0.0), present)
+
+
+def test_a_fusion_that_hides_modalities_does_so_in_training_alone():
+    module = dataclasses.replace(CASES["mixing"], dropout=0.5).build()
+    content = jnp.arange(ROWS, dtype=jnp.uint32)
+    streams = {name: dataclasses.replace(s, content=content) for name, s in drawn().items()}
+    given = {"params": made("mixing")[1]}, streams
+    still, hidden = module.apply(*given), module.apply(*given, rngs={DROPOUT: jax.random.key(0)})
+    assert np.asarray(still["fused"].weights.present).all()
+    assert 0 < np.asarray(hidden["fused"].weights.present).mean() < 1
+    close(np.asarray(hidden["fused"].weights.values).sum(axis=1), 1.0)
