@@ -135,7 +135,7 @@ class Attention(nn.Module):
         return jnp.einsum("BTNH,NHD->BTD", mixed, project) + bias
 
 
-def feed_forward(x: Float[Array, "B T D"], config: BlockConfig) -> Float[Array, "B T D"]:
+def feed_forward(x: Float[Array, "*batch D"], config: BlockConfig) -> Float[Array, "*batch D"]:
     """Two projections, ``fc1`` and ``fc2``, that belong to the module which calls this."""
     hidden = Linear(config.mlp_dim, ("embed", "mlp"), use_bias=True, name="fc1")(x)
     hidden = FUNCTIONS[config.activation](hidden)

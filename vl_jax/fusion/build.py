@@ -7,8 +7,14 @@ from typing import Annotated, ClassVar, Protocol, runtime_checkable
 
 import flax.linen as nn
 
+from vl_jax.fusion.co_attention import CoAttention
+from vl_jax.fusion.cross_attention import CrossAttention
+from vl_jax.fusion.fusion_transformer import FusionTransformer
 from vl_jax.fusion.gated_streams import GatedStreams
+from vl_jax.fusion.graph import Graph
 from vl_jax.fusion.mixing import Mixing
+from vl_jax.fusion.progressive import Progressive
+from vl_jax.fusion.spatio_temporal import SpatioTemporal
 from vl_jax.schema import Open
 
 
@@ -54,4 +60,16 @@ class _Same(nn.Module):
         return streams
 
 
-AnyFusion = Annotated[Apart | GatedStreams | Mixing | Fusion, Open("fusion", ("streams", "build"))]
+AnyFusion = Annotated[
+    Apart
+    | GatedStreams
+    | Mixing
+    | FusionTransformer
+    | Progressive
+    | CoAttention
+    | Graph
+    | CrossAttention
+    | SpatioTemporal
+    | Fusion,
+    Open("fusion", ("streams", "build")),
+]

@@ -54,6 +54,8 @@ def add_vector(streams: Streams, name: str, vector: Float[Array, "B D"], **said:
 
     It is there for the rows that have anything in another.
     """
-    mask = jnp.any(jnp.stack([here(stream) for stream in streams.values()]), axis=0)
+    mask = jnp.zeros(vector.shape[0], bool)
+    for stream in streams.values():
+        mask = mask | here(stream)
     vector = jnp.where(mask[:, None], vector, 0)
     return {**streams, name: Stream(vector[:, None], mask[:, None], vector, **said)}
