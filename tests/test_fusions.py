@@ -227,8 +227,8 @@ def test_a_fusion_that_hides_modalities_does_so_in_training_alone():
 def test_no_layers_of_their_own_is_the_fusion_transformer():
     module, params = made("transformer")
     shallow = Progressive(LAYERS, shallow=0).build()
-    found = shallow.apply({"params": params}, drawn())["fused"]
-    expected = module.apply({"params": params}, drawn())["fused"]
+    found = jax.jit(shallow.apply)({"params": params}, drawn())["fused"]
+    expected = jax.jit(module.apply)({"params": params}, drawn())["fused"]
     np.testing.assert_array_equal(found.pooled, expected.pooled)
     np.testing.assert_array_equal(found.tokens, expected.tokens)
 
@@ -284,7 +284,7 @@ def test_co_attention_is_the_cross_modality_layer_of_lxmert():
 
 def test_it_makes_no_difference_which_of_a_pair_is_named_first():
     swapped = dataclasses.replace(CASES["co_attention"], pair=("image", "text")).build()
-    found = swapped.apply({"params": made("co_attention")[1]}, drawn())
+    found = jax.jit(swapped.apply)({"params": made("co_attention")[1]}, drawn())
     expected = _fused("co_attention", made("co_attention")[1], drawn())
     for name in ("fused_image", "fused_text"):
         close(found[name].tokens, expected[name].tokens)
@@ -306,17 +306,18 @@ def test_one_divided_block_joins_cells_of_a_frame_and_frames_of_a_cell():
     block = DividedBlock(LAYERS)
     x = jnp.asarray(np.random.default_rng(2).standard_normal((1, 3, 4, 8)), jnp.float32)
     mask = jnp.ones((1, 3, 4), bool)
-    params = block.init(jax.random.key(0), x, mask)
+    params = jax.jit(block.init)(jax.random.key(0), x, mask)
 
     def of_time_alone(x: jax.Array) -> jax.Array:
         still = jax.tree.map(jnp.zeros_like, params["params"]["space"])
         return block.apply({"params": {**params["params"], "space": still}}, x, mask)[0, 1, 2].sum()
 
-    moved = np.abs(np.asarray(jax.grad(of_time_alone)(x)))[0].sum(axis=-1) > 0
+    moved = np.abs(np.asarray(jax.jit(jax.grad(of_time_alone))(x)))[0].sum(axis=-1) > 0
     expected = np.zeros((3, 4), bool)
     expected[:, 2] = True
     np.testing.assert_array_equal(moved, expected)
-    moved = np.abs(np.asarray(jax.grad(lambda x: block.apply(params, x, mask)[0, 1, 2].sum())(x)))
+    whole = jax.grad(lambda x: block.apply(params, x, mask)[0, 1, 2].sum())
+    moved = np.abs(np.asarray(jax.jit(whole)(x)))
     assert (moved[0].sum(axis=-1) > 0).all()
 
 
@@ -336,6 +337,9 @@ def test_a_vector_that_sees_one_token_finds_that_whatever_it_asks():
         ).max()
         > 1e-3
     )
+
+
+TWO = ("text", "image")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import keyword
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -27,10 +27,12 @@ from vl_jax.data.sample import BadSample, Sample
 from vl_jax.data.sources.in_domain import DOMAIN
 from vl_jax.encoders.adapter import used_tiles
 from vl_jax.encoders.build import AnyEncoder
+from vl_jax.encoders.transformer import Through
+from vl_jax.fusion.between_layers import in_step, mean_weights
 from vl_jax.fusion.budget import BudgetConfig, GateOutput
 from vl_jax.fusion.build import AnyFusion, Apart
 from vl_jax.fusion.gated_streams import GatedStreams
-from vl_jax.fusion.streams import Stream
+from vl_jax.fusion.streams import Stream, here
 from vl_jax.fusion.towers import only_infers, read_open_rows
 from vl_jax.fusion.weights import ModalityWeights
 from vl_jax.heads.build import AnyHead
@@ -109,6 +111,8 @@ class JointConfig:
             self.domains.check(self.stacks)
         streams = self.fusion.streams(towers)
         _ = self.left_out  # it says what cannot be
+        if self.in_step:
+            self.fusion.check_encoders({t.name: t.encoder for t in self.towers})  # pyright: ignore
         for head in self.heads:
             for name in head.inputs:
                 if name not in streams:
@@ -134,6 +138,11 @@ class JointConfig:
     def budget(self) -> BudgetConfig | None:
         """Of the fusion's gate, if it has one."""
         return getattr(self.fusion, "budget", None)
+
+    @property
+    def in_step(self) -> bool:
+        """Whether the fusion acts on the towers after each of their layers, and not on what they give."""
+        return getattr(self.fusion, "placement", "") == "between_layers"
 
     @property
     def draws(self) -> tuple[str, ...]:
@@ -306,6 +315,28 @@ class Joint(nn.Module):
     def __call__(self, batch: Batch, routing_state: RoutingState) -> JointOutput:
         """Runs every tower once, and every head."""
         batch = jax.tree.map(jnp.asarray, batch)  # a host batch will do
+        between = self.config.in_step
+        if between and not self.is_initializing():
+            streams, routed, read = self._see_in_step(batch), {}, jnp.float32(batch.tokens.shape[0])
+        else:
+            streams, routed, read = self._see_apart(batch, routing_state)
+        if any(map(self.has_rng, self.config.draws)):
+            content = _content(batch, self.config.towers)
+            streams = {n: dataclasses.replace(s, content=content) for n, s in streams.items()}
+        if not between:
+            streams = self.fusion(streams)
+        elif self.is_initializing():
+            self.fusion.touch({tower.name: tower.encoder for tower in self.config.towers})
+        predictions = {head.name: getattr(self, head.name)(streams) for head in self.config.heads}
+        gates = next((s.gates for s in streams.values() if s.gates is not None), None)
+        gates = None if gates is None else dataclasses.replace(gates, tower=read)
+        weights = next((s.weights for s in streams.values() if s.weights is not None), None)
+        return JointOutput(streams, predictions, routed, gates, weights)
+
+    def _see_apart(
+        self, batch: Batch, routing_state: RoutingState
+    ) -> tuple[dict[str, Stream], dict[str, MoEOutput], jax.Array]:
+        """What every tower sees by itself, what sparse layers returned, and how many rows were read."""
         streams, routed, rows = {}, {}, batch.tokens.shape[0]
         # A tower that may be left out comes last: what is said about it has to be read first.
         late, read = self.config.left_out if only_infers(self) else None, jnp.float32(rows)
@@ -320,16 +351,31 @@ class Joint(nn.Module):
             streams[tower.name], found = self.see(given, tower, self._routing(tower, batch, routing_state))
             if found is not None:
                 routed[tower.name] = found
-        streams = {tower.name: streams[tower.name] for tower in self.config.towers}
-        if any(map(self.has_rng, self.config.draws)):
-            content = _content(batch, self.config.towers)
-            streams = {n: dataclasses.replace(s, content=content) for n, s in streams.items()}
-        streams = self.fusion(streams)
-        predictions = {head.name: getattr(self, head.name)(streams) for head in self.config.heads}
-        gates = next((s.gates for s in streams.values() if s.gates is not None), None)
-        gates = None if gates is None else dataclasses.replace(gates, tower=read)
-        weights = next((s.weights for s in streams.values() if s.weights is not None), None)
-        return JointOutput(streams, predictions, routed, gates, weights)
+        return {tower.name: streams[tower.name] for tower in self.config.towers}, routed, read
+
+    def _see_in_step(self, batch: Batch) -> dict[str, Stream]:
+        """What the towers see, where they act on one another after every layer."""
+        towers, rows = self.config.towers, batch.tokens.shape[0]
+        given = {t.name: _flat(_given(batch, t), t) for t in towers if _has_room(batch, t)}
+        gates: list[dict[str, jax.Array]] = []
+
+        def tower_of(name: str) -> Callable[[Through], Any]:
+            return lambda through: getattr(self, name)(*given[name], {}, through=through)
+
+        def interact(number: int, tokens: dict[str, jax.Array]) -> dict[str, jax.Array]:
+            masks = {n: _token_mask(given[n][1], x).reshape(rows, -1) for n, x in tokens.items()}
+            trunks = {n: (x.reshape(*masks[n].shape, -1), masks[n]) for n, x in tokens.items()}
+            after, gate = self.fusion(number, trunks)
+            gates.append(gate)
+            return {name: after[name].reshape(x.shape) for name, x in tokens.items()}
+
+        layers = towers[0].encoder.num_layers
+        encoded = in_step({name: tower_of(name) for name in given}, layers, interact)
+        streams = {n: _stream(found, given[n][1], rows) for n, found in encoded.items()}
+        weights = mean_weights(gates, {n: here(stream) for n, stream in streams.items()}) if streams else None
+        dtype = jnp.dtype(self.config.dtype)
+        streams |= {t.name: _nothing_seen(t.encoder, rows, dtype) for t in towers if t.name not in given}
+        return {t.name: dataclasses.replace(streams[t.name], weights=weights) for t in towers}
 
     def see(
         self, given: tuple[jax.Array, jax.Array], tower: Tower, routing_state: State
@@ -340,9 +386,7 @@ class Joint(nn.Module):
           given: what it reads, and which of it is there, rows first; tiles of all rows then stand one behind
             the other.
         """
-        (inputs, valid), rows = given, given[0].shape[0]
-        if tower.input == TILES:
-            inputs, valid = (x.reshape(-1, *x.shape[2:]) for x in given)
+        (inputs, valid), rows = _flat(given, tower), given[0].shape[0]
         encoded = getattr(self, tower.name)(inputs, valid, routing_state)
         return _stream(encoded, valid, rows), encoded.routed
 
@@ -402,6 +446,21 @@ def _given(batch: Batch, tower: Tower) -> tuple[jax.Array, Bool[Array, "B ..."]]
     return given.values, given.present
 
 
+def _flat(given: tuple[jax.Array, jax.Array], tower: Tower) -> tuple[jax.Array, jax.Array]:
+    """What a tower is called with: tiles of all rows stand one behind the other."""
+    inputs, valid = given
+    if tower.input == TILES:
+        return inputs.reshape(-1, *inputs.shape[2:]), valid.reshape(-1, *valid.shape[2:])
+    return inputs, valid
+
+
+def _token_mask(valid: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Which tokens of the inputs of a tower are there, from which inputs are."""
+    if valid.shape == tokens.shape[:2]:
+        return valid
+    return jnp.broadcast_to(valid[:, None], tokens.shape[:2])
+
+
 def _content(batch: Batch, towers: Sequence[Tower]) -> UInt32[Array, " B"]:
     """A number of every row, from what it has and not from where it is in the batch."""
     total = jnp.zeros(batch.tokens.shape[:1], jnp.uint32)
@@ -430,9 +489,7 @@ def _stream(encoded: Any, valid: jax.Array, rows: int) -> Stream:
     maps = encoded.maps if tokens.shape[0] == rows else ()
     mask = encoded.mask
     if mask is None:
-        mask = (
-            valid if valid.shape == tokens.shape[:2] else jnp.broadcast_to(valid[:, None], tokens.shape[:2])
-        )
+        mask = _token_mask(valid, tokens)
     if tokens.shape[0] != rows:
         tokens, mask = tokens.reshape(rows, -1, tokens.shape[-1]), mask.reshape(rows, -1)
         if pooled is not None:

@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Protocol, runtime_checkable
 
 import flax.linen as nn
 
+from vl_jax.fusion.between_layers import BetweenLayers
 from vl_jax.fusion.co_attention import CoAttention
 from vl_jax.fusion.cross_attention import CrossAttention
 from vl_jax.fusion.fusion_transformer import FusionTransformer
@@ -24,7 +25,8 @@ class Fusion(Protocol):
 
     One that can do with streams without tokens has ``reads_empty = True``: then a batch in which no row has
     what a tower reads is computed without the tower. One that draws at random in training names the random
-    streams in ``draws``.
+    streams in ``draws``. One that acts between the layers of the towers has ``placement = "between_layers"``
+    (see ``between_layers``).
     """
 
     def build(self) -> nn.Module:
@@ -70,6 +72,7 @@ AnyFusion = Annotated[
     | Graph
     | CrossAttention
     | SpatioTemporal
+    | BetweenLayers
     | Fusion,
     Open("fusion", ("streams", "build")),
 ]

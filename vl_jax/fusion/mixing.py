@@ -34,6 +34,7 @@ class Mixing:
     name: str = "fused"  # of the stream that comes of it
 
     reads_empty: ClassVar[bool] = True
+    weighs: ClassVar[bool] = True  # its streams say how much each modality counts
 
     def __post_init__(self):
         if self.dim < 1 or not 0 <= self.dropout < 1:
