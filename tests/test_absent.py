@@ -15,6 +15,9 @@ from test_joint import IMAGE, TEXT, random_batch
 
 from vl_jax import params as params_lib
 from vl_jax.batch import TILES, TOKENS, Batch, Given, absent, without, without_absent
+from vl_jax.data.sample import Sample
+from vl_jax.data.text.tokenizer import load_tokenizer
+from vl_jax.data.text.written import encode_written
 from vl_jax.fusion.build import Apart
 from vl_jax.fusion.mixing import DROPOUT, Mixing
 from vl_jax.heads.classification import Classification
@@ -201,3 +204,10 @@ def test_what_a_host_batch_lacks():
     batch = batch_of(lacking=(TILES,))
     assert without_absent(batch, ("depth",)) is not None and without(batch, ()) is batch
     assert without(batch, (TOKENS,)).segment_ids.shape == (ROWS, 0)
+
+
+def test_a_sample_without_words_has_no_text_where_a_model_can_do_without():
+    assert CONFIG.spec().wordless and not dataclasses.replace(CONFIG, towers=TOWERS[:1]).spec().wordless
+    tokenizer, picture = load_tokenizer(), Sample("a", images=(), turns=())
+    assert len(encode_written(picture, tokenizer, max_tokens=8).tokens) == 1
+    assert len(encode_written(picture, tokenizer, max_tokens=8, wordless=True).tokens) == 0

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import scipy.special
 
@@ -224,6 +225,47 @@ def test_a_fusion_that_hides_modalities_does_so_in_training_alone():
     close(np.asarray(hidden["fused"].weights.values).sum(axis=1), 1.0)
 
 
+@pytest.mark.slow
+def test_the_weight_of_a_modality_falls_with_its_noise():
+    """Both say the class; the noise of the picture differs from row to row, that of the text does not."""
+    module, classes, rows = Mixing(dim=16, dropout=0.1).build(), 4, 256
+    means = jnp.asarray(np.random.default_rng(0).standard_normal((2, classes, 12)), jnp.float32)
+
+    def draw(key: jax.Array) -> tuple[dict[str, Stream], jax.Array, jax.Array]:
+        keys, there = jax.random.split(key, 4), jnp.ones((rows, 1), bool)
+        label = jax.random.randint(keys[0], (rows,), 0, classes)
+        noise = 4 * jax.random.uniform(keys[1], (rows,))
+        image = means[0][label] + noise[:, None] * jax.random.normal(keys[2], (rows, 12))
+        text = means[1][label] + 1.5 * jax.random.normal(keys[3], (rows, 12))
+        content = jax.random.bits(key, (rows,))
+        both = {"image": image, "text": text}.items()
+        return {name: Stream(x[:, None], there, content=content) for name, x in both}, label, noise
+
+    def loss(params: Any, key: jax.Array) -> jax.Array:
+        streams, label, _ = draw(key)
+        vector = module.apply({"params": params["mixing"]}, streams, rngs={DROPOUT: key})["fused"].pooled
+        return optax.softmax_cross_entropy_with_integer_labels(vector @ params["head"], label).mean()
+
+    @jax.jit
+    def weights(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        mixing = sharding.nn.meta.unbox(module.init(key, draw(key)[0])["params"])
+        params, optimizer = {"mixing": mixing, "head": jnp.zeros((16, classes))}, optax.adam(1e-2)
+
+        def step(carry: Any, key: jax.Array) -> tuple[Any, None]:
+            params, state = carry
+            updates, state = optimizer.update(jax.grad(loss)(params, key), state)
+            return (optax.apply_updates(params, updates), state), None
+
+        with jax.numpy_dtype_promotion("standard"):
+            (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), jax.random.split(key, 400))
+        streams, _, noise = draw(jax.random.fold_in(key, 1))
+        return module.apply({"params": params["mixing"]}, streams)["fused"].weights.values[:, 0], noise
+
+    found, noise = map(np.asarray, weights(jax.random.key(0)))
+    by_noise = [found[(low <= noise) & (noise < low + 1)].mean() for low in range(4)]
+    assert all(np.diff(by_noise) < -0.02), by_noise
+
+
 def test_no_layers_of_their_own_is_the_fusion_transformer():
     module, params = made("transformer")
     shallow = Progressive(LAYERS, shallow=0).build()
@@ -337,9 +379,6 @@ def test_a_vector_that_sees_one_token_finds_that_whatever_it_asks():
         ).max()
         > 1e-3
     )
-
-
-TWO = ("text", "image")
 
 
 @pytest.mark.parametrize(

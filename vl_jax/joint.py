@@ -191,6 +191,7 @@ class JointConfig:
             reads="text",
             labels=self._labels,
             media=media,
+            wordless=TOKENS in self.may_lack,
         )
 
     @property

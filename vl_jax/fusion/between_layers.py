@@ -152,7 +152,7 @@ class Interaction(nn.Module):
                     f"{name}_at_{other}_opening", named(nn.initializers.zeros, None), (self.config.num_heads,)
                 )
                 opened[other].append(jnp.mean(jnp.abs(jnp.tanh(opening))))
-                seen = Look(self.config, name=f"{name}_at_{other}")(x, source, mask, jnp.tanh(opening))
+                seen = LookAt(self.config, name=f"{name}_at_{other}")(x, source, mask, jnp.tanh(opening))
                 total = total + seen * gates[other][:, None, None].astype(x.dtype)
             after[name] = total
         shares = {name: sum(of) / max(len(of), 1) for name, of in opened.items()}
@@ -178,7 +178,7 @@ class Interaction(nn.Module):
         return gates
 
 
-class Look(nn.Module):
+class LookAt(nn.Module):
     """Cross-attention of one trunk to another, of whatever width; a row that sees nothing gets 0."""
 
     config: BetweenLayers
@@ -220,4 +220,4 @@ def mean_weights(gates: list[dict[str, jax.Array]], present: Mapping[str, jax.Ar
     names = tuple(present)
     values = [sum(layer[name] for layer in gates) / len(gates) for name in names]
     there = jnp.stack([present[name] for name in names], axis=1)
-    return ModalityWeights(jnp.stack(values, axis=1) * there, there, names)
+    return ModalityWeights(jnp.where(there, jnp.stack(values, axis=1), 0), there, names)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vl_jax.encoders.transformer import Attention, feed_forward
-from vl_jax.fusion.layers import Entry, LayersConfig, Part
+from vl_jax.fusion.layers import AtWidth, LayersConfig, Part
 from vl_jax.fusion.streams import Stream, Streams, filled
 from vl_jax.nn.layers import LayerNorm
 
@@ -99,7 +99,7 @@ class BothWays(nn.Module):
         given = {name: streams[name] for name in c.pair if name in streams}
         sides: dict[str, Part] = {}
         for name, stream in (filled(given) or given).items():
-            sides[name] = Entry(c.layers.dim, embedding=False, name=name)(stream.tokens), stream.mask
+            sides[name] = AtWidth(c.layers.dim, embedding=False, name=name)(stream.tokens), stream.mask
         for number in range(c.layers.num_layers):
             sides = CoAttentionLayer(c.layers, name=f"layer_{number}")(sides)
         tokens, mask = (jnp.concatenate(parts, axis=1) for parts in zip(*sides.values(), strict=True))

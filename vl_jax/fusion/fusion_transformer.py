@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import flax.linen as nn
 
-from vl_jax.fusion.layers import Entry, LayersConfig, Shared, join
+from vl_jax.fusion.layers import AtWidth, LayersConfig, Shared, join
 from vl_jax.fusion.streams import Streams, filled
 
 
@@ -44,5 +44,5 @@ class TogetherFromTheStart(nn.Module):
         c = self.config
         # Of towers without room for tokens the first stands in where there is no other: it adds none.
         seen = filled(streams) or dict(list(streams.items())[:1])
-        parts = [(Entry(c.layers.dim, name=name)(s.tokens), s.mask) for name, s in seen.items()]
+        parts = [(AtWidth(c.layers.dim, name=name)(s.tokens), s.mask) for name, s in seen.items()]
         return join(streams, c.name, *Shared(c.layers, name="shared")(parts))

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from vl_jax.encoders.transformer import feed_forward
-from vl_jax.fusion.layers import EMBEDDING_STD, Entry, LayersConfig
+from vl_jax.fusion.layers import EMBEDDING_STD, AtWidth, LayersConfig
 from vl_jax.fusion.streams import Stream, Streams, filled, here, pool
 from vl_jax.nn.layers import LayerNorm, fan_in, named
 
@@ -107,7 +107,7 @@ class GraphOfModalities(nn.Module):
     def __call__(self, streams: Streams) -> Streams:
         c = self.config
         seen = filled(streams) or dict(list(streams.items())[:1])
-        nodes = [Entry(c.layers.dim, name=name)(pool(stream)[:, None]) for name, stream in seen.items()]
+        nodes = [AtWidth(c.layers.dim, name=name)(pool(stream)[:, None]) for name, stream in seen.items()]
         x = jnp.concatenate(nodes, axis=1)
         present = jnp.stack([here(stream) for stream in seen.values()], axis=1)
         for number in range(c.layers.num_layers):

@@ -40,7 +40,7 @@ class LayersConfig:
 Part = tuple[Float[Array, "B _ D"], Bool[Array, "B _"]]  # tokens of a modality, and which are there
 
 
-class Entry(nn.Module):
+class AtWidth(nn.Module):
     """Tokens of one tower at the width of the fusion, with an embedding that tells whose they are."""
 
     dim: int

@@ -3,8 +3,9 @@
     stream --pool--> norm --> vector [B D] --.
                          `--> score  [B] ----+-- softmax over the modalities that are there --> weighted sum
 
-Without dropout of whole modalities the weights go to whichever is easiest to learn from. So training may hide
-some of a row's modalities at random; one is always left.
+A score has a hidden layer, since how noisy a vector is cannot be read off it by a sum. Without dropout of
+whole modalities the weights go to whichever is easiest to learn from. So training may hide some of a row's
+modalities at random; one is always left.
 """
 
 from __future__ import annotations
@@ -100,7 +101,8 @@ class WeightedSum(nn.Module):
         for name, stream in seen.items():
             x = LayerNorm(name=f"{name}_norm")(pool(stream))
             vectors.append(Linear(c.dim, ("embed", None), True, name=f"{name}_vector")(x))
-            scores.append(Linear(1, ("embed", None), True, hidden=False, name=f"{name}_score")(x))
+            hidden = nn.silu(Linear(c.dim, ("embed", None), True, name=f"{name}_hidden")(x))
+            scores.append(Linear(1, ("embed", None), True, hidden=False, name=f"{name}_score")(hidden))
         present = jnp.stack([here(stream) for stream in seen.values()], axis=1)
         if c.dropout and self.has_rng(DROPOUT):
             content = next(iter(seen.values())).content

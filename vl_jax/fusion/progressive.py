@@ -14,7 +14,7 @@ from typing import ClassVar
 
 import flax.linen as nn
 
-from vl_jax.fusion.layers import Entry, Layers, LayersConfig, Shared, join
+from vl_jax.fusion.layers import AtWidth, Layers, LayersConfig, Shared, join
 from vl_jax.fusion.streams import Streams, filled
 
 
@@ -52,6 +52,6 @@ class FirstApart(nn.Module):
         own = dataclasses.replace(c.layers, num_layers=c.shallow)
         seen, parts = filled(streams) or dict(list(streams.items())[:1]), []
         for name, stream in seen.items():
-            x = Entry(c.layers.dim, name=name)(stream.tokens)
+            x = AtWidth(c.layers.dim, name=name)(stream.tokens)
             parts.append((Layers(own, name=f"{name}_layers")(x, stream.mask), stream.mask))
         return join(streams, c.name, *Shared(c.layers, name="shared")(parts))

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from vl_jax.encoders.transformer import Attention, feed_forward
-from vl_jax.fusion.layers import EMBEDDING_STD, Entry, LayersConfig, Shared, join
+from vl_jax.fusion.layers import EMBEDDING_STD, AtWidth, LayersConfig, Shared, join
 from vl_jax.fusion.streams import Streams, filled
 from vl_jax.nn.layers import LayerNorm, named
 from vl_jax.sharding import constrain
@@ -87,7 +87,7 @@ class SpaceThenTime(nn.Module):
     def __call__(self, streams: Streams) -> Streams:
         c, parts = self.config, []
         for name, stream in (filled(streams) or dict(list(streams.items())[:1])).items():
-            x = Entry(c.layers.dim, name=name)(stream.tokens)
+            x = AtWidth(c.layers.dim, name=name)(stream.tokens)
             parts.append(self._frames(x, stream.mask) if name == c.clip else (x, stream.mask))
         shared = dataclasses.replace(c.layers, num_layers=c.shared)
         return join(streams, c.name, *Shared(shared, name="shared")(parts))
