@@ -112,7 +112,7 @@ def in_step(
         found[name] = towers[name](through)
 
     begin(list(towers))
-    return found
+    return {name: found[name] for name in towers}
 
 
 class Interactions(nn.Module):
