@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from test_absent import DEPTH, ROWS, TEXT, batch_of
 from test_joint import IMAGE, TRUNK
@@ -16,7 +17,7 @@ from test_joint import IMAGE, TRUNK
 from vl_jax import params as params_lib
 from vl_jax import sharding
 from vl_jax.batch import TILES, TOKENS, Batch, without_absent
-from vl_jax.fusion.between_layers import BetweenLayers
+from vl_jax.fusion.between_layers import BetweenLayers, Interactions
 from vl_jax.fusion.build import Apart
 from vl_jax.heads.classification import Classification
 from vl_jax.heads.pairs import Pairs
@@ -120,6 +121,52 @@ def test_gates_follow_the_words_and_are_told_by_modality():
     lacking = _output(CONFIG, params_of(CONFIG), batch_of(lacking=("depth",), rows=[2]))[1]
     np.testing.assert_array_equal(np.asarray(lacking.present)[:, 2], np.arange(ROWS) != 2)
     assert not np.asarray(_output(CONFIG, params_of(CONFIG, closed=True), batch_of())[1].values).any()
+
+
+@pytest.mark.slow
+def test_flow_counts_more_where_the_words_speak_of_motion():
+    """The class is in the picture or in the flow: the words say in which. The looks begin closed."""
+    module, rows, width = Interactions(BetweenLayers(num_heads=2, head_dim=8)), 256, 8
+    random = np.random.default_rng(0)
+    asked, means = (jnp.asarray(random.standard_normal((2, width)), jnp.float32) for _ in range(2))
+
+    def draw(key: jax.Array) -> tuple[dict[str, Any], jax.Array, jax.Array]:
+        keys, here = jax.random.split(key, 4), jnp.ones((rows, 1), bool)
+        motion = jax.random.bernoulli(keys[0], shape=(rows,)).astype(jnp.int32)
+        classes = jax.random.bernoulli(keys[1], shape=(2, rows)).astype(jnp.int32)
+        tokens = means[classes] + 0.2 * jax.random.normal(keys[2], (2, rows, width))
+        text = asked[motion] + 0.2 * jax.random.normal(keys[3], (rows, width))
+        trunks = {"text": text, "image": tokens[0], "flow": tokens[1]}
+        label = jnp.where(motion == 1, classes[1], classes[0])
+        return {name: (x[:, None], here) for name, x in trunks.items()}, label, motion
+
+    def loss(params: Any, key: jax.Array) -> jax.Array:
+        trunks, label, _ = draw(key)
+        after, _ = module.apply({"params": params["fusion"]}, 0, trunks)
+        logits = after["text"][:, 0] @ params["head"]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, label).mean()
+
+    @jax.jit
+    def learned(key: jax.Array) -> Any:
+        trunks, _, motion = draw(jax.random.fold_in(key, 1))
+        fusion = sharding.nn.meta.unbox(module.init(key, 0, trunks)["params"])
+        params, optimizer = {"fusion": fusion, "head": jnp.zeros((width, 2))}, optax.adam(1e-2)
+
+        def step(carry: Any, key: jax.Array) -> tuple[Any, jax.Array]:
+            params, state = carry
+            value, grads = jax.value_and_grad(loss)(params, key)
+            updates, state = optimizer.update(grads, state)
+            return (optax.apply_updates(params, updates), state), value
+
+        with jax.numpy_dtype_promotion("standard"):
+            carry = params, optimizer.init(params)
+            (params, _), losses = jax.lax.scan(step, carry, jax.random.split(key, 600))
+        return module.apply({"params": params["fusion"]}, 0, trunks)[1], motion, losses
+
+    gates, motion, losses = jax.device_get(learned(jax.random.key(0)))
+    assert losses[-50:].mean() < 0.5 * losses[:50].mean()
+    of_motion, of_colour = ({n: g[motion == m].mean() for n, g in gates.items()} for m in (1, 0))
+    assert of_motion["flow"] > 1.2 * of_colour["flow"] and of_colour["image"] > 1.2 * of_motion["image"]
 
 
 @pytest.mark.slow
