@@ -27,7 +27,7 @@ from PIL import Image as PilImage
 from vl_jax import ask, sharding
 from vl_jax.api.calls import load_run
 from vl_jax.api.run import Run
-from vl_jax.batch import Batch
+from vl_jax.batch import TILES, TOKENS, Batch
 from vl_jax.data.images.audio import SoundImage
 from vl_jax.data.images.tiling import shown
 from vl_jax.data.sample import TEXT, FileImage, Sample, Turn, image_size
@@ -36,7 +36,7 @@ from vl_jax.experiment import model_spec
 from vl_jax.fusion.build import Apart
 from vl_jax.generation.decode import Writer
 from vl_jax.heads.pairs import PairVectors
-from vl_jax.joint import TILES, TOKENS, Joint
+from vl_jax.joint import Joint
 from vl_jax.moe.stacks import RoutingState
 from vl_jax.runtime import errors, start
 from vl_jax.runtime.errors import UserError

@@ -252,6 +252,7 @@ class ModelSpec:
     labels: tuple[RowField, ...] = ()  # what rows are to be told apart by
     media: tuple[RowField, ...] = ()  # inputs beside text and tiles
     targets: tuple[Targets, ...] = ("all", "answers", "text")  # what its rows may predict
+    wordless: bool = False  # a sample of which nothing is written has no token, not even that of the end
 
     def __post_init__(self):
         if self.reads == "text" and self.fusion == "prefix":

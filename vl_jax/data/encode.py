@@ -109,7 +109,7 @@ class Encoder:
             lengths, most = self._image_lengths(pictures), self.max_tokens
             sample = bounded(sample, self.tokenizer, most)
             if self.spec.reads == "text":
-                return encode_written(sample, self.tokenizer, max_tokens=most)
+                return encode_written(sample, self.tokenizer, max_tokens=most, wordless=self.spec.wordless)
             return chat.encode_dialogue(
                 sample, self.tokenizer, image_lengths=lengths, turns=turns, targets=targets, max_tokens=most
             )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -213,6 +214,11 @@ def routing_context(
     )
 
 
+# What the blocks of an encoder go through where something acts between them: from the tokens that enter the
+# first, and a function that runs the block of a number on some tokens, to those that leave the last.
+Through = Callable[[jax.Array, Callable[[int, jax.Array], jax.Array]], jax.Array]
+
+
 def run_blocks(
     x: Float[Array, "B T D"],
     mask: Bool[Array, "B #T T"] | None,
@@ -223,6 +229,7 @@ def run_blocks(
     routing_state: State | None = None,
     states: tuple[int, ...] = (),
     remat: bool = False,
+    through: Through | None = None,
     owner: nn.Module,
 ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B T D"], ...], MoEOutput | None]:
     """Runs the blocks, whose parameters belong to ``owner``, the module which calls this.
@@ -234,11 +241,14 @@ def run_blocks(
       states: hidden states to return too: 0 is the input, i the output of block i, negative ones count
         from the last.
       remat: keep only the inputs of blocks for the backward pass.
+      through: acts between the blocks, which have no experts then; hidden states are those before it acts.
 
     Returns:
       The output of the last block, the hidden states, and what the sparse blocks returned, stacked.
     """
     numbers = [i % (config.num_layers + 1) for i in states]
+    if through is not None:
+        return _one_by_one(x, mask, config, through=through, numbers=numbers, remat=remat, owner=owner)
     hidden, routed, first_sparse = {0: x}, [], 0
     for run in config.runs:
         stack = nn.scan(
@@ -260,3 +270,28 @@ def run_blocks(
             hidden |= {layer + 1: kept[i] for i, layer in enumerate(run.layers) if layer + 1 in numbers}
     together = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *routed) if routed else None
     return x, tuple(hidden[i] for i in numbers), together
+
+
+def _one_by_one(
+    x: jax.Array,
+    mask: jax.Array | None,
+    config: BlockConfig,
+    *,
+    through: Through,
+    numbers: list[int],
+    remat: bool,
+    owner: nn.Module,
+) -> tuple[jax.Array, tuple[jax.Array, ...], None]:
+    """The blocks without a scan, each when it is asked for; their parameters exist already."""
+    hidden = {0: x}
+    (run,) = config.runs
+
+    def block(number: int, x: jax.Array) -> jax.Array:
+        layer = packed.layer_of(Block, owner, run.name, remat=remat)(config, parent=None)
+        params = jax.tree.map(lambda leaf: leaf[number], owner.variables["params"][run.name])
+        x, _ = layer.apply({"params": params}, x, {}, mask, None)  # pyright: ignore[reportAssignmentType]
+        hidden[number + 1] = x
+        return x
+
+    x = through(x, block)
+    return x, tuple(hidden[i] for i in numbers), None

@@ -31,7 +31,9 @@ class HeadConfig(Protocol):
     ``probabilities(prediction of a row) -> {class: share}`` too. One whose streams have to fit
     one another has ``check_widths(widths of the pooled vectors by stream)``, which raises ``ValueError``. One
     whose labels are of the size of the tiles has ``check_tile(pixels on the side of a tile)``, which does the
-    same. One that can show what it says has ``draw(picture of the tile, what decode gave) -> picture``.
+    same. One that can show what it says has ``draw(picture of the tile, what decode gave) -> picture``. One
+    that can do with streams without tokens has ``reads_empty = True``: then a batch in which no row has what
+    a tower reads is computed without the tower.
     """
 
     @property

@@ -6,6 +6,7 @@ Stream --pool--> norm --> logits [B K] --> cross-entropy against the class of th
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -31,6 +32,8 @@ class Classification:
     field: str = "label"  # name in ``Sample.labels``
     domain: str = ""  # samples of other domains have no label of it; empty: those of all have one
     label_smoothing: float = 0.0  # share of the target that is spread over all classes
+
+    reads_empty: ClassVar[bool] = True
 
     def __post_init__(self):
         if len(self.classes) < 2 or len(set(self.classes)) < len(self.classes):

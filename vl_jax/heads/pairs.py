@@ -13,6 +13,7 @@ import dataclasses
 import math
 import zlib
 from collections.abc import Mapping
+from typing import ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -40,6 +41,8 @@ class Pairs:
     initial_scale: float = math.log(1 / 0.07)  # logarithm of the factor; CLIP's 0.07, SigLIP begins at log 10
     bias: bool = False  # learns a bias of all pairs, as the sigmoid loss needs
     initial_bias: float = -10.0
+
+    reads_empty: ClassVar[bool] = True
 
     def __post_init__(self):
         if self.dim is not None and self.dim < 1:
@@ -119,4 +122,5 @@ class PairsHead(nn.Module):
         if self.config.dim is not None:
             x = Linear(self.config.dim, ("embed", None), name=name)(x)
         x = x.astype(jnp.float32)
-        return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-6)
+        # The vector of a row that has nothing is 0, where the gradient of its length would be no number.
+        return x / jnp.sqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-12))

@@ -22,7 +22,7 @@ from jax.typing import ArrayLike
 from vl_jax import params as params_lib
 from vl_jax.batch import Batch
 from vl_jax.compress import quantize
-from vl_jax.fusion import budget
+from vl_jax.fusion import budget, weights
 from vl_jax.moe import stacks
 from vl_jax.moe.routing import scheme_of
 from vl_jax.moe.stacks import RoutingState, Stacks
@@ -161,6 +161,7 @@ def _streams(model: Any, seed: ArrayLike, step: Leaf) -> dict[str, jax.Array] | 
         names.append("routing")
     if getattr(model.config, "budget", None) is not None:
         names.append(budget.LEARNING)
+    names += getattr(model.config, "draws", ())
     return {name: jax.random.fold_in(jax.random.key(seed), step) for name in names} or None
 
 
@@ -268,7 +269,9 @@ def make_train_step(
         metrics[GRADIENT_NORMS] = gradient_norms(grads, stacked)
         parts: Stacks = model.config.stacks  # pyright: ignore[reportAttributeAccessIssue]
         load = stacks.update_load(state.load, sums.stats)
-        metrics |= stacks.summarize(sums.stats, load, parts) | budget.summarize(sums.gates)
+        metrics |= stacks.summarize(sums.stats, load, parts)
+        metrics |= budget.summarize(sums.gates.get("budget", {}))
+        metrics |= weights.summarize(sums.gates.get("weights", {}))
         routing = stacks.update_state(state.routing, sums.stats, parts)
         routing = experts.kept_state(routing, state.routing, chosen, parts)
         routing |= {name: state.routing[name] for name in routing if parts[name].runs[0][0] in held}
