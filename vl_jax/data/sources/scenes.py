@@ -19,11 +19,12 @@ import functools
 import math
 import random
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from PIL import Image as PilImage
 from PIL import ImageDraw, ImageFont
 
+from vl_jax.data.images.phrases import Phrase, Phrases
 from vl_jax.data.picture import Orientation
 from vl_jax.data.sample import IMAGE_PLACEHOLDER, TEXT, Sample
 from vl_jax.data.sources.glyphs import GLYPHS, draw_glyph
@@ -37,6 +38,7 @@ from vl_jax.data.sources.scene_text import (
     caption,
     exchanged,
     make_turns,
+    phrases,
     relation_caption,
 )
 
@@ -153,6 +155,7 @@ class SceneTextsConfig:
     questions: bool = False  # or instead of them one sentence that says what is where, without a question
     relations: bool = False  # the sentence says which side of the other thing one of two things is on
     negatives: bool = False  # with sentences of scenes where two things have exchanged colour, shape or place
+    phrases: bool = False  # the label ``phrases`` says which words of the sentence name what
 
     def __post_init__(self):
         if not self.name:
@@ -163,10 +166,10 @@ class SceneTextsConfig:
                 f"relations of source {self.name!r}: scenes.min_objects and scenes.max_objects are {limits}, "
                 "must be 2 each"
             )
-        if self.questions and (self.relations or self.negatives):
+        if self.questions and (self.relations or self.negatives or self.phrases):
             raise ValueError(
-                f"questions of source {self.name!r}: must be False with relations or negatives, which are of "
-                "sentences"
+                f"questions of source {self.name!r}: must be False with relations, negatives or phrases, "
+                "which are of sentences"
             )
 
     def open(self, root: str, *, orientation: Orientation = "shown") -> SceneTexts:
@@ -205,7 +208,12 @@ class SceneTexts:
         turn = dataclasses.replace(turn, question=f"{IMAGE_PLACEHOLDER}\n", answer=text, kind=TEXT)
         wrong = [say(other, language) for other in exchanged(image.scene)] if self._config.negatives else []
         negatives = tuple(dict.fromkeys(other for other in wrong if other != text))
-        return dataclasses.replace(sample, turns=(turn,), labels={"image": sample.id}, negatives=negatives)
+        labels: dict[str, Any] = {"image": sample.id}
+        if self._config.phrases:
+            size = image.scene.image_size
+            found = phrases(image.scene, language, text, in_order=not self._config.relations)
+            labels["phrases"] = Phrases(tuple(Phrase(*one) for one in found), (size, size))
+        return dataclasses.replace(sample, turns=(turn,), labels=labels, negatives=negatives)
 
 
 @dataclass(frozen=True)
