@@ -156,6 +156,7 @@ class SceneTextsConfig:
     relations: bool = False  # the sentence says which side of the other thing one of two things is on
     negatives: bool = False  # with sentences of scenes where two things have exchanged colour, shape or place
     phrases: bool = False  # the label ``phrases`` says which words of the sentence name what
+    mixed_up: float = 0.0  # share of the scenes whose sentence is that of another scene
 
     def __post_init__(self):
         if not self.name:
@@ -166,6 +167,13 @@ class SceneTextsConfig:
                 f"relations of source {self.name!r}: scenes.min_objects and scenes.max_objects are {limits}, "
                 "must be 2 each"
             )
+        if not 0 <= self.mixed_up <= 1:
+            raise ValueError(f"mixed_up={self.mixed_up} of source {self.name!r}: must lie in 0..1")
+        if self.mixed_up and (self.questions or self.negatives or self.phrases or not self.pictures):
+            raise ValueError(
+                f"mixed_up={self.mixed_up} of source {self.name!r}: must be 0 without pictures, and with "
+                "questions, negatives or phrases"
+            )
         if self.questions and (self.relations or self.negatives or self.phrases):
             raise ValueError(
                 f"questions of source {self.name!r}: must be False with relations, negatives or phrases, "
@@ -175,6 +183,9 @@ class SceneTextsConfig:
     def open(self, root: str, *, orientation: Orientation = "shown") -> SceneTexts:
         """The source; it reads no file, and its pictures have one orientation."""
         return SceneTexts(self)
+
+
+MIXED_UP = "mixed_up"  # a label of scenes that have another's sentence
 
 
 class SceneTexts:
@@ -196,6 +207,10 @@ class SceneTexts:
         sample = self._scenes[index]
         if not self._config.questions:
             sample = self._told(sample)
+        rng = random.Random(f"mixed up/{sample.id}")
+        if self._config.mixed_up and rng.random() < self._config.mixed_up:
+            other = self._told(self._scenes[(index + rng.randrange(1, len(self))) % len(self)])
+            sample = dataclasses.replace(sample, turns=other.turns, labels={**sample.labels, MIXED_UP: True})
         return sample if self._config.pictures else sample.without_images()
 
     def _told(self, sample: Sample) -> Sample:

@@ -106,7 +106,8 @@ def fuse(
       metrics: of the step, its losses among them.
       key: a random key of the step.
     """
-    names = tuple(grads)
+    names = groups_lib.group_names(objective)
+    grads = {name: grads[name] for name in names}  # loops of the compiler put them in another order
     group_of = groups_lib.groups_of(objective)
     losses = {name: metrics[name] for name in group_of}
     by_group = groups_lib.by_group(losses, jnp.zeros(()), objective)
