@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from vl_jax import schema
@@ -11,6 +13,7 @@ from vl_jax.data.sample import BadSample
 from vl_jax.data.sources.build import BestPairsConfig, open_source
 from vl_jax.data.sources.filters.best_pairs import BestPairs
 from vl_jax.data.sources.scenes import ScenesConfig, SceneTextsConfig
+from vl_jax.train.objectives.contrastive import ContrastivePairs, best_pairs, kept_of
 
 
 def scenes(count: int = 10, **options) -> SceneTextsConfig:
@@ -31,9 +34,7 @@ def test_the_lowest_share_is_left_out_and_counted(tmp_path):
     assert [found[i].id for i in range(len(found))] == [source[i].id for i in range(8)]
     (stray,) = found.strays
     assert (stray.reason, stray.count) == ("ill_matched", 2) and file in found.files
-    assert (
-        len(open_source(BestPairsConfig("all", scenes(), "scores.jsonl", drop=0.0), root=str(tmp_path))) == 10
-    )
+    assert len(open_source(dataclasses.replace(config, drop=0.0), root=str(tmp_path))) == 10
 
 
 def test_mixed_up_scenes_are_those_that_a_perfect_score_leaves_out(tmp_path):
@@ -88,3 +89,16 @@ def test_bad_scores_are_one_line(tmp_path, content, message):
     assert "\n" not in str(raised.value)
     with pytest.raises(ValueError, match="drop=1"):
         BestPairsConfig("best", scenes(), "scores.jsonl", drop=1.0)
+
+
+def test_the_pairs_of_a_batch_that_agree_least_count_in_no_loss():
+    nearness = jnp.asarray([0.1, 0.9, -0.5, 0.3, 0.2, 0.0])
+    there = jnp.asarray([True, True, False, True, True, True])
+    for drop, kept in ((0.0, [0, 1, 3, 4, 5]), (0.2, [0, 1, 3, 4]), (0.4, [1, 3, 4]), (0.39, [0, 1, 3, 4])):
+        found = best_pairs(nearness, there, drop)
+        assert np.flatnonzero(found).tolist() == kept
+        assert int(kept_of(jnp.sum(there), drop)) == len(kept)
+    same = best_pairs(jnp.zeros(5), jnp.ones(5, bool), 0.4)  # no more are dropped where all are alike
+    assert int(same.sum()) == 3
+    with pytest.raises(ValueError, match="drop=1"):
+        ContrastivePairs(drop=1.0)
