@@ -194,7 +194,7 @@ def test_ogm_ge_slows_modules_whatever_the_loss_and_asks_for_scores():
 
 def test_gradnorm_by_hand():
     # Norms 3 and 1, mean 2; both losses have fallen alike, so both wanted 1. Slopes: +3/2 and -1/2.
-    # Weights 1 - 0.15 and 1 + 0.05, divided by their mean 0.95.
+    # GroupWeights 1 - 0.15 and 1 + 0.05, divided by their mean 0.95.
     found = stepped(jnp.ones(2), jnp.asarray([3.0, 1.0]), jnp.asarray([0.5, 0.5]), 1.5, 0.1)
     np.testing.assert_allclose(found, np.asarray([0.85, 1.05]) / 0.95, rtol=1e-5)
 

@@ -85,7 +85,7 @@ def test_means_over_boxes_and_spans_by_hand():
         [[[0, 0, 1, 1], [0, 0, 0.5, 0.5], [0.25, 0, 1, 0.5], [0.6, 0.6, 0.7, 0.7], [0, 0, 0, 0]]]
     )
     # The third has half of cell 0 and all of cell 1; the fourth lies in cell 3; the last has no area.
-    found = box_means(grid, jnp.asarray([boxes]))
+    found = box_means(grid, boxes)
     np.testing.assert_allclose(found[0, :, 0], [1.5, 0.0, 2 / 3, 3.0, 0.0], atol=1e-5)
     tokens = jnp.asarray([[[1.0], [2.0], [4.0]]])
     found = span_means(tokens, jnp.asarray([[0.0, 1.0, 2.0]]), jnp.asarray([[2.0, 3.0, 2.0]]))

@@ -76,5 +76,5 @@ def test_later_rules_overrule_and_wrong_ones_are_refused():
         first_steps((Unfreeze("image/stem", (1, 2)),), dict.fromkeys(PATHS), LAYERS)
     with pytest.raises(ValueError, match="matches no parameter"):
         first_steps((Unfreeze("sound/.*", (1,)),), dict.fromkeys(PATHS), LAYERS)
-    with pytest.raises(ValueError, match="expected some, each >= 0"):
+    with pytest.raises(ValueError, match="expected one or more, each >= 0"):
         Unfreeze("head", ())

@@ -196,6 +196,24 @@ def weighted(losses: dict[str, jax.Array], objective: Objective) -> jax.Array:
     return functools.reduce(jnp.add, terms)
 
 
+def _one_gradient(
+    grads: Any,
+    masks: experts.Masks,
+    way: fusing.GradientFusion | None,
+    state: TrainState,
+    *,
+    objective: Objective,
+    metrics: Metrics,
+    seed: ArrayLike,
+) -> fusing.Fused:
+    """What ``gradients`` gave, cut by the masks, as one gradient."""
+    if way is None:
+        return fusing.Fused(experts.cut(grads, masks, 0.0), None, state.fusing, {})
+    grads = {name: experts.cut(of, masks, 0.0) for name, of in grads.items()}
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    return fusing.fuse(way, grads, state.fusing, objective=objective, metrics=metrics, key=key)
+
+
 def gradient_norms(grads: Any, stacked: Collection[str]) -> jax.Array:
     """The norm of each leaf, in the order of their paths, of stacked leaves one for each layer: f32[N]."""
     norms = []
@@ -268,16 +286,9 @@ def make_train_step(
             stacked=stacked,
             grouped=way is not None,
         )
-        remembered, extra = state.fusing, {}
-        if way is None:
-            grads = experts.cut(grads, masks, 0.0)
-        else:
-            grads = {name: experts.cut(of, masks, 0.0) for name, of in grads.items()}
-            key = jax.random.fold_in(jax.random.key(seed), state.step)
-            options = {"objective": objective, "metrics": metrics, "key": key}
-            fused = fusing.fuse(way, grads, state.fusing, **options)
-            grads, remembered, metrics = fused.gradient, fused.state, metrics | fused.figures
-            extra = {"plain": fused.plain} if way.at == "update" else {}
+        fused = _one_gradient(grads, masks, way, state, objective=objective, metrics=metrics, seed=seed)
+        grads, metrics = fused.gradient, metrics | fused.figures
+        extra = {"plain": fused.plain} if way is not None and way.at == "update" else {}
         trained, frozen = split_trained(state.params, state.adapters, trainable)
         with jax.numpy_dtype_promotion("standard"):  # optax multiplies counts with decay rates
             updates, optimizer_state = optimizer.update(grads, state.optimizer, trained, **extra)
@@ -294,9 +305,7 @@ def make_train_step(
         routing |= {name: state.routing[name] for name in routing if parts[name].runs[0][0] in held}
         params, adapters = join_trained(trained, frozen, trainable)
         collections = state.collections | sums.collections
-        new = TrainState(
-            state.step + 1, params, optimizer_state, routing, adapters, collections, load, remembered
-        )
-        return new, metrics
+        moved = (params, optimizer_state, routing, adapters, collections, load, fused.state)
+        return TrainState(state.step + 1, *moved), metrics
 
     return step

@@ -51,11 +51,9 @@ def linear_probe(
 WAYS: dict[str, Way] = {"nearest_mean": nearest_mean, "linear_probe": linear_probe}
 
 
-def balanced_accuracy(
-    said: Int[np.ndarray, " Q"], truth: Int[np.ndarray, " Q"], classes: int
-) -> Float[np.ndarray, ""]:
+def balanced_accuracy(said: Int[np.ndarray, " Q"], truth: Int[np.ndarray, " Q"], classes: int) -> float:
     """The mean over classes of the share that is right."""
-    return np.mean([np.mean(said[truth == label] == label) for label in range(classes)])
+    return float(np.mean([np.mean(said[truth == label] == label) for label in range(classes)]))
 
 
 def _unit(x: np.ndarray) -> np.ndarray:

@@ -95,7 +95,7 @@ class FewShot:
                 rest, examples = np.flatnonzero(~chosen), (vectors[chosen], labels[chosen])
                 for way, tell in WAYS.items():
                     said, name = tell(*examples, vectors[rest], classes), f"{way}_at_{shots}"
-                    found.setdefault(name, []).append(float(balanced_accuracy(said, labels[rest], classes)))
+                    found.setdefault(name, []).append(balanced_accuracy(said, labels[rest], classes))
                     if name == self.headline:
                         asked[rest] += 1
                         hits[rest] += said == labels[rest]

@@ -49,7 +49,7 @@ class Facts:
 
 
 @struct.dataclass
-class Weights:
+class GroupWeights:
     """What a way of fusing decides for one step."""
 
     by_module: dict[str, Leaf]  # f32[G] by top-level module
@@ -70,7 +70,7 @@ class GradientFusion(Protocol):
         """What it has to remember from step to step, for groups of these names; empty if nothing."""
         ...
 
-    def __call__(self, facts: Facts, state: dict[str, Any]) -> tuple[Weights, dict[str, Any]]:
+    def __call__(self, facts: Facts, state: dict[str, Any]) -> tuple[GroupWeights, dict[str, Any]]:
         """The weights of a step, and what it remembers after it.
 
         Raises:
@@ -84,7 +84,7 @@ class Fused:
     """One gradient from several."""
 
     gradient: Leaf  # a tree
-    plain: Leaf  # likewise: the sum without any weights
+    plain: Leaf  # likewise: the sum without any weights; None where nothing is fused
     state: dict[str, Any]  # of the way of fusing
     figures: dict[str, Leaf]
 

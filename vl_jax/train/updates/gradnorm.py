@@ -2,7 +2,7 @@
 
     w_i |g_i|  is drawn to  mean_j(w_j |g_j|) * r_i^alpha,   r_i = (L_i / L_i(0)) / mean_j(L_j / L_j(0))
 
-(Chen et al. 2018, arXiv 1711.02257, equations 1 and 2). Weights take steps down the sum of the distances
+(Chen et al. 2018, arXiv 1711.02257, equations 1 and 2). GroupWeights take steps down the sum of the distances
 between the two sides, and then are scaled to a mean of 1. Distances are divided by the mean norm here, so
 that ``rate`` does not depend on how large gradients are.
 """
@@ -15,7 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from vl_jax.train.updates.fusing import At, Facts, Weights
+from vl_jax.train.updates.fusing import At, Facts, GroupWeights
 
 _LEAST = 1e-3  # that a weight is
 
@@ -34,10 +34,10 @@ class GradNorm:
             raise ValueError(f"alpha={self.alpha} must be >= 0, rate={self.rate} > 0")
 
     def init(self, names: tuple[str, ...]) -> dict[str, Any]:
-        """Weights of 1, and no losses yet."""
+        """GroupWeights of 1, and no losses yet."""
         return {"weights": jnp.ones(len(names)), "first": jnp.zeros(len(names))}
 
-    def __call__(self, facts: Facts, state: dict[str, Any]) -> tuple[Weights, dict[str, Any]]:
+    def __call__(self, facts: Facts, state: dict[str, Any]) -> tuple[GroupWeights, dict[str, Any]]:
         """The weights after this step's own step."""
         unknown = [name for name in self.modules if name not in facts.grams]
         if unknown:
@@ -50,7 +50,7 @@ class GradNorm:
             state["weights"], jnp.sqrt(jnp.diagonal(gram)), facts.losses / first, self.alpha, self.rate
         )
         shown = {f"gradients/{name}/weight": weights[i] for i, name in enumerate(facts.names)}
-        return Weights(facts.everywhere(weights), figures=shown), {"weights": weights, "first": first}
+        return GroupWeights(facts.everywhere(weights), figures=shown), {"weights": weights, "first": first}
 
 
 def stepped(

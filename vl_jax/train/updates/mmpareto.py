@@ -16,7 +16,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from vl_jax.train.updates.fusing import At, Facts, Weights
+from vl_jax.train.updates.fusing import At, Facts, GroupWeights
 from vl_jax.train.updates.modality import own_modules
 
 
@@ -35,7 +35,7 @@ class MMPareto:
         """It remembers nothing."""
         return {}
 
-    def __call__(self, facts: Facts, state: dict[str, Any]) -> tuple[Weights, dict[str, Any]]:
+    def __call__(self, facts: Facts, state: dict[str, Any]) -> tuple[GroupWeights, dict[str, Any]]:
         """In each modality's module, a weight for its own group and one for all others."""
         weights, shown = facts.everywhere(jnp.ones(len(facts.names))), {}
         for module in own_modules(facts, type(self).__name__):
@@ -44,7 +44,7 @@ class MMPareto:
             joint, single = balanced(sides @ gram @ sides.T, self.gamma)
             weights[module] = jnp.where(own, single, joint)
             shown |= {f"gradients/{module}/weight": single, f"gradients/{module}/joint_weight": joint}
-        return Weights(weights, figures=shown), state
+        return GroupWeights(weights, figures=shown), state
 
 
 def balanced(gram: Float[Array, "2 2"], gamma: float) -> tuple[Float[Array, ""], Float[Array, ""]]:

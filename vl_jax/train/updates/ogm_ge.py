@@ -15,7 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from vl_jax.train.updates.fusing import PROBABILITY, At, Facts, Weights
+from vl_jax.train.updates.fusing import PROBABILITY, At, Facts, GroupWeights
 from vl_jax.train.updates.modality import own_modules
 
 
@@ -35,7 +35,7 @@ class OGMGE:
         """It remembers nothing."""
         return {}
 
-    def __call__(self, facts: Facts, state: dict[str, Any]) -> tuple[Weights, dict[str, Any]]:
+    def __call__(self, facts: Facts, state: dict[str, Any]) -> tuple[GroupWeights, dict[str, Any]]:
         """One factor for each encoder, whatever group a gradient comes from."""
         modules = own_modules(facts, type(self).__name__)
         missing = [name for name in modules if name not in facts.scores]
@@ -50,7 +50,7 @@ class OGMGE:
         for factor, name in zip(factors, modules, strict=True):
             weights[name], shown[f"gradients/{name}/factor"] = factor * ones, factor
         noise = dict.fromkeys(modules, jnp.float32(self.noise)) if self.noise else {}
-        return Weights(weights, noise, shown), state
+        return GroupWeights(weights, noise, shown), state
 
 
 def slowed(scores: Float[Array, " U"], alpha: float) -> Float[Array, " U"]:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from vl_jax.train.updates.fusing import At, Facts, Weights
+from vl_jax.train.updates.fusing import At, Facts, GroupWeights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,14 +28,14 @@ class PCGrad:
         """It remembers nothing."""
         return {}
 
-    def __call__(self, facts: Facts, state: dict[str, Any]) -> tuple[Weights, dict[str, Any]]:
+    def __call__(self, facts: Facts, state: dict[str, Any]) -> tuple[GroupWeights, dict[str, Any]]:
         """The weights of the sum of the projected gradients."""
         count = len(facts.names)
         keys = jax.random.split(facts.key, count)
         order = jnp.stack([jax.random.permutation(key, count) for key in keys])
         weights = jnp.sum(projected(facts.gram, order), axis=0)
         shown = {f"gradients/{name}/weight": weights[i] for i, name in enumerate(facts.names)}
-        return Weights(facts.everywhere(weights), figures=shown), state
+        return GroupWeights(facts.everywhere(weights), figures=shown), state
 
 
 def projected(gram: Float[Array, "G G"], order: Int[Array, "G G"]) -> Float[Array, "G G"]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from vl_jax.train.updates.fusing import At, Facts, Weights
+from vl_jax.train.updates.fusing import At, Facts, GroupWeights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Reweighted:
             raise ValueError(f"gradients.weights: {unknown[0]!r} is no group; there are: {', '.join(names)}")
         return {}
 
-    def __call__(self, facts: Facts, state: dict[str, Any]) -> tuple[Weights, dict[str, Any]]:
+    def __call__(self, facts: Facts, state: dict[str, Any]) -> tuple[GroupWeights, dict[str, Any]]:
         """The same weights in every module and at every step."""
         given = dict(self.weights)
         weights = jnp.asarray([given.get(name, 1.0) for name in facts.names], jnp.float32)
-        return Weights(facts.everywhere(weights)), state
+        return GroupWeights(facts.everywhere(weights)), state
