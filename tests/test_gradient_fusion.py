@@ -377,10 +377,14 @@ def test_a_group_costs_at_most_a_backward_pass():
 
 @pytest.mark.slow
 def test_weights_of_one_are_the_plain_step():
-    expected, _ = Made.of(stage()).run(3)
-    for way in (Reweighted(at="gradient"), Reweighted(at="update")):
-        found, _ = Made.of(stage(way)).run(3)
-        assert_close(found.params, expected.params, rtol=1e-5, atol=1e-5)
+    expected, logged = Made.of(stage()).run(3)
+    adam = expected.optimizer[1]
+    for way, place in ((Reweighted(at="gradient"), 1), (Reweighted(at="update"), 0)):
+        found, metrics = Made.of(stage(way)).run(3)
+        # Not the parameters: where a gradient is nothing but rounding, Adam makes it as large as any other.
+        assert_close(found.optimizer[place].mu, adam.mu, rtol=1e-4, atol=1e-6)
+        assert_close(found.optimizer[place].nu, adam.nu, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(metrics["loss"], logged["loss"], rtol=1e-5)
 
 
 @pytest.mark.slow
