@@ -2,8 +2,8 @@
 
     module(inputs, valid, routing_state) -> Encoded
 
-``inputs`` are images [B h w c], grey levels or normalised floats, texts [B T], clips [B f h w c], or inputs of
-other kinds [B ...]. ``valid`` is bool[B]; for texts, and for inputs that vary in length along their first
+``inputs`` are images [B h w c], grey levels or normalised floats, texts [B T], clips [B f h w c], or inputs
+of other kinds [B ...]. ``valid`` is bool[B]; for texts, and for inputs that vary in length along their first
 axis, it is bool[B T], the steps that are there. What is not valid takes no experts. ``routing_state`` is that
 of the sparse layers. The module returns ``Encoded``: the tokens that a language model would see, and the
 input as one vector where the encoder has one.

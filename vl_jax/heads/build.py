@@ -12,6 +12,8 @@ from vl_jax.heads.classification import Classification
 from vl_jax.heads.depth import Depth
 from vl_jax.heads.detection import Detection
 from vl_jax.heads.instances import InstanceMasks
+from vl_jax.heads.levels.regions import PhraseRegions
+from vl_jax.heads.levels.tokens import TokenPairs
 from vl_jax.heads.pairs import Pairs
 from vl_jax.heads.segmentation import Segmentation
 from vl_jax.heads.transcript import Transcript
@@ -67,6 +69,15 @@ class HeadConfig(Protocol):
 
 HEAD_NEEDS = ("name", "inputs", "shape", "dtype", "read", "build")
 AnyHead = Annotated[
-    Classification | Pairs | Detection | InstanceMasks | Segmentation | Depth | Transcript | HeadConfig,
+    Classification
+    | Pairs
+    | TokenPairs
+    | PhraseRegions
+    | Detection
+    | InstanceMasks
+    | Segmentation
+    | Depth
+    | Transcript
+    | HeadConfig,
     Open("head", HEAD_NEEDS),
 ]

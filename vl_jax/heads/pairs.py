@@ -29,6 +29,21 @@ from vl_jax.params import Leaf
 FOREIGN = int(np.iinfo(np.int32).max)  # the number of a text that fits no picture at all
 
 
+def identity_of(sample: Sample, label: str) -> np.ndarray | None:
+    """A number >= 0 that samples of one picture share, and hardly any others; None without a picture.
+
+    Args:
+      label: which they share; empty: the file of the picture.
+    """
+    if label:
+        what = sample.labels.get(label)
+    else:
+        what = (image_key(sample.images[0]) or sample.id) if sample.images else None
+    if what is None:
+        return None
+    return np.asarray(min(zlib.crc32(repr(what).encode()) >> 1, FOREIGN - 1), np.int32)
+
+
 @dataclasses.dataclass(frozen=True)
 class Pairs:
     """Vectors of pictures and of texts."""
@@ -64,14 +79,8 @@ class Pairs:
         return "int32"
 
     def read(self, sample: Sample) -> np.ndarray | None:
-        """A number >= 0 that samples of one picture share, and hardly any others; None without a picture."""
-        if self.identity:
-            what = sample.labels.get(self.identity)
-        else:
-            what = (image_key(sample.images[0]) or sample.id) if sample.images else None
-        if what is None:
-            return None
-        return np.asarray(min(zlib.crc32(repr(what).encode()) >> 1, FOREIGN - 1), np.int32)
+        """See ``identity_of``."""
+        return identity_of(sample, self.identity)
 
     def check_widths(self, widths: Mapping[str, int]) -> None:
         """Makes sure that the vectors of two streams can be compared.
