@@ -107,6 +107,11 @@ class Batch:
         return (self.visual_slot >= 0).astype(np.int32)
 
 
+def hint_of(head: str) -> str:
+    """Under which name in ``Batch.media`` an objective tells a head something beside its streams."""
+    return f"{head}/hint"
+
+
 def without_blank_pictures(batch: Batch) -> Batch:
     """The batch without room for pictures, if no row has any; else the batch itself.
 

@@ -21,7 +21,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool
 
-from vl_jax.batch import Batch, Given, blank
+from vl_jax.batch import Batch, Given, blank, hint_of
 from vl_jax.data.config import DataConfig, ModelSpec, check_packing
 from vl_jax.data.sample import BadSample, Sample
 from vl_jax.data.sources.in_domain import DOMAIN
@@ -306,7 +306,10 @@ class Joint(nn.Module):
             if found is not None:
                 routed[tower.name] = found
         streams = self.fusion({tower.name: streams[tower.name] for tower in self.config.towers})
-        predictions = {head.name: getattr(self, head.name)(streams) for head in self.config.heads}
+        predictions = {
+            head.name: getattr(self, head.name)(streams, *_told(batch, head.name))
+            for head in self.config.heads
+        }
         gates = next((s.gates for s in streams.values() if s.gates is not None), None)
         gates = None if gates is None else dataclasses.replace(gates, tower=read)
         return JointOutput(streams, predictions, routed, gates)
@@ -373,6 +376,12 @@ def _given(batch: Batch, tower: Tower) -> tuple[jax.Array, Bool[Array, "B ..."]]
         return batch.tiles, used_tiles(batch.visual_index, tiles=tiles, tile_tokens=tower.encoder.grid**2)
     given = batch.media[tower.input]
     return given.values, given.present
+
+
+def _told(batch: Batch, head: str) -> tuple[Any, ...]:
+    """What the objective tells a head, if it does."""
+    hint = batch.media.get(hint_of(head))
+    return () if hint is None else (hint.values,)
 
 
 def _nothing_seen(encoder: Any, rows: int, dtype: Any) -> Stream:

@@ -161,6 +161,7 @@ def _streams(model: Any, seed: ArrayLike, step: Leaf) -> dict[str, jax.Array] | 
         names.append("routing")
     if getattr(model.config, "budget", None) is not None:
         names.append(budget.LEARNING)
+    names += {head.rng for head in getattr(model.config, "heads", ()) if hasattr(head, "rng")}
     return {name: jax.random.fold_in(jax.random.key(seed), step) for name in names} or None
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from vl_jax.batch import Batch
 from vl_jax.schema import Open
 from vl_jax.train.objectives.contrastive import ContrastivePairs
+from vl_jax.train.objectives.denoising import Denoising
 from vl_jax.train.objectives.heads import Heads
 from vl_jax.train.objectives.next_token import NextToken
 from vl_jax.train.objectives.objective import Objective, Sums
@@ -25,9 +26,9 @@ class Part:
     """One of the objectives."""
 
     name: str  # goes before the names of its losses and metrics: "captions/loss"
-    objective: Annotated[NextToken | Heads | ContrastivePairs | Objective, Open("objective", NEEDS)] = (
-        NextToken()
-    )
+    objective: Annotated[
+        NextToken | Heads | Denoising | ContrastivePairs | Objective, Open("objective", NEEDS)
+    ] = NextToken()
     weight: float = 1.0  # how much it counts
 
     def __post_init__(self):
@@ -92,5 +93,5 @@ class Together:
 
 
 AnyObjective = Annotated[
-    NextToken | Heads | ContrastivePairs | Together | Objective, Open("objective", NEEDS)
+    NextToken | Heads | Denoising | ContrastivePairs | Together | Objective, Open("objective", NEEDS)
 ]
