@@ -103,7 +103,7 @@ def get_config(network: str = "unet"):
 
 def unet():
     """Three levels."""
-    return _experiment(UNetConfig(dims=(64, 96, 128)))
+    return _experiment(UNetConfig())
 
 
 def dit():
@@ -136,7 +136,7 @@ def _experiment(network):
         data=DataConfig(
             root="../shared/data/twemoji_bilingual",
             sources=tuple(GroupsConfig(name, (name,)) for name in GROUPS),
-            evaluation=(GroupsConfig("new", tuple(GROUPS), held_out=True, count=24),),
+            evaluation=(GroupsConfig("new", tuple(GROUPS), held_out=True, count=16),),
             max_tokens=16,
             tiling=TilingConfig(tile_size=SIZE, views="global"),
             loading=LoadingConfig(cache_mb=64),
@@ -144,16 +144,16 @@ def _experiment(network):
         stages=(
             Stage(
                 "classify",
-                steps=150,
-                batch_size=64,
+                steps=100,
+                batch_size=32,
                 trainable=("image/.*", "label/.*"),
                 objective=Heads(),
                 optimizer=rate,
             ),
             Stage(
                 "draw",
-                steps=2000,
-                batch_size=64,
+                steps=800,
+                batch_size=32,
                 trainable=("text/.*", "picture/.*"),
                 objective=Denoising(),
                 optimizer=rate,

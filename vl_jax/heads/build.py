@@ -32,13 +32,13 @@ class HeadConfig(Protocol):
     ``probabilities(prediction of a row) -> {class: share}`` too. One whose streams have to fit
     one another has ``check_widths(widths of the pooled vectors by stream)``, which raises ``ValueError``. One
     whose labels are of the size of the tiles has ``check_tile(pixels on the side of a tile)``, which does the
-    same. One that can show what it says has ``draw(picture of the tile, what decode gave) -> picture``. One that
-    makes a file has ``made(what decode gave) -> content``, and ``shown(prediction of a row) -> picture`` if a
-    tower can see what it makes (see ``Creations``).
+    same. One that can show what it says has ``draw(picture of the tile, what decode gave) -> picture``. One
+    that makes a file has ``made(what decode gave) -> content``, and ``shown(prediction of a row) -> picture``
+    if a tower can see what it makes (see ``Creations``).
 
     One that makes what it says out of noise names its random stream as ``rng`` and has
-    ``noised(label, key) -> hint``. ``Denoising`` puts the hint into the batch (see ``batch.hint_of``), and the
-    module is called with it as a second argument; what it returns then goes to ``sums``.
+    ``noised(label, key) -> hint``. ``Denoising`` puts the hint into the batch (see ``batch.hint_of``), and
+    the module is called with it as a second argument; what it returns then goes to ``sums``.
     """
 
     @property

@@ -95,7 +95,7 @@ class PictureFlow:
         return noisy(to_data(pictures), content_of(pictures), key, dropout=self.dropout)
 
     def sums(
-        self, prediction: VelocityGuess, label: Given
+        self, prediction: VelocityGuess | Float[Array, "B s s c"], label: Given
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """The mean square error of the velocity in each row, summed over the rows that have a picture.
 
