@@ -105,8 +105,8 @@ def made(run: Run, said: Mapping[str, Any]) -> bytes:
     able = [name for name in said if hasattr(heads.get(name), "made")]
     if len(able) != 1:
         raise UserError(
-            f"expected one head that makes a file, found {', '.join(able) or 'none'} among {', '.join(said)}; "
-            "name one, with --head"
+            f"expected one head that makes a file, found {', '.join(able) or 'none'} among "
+            f"{', '.join(said)}; name one, with --head"
         )
     return heads[able[0]].made(said[able[0]])
 

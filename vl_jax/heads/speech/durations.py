@@ -35,7 +35,7 @@ def looks(shares: Float[Array, "B T"], mask: Bool[Array, "B T"], frames: int) ->
     """How much each of so many frames takes of each token; 1 in all, 0 where a row has no token."""
     middle = jnp.cumsum(shares, axis=1) - shares / 2
     width = jnp.maximum(shares / 2, _NARROWEST)
-    place = (jnp.arange(frames) + 0.5) / frames
+    place = (jnp.arange(frames, dtype=jnp.float32) + 0.5) / frames
     off = (place[None, :, None] - middle[:, None]) / width[:, None]
     low = jnp.finfo(jnp.float32).min
     weights = jax.nn.softmax(jnp.where(mask[:, None], -0.5 * off * off, low), axis=-1)
@@ -49,9 +49,9 @@ def stretched(said: Float[Array, "B S D"], lengths: Float[Array, " B"], frames: 
       lengths: frames of each row's sound; later frames repeat the last one.
     """
     steps = said.shape[1]
-    at = (jnp.arange(frames) + 0.5) / jnp.maximum(lengths, 1.0)[:, None] * steps - 0.5
+    at = (jnp.arange(frames, dtype=jnp.float32) + 0.5) / jnp.maximum(lengths, 1.0)[:, None] * steps - 0.5
     at = jnp.clip(at, 0, steps - 1)
     before = jnp.minimum(jnp.floor(at).astype(jnp.int32), max(steps - 2, 0))
-    after, part = jnp.minimum(before + 1, steps - 1), (at - before)[..., None]
+    after, part = jnp.minimum(before + 1, steps - 1), (at - before.astype(at.dtype))[..., None]
     low, high = (jnp.take_along_axis(said, i[..., None], axis=1) for i in (before, after))
     return (1 - part) * low + part * high

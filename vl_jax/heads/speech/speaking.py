@@ -131,7 +131,8 @@ class Speaking:
     def sound(self, prediction: Spoken) -> Float[np.ndarray, " n"]:
         """The samples of one row, at the rate of ``audio``."""
         frames = int(np.clip(np.rint(np.exp(prediction.log_frames)), 1, self.max_frames))
-        levels = np.asarray(stretched(prediction.levels[None], np.float32([frames]), frames))[0]
+        levels = jnp.asarray(prediction.levels)[None]
+        levels = np.asarray(stretched(levels, jnp.float32([frames]), frames))[0]
         decibels = (1 - np.clip(levels, 0, 1)) * self.audio.floor_db
         return speak(decibels, self.audio, rounds=self.rounds)
 
@@ -178,7 +179,7 @@ class SpeakingHead(nn.Module):
             scores = Linear(1, ("embed", None), hidden=False, name="durations")(tokens)[..., 0]
             shares = learnt_shares(scores, stream.mask)
         x = jnp.einsum("BFT,BTD->BFD", looks(shares, stream.mask, groups), tokens)
-        place = time_features((jnp.arange(groups) + 0.5) / groups, c.dim)
+        place = time_features((jnp.arange(groups, dtype=jnp.float32) + 0.5) / groups, c.dim)
         x = Linear(c.dim, ("embed", None), name="token")(x) + place
         x = x + Linear(c.dim, ("embed", None), use_bias=True, name="whole")(whole)[:, None]
         for layer in range(c.num_layers):
