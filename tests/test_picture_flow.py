@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from vl_jax.batch import Given
+from vl_jax.data.config import DataConfig
+from vl_jax.data.images.tiling import TilingConfig
 from vl_jax.data.sample import Sample
+from vl_jax.encoders.resnet import ResNetConfig
+from vl_jax.encoders.text import TextEncoderConfig
 from vl_jax.evaluate.metrics.copies import nearest_distances
+from vl_jax.evaluate.task import Examinee
+from vl_jax.evaluate.tasks.creations import Creations
 from vl_jax.fusion.streams import Stream
 from vl_jax.heads import pixels
+from vl_jax.heads.classification import Classification
 from vl_jax.heads.image import flow
 from vl_jax.heads.image.dit import DiTConfig
 from vl_jax.heads.image.picture_flow import PictureFlow
 from vl_jax.heads.image.unet import UNetConfig, to_cells, to_pixels
+from vl_jax.joint import JointConfig, Tower
 
 ROWS, SIZE, DIM = 4, 8, 6
 NETWORKS = {
@@ -204,3 +214,49 @@ def test_nearest_distances_by_hand():
     np.testing.assert_allclose(nearest_distances(pictures, known), [0, np.sqrt(1 / 3)])
     with pytest.raises(ValueError, match="no known pictures"):
         nearest_distances(pictures, known[:0])
+
+
+def test_what_is_made_is_judged_and_compared_with_what_was_learnt(monkeypatch):
+    image = ResNetConfig(stem_dim=8, stage_dims=(8,), stage_blocks=(1,), block="basic", image_size=SIZE)
+    text = TextEncoderConfig(vocab_size=2048, max_length=8, embed_dim=8, mlp_dim=8, num_layers=1, num_heads=1)
+    config = JointConfig(
+        (Tower("text", text, "tokens"), Tower("image", image)),
+        (PictureFlow(size=SIZE), Classification(("dark", "light"))),
+    )
+    real = np.uint8([0, 0, 255, 255])[:, None, None, None] * np.ones((ROWS, SIZE, SIZE, 3), np.uint8)
+    drawn = np.float32([-1, 0.9, 0.9, 1.0])[:, None, None, None] * np.ones((ROWS, SIZE, SIZE, 3), np.float32)
+    there = np.array([True, True, True, True])
+    batch = dataclasses.replace(
+        config.smallest_batch(ROWS),
+        tiles=real[:, None],
+        labels={"picture": Given(real, there), "label": Given(np.int32([0, 0, 1, 1]), there)},
+    )
+    records = [
+        {"id": str(row), "question": "x", "image": Image.fromarray(picture)}
+        for row, picture in enumerate(real)
+    ]
+    examinee = object.__new__(Examinee)  # one without parameters
+    data = DataConfig(max_tokens=8, tiling=TilingConfig(tile_size=SIZE, views="global"))
+    layout = SimpleNamespace(model=SimpleNamespace(config=config))
+    vars(examinee).update(layout=layout, data=data, spec=config.spec(), source="new")
+    monkeypatch.setattr(Examinee, "samples", lambda self: [(records, batch)])
+    monkeypatch.setattr(Creations, "_make", lambda self, examinee, batch, seed: drawn)
+    monkeypatch.setattr(
+        Creations,
+        "_judge",
+        lambda self, examinee, batch: (batch.tiles[:, 0].mean((1, 2, 3)) > 127).astype(int),
+    )
+    monkeypatch.setattr(Creations, "_known", lambda self, examinee: real[:1])
+    run, told = Creations().run(examinee), []
+    while True:
+        try:
+            told.append(next(run))
+        except StopIteration as end:
+            findings = end.value
+            break
+    assert [record["correct"] for record in told] == [True, False, True, True]
+    assert told[1]["prediction"] == "light" and told[1]["image"].getpixel((0, 0)) == (242, 242, 242)
+    scores = findings.scores
+    assert scores["balanced_accuracy"] == scores["accuracy"] == 0.75 and scores["real_accuracy"] == 1
+    assert scores["copy_rate"] == 0.25 and scores["real_copy_rate"] == 0.5 and scores["count"] == 4
+    np.testing.assert_allclose(scores["nearest_distance"], (0 + 2 * 242 / 255 + 1) / 4, rtol=1e-6)

@@ -71,7 +71,8 @@ class Creations:
                     continue
                 truth = int(label.values[row])
                 made.update(pictures[row], truth, int(judged[row]))
-                real.update(record["image"].resize(pictures[row].size), truth, int(judged_real[row]))
+                own = record["image"].resize(pictures[row].size, PilImage.Resampling.BOX)
+                real.update(own, truth, int(judged_real[row]))
                 yield {
                     "id": record["id"],
                     "question": record["question"],
