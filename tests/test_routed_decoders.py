@@ -16,7 +16,6 @@ from vl_jax import cli, schema, sharding
 from vl_jax import params as params_lib
 from vl_jax.batch import Batch, Given
 from vl_jax.checkpoint import CHECKPOINTS, Checkpointer
-from vl_jax.config import MeshConfig
 from vl_jax.data.config import DataConfig
 from vl_jax.data.files.sound_files import read_header
 from vl_jax.data.images.audio import AudioConfig
@@ -30,6 +29,7 @@ from vl_jax.heads.image.unet import UNetConfig
 from vl_jax.heads.speech.speaking import Speaking
 from vl_jax.joint import JointConfig, Tower
 from vl_jax.layout import init_variables, plan_layout, put_batch
+from vl_jax.sharding import MeshConfig
 from vl_jax.train import saved
 from vl_jax.train.objectives.denoising import Denoising
 from vl_jax.train.objectives.heads import Heads
