@@ -42,10 +42,11 @@ SPEAKERS = ("george", "jackson", "lucas", "nicolas", "theo")
 
 @dataclasses.dataclass(frozen=True)
 class DigitsConfig:
-    """Recordings of spoken digits, with the word and, in every second sample, the speaker as their text."""
+    """Recordings of spoken digits, each with the word as its text, and with the word and its speaker."""
 
     name: str
     file: str
+    once: bool = False  # one sample of every text
 
     def open(self, root, *, orientation="shown"):
         """The samples."""
@@ -58,25 +59,32 @@ class Digits:
     def __init__(self, source, root):
         self.root, self.files = root, [root / source.file]
         records = json.loads(self.files[0].read_text(encoding="utf-8"))
-        longest = AUDIO.max_seconds * AUDIO.sample_rate
-        self.records = [r for r in records if r["speaker"] in SPEAKERS and r["samples"] <= longest]
+        longest = SPOKEN.max_seconds * SPOKEN.sample_rate
+        records = [r for r in records if r["speaker"] in SPEAKERS and r["samples"] <= longest]
+        self.samples = [(text, r) for r in records for text in texts_of(r)]
+        if source.once:
+            self.samples = list({text: (text, r) for text, r in self.samples}.values())
 
     def __len__(self):
-        return 2 * len(self.records)
+        return len(self.samples)
 
     def __getitem__(self, index):
-        record = self.records[index // 2]
+        text, record = self.samples[index]
         where = f"sample {record['id']} ({self.files[0]})"
         picture = sound_in(self.root, record["audio"], where, AUDIO)
-        word = WORDS[record["label"]]
-        text = f"{word}, {record['speaker']}" if index % 2 else word
         return Sample(
-            f"{record['id']} {index % 2}",
+            f"{record['id']} {text}",
             (Turn("<image>\n", text, kind=TEXT),),
             (picture,),
-            labels={"label": word},
+            labels={"label": WORDS[record["label"]]},
             media={"sound": functools.partial(samples_of, picture.path, where)},
         )
+
+
+def texts_of(record):
+    """What may be asked for to hear a recording like this."""
+    word = WORDS[record["label"]]
+    return word, f"{word}, {record['speaker']}"
 
 
 def samples_of(path, where):
@@ -111,7 +119,7 @@ def get_config():
         data=DataConfig(
             root="../shared/data/fsdd_digits",
             sources=(DigitsConfig("train", "train.json"),),
-            evaluation=(DigitsConfig("val", "val.json"),),
+            evaluation=(DigitsConfig("val", "val.json", once=True),),
             max_tokens=16,
             augmentation=AugmentationConfig(brightness=0.3, contrast=0.2, crop=0.25),
             tiling=TilingConfig(tile_size=SIZE, views="global", padding_colour=(0, 0, 0)),
