@@ -114,6 +114,11 @@ class Batch:
         return (self.visual_slot >= 0).astype(np.int32)
 
 
+def hint_of(head: str) -> str:
+    """Under which name in ``Batch.media`` an objective tells a head something beside its streams."""
+    return f"{head}/hint"
+
+
 def without_absent(batch: Batch, inputs: Collection[str]) -> Batch:
     """The batch without room for those of some inputs that no row has; else the batch itself.
 

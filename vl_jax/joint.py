@@ -21,7 +21,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, UInt32
 
-from vl_jax.batch import TILES, TOKENS, Batch, Given, blank
+from vl_jax.batch import TILES, TOKENS, Batch, Given, blank, hint_of
 from vl_jax.data.config import DataConfig, ModelSpec, check_packing
 from vl_jax.data.media.inputs import MediaInput
 from vl_jax.data.sources.in_domain import DOMAIN
@@ -121,8 +121,9 @@ class JointConfig:
 
     @property
     def draws(self) -> tuple[str, ...]:
-        """The random streams that the fusion needs in training."""
-        return getattr(self.fusion, "draws", ())
+        """The random streams that fusion and heads need in training."""
+        heads = (head.rng for head in self.heads if hasattr(head, "rng"))  # pyright: ignore[reportAttributeAccessIssue]
+        return *getattr(self.fusion, "draws", ()), *dict.fromkeys(heads)
 
     @property
     def left_out(self) -> Tower | None:
@@ -297,14 +298,17 @@ class Joint(nn.Module):
             streams, routed, read = self._see_in_step(batch), {}, jnp.float32(batch.tokens.shape[0])
         else:
             streams, routed, read = self._see_apart(batch, routing_state)
-        if any(map(self.has_rng, self.config.draws)):
+        if any(map(self.has_rng, getattr(self.config.fusion, "draws", ()))):
             content = _content(batch, self.config.towers)
             streams = {n: dataclasses.replace(s, content=content) for n, s in streams.items()}
         if not between:
             streams = self.fusion(streams)
         elif self.is_initializing():
             self.fusion.touch({tower.name: tower.encoder for tower in self.config.towers})
-        predictions = {head.name: getattr(self, head.name)(streams) for head in self.config.heads}
+        predictions = {
+            head.name: getattr(self, head.name)(streams, *_told(batch, head.name))
+            for head in self.config.heads
+        }
         gates = next((s.gates for s in streams.values() if s.gates is not None), None)
         gates = None if gates is None else dataclasses.replace(gates, tower=read)
         weights = next((s.weights for s in streams.values() if s.weights is not None), None)
@@ -471,6 +475,12 @@ def _content(batch: Batch, towers: Sequence[Tower]) -> UInt32[Array, " B"]:
             values = jnp.where(valid, values + 1, 0) if tower.input == TOKENS else values
             total = total + content_of(values)
     return total
+
+
+def _told(batch: Batch, head: str) -> tuple[Any, ...]:
+    """What the objective tells a head, if it does."""
+    hint = batch.media.get(hint_of(head))
+    return () if hint is None else (hint.values,)
 
 
 def _nothing_seen(encoder: Any, rows: int, dtype: Any) -> Stream:

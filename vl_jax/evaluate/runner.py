@@ -18,6 +18,7 @@ from vl_jax.data.config import DataConfig, ModelSpec
 from vl_jax.evaluate.exams.exam import Exam
 from vl_jax.evaluate.task import Examinee, Extent, Findings, Record, Scores, Task
 from vl_jax.evaluate.tasks.answers import Answers
+from vl_jax.evaluate.tasks.creations import Creations
 from vl_jax.evaluate.tasks.few_shot import FewShot
 from vl_jax.evaluate.tasks.found_boxes import FoundBoxes
 from vl_jax.evaluate.tasks.found_masks import FoundMasks
@@ -48,6 +49,7 @@ class EvaluationConfig(Extent):
         | FoundMasks
         | PixelClasses
         | PixelDepths
+        | Creations
         | Retrieval
         | Transcripts
         | HeldOutLoss

@@ -11,11 +11,13 @@ from vl_jax.data.sample import Sample
 from vl_jax.heads.classification import Classification
 from vl_jax.heads.depth import Depth
 from vl_jax.heads.detection import Detection
+from vl_jax.heads.image.picture_flow import PictureFlow
 from vl_jax.heads.instances import InstanceMasks
 from vl_jax.heads.levels.regions import PhraseRegions
 from vl_jax.heads.levels.tokens import TokenPairs
 from vl_jax.heads.pairs import Pairs
 from vl_jax.heads.segmentation import Segmentation
+from vl_jax.heads.speech.speaking import Speaking
 from vl_jax.heads.transcript import Transcript
 from vl_jax.schema import Open
 
@@ -35,7 +37,12 @@ class HeadConfig(Protocol):
     whose labels are of the size of the tiles has ``check_tile(pixels on the side of a tile)``, which does the
     same. One that can show what it says has ``draw(picture of the tile, what decode gave) -> picture``. One
     that can do with streams without tokens has ``reads_empty = True``: then a batch in which no row has what
-    a tower reads is computed without the tower.
+    a tower reads is computed without the tower. One that makes a file has ``made(what decode gave) -> content``, and ``shown(prediction of a row) -> picture``
+    if a tower can see what it makes (see ``Creations``).
+
+    One that makes what it says out of noise names its random stream as ``rng`` and has
+    ``noised(label, key) -> hint``. ``Denoising`` puts the hint into the batch (see ``batch.hint_of``), and
+    the module is called with it as a second argument; what it returns then goes to ``sums``.
     """
 
     @property
@@ -78,6 +85,8 @@ AnyHead = Annotated[
     | Segmentation
     | Depth
     | Transcript
+    | PictureFlow
+    | Speaking
     | HeadConfig,
     Open("head", HEAD_NEEDS),
 ]

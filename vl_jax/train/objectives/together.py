@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from vl_jax.batch import Batch
 from vl_jax.schema import Open
 from vl_jax.train.objectives.contrastive import ContrastivePairs
+from vl_jax.train.objectives.denoising import Denoising
 from vl_jax.train.objectives.heads import Heads
 from vl_jax.train.objectives.hierarchical import Hierarchical
 from vl_jax.train.objectives.next_token import NextToken
@@ -27,7 +28,7 @@ class Part:
 
     name: str  # goes before the names of its losses and metrics: "captions/loss"
     objective: Annotated[
-        NextToken | Heads | ContrastivePairs | Hierarchical | Objective, Open("objective", NEEDS)
+        NextToken | Heads | Denoising | ContrastivePairs | Hierarchical | Objective, Open("objective", NEEDS)
     ] = NextToken()
     weight: float = 1.0  # how much it counts
 
@@ -104,5 +105,6 @@ class Together:
 
 
 AnyObjective = Annotated[
-    NextToken | Heads | ContrastivePairs | Hierarchical | Together | Objective, Open("objective", NEEDS)
+    NextToken | Heads | Denoising | ContrastivePairs | Hierarchical | Together | Objective,
+    Open("objective", NEEDS),
 ]
