@@ -2,11 +2,14 @@
 
     python -m vl_jax train --config=experiments/detection.py:deeppcb --workdir=runs/deeppcb
     python -m vl_jax train --config=experiments/detection.py:deeppcb,images=50 --workdir=runs/deeppcb_50
+    python -m vl_jax train --config=experiments/detection.py:boards --workdir=runs/boards
+    python -m vl_jax train --config=detection:deeppcb --workdir=runs/begun --config.init=runs/boards
 
 Choices: ``deeppcb`` (six kinds of defect of circuit boards; the picture is the board, its template and how
 far they differ; ``images=N`` trains on N boards, spread over all, ``template=no`` on the board alone),
-``bccd_cells`` (three kinds of cell under the microscope) and ``raccoon``. DeepPCB's authors report a mean
-average precision of 98.6 at an overlap of 0.33, trained on 1,000 boards at 640 pixels.
+``boards`` (drawn boards with the same defects, for ``deeppcb`` to begin with), ``bccd_cells`` (three kinds of
+cell under the microscope) and ``raccoon``. DeepPCB's authors report a mean average precision of 98.6 at an
+overlap of 0.33, trained on 1,000 boards at 640 pixels.
 """
 
 import dataclasses
@@ -17,6 +20,7 @@ from vl_jax.data.config import DataConfig, LoadingConfig
 from vl_jax.data.images.augment import AugmentationConfig
 from vl_jax.data.images.tiling import TilingConfig
 from vl_jax.data.sources.placed import PlacedConfig
+from vl_jax.data.sources.synthesis.boards import SyntheticBoardsConfig
 from vl_jax.encoders.resnet import ResNetConfig
 from vl_jax.evaluate.runner import EvaluationConfig
 from vl_jax.evaluate.tasks.found_boxes import FoundBoxes
@@ -63,7 +67,7 @@ class Thinned:
 
 def get_config(choice: str = "deeppcb"):
     """The experiment of that name, with its options behind commas."""
-    return config.view(config.choose(choice, deeppcb, bccd_cells, raccoon))
+    return config.view(config.choose(choice, deeppcb, boards, bccd_cells, raccoon))
 
 
 def deeppcb(images: int = 0, template: str = "yes"):
@@ -79,6 +83,23 @@ def deeppcb(images: int = 0, template: str = "yes"):
         source = dataclasses.replace(SOURCE, pair="last")
     augmentation = AugmentationConfig(crop=0.3, flip_rate=0.5, **look)
     return _experiment("deeppcb", DEFECTS, source, augmentation, task, images=images, steps=2500)
+
+
+def boards(template: str = "yes"):
+    """Drawn boards with the defects of ``deeppcb``; what is learned of them is measured on its boards."""
+    real = deeppcb(template=template)
+    # Wires, boxes and defects of a board are about as those of DeepPCB at this size.
+    drawn = SyntheticBoardsConfig(
+        "train",
+        image_size=320,
+        pitch=(10, 30),
+        min_defects=3,
+        max_defects=12,
+        template="difference" if template == "yes" else "none",
+        shift=2,
+        questions=False,
+    )
+    return dataclasses.replace(real, name="boards", data=dataclasses.replace(real.data, sources=(drawn,)))
 
 
 def bccd_cells():

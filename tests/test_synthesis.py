@@ -105,6 +105,24 @@ def test_boards_differ_from_their_templates_in_the_defects_only(seed, size):
         assert ((tested[mask] == 0) == gains).all()
 
 
+@settings(max_examples=8, deadline=None)
+@given(SEEDS, st.integers(0, 3))
+def test_a_board_may_come_as_its_difference_from_a_template_some_pixels_off(seed, shift):
+    config = SyntheticBoardsConfig("b", seed=seed, image_size=80, pitch=(10, 16), camera=STILL, shift=shift)
+    pair = SyntheticBoards(config)[0]
+    joined = SyntheticBoards(dataclasses.replace(config, template="difference", questions=False))[0]
+    assert joined.labels["boxes"] == pair.labels["boxes"]
+    assert [(turn.question, turn.kind) for turn in joined.turns] == [("<image>\n", "text")]
+    tested, whole = (np.asarray(image())[..., 0].astype(int) for image in pair.images)
+    (picture,) = (np.asarray(image()) for image in joined.images)
+    np.testing.assert_array_equal(picture, np.stack([tested, whole, abs(tested - whole)], -1))
+    straight = np.asarray(SyntheticBoards(dataclasses.replace(config, shift=0))[0].images[1]())[..., 0]
+    inner, places = 80 - 2 * shift, range(2 * shift + 1)
+    moved = [straight[y : y + inner, x : x + inner] for y in places for x in places]
+    seen = whole[shift : shift + inner, shift : shift + inner]
+    assert any((seen == part).all() for part in moved)
+
+
 @pytest.mark.slow
 def test_every_kind_of_defect_is_drawn():
     for kind in DEFECTS:

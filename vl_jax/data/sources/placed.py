@@ -12,16 +12,16 @@ Depth is a picture of whole numbers, ``depth_levels`` to a metre, 0 where nothin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from PIL import Image as PilImage
-from PIL import ImageChops
 
 from vl_jax.data.files.shards import check_fields, file_and_folder
+from vl_jax.data.images.difference import Difference
 from vl_jax.data.images.frames import DeclaredFrame, declared_frame, frames_of
 from vl_jax.data.images.outlines import Outline, outline
 from vl_jax.data.images.spatial import Boxes, Instances, PixelMap, whole
@@ -150,7 +150,7 @@ class PlacedSource:
         if len(images) != 2:
             message = f"{where}: pair='difference' needs two pictures, {self._config.image} names one"
             raise BadSample("bad_image_field", message)
-        return Difference(images[1], images[0])
+        return Difference(images[1], images[0], where)
 
     def _boxes(
         self, record: Mapping[str, Any], image: FileImage | Difference, where: str
@@ -305,44 +305,3 @@ class _Everywhere:
 
     def __call__(self) -> np.ndarray:
         return np.full(self.size[::-1], self.value, np.uint8)
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Two pictures of one thing as one: channels are the first, the second and how far they differ."""
-
-    first: FileImage
-    second: FileImage
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """See ``image_key``."""
-        return ("difference", self.first.key, self.second.key)
-
-    def size(self) -> tuple[int, int]:
-        """That of the first; raises as it does."""
-        return self.first.size()
-
-    def __call__(self) -> PilImage.Image:
-        """Reads both.
-
-        Raises:
-          BadSample: one cannot be read, or they differ in size.
-        """
-        first, second = (image().convert("L") for image in (self.first, self.second))
-        if first.size != second.size:
-            message = f"{self.first.where}: pictures of {first.size} and {second.size} have no difference"
-            raise BadSample("wrong_size", message)
-        return PilImage.merge("RGB", (first, second, ImageChops.difference(first, second)))
-
-    def changed(
-        self, picture: PilImage.Image, change: Callable[[PilImage.Image], PilImage.Image]
-    ) -> PilImage.Image:
-        """See ``LayeredImage``: both pictures change alike, and how far they differ is seen after that."""
-        (width, height), (first, second, _) = picture.size, picture.split()
-        both = PilImage.new("L", (width, 2 * height))  # as one: contrast is that to a common mean
-        both.paste(first, (0, 0))
-        both.paste(second, (0, height))
-        both = change(both)
-        first, second = (both.crop((0, top, width, top + height)) for top in (0, height))
-        return PilImage.merge("RGB", (first, second, ImageChops.difference(first, second)))

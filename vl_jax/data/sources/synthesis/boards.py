@@ -18,9 +18,10 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 from PIL import Image as PilImage
 
+from vl_jax.data.images.difference import Difference
 from vl_jax.data.images.spatial import Boxes, Instances, PixelMap
 from vl_jax.data.picture import Orientation
-from vl_jax.data.sample import IMAGE_PLACEHOLDER, Box, Sample, Turn
+from vl_jax.data.sample import IMAGE_PLACEHOLDER, TEXT, Box, Image, Sample, Turn
 from vl_jax.data.sources.synthesis.camera import CameraConfig, choose_shot, photograph
 from vl_jax.data.sources.synthesis.wiring import Board, Defect, make_board, make_defects
 
@@ -44,14 +45,19 @@ class SyntheticBoardsConfig:
     max_defects: int = 5
     kinds: tuple[DefectKind, ...] = DEFECTS
     margin: float = 0.3  # around a defect in its box, in pitches: DeepPCB's boxes have one
-    template: Literal["first", "second", "none"] = "second"  # where the board without defects comes
+    # Where the board without defects comes. "difference": in one picture with the board under test, whose
+    # channels are this board, the one without defects and how far they differ.
+    template: Literal["first", "second", "none", "difference"] = "second"
+    shift: int = 0  # the most pixels, each way, by which the two boards do not lie on one another
+    questions: bool = True  # without them, augmentation may crop boards and mirror them
     binary: bool = True  # whether pictures become black and white, as those of DeepPCB
     camera: CameraConfig = CameraConfig(lighting=0.0, blur=1.0, noise=24.0, compression=0.0)
 
     def __post_init__(self):
         if not self.name:
             raise ValueError("name='' of a source: must not be empty")
-        for field, limit in {"num_examples": 1, "first": 0, "image_size": 48, "min_defects": 0}.items():
+        least = {"num_examples": 1, "first": 0, "image_size": 48, "min_defects": 0, "shift": 0}
+        for field, limit in least.items():
             if getattr(self, field) < limit:
                 raise ValueError(
                     f"{field}={getattr(self, field)} of source {self.name!r}: must be at least {limit}"
@@ -99,10 +105,17 @@ class SyntheticBoards:
         pair = BoardPair(config, number)
         boxes, size = pair.boxes, (config.image_size, config.image_size)
         tested, whole = BoardImage(pair, whole=False), BoardImage(pair, whole=True)
-        images = {"first": (whole, tested), "second": (tested, whole), "none": (tested,)}[config.template]
+        name = f"synthetic-board-{config.seed}-{number}"
+        images: tuple[Image, ...] = {
+            "first": (whole, tested),
+            "second": (tested, whole),
+            "none": (tested,),
+            "difference": (Difference(tested, whole, f"sample {name}"),),
+        }[config.template]
+        lead = f"{IMAGE_PLACEHOLDER}\n" * len(images)
         return Sample(
-            id=f"synthetic-board-{config.seed}-{number}",
-            turns=_ask(boxes, len(images)),
+            id=name,
+            turns=_ask(boxes, lead) if config.questions else (Turn(lead, "", kind=TEXT),),
             images=images,
             labels={
                 "boxes": Boxes(boxes, size),
@@ -168,7 +181,10 @@ class BoardImage:
         """The RGB picture: copper is dark, as it is in DeepPCB."""
         config = self.pair.config
         rng = random.Random(f"picture {self.whole}/{config.seed}/{self.pair.number}")
-        light = np.where(self.pair.copper(whole=self.whole), np.float32(20), np.float32(235))
+        copper = self.pair.copper(whole=self.whole)
+        if self.whole and config.shift:
+            copper = _shifted(copper, config.shift, rng)
+        light = np.where(copper, np.float32(20), np.float32(235))
         pixels = photograph(np.repeat(light[..., None], 3, -1), choose_shot(config.camera, rng), rng)
         if config.binary:
             pixels = np.repeat(np.where(pixels[..., 1:2] < 128, np.uint8(0), np.uint8(255)), 3, -1)
@@ -179,12 +195,18 @@ class BoardImage:
         return self.pair.config.image_size, self.pair.config.image_size
 
 
-def _ask(boxes: tuple[Box, ...], num_images: int) -> tuple[Turn, ...]:
+def _shifted(copper: Bool[np.ndarray, "h w"], most: int, rng: random.Random) -> Bool[np.ndarray, "h w"]:
+    """The board a few pixels off; what comes in at a side is as the side is."""
+    height, width = copper.shape
+    down, right = (rng.randint(0, 2 * most) for _ in range(2))
+    return np.pad(copper, most, "edge")[down : down + height, right : right + width]
+
+
+def _ask(boxes: tuple[Box, ...], lead: str) -> tuple[Turn, ...]:
     """Which kinds there are, and how many defects."""
     kinds = [kind for kind in DEFECTS if any(box.label == kind for box in boxes)]
-    lead = f"{IMAGE_PLACEHOLDER}\n" * num_images
     return (
-        Turn(f"{lead}which defects does the board have?", ", ".join(kinds) or "none", "shape", "en", boxes),
+        Turn(f"{lead}which defects does the board have?", ", ".join(kinds) or "none", "defect", "en", boxes),
         Turn("how many defects are there?", str(len(boxes)), "count", "en", boxes),
         Turn("电路板上有几处缺陷？", str(len(boxes)), "count", "zh", boxes),
     )
