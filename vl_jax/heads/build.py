@@ -37,8 +37,8 @@ class HeadConfig(Protocol):
     whose labels are of the size of the tiles has ``check_tile(pixels on the side of a tile)``, which does the
     same. One that can show what it says has ``draw(picture of the tile, what decode gave) -> picture``. One
     that can do with streams without tokens has ``reads_empty = True``: then a batch in which no row has what
-    a tower reads is computed without the tower. One that makes a file has ``made(what decode gave) -> content``, and ``shown(prediction of a row) -> picture``
-    if a tower can see what it makes (see ``Creations``).
+    a tower reads is computed without the tower. One that makes a file has ``made(what decode gave) ->
+    content``, and ``shown(prediction of a row) -> picture`` if a tower can see it (see ``Creations``).
 
     One that makes what it says out of noise names its random stream as ``rng`` and has
     ``noised(label, key) -> hint``. ``Denoising`` puts the hint into the batch (see ``batch.hint_of``), and
