@@ -140,7 +140,7 @@ def test_exact_bytes_are_those_of_a_state_that_exists(quickstart):
 
 
 def _found(**changes):
-    memory = rehearsal.Memory(2 * GIB, 4 * GIB, 0, GIB, 3 * GIB, 16 * GIB)
+    memory = rehearsal.DeviceMemory(2 * GIB, 4 * GIB, 0, GIB, 3 * GIB, 16 * GIB)
     estimate = rehearsal.StepBound(1e12, 0.01, 0.02, 0.005, 0.02, 0.25)
     mesh = {"data": 2, "fsdp": 4}
     base = rehearsal.Rehearsal("sft", "v5e:2x4", 1, 8, mesh, 16, memory, [], None, estimate, 3.0)

@@ -38,7 +38,7 @@ _NEEDS = re.compile(r"[Uu]sed ([\d.]+)([GMK]) of ([\d.]+)([GMK])")
 
 
 @dataclasses.dataclass(frozen=True)
-class Memory:
+class DeviceMemory:
     """Bytes on one device. What is exact follows from shapes and shardings; the rest the compiler says."""
 
     parameters: int  # exact
@@ -92,7 +92,7 @@ class Rehearsal:
     devices: int
     mesh: Mapping[str, int]
     rows: int
-    memory: Memory
+    memory: DeviceMemory
     findings: Sequence[Remark]
     collectives: Sequence[Collective] | None  # None: the program was not compiled, or cannot be shown
     estimate: StepBound
@@ -192,10 +192,10 @@ def on_device(tree: Any) -> int:
     )
 
 
-def _exact(program: Program, batch: Any, where: Slice) -> Memory:
+def _exact(program: Program, batch: Any, where: Slice) -> DeviceMemory:
     state = program.abstract_state
     parameters, optimizer = on_device(state.params), on_device(state.optimizer)
-    return Memory(
+    return DeviceMemory(
         parameters=parameters,
         optimizer=optimizer,
         others=on_device(state) - parameters - optimizer,
