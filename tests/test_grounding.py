@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vl_jax import cli
-from vl_jax.commands import drawing
 from vl_jax.data.sample import Box
 from vl_jax.data.text import grounding
 from vl_jax.data.text.grounding import Grounding, Region, draw, parse, to_grid, to_pixels, write, write_boxes
 from vl_jax.data.text.tokenizer import GROUNDING, SPECIAL, load_tokenizer
+from vl_jax.report import drawing
 
 labels = st.text(max_size=12).filter(lambda s: not any(mark in s for mark in SPECIAL))
 intervals = st.tuples(st.integers(0, 999), st.integers(0, 999)).map(sorted)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from vl_jax import losses
+from vl_jax import losses, sharding
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -85,3 +87,37 @@ def test_the_loss_of_the_head_is_that_of_its_logits(monkeypatch, dtype, chunk):
             lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), wide[0], result
         )
     assert all(g.dtype == dtype for g in results[0][1])
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"data": 8},
+        {"data": 2, "fsdp": 4},
+        {"data": 2, "fsdp": 2, "tensor": 2},
+        {"data": 1, "expert": 2, "fsdp": 2, "tensor": 2},
+        {"data": 1, "tensor": 8},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("rows", [8, 6])  # 6 do not divide: then every device has all of them
+@pytest.mark.slow
+def test_the_loss_of_the_head_is_the_same_over_devices(monkeypatch, sizes, rows):
+    monkeypatch.setattr(losses, "CHUNK_LOGITS", 1)
+    monkeypatch.setattr(losses, "CHUNK_ROWS", 4)
+    random = np.random.default_rng(0)
+    hidden = random.standard_normal((rows, 7, 8), np.float32)
+    kernel = random.standard_normal((8, 24), np.float32)
+    targets = jnp.asarray(random.integers(0, 24, (rows, 7), np.int32))
+    weights = jnp.asarray(random.random((rows, 7), np.float32))
+
+    def loss(hidden, kernel):
+        return losses.head_cross_entropy(hidden, kernel, targets, weights)
+
+    both = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+    alone = jax.jit(both)(hidden, kernel)
+    with sharding.use_mesh(sharding.make_mesh(sharding.MeshConfig(**sizes))):
+        spread, forward = jax.jit(lambda *a: (both(*a), loss(*a)))(hidden, kernel)
+    compare = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+    jax.tree.map(compare, alone, spread)
+    jax.tree.map(compare, alone[0], forward)

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from PIL import Image as PilImage
 from PIL import ImageOps
 
-from vl_jax.commands import drawing
 from vl_jax.data.config import DataConfig, ModelSpec
 from vl_jax.data.encode import make_encoder
 from vl_jax.data.images.frames import declared_frame
@@ -39,6 +38,7 @@ from vl_jax.data.sources.build import (
 )
 from vl_jax.data.text import grounding
 from vl_jax.data.tools import examination
+from vl_jax.report import drawing
 
 SHOWN = (60, 100)  # width, height
 BOX = (6, 10, 24, 30)  # of a red rectangle on the picture as it is shown

@@ -17,7 +17,7 @@ from test_packed import CONFIG, SPEC
 
 from vl_jax import params as params_lib
 from vl_jax import sharding
-from vl_jax.batch import Batch, without_pictures
+from vl_jax.batch import TILES, Batch, without_pictures
 from vl_jax.data.stream.packed import PackedIterator
 from vl_jax.data.stream.pipeline import TrainIterator
 from vl_jax.fusion.budget import BudgetConfig
@@ -111,12 +111,12 @@ class Mixed:
     skipped: dict[str, int] = {}  # noqa: RUF012
 
     def __init__(self, said: tuple[bool, ...], *, told: bool = True):
-        self._said, self._told, self._at, self.pictures = said, told, 0, True
+        self._said, self._told, self._at, self.absent = said, told, 0, frozenset()
 
     def __next__(self) -> Batch:
         has = self._said[self._at % len(self._said)]
         self._at += 1
-        self.pictures = has or not self._told
+        self.absent = frozenset() if has or not self._told else frozenset({TILES})
         return text(self._at, tiles=int(has))
 
     def get_state(self) -> dict[str, Any]:
@@ -193,8 +193,8 @@ def test_runs_in_lockstep_read_text_alone_where_none_has_a_picture(tmp_path, mon
 
 
 def test_a_model_that_cannot_read_text_alone_keeps_its_one_program():
-    assert model_of("token").reads_text_alone and tiny.config().reads_text_alone
-    assert not tiny.of_text(tiny.config()).reads_text_alone
+    assert model_of("token").may_lack == tiny.config().may_lack == {TILES}
+    assert not tiny.of_text(tiny.config()).may_lack
     assert BudgetConfig().tower is None
 
 
@@ -207,7 +207,7 @@ def test_every_host_knows_of_the_pictures_of_all_rows():
     for _ in range(12):
         batch, parts = next(whole), [next(host) for host in hosts]
         has = bool(batch.visual_segment_ids.any())
-        assert [stream.pictures for stream in (whole, *hosts)] == [has] * 3
+        assert [TILES not in stream.absent for stream in (whole, *hosts)] == [has] * 3
         told.append((has, *(bool(part.visual_segment_ids.any()) for part in parts)))
     # Some batches have pictures in rows of one host alone, so what a host itself holds does not tell.
     assert {one[1:] for one in told if one[0]} & {(True, False), (False, True)}
@@ -221,7 +221,7 @@ def test_a_stream_says_whether_its_batch_has_pictures():
     told = []
     for _ in range(12):
         batch = next(stream)
-        told.append(stream.pictures)
-        assert stream.pictures == bool(batch.visual_segment_ids.any())
+        told.append(TILES not in stream.absent)
+        assert told[-1] == bool(batch.visual_segment_ids.any())
     stream.close()
     assert {True, False} == set(told)

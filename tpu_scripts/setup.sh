@@ -1,17 +1,19 @@
 #!/usr/bin/env bash
-# Copies this checkout, uncommitted changes included, to every host of the slice and installs it there.
+# Copies this checkout, uncommitted changes included, to every host of the slices and installs it there.
 # With BUCKET, every host also mounts that bucket at ~/runs, so that all of them see one work folder.
 set -euo pipefail
-USAGE="usage: PROJECT=.. ZONE=.. TPU_NAME=.. [BUCKET=name] setup.sh [--dry-run]"
-source "$(dirname "${BASH_SOURCE[0]}")/dry_run.sh"
+USAGE="usage: PROJECT=.. ZONE=.. TPU_NAME=.. [NUM_SLICES=1] [BUCKET=name] setup.sh [--dry-run]"
+# shellcheck source=common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 require PROJECT ZONE TPU_NAME
+slices
 
-root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 archive="${TMPDIR:-/tmp}/vl_jax_source.tgz"
 excluded=(--exclude=.git --exclude=.venv --exclude=__pycache__ --exclude=./runs --exclude=./build)
-run tar -C "$root" "${excluded[@]}" -czf "$archive" .
-run gcloud compute tpus tpu-vm scp "$archive" "$TPU_NAME:vl_jax_source.tgz" \
-  --project="$PROJECT" --zone="$ZONE" --worker=all
+run tar -C "$(dirname "$HERE")" "${excluded[@]}" -czf "$archive" .
+for slice in "${SLICES[@]}"; do
+  run gcloud compute tpus tpu-vm scp "$archive" "$slice:vl_jax_source.tgz" "${PLACE[@]}" --worker=all
+done
 
 # The hosts' own Python may be older than the package needs; uv brings one.
 on_workers all 'set -e

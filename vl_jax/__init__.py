@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vl_jax.api.calls import evaluate, load_experiment, load_run, train
     from vl_jax.api.heads import add_head, export_head, read_head, remove_head
+    from vl_jax.api.listen import listen
     from vl_jax.api.predict import predict
     from vl_jax.api.run import Run
     from vl_jax.fusion.gate import CrossModalGate
@@ -28,6 +29,7 @@ _PUBLIC = {
     "add_head": "vl_jax.api.heads",
     "export_head": "vl_jax.api.heads",
     "from_pretrained": "vl_jax.interop.pretrained",
+    "listen": "vl_jax.api.listen",
     "load_experiment": "vl_jax.api.calls",
     "load_run": "vl_jax.api.calls",
     "predict": "vl_jax.api.predict",
@@ -45,6 +47,7 @@ __all__ = [
     "evaluate",
     "export_head",
     "from_pretrained",
+    "listen",
     "load_experiment",
     "load_run",
     "predict",

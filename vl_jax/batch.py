@@ -23,6 +23,7 @@ device does two gathers with static shapes whatever the images look like.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 
 import numpy as np
 from flax import struct
@@ -32,6 +33,11 @@ from vl_jax.params import Leaf
 # Modality ids of tokens in the language model; routing statistics are split by them.
 TEXT, VISION = 0, 1
 MODALITIES = ("text", "vision")
+
+# The inputs that every batch has fields for, and the axes of what is there for each. Media have names of
+# their own.
+TILES, TOKENS = "tiles", "tokens"
+_AXES = {TILES: {"M", "S"}, TOKENS: {"T", "Q"}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +75,7 @@ class Given:
 
     values: Leaf  # [B ...], zeros where a row has none
     present: Leaf  # bool[B]
+    steps: Leaf = None  # i32[B] of an input that varies in length: how many steps of ``values`` are there
 
 
 @struct.dataclass
@@ -107,25 +114,53 @@ class Batch:
         return (self.visual_slot >= 0).astype(np.int32)
 
 
-def without_blank_pictures(batch: Batch) -> Batch:
-    """The batch without room for pictures, if no row has any; else the batch itself.
+def hint_of(head: str) -> str:
+    """Under which name in ``Batch.media`` an objective tells a head something beside its streams."""
+    return f"{head}/hint"
 
-    Its shapes are others then, so a compiled function has a second program for it, in which no part that
-    looks at pictures stands. That is decided on the host: where other processes hold rows of the batch, or a
-    trace does, nothing is known of them, and the batch stays as it is.
+
+def without_absent(batch: Batch, inputs: Collection[str]) -> Batch:
+    """The batch without room for those of some inputs that no row has; else the batch itself.
+
+    Its shapes are others then, so a compiled function has a further program for it, in which no part that
+    looks at such an input stands. That is decided on the host: where other processes hold rows of the batch,
+    or a trace does, nothing is known of them, and the batch stays as it is.
     """
-    used = batch.visual_segment_ids
-    if not isinstance(used, np.ndarray) and not getattr(used, "is_fully_addressable", False):
+    known = (batch.segment_ids, batch.visual_index, *(given.present for given in batch.media.values()))
+    if not all(isinstance(x, np.ndarray) or getattr(x, "is_fully_addressable", False) for x in known):
         return batch
-    return batch if np.asarray(used).any() else without_pictures(batch)
+    return without(batch, absent(batch) & frozenset(inputs))
+
+
+def absent(batch: Batch) -> frozenset[str]:
+    """The inputs that no row of a host batch has."""
+    said = {TILES: batch.visual_index >= 0, TOKENS: batch.segment_ids > 0}
+    said |= {name: given.present for name, given in batch.media.items()}
+    return frozenset(name for name, here in said.items() if not np.asarray(here).any())
+
+
+def without(batch: Batch, inputs: Collection[str]) -> Batch:
+    """The batch without any room for some inputs, whatever stands there; ``media`` loses their names."""
+    if not inputs:
+        return batch
+    axes = {axis for name in inputs for axis in _AXES.get(name, ())}
+    names = [name for name, field in FIELDS.items() if axes & set(field.axes)]
+    empty = {name: getattr(batch, name)[:, :0] for name in names}
+    high = batch.high_tiles
+    if high is not None and TILES in inputs:
+        high = high[:, :0]
+    media = {name: given for name, given in batch.media.items() if name not in inputs}
+    return dataclasses.replace(batch, **empty, high_tiles=high, media=media)
+
+
+def without_blank_pictures(batch: Batch) -> Batch:
+    """The batch without room for pictures, if no row has any; see ``without_absent``."""
+    return without_absent(batch, (TILES,))
 
 
 def without_pictures(batch: Batch) -> Batch:
     """The batch without any room for pictures, whatever stands there."""
-    names = [name for name, field in FIELDS.items() if {"M", "S"} & set(field.axes)]
-    empty = {name: getattr(batch, name)[:, :0] for name in names}
-    high = None if batch.high_tiles is None else batch.high_tiles[:, :0]
-    return dataclasses.replace(batch, **empty, high_tiles=high)
+    return without(batch, (TILES,))
 
 
 def blank(sizes: dict[str, int], rows: int) -> Batch:

@@ -145,8 +145,11 @@ def example_batch(experiment: Experiment, rows: int) -> Batch:
     return encoder.collate([[] for _ in range(rows)])
 
 
-def plan(experiment: Experiment) -> Layout:
+def plan(experiment: Experiment, devices: Sequence[Any] | None = None) -> Layout:
     """Builds the mesh and decides where every parameter lives, without allocating any.
+
+    Args:
+      devices: of the mesh, which need not be here; None: all that are.
 
     Raises:
       ValueError: the mesh does not divide devices or batches, a stage's pattern matches no parameter, or the
@@ -159,7 +162,7 @@ def plan(experiment: Experiment) -> Layout:
                 f"config.stages.{stage.name}.targets={stage.targets!r}: a row of this model can predict "
                 f"{' or '.join(map(repr, allowed))}"
             )
-    mesh = sharding.make_mesh(experiment.mesh)
+    mesh = sharding.make_mesh(experiment.mesh, devices)
     rows = sharding.batch_axes(mesh)
     sizes = {
         f"stages.{s.name}.batch_size": (s.batch_size, s.batch_size // s.accumulation)

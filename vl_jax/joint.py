@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import keyword
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -19,26 +19,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Float, UInt32
 
-from vl_jax.batch import Batch, Given, blank
+from vl_jax.batch import TILES, TOKENS, Batch, Given, blank, hint_of
 from vl_jax.data.config import DataConfig, ModelSpec, check_packing
-from vl_jax.data.sample import BadSample, Sample
+from vl_jax.data.media.inputs import MediaInput
 from vl_jax.data.sources.in_domain import DOMAIN
 from vl_jax.encoders.adapter import used_tiles
 from vl_jax.encoders.build import AnyEncoder
+from vl_jax.encoders.transformer import Through
+from vl_jax.fusion.between_layers import in_step, mean_weights
 from vl_jax.fusion.budget import BudgetConfig, GateOutput
 from vl_jax.fusion.build import AnyFusion, Apart
 from vl_jax.fusion.gated_streams import GatedStreams
-from vl_jax.fusion.streams import Stream
+from vl_jax.fusion.streams import Stream, here
 from vl_jax.fusion.towers import only_infers, read_open_rows
+from vl_jax.fusion.weights import ModalityWeights
 from vl_jax.heads.build import AnyHead
 from vl_jax.moe.layer import MoEOutput
+from vl_jax.moe.noise import content_of
 from vl_jax.moe.routing import State
 from vl_jax.moe.specialise.domains import DomainsConfig, with_domains
 from vl_jax.moe.stacks import RoutingState, Stack
 
-TILES, TOKENS = "tiles", "tokens"
 _NO_TEXT = 1 << 30  # entries of a vocabulary that nothing reads
 _RESERVED = ("config", "dtype", "fusion", "parent", "name", "scope")
 
@@ -50,31 +53,6 @@ class Tower:
     name: str
     encoder: AnyEncoder
     input: str = TILES  # "tiles" (pictures), "tokens" (text), or a name in ``Sample.media``
-
-
-@dataclasses.dataclass(frozen=True)
-class MediaInput:
-    """An input that is neither picture nor text, cut or filled with zeros at its end to one length."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str = "float32"
-
-    def read(self, sample: Sample) -> np.ndarray | None:
-        """The array of a sample, if it has one.
-
-        Raises:
-          BadSample: its shape differs in more than the first axis.
-        """
-        if self.name not in sample.media:
-            return None
-        found = np.asarray(sample.media[self.name](), self.dtype)
-        if found.shape[1:] != self.shape[1:] or found.ndim != len(self.shape):
-            message = f"sample {sample.id}: {self.name} has shape {found.shape}, expected {self.shape}"
-            raise BadSample("bad_media", message)
-        result = np.zeros(self.shape, self.dtype)
-        result[: len(found)] = found[: self.shape[0]]
-        return result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +86,8 @@ class JointConfig:
             self.domains.check(self.stacks)
         streams = self.fusion.streams(towers)
         _ = self.left_out  # it says what cannot be
+        if self.in_step:
+            self.fusion.check_encoders({t.name: t.encoder for t in self.towers})  # pyright: ignore
         for head in self.heads:
             for name in head.inputs:
                 if name not in streams:
@@ -135,6 +115,17 @@ class JointConfig:
         return getattr(self.fusion, "budget", None)
 
     @property
+    def in_step(self) -> bool:
+        """Whether the fusion acts on the towers after each of their layers, and not on what they give."""
+        return getattr(self.fusion, "placement", "") == "between_layers"
+
+    @property
+    def draws(self) -> tuple[str, ...]:
+        """The random streams that fusion and heads need in training."""
+        heads = (head.rng for head in self.heads if hasattr(head, "rng"))  # pyright: ignore[reportAttributeAccessIssue]
+        return *getattr(self.fusion, "draws", ()), *dict.fromkeys(heads)
+
+    @property
     def left_out(self) -> Tower | None:
         """The tower that, at inference, does not run for rows that do not look at it.
 
@@ -152,14 +143,22 @@ class JointConfig:
         return tower if self.fusion.budget.leaves_out_tower(against=against) else None
 
     @property
-    def reads_text_alone(self) -> bool:
-        """Whether a batch without pictures has a program of its own, in which nothing looks at any."""
-        image = {tower.name for tower in self.towers if tower.input == TILES}
-        return self.budget is not None and not any(image & set(head.inputs) for head in self.heads)
+    def may_lack(self) -> frozenset[str]:
+        """Inputs that a whole batch may lack: then it has a program of its own, without their towers.
+
+        Fusion and heads then find streams without tokens, and say by ``reads_empty`` that they can.
+        """
+        if not getattr(self.fusion, "reads_empty", False):
+            return frozenset()
+        unable = [head for head in self.heads if not getattr(head, "reads_empty", False)]
+        full = {name for head in unable for name in head.inputs}
+        if full - {tower.name for tower in self.towers}:
+            return frozenset()  # what a fusion makes of several
+        return frozenset(t.input for t in self.towers) - {t.input for t in self.towers if t.name in full}
 
     def spec(self) -> ModelSpec:
         """What the data side must know."""
-        media = tuple(MediaInput(t.input, t.encoder.input_shape) for t in self.towers if self._is_media(t))
+        media = dict.fromkeys(_media_input(tower) for tower in self.towers if self._is_media(tower))
         text = self._reading(TOKENS)
         return ModelSpec(
             tile_tokens_side=self._tile_tokens_side,
@@ -167,7 +166,8 @@ class JointConfig:
             vocab_size=_NO_TEXT if text is None else text.encoder.vocab_size,  # pyright: ignore
             reads="text",
             labels=self._labels,
-            media=media,
+            media=tuple(media),
+            wordless=TOKENS in self.may_lack,
         )
 
     @property
@@ -251,17 +251,18 @@ class JointConfig:
     def smallest_batch(self, rows: int) -> Batch:
         """A batch of one tile and one token a row: enough to learn the shapes of the parameters."""
         image = self._reading(TILES)
-        height, width, channels = (1, 1, 3) if image is None else image.encoder.input_shape
+        height, width, channels = (1, 1, 3) if image is None else image.encoder.input_shape[:3]
         sizes = {"T": 1, "Q": 1, "S": 1, "M": 1, "h": height, "w": width, "c": channels}
 
-        def absent(shape: tuple[int, ...], dtype: str) -> Given:
-            return Given(np.zeros((rows, *shape), dtype), np.zeros(rows, bool))
+        def absent(field: Any) -> Given:
+            steps = np.zeros(rows, np.int32) if getattr(field, "varies", False) else None
+            return Given(np.zeros((rows, *field.shape), field.dtype), np.zeros(rows, bool), steps)
 
         batch = blank(sizes, rows)
         return dataclasses.replace(
             batch,
-            media={field.name: absent(field.shape, field.dtype) for field in self.spec().media},
-            labels={field.name: absent(field.shape, field.dtype) for field in self._labels},
+            media={field.name: absent(field) for field in self.spec().media},
+            labels={field.name: absent(field) for field in self._labels},
         )
 
 
@@ -273,6 +274,7 @@ class JointOutput:
     predictions: dict[str, Any]  # by head
     routed: dict[str, MoEOutput]  # by tower, over its sparse layers
     gates: GateOutput | None = None  # of a fusion whose gate has a budget
+    weights: ModalityWeights | None = None  # of a fusion that weighs modalities
 
 
 class Joint(nn.Module):
@@ -291,11 +293,36 @@ class Joint(nn.Module):
     def __call__(self, batch: Batch, routing_state: RoutingState) -> JointOutput:
         """Runs every tower once, and every head."""
         batch = jax.tree.map(jnp.asarray, batch)  # a host batch will do
+        between = self.config.in_step
+        if between and not self.is_initializing():
+            streams, routed, read = self._see_in_step(batch), {}, jnp.float32(batch.tokens.shape[0])
+        else:
+            streams, routed, read = self._see_apart(batch, routing_state)
+        if any(map(self.has_rng, getattr(self.config.fusion, "draws", ()))):
+            content = _content(batch, self.config.towers)
+            streams = {n: dataclasses.replace(s, content=content) for n, s in streams.items()}
+        if not between:
+            streams = self.fusion(streams)
+        elif self.is_initializing():
+            self.fusion.touch({tower.name: tower.encoder for tower in self.config.towers})
+        predictions = {
+            head.name: getattr(self, head.name)(streams, *_told(batch, head.name))
+            for head in self.config.heads
+        }
+        gates = next((s.gates for s in streams.values() if s.gates is not None), None)
+        gates = None if gates is None else dataclasses.replace(gates, tower=read)
+        weights = next((s.weights for s in streams.values() if s.weights is not None), None)
+        return JointOutput(streams, predictions, routed, gates, weights)
+
+    def _see_apart(
+        self, batch: Batch, routing_state: RoutingState
+    ) -> tuple[dict[str, Stream], dict[str, MoEOutput], jax.Array]:
+        """What every tower sees by itself, what sparse layers returned, and how many rows were read."""
         streams, routed, rows = {}, {}, batch.tokens.shape[0]
         # A tower that may be left out comes last: what is said about it has to be read first.
         late, read = self.config.left_out if only_infers(self) else None, jnp.float32(rows)
         for tower in sorted(self.config.towers, key=lambda tower: tower == late):
-            if tower.input == TILES and not batch.tiles.shape[1]:
+            if not _has_room(batch, tower):
                 streams[tower.name] = _nothing_seen(tower.encoder, rows, jnp.dtype(self.config.dtype))
                 continue
             given = _given(batch, tower)
@@ -305,11 +332,31 @@ class Joint(nn.Module):
             streams[tower.name], found = self.see(given, tower, self._routing(tower, batch, routing_state))
             if found is not None:
                 routed[tower.name] = found
-        streams = self.fusion({tower.name: streams[tower.name] for tower in self.config.towers})
-        predictions = {head.name: getattr(self, head.name)(streams) for head in self.config.heads}
-        gates = next((s.gates for s in streams.values() if s.gates is not None), None)
-        gates = None if gates is None else dataclasses.replace(gates, tower=read)
-        return JointOutput(streams, predictions, routed, gates)
+        return {tower.name: streams[tower.name] for tower in self.config.towers}, routed, read
+
+    def _see_in_step(self, batch: Batch) -> dict[str, Stream]:
+        """What the towers see, where they act on one another after every layer."""
+        towers, rows = self.config.towers, batch.tokens.shape[0]
+        given = {t.name: _flat(_given(batch, t), t) for t in towers if _has_room(batch, t)}
+        gates: list[dict[str, jax.Array]] = []
+
+        def tower_of(name: str) -> Callable[[Through], Any]:
+            return lambda through: getattr(self, name)(*given[name], {}, through=through)
+
+        def interact(number: int, tokens: dict[str, jax.Array]) -> dict[str, jax.Array]:
+            masks = {n: _token_mask(given[n][1], x).reshape(rows, -1) for n, x in tokens.items()}
+            trunks = {n: (x.reshape(*masks[n].shape, -1), masks[n]) for n, x in tokens.items()}
+            after, gate = self.fusion(number, trunks)
+            gates.append(gate)
+            return {name: after[name].reshape(x.shape) for name, x in tokens.items()}
+
+        layers = towers[0].encoder.num_layers
+        encoded = in_step({name: tower_of(name) for name in given}, layers, interact)
+        streams = {n: _stream(found, given[n][1], rows) for n, found in encoded.items()}
+        weights = mean_weights(gates, {n: here(stream) for n, stream in streams.items()}) if streams else None
+        dtype = jnp.dtype(self.config.dtype)
+        streams |= {t.name: _nothing_seen(t.encoder, rows, dtype) for t in towers if t.name not in given}
+        return {t.name: dataclasses.replace(streams[t.name], weights=weights) for t in towers}
 
     def see(
         self, given: tuple[jax.Array, jax.Array], tower: Tower, routing_state: State
@@ -320,9 +367,7 @@ class Joint(nn.Module):
           given: what it reads, and which of it is there, rows first; tiles of all rows then stand one behind
             the other.
         """
-        (inputs, valid), rows = given, given[0].shape[0]
-        if tower.input == TILES:
-            inputs, valid = (x.reshape(-1, *x.shape[2:]) for x in given)
+        (inputs, valid), rows = _flat(given, tower), given[0].shape[0]
         encoded = getattr(self, tower.name)(inputs, valid, routing_state)
         return _stream(encoded, valid, rows), encoded.routed
 
@@ -354,6 +399,20 @@ class Joint(nn.Module):
         mask = jnp.repeat(valid, stream.mask.shape[1] // valid.shape[1], axis=1)
         return dataclasses.replace(stream, mask=mask), read
 
+    def hear(
+        self, chunk: Float[Array, "B l ..."], state: Any, valid: Bool[Array, "B l"], *, tower: str
+    ) -> tuple[dict[str, Any], Any]:
+        """What the heads that read one tower alone say after a chunk, and its state for the next.
+
+        Args:
+          state: of the tower's encoder, which streams (see ``encoders/streaming.py``).
+          valid: steps of the chunk that are there.
+        """
+        encoded, state = getattr(self, tower).stream(chunk, state, valid)
+        streams = {tower: Stream(encoded.tokens, encoded.mask, encoded.pooled)}
+        heads = [head for head in self.config.heads if head.inputs == (tower,)]
+        return {head.name: getattr(self, head.name)(streams) for head in heads}, state
+
     def initialize(self, batch: Batch, routing_state: RoutingState) -> dict[str, Any]:
         """Touches every parameter once; the method to call ``init`` with."""
         return self(batch, routing_state).predictions
@@ -364,6 +423,20 @@ def _pooled_dim(encoder: Any) -> int:
     return getattr(encoder, "pooled_dim", encoder.output_dim)
 
 
+def _media_input(tower: Tower) -> MediaInput:
+    """What a tower reads of ``Sample.media``."""
+    encoder = tower.encoder
+    dtype, varies = getattr(encoder, "input_dtype", "float32"), getattr(encoder, "varies", False)
+    return MediaInput(tower.input, encoder.input_shape, dtype, varies)
+
+
+def _has_room(batch: Batch, tower: Tower) -> bool:
+    """Whether a row could have what a tower reads: not where the whole batch is known to lack it."""
+    if tower.input in (TILES, TOKENS):
+        return getattr(batch, tower.input).shape[1] > 0
+    return tower.input in batch.media
+
+
 def _given(batch: Batch, tower: Tower) -> tuple[jax.Array, Bool[Array, "B ..."]]:
     """What a tower reads, and which of it is there, rows first."""
     if tower.input == TOKENS:
@@ -372,7 +445,42 @@ def _given(batch: Batch, tower: Tower) -> tuple[jax.Array, Bool[Array, "B ..."]]
         tiles = batch.tiles.shape[1]
         return batch.tiles, used_tiles(batch.visual_index, tiles=tiles, tile_tokens=tower.encoder.grid**2)
     given = batch.media[tower.input]
-    return given.values, given.present
+    if given.steps is None:
+        return given.values, given.present
+    there = jnp.arange(given.values.shape[1]) < given.steps[:, None]
+    return given.values, there & given.present[:, None]
+
+
+def _flat(given: tuple[jax.Array, jax.Array], tower: Tower) -> tuple[jax.Array, jax.Array]:
+    """What a tower is called with: tiles of all rows stand one behind the other."""
+    inputs, valid = given
+    if tower.input == TILES:
+        return inputs.reshape(-1, *inputs.shape[2:]), valid.reshape(-1, *valid.shape[2:])
+    return inputs, valid
+
+
+def _token_mask(valid: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Which tokens of the inputs of a tower are there, from which inputs are."""
+    if valid.shape == tokens.shape[:2]:
+        return valid
+    return jnp.broadcast_to(valid[:, None], tokens.shape[:2])
+
+
+def _content(batch: Batch, towers: Sequence[Tower]) -> UInt32[Array, " B"]:
+    """A number of every row, from what it has and not from where it is in the batch."""
+    total = jnp.zeros(batch.tokens.shape[:1], jnp.uint32)
+    for tower in towers:
+        if _has_room(batch, tower):
+            values, valid = _given(batch, tower)
+            values = jnp.where(valid, values + 1, 0) if tower.input == TOKENS else values
+            total = total + content_of(values)
+    return total
+
+
+def _told(batch: Batch, head: str) -> tuple[Any, ...]:
+    """What the objective tells a head, if it does."""
+    hint = batch.media.get(hint_of(head))
+    return () if hint is None else (hint.values,)
 
 
 def _nothing_seen(encoder: Any, rows: int, dtype: Any) -> Stream:
@@ -385,19 +493,20 @@ def _nothing_seen(encoder: Any, rows: int, dtype: Any) -> Stream:
 def _stream(encoded: Any, valid: jax.Array, rows: int) -> Stream:
     """A tower's output by rows: the tokens of several tiles are joined, their vectors averaged.
 
-    Maps are handed on where a row is one input; those of several tiles are no map of the picture.
+    Maps are handed on where a row is one input; those of several tiles are no map of the picture. The vector
+    of a row that has nothing for the tower is 0, as where the tower is not run.
     """
     tokens, pooled = encoded.tokens, encoded.pooled
     maps = encoded.maps if tokens.shape[0] == rows else ()
     mask = encoded.mask
     if mask is None:
-        mask = (
-            valid if valid.shape == tokens.shape[:2] else jnp.broadcast_to(valid[:, None], tokens.shape[:2])
-        )
+        mask = _token_mask(valid, tokens)
     if tokens.shape[0] != rows:
         tokens, mask = tokens.reshape(rows, -1, tokens.shape[-1]), mask.reshape(rows, -1)
         if pooled is not None:
             weights = valid.reshape(rows, -1, 1).astype(pooled.dtype)
             total = jnp.sum(pooled.reshape(*weights.shape[:2], -1) * weights, axis=1)
             pooled = total / jnp.maximum(jnp.sum(weights, axis=1), 1)
-    return Stream(tokens, mask, pooled, maps)
+    here = jnp.any(valid.reshape(rows, -1), axis=1)[:, None]
+    pooled = None if pooled is None else jnp.where(here, pooled, 0)
+    return Stream(tokens, mask & here, pooled, maps)

@@ -122,7 +122,7 @@ def plan_layout(config: ModelConfig, example: Batch, mesh: Mesh, rules: AxisRule
     with sharding.use_mesh(mesh, rules):
         boxed, rest = jax.eval_shape(
             lambda key, batch: _created(model.init(key, batch, routing, method="initialize")),
-            jax.random.key(0),
+            jax.eval_shape(jax.random.key, 0),  # of no device: the mesh may be of ones that are not here
             example,
         )
     placements = sharding.place(boxed, mesh, rules)

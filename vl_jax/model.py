@@ -19,7 +19,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from vl_jax.batch import Batch, blank
+from vl_jax.batch import TILES, Batch, blank
 from vl_jax.data.config import DataConfig, ModelSpec
 from vl_jax.encoders.adapter import Adapter, AdapterConfig, merge_visual, used_tiles
 from vl_jax.encoders.build import AnyEncoder
@@ -185,9 +185,9 @@ class VisionLanguageConfig:
         return self.budget.leaves_out_tower(against="" if self.encoder.stack is None else experts)
 
     @property
-    def reads_text_alone(self) -> bool:
-        """Whether a batch without pictures has a program of its own, in which nothing looks at any."""
-        return self.encoder is not None
+    def may_lack(self) -> frozenset[str]:
+        """Inputs that a whole batch may lack: it then has a program of its own, without their parts."""
+        return frozenset() if self.encoder is None else frozenset({TILES})
 
     def build(self) -> VisionLanguage:
         """The module."""

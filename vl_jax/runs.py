@@ -45,7 +45,7 @@ from vl_jax.interop.run_as import run_as
 from vl_jax.layout import Layout, rows_here
 from vl_jax.report.results import read_result
 from vl_jax.report.run import write_report
-from vl_jax.runtime import allocator, disk, lock
+from vl_jax.runtime import allocator, disk, lock, trace
 from vl_jax.runtime.version import commit
 from vl_jax.train import initial, lockstep, loop, resume, saved, signals
 from vl_jax.train.evaluation import EvaluationHook
@@ -59,8 +59,11 @@ from vl_jax.train.watchdog import Watchdog
 logger = logging.getLogger(__name__)
 
 
-def run(experiment: Experiment, workdir: Path) -> dict[str, Any]:
+def run(experiment: Experiment, workdir: Path, *, profile: str = "") -> dict[str, Any]:
     """Trains (or resumes), evaluates and writes the report. Returns the evaluation results by task.
+
+    Args:
+      profile: the steps of which a trace is written, such as 10-12; none if it is empty.
 
     Raises:
       loop.Stopped: the run was asked to stop and saved its state.
@@ -69,10 +72,14 @@ def run(experiment: Experiment, workdir: Path) -> dict[str, Any]:
     """
     allocator.keep_freed_memory()
     start, experiment = time.time(), resolve(experiment)
+    total = sum(stage.steps for stage in experiment.stages)
+    steps = trace.steps_of(profile, total) if profile else None
     _open_data(experiment)
     with signals.noted() as stop, _launched(experiment, workdir, start) as launched:
         made = programs(launched.layout, experiment.stages, seed=experiment.seed)
-        return launched.conclude(loop.drive(launched.course(made, stop)))
+        with trace.traced(steps, workdir) as hooks:
+            state = loop.drive(launched.course(made, stop, hooks=hooks))
+        return launched.conclude(state)
 
 
 def run_together(experiments: Sequence[Experiment], workdirs: Sequence[Path]) -> list[Exception | None]:
@@ -154,9 +161,14 @@ class _Launched:
     alive: loop.Alive
 
     def course(
-        self, made: Sequence[Program], stop: Callable[[], int | None], *, quiet: bool = False
+        self,
+        made: Sequence[Program],
+        stop: Callable[[], int | None],
+        *,
+        hooks: tuple[Hook, ...] = (),
+        quiet: bool = False,
     ) -> loop.Course:
-        """Its training, step by step."""
+        """Its training, step by step; ``hooks`` stand closest to the steps."""
         experiment, layout = self.experiment, self.layout
         return loop.course(
             layout,
@@ -167,7 +179,7 @@ class _Launched:
             config=experiment.loop,
             seed=experiment.seed,
             stop=stop,
-            hooks=_hooks(experiment, layout, self._stream_of, self.workdir, self.alive),
+            hooks=(*hooks, *_hooks(experiment, layout, self._stream_of, self.workdir, self.alive)),
             alive=self.alive,
             go_on_from=lambda step: forget_results(self.workdir, after=step),
             quiet=quiet,

@@ -127,6 +127,26 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, current_rules().spec(names))
 
 
+def constrain_weight(x: jax.Array, *names: str | None) -> jax.Array:
+    """``constrain`` for a weight, or what it is cast to: a dimension that does not divide stays whole.
+
+    It acts on the gradient as well, which is summed where the weight lives, and not on every device.
+    """
+    mesh = current_mesh()
+    if mesh is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, divisible(current_rules().spec(names), x.shape, mesh))
+
+
+def divisible(spec: P, shape: Sequence[int], mesh: Any) -> P:
+    """The spec without the parts that do not divide their dimension."""
+    parts = []
+    for size, part in zip(shape, spec, strict=True):
+        axes = (part,) if isinstance(part, str) else (part or ())
+        parts.append(None if size % math.prod(mesh.shape[axis] for axis in axes) else part)
+    return P(*parts)
+
+
 def current_rules() -> AxisRules:
     """The rules made current by ``use_mesh`` (the defaults otherwise)."""
     return _rules.get()

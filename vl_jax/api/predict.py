@@ -4,6 +4,8 @@ a model that writes text    {"answer": "a red circle"}
 a head of classes           {"label": {"shirt": 0.91, "dress": 0.05, ...}}, the likeliest first
 a head of pairs             {"pairs": [{"text": "a small cat", "similarity": 0.83}, ...]}, the nearest first
 a head of boxes             {"boxes": [{"label": "cat", "score": 0.9, "box": [x0, y0, x1, y1]}, ...]}
+a head that draws           {"picture": {"picture": a PNG file in a data URL}}
+a head that speaks          {"speech": {"seconds": 0.5, "sound": a WAV file in a data URL}}
 any other head              {its name: what its ``decode`` gives}
 
 Boxes are in pixels of the picture.
@@ -27,7 +29,7 @@ from PIL import Image as PilImage
 from vl_jax import ask, sharding
 from vl_jax.api.calls import load_run
 from vl_jax.api.run import Run
-from vl_jax.batch import Batch
+from vl_jax.batch import TILES, TOKENS, Batch
 from vl_jax.data.images.audio import SoundImage
 from vl_jax.data.images.tiling import shown
 from vl_jax.data.sample import TEXT, FileImage, Sample, Turn, image_size
@@ -35,8 +37,9 @@ from vl_jax.evaluate.task import Examinee
 from vl_jax.experiment import model_spec
 from vl_jax.fusion.build import Apart
 from vl_jax.generation.decode import Writer
+from vl_jax.heads.image.flow import NOISE
 from vl_jax.heads.pairs import PairVectors
-from vl_jax.joint import TILES, TOKENS, Joint
+from vl_jax.joint import Joint
 from vl_jax.moe.stacks import RoutingState
 from vl_jax.runtime import errors, start
 from vl_jax.runtime.errors import UserError
@@ -55,6 +58,7 @@ def predict(
     heads: str | Sequence[str] = (),
     candidates: Sequence[str] = (),
     max_new_tokens: int = 32,
+    seed: int | None = None,
 ) -> dict[str, Any]:
     """What a run's model says, by head, as values that JSON can hold.
 
@@ -67,6 +71,7 @@ def predict(
       candidates: of a head of pairs, the texts that are compared with the picture; none: those of the
         experiment's first held-out source.
       max_new_tokens: of an answer.
+      seed: of what a head makes out of noise; None: that of its config.
 
     Raises:
       UserError: the folder holds no run, there is no such head, or the model needs something else.
@@ -84,7 +89,26 @@ def predict(
             raise UserError(
                 f"{opened.workdir}: its model is a {kind}; only models with heads or text can say"
             )
-        return _say(opened, given, names, tuple(candidates))
+        return _say(opened, given, names, tuple(candidates), seed)
+
+
+def made(run: Run, said: Mapping[str, Any]) -> bytes:
+    """The file of the picture or the sound that a head of an open run made.
+
+    Args:
+      said: what ``predict`` gave, by head.
+
+    Raises:
+      UserError: no head of those that said something makes a file, or several do.
+    """
+    heads = {head.name: head for head in getattr(run.layout.model.config, "heads", ())}
+    able = [name for name in said if hasattr(heads.get(name), "made")]
+    if len(able) != 1:
+        raise UserError(
+            f"expected one head that makes a file, found {', '.join(able) or 'none'} among "
+            f"{', '.join(said)}; name one, with --head"
+        )
+    return heads[able[0]].made(said[able[0]])
 
 
 def draw(run: Run, said: Mapping[str, Any], image: str | PathLike[str]) -> PilImage.Image:
@@ -152,7 +176,9 @@ def _answer(run: Run, given: _Given, names: Sequence[str], max_new_tokens: int) 
     return "".join(pieces)
 
 
-def _say(run: Run, given: _Given, names: Sequence[str], candidates: Sequence[str]) -> dict[str, Any]:
+def _say(
+    run: Run, given: _Given, names: Sequence[str], candidates: Sequence[str], seed: int | None
+) -> dict[str, Any]:
     """What the heads of a joint model say."""
     model: Any = run.layout.model.config
     asked = [model.head(name) for name in names] or list(model.heads)
@@ -162,7 +188,7 @@ def _say(run: Run, given: _Given, names: Sequence[str], candidates: Sequence[str
         name = next(name for name, reason in lacking.items() if reason)
         raise UserError(f"head {name!r} {lacking[name]}")
     sample = given.sample(run)
-    (found,) = _predictions(run, [sample])
+    (found,) = _predictions(run, [sample], seed)
     result = {}
     for head in able:
         prediction = found[head.name]
@@ -243,7 +269,7 @@ def _held_out(run: Run, head: str, side: str) -> Iterator[tuple[dict[str, Any], 
     seen: set[Any] = set()
     examinee = _examinee(run, data.evaluation[0].name)
     for records, batch in examinee.samples():
-        found = examinee.apply(_compiled(run.layout.model), batch)[head]
+        found = examinee.apply(functools.partial(_compiled(run.layout.model), None), batch)[head]
         for row, record in enumerate(records):
             key = record["question"] if side == "text" else int(batch.labels[head].values[row])
             if key in seen or not key:
@@ -252,14 +278,15 @@ def _held_out(run: Run, head: str, side: str) -> Iterator[tuple[dict[str, Any], 
             yield {"text": record["question"], "id": record["id"]}, _row(found, row)
 
 
-def _predictions(run: Run, samples: Sequence[Sample]) -> list[dict[str, Any]]:
+def _predictions(run: Run, samples: Sequence[Sample], seed: int | None = None) -> list[dict[str, Any]]:
     """What the heads give for every sample, one row each."""
+    say = functools.partial(_compiled(run.layout.model), seed)
     examinee, result = _examinee(run, ""), []
     size = sharding.batch_axes(run.layout.mesh)
     for begin in range(0, len(samples), size):
         rows = [[run.encoder.prompt(sample)] for sample in samples[begin : begin + size]]
         batch = run.encoder.collate([*rows, *[rows[-1]] * (size - len(rows))])
-        found = examinee.apply(_compiled(run.layout.model), batch)
+        found = examinee.apply(say, batch)
         result += [{name: _row(value, row) for name, value in found.items()} for row in range(len(rows))]
     return result
 
@@ -291,10 +318,11 @@ def _row(prediction: Any, row: int) -> Any:
 
 @functools.cache
 def _compiled(model: nn.Module) -> Any:
-    """What all heads give for a batch."""
+    """What all heads give for a batch, those that make something out of noise for a seed or their own."""
 
-    def run(variables: Any, state: RoutingState, batch: Batch) -> dict[str, Any]:
-        output: Any = model.apply(variables, batch, state)
+    def run(seed: Any, variables: Any, state: RoutingState, batch: Batch) -> dict[str, Any]:
+        rngs = None if seed is None else {NOISE: jax.random.key(seed)}
+        output: Any = model.apply(variables, batch, state, rngs=rngs)
         return output.predictions
 
     return jax.jit(run)

@@ -12,7 +12,7 @@ from vl_jax.schema import ConfigError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument(
-        "name", choices=("step", "decode", "routing", "loader", "packing", "gate", "quantize")
+        "name", choices=("step", "decode", "routing", "loader", "packing", "gate", "quantize", "windows")
     )
     parser.add_argument("--config", metavar="FILE[:ARG]", help="with loader and packing: experiment file")
     parser.add_argument("--json", type=Path, help="file for the figures")
@@ -46,6 +46,10 @@ def run(arguments: argparse.Namespace) -> None:
         from vl_jax.benchmarks import gate
 
         gate.run(**options)
+    elif arguments.name == "windows":
+        from vl_jax.benchmarks import windows
+
+        windows.run(**options)
     elif arguments.name == "quantize":
         from vl_jax.benchmarks import quantize
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vl_jax.commands.drawing import draw_boxes
+from vl_jax.report.drawing import draw_boxes
 from vl_jax.schema import ConfigError
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vl_jax.commands.drawing import draw_boxes
+from vl_jax.report.drawing import draw_boxes
 from vl_jax.schema import ConfigError
 
 _SHOWN = 10  # classes
@@ -27,6 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="texts to compare a picture with, a line each; held-out",
     )
     parser.add_argument("--draw", type=Path, metavar="PNG", help="where the image goes, and what is said")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="where what a head makes goes")
+    parser.add_argument("--seed", type=int, help="of what is made out of noise; that of the head's config")
     parser.add_argument("--max-new-tokens", type=int, default=32, help="of an answer")
     parser.add_argument("--json", action="store_true", help="print JSON, all classes included")
 
@@ -39,7 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
       UserError: nothing that is said can be drawn.
     """
     from vl_jax.api.calls import load_run
-    from vl_jax.api.predict import ANSWER, draw, predict
+    from vl_jax.api.predict import ANSWER, draw, made, predict
     from vl_jax.generation.decode import Writer
 
     if arguments.draw is not None and arguments.image is None:
@@ -54,7 +56,10 @@ def run(arguments: argparse.Namespace) -> None:
         heads=arguments.head,
         candidates=[line.strip() for line in lines if line.strip()],
         max_new_tokens=arguments.max_new_tokens,
+        seed=arguments.seed,
     )
+    if arguments.save is not None:
+        arguments.save.write_bytes(made(opened, found))
     if arguments.json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
     else:
@@ -69,7 +74,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def said_lines(said: Any) -> list[str]:
-    """What a head says, for people to read."""
+    """What a head says, for people to read; the files that it made are left out."""
+    if isinstance(said, dict):
+        said = {name: value for name, value in said.items() if not str(value).startswith("data:")}
     if isinstance(said, dict) and said and all(isinstance(value, float) for value in said.values()):
         likely = sorted(said.items(), key=lambda item: -item[1])
         lines = [f"{share:6.1%}  {name}" for name, share in likely[:_SHOWN]]

@@ -32,6 +32,11 @@ COMMANDS = {
         "Show without training what would run: config, parameters, samples; or a run's routing.",
         "inspect params --config=experiments/quickstart.py",
     ),
+    "fit": Command(
+        "Rehearse a stage on a TPU slice that is not here: what fits, what is whole on every device by "
+        "accident, what travels, how long a step takes at best.",
+        "fit --config=experiments/deepseek_vl2_tiny.py --topology=v5e:4x4",
+    ),
     "sweep": Command(
         "Train every variant that the sweeps of an experiment file name, or an ablation; compare them.",
         "sweep --config=experiments/quickstart.py --sweep=scheme --workdir=runs/schemes",

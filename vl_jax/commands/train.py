@@ -12,6 +12,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     add_config(parser)
     parser.add_argument("--workdir", required=True, type=Path, help="folder of the run")
+    parser.add_argument(
+        "--profile", metavar="STEPS", default="", help="steps to trace, such as 10-12; into WORKDIR/profile"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -19,7 +22,7 @@ def run(arguments: argparse.Namespace) -> None:
     from vl_jax import runs
     from vl_jax.report.results import summary
 
-    results = runs.run(load_experiment(arguments), arguments.workdir)
+    results = runs.run(load_experiment(arguments), arguments.workdir, profile=arguments.profile)
     for task, result in results.items():
         print(f"{task}: {summary(result)}")
     print(f"report: {arguments.workdir / 'report.html'}")

@@ -102,12 +102,18 @@ def _given(rows: Sequence[Sequence[Example]], kind: str, field: RowField) -> Giv
     """A label or medium of every row, which has one sample; zeros where a row has none."""
     values = np.zeros((len(rows), *field.shape), field.dtype)
     present = np.zeros(len(rows), np.bool_)
+    steps = np.zeros(len(rows), np.int32) if getattr(field, "varies", False) else None
     for row, examples in enumerate(rows):
         for example in examples:
             found = getattr(example, kind).get(field.name)
-            if found is not None:
-                values[row], present[row] = found, True
-    return Given(values, present)
+            if found is None:
+                continue
+            present[row] = True
+            if steps is None:
+                values[row] = found
+            else:
+                values[row, : len(found)], steps[row] = found, len(found)
+    return Given(values, present, steps)
 
 
 def _joined(examples: Sequence[Example], name: str) -> np.ndarray:

@@ -14,6 +14,7 @@ from vl_jax.data.sample import Sample, Source
 from vl_jax.data.sources.build import SourceConfig, open_source
 from vl_jax.data.sources.negatives import NegativesConfig, WithNegatives
 from vl_jax.data.text.chat import Targets, Turns
+from vl_jax.data.text.synonyms import SynonymsConfig
 from vl_jax.data.text.turns import TurnSampling
 
 # How pictures become tiles: whole, as the published processors do; or quicker, JPEG files decoded at 1/2, 1/4
@@ -95,6 +96,7 @@ class ConversationConfig:
     merge_turns: int = 1  # ``convert-data`` makes one sample of so many questions about the same pictures
     long_text: Literal["skip", "split"] = "skip"  # what ``convert-data`` does with texts that do not fit
     negatives: NegativesConfig | None = None  # wrong texts beside each text, where a text is read alone
+    synonyms: SynonymsConfig | None = None  # other words of the same meaning, in training
 
     def __post_init__(self):
         if self.merge_turns < 1:
@@ -179,6 +181,10 @@ class DataConfig:
         if row is None:
             return
         talk = self.conversation
+        if talk.synonyms is not None:
+            raise ValueError(
+                "packing with conversation.synonyms: a text would change its length, set packing=None"
+            )
         if talk.negatives is not None:
             raise ValueError(
                 "packing with conversation.negatives: wrong texts stand beside one text, set packing=None"
@@ -207,7 +213,10 @@ class DataConfig:
 
 @runtime_checkable
 class RowField(Protocol):
-    """An array that a row may have beside its text and tiles: a label, or an input of another kind."""
+    """An array that a row may have beside its text and tiles: a label, or an input of another kind.
+
+    One whose first axis is of any length up to that of ``shape`` says so by a field ``varies``.
+    """
 
     @property
     def name(self) -> str:
@@ -249,6 +258,7 @@ class ModelSpec:
     labels: tuple[RowField, ...] = ()  # what rows are to be told apart by
     media: tuple[RowField, ...] = ()  # inputs beside text and tiles
     targets: tuple[Targets, ...] = ("all", "answers", "text")  # what its rows may predict
+    wordless: bool = False  # a sample of which nothing is written has no token, not even that of the end
 
     def __post_init__(self):
         if self.reads == "text" and self.fusion == "prefix":

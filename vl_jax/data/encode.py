@@ -16,6 +16,7 @@ import numpy as np
 from vl_jax.data.config import DataConfig, Decoding, ModelSpec, RowField, check_packing
 from vl_jax.data.example import Example
 from vl_jax.data.files.memory_cache import MemoryCache
+from vl_jax.data.images.phrases import Phrases, has_phrases
 from vl_jax.data.images.spatial import cut_labels, is_spatial
 from vl_jax.data.images.tiles import Pictures, read_pictures
 from vl_jax.data.images.tiling import (
@@ -31,7 +32,7 @@ from vl_jax.data.text import chat
 from vl_jax.data.text.bounded import bounded
 from vl_jax.data.text.negatives import NegativeTexts
 from vl_jax.data.text.tokenizer import GROUNDING, Tokenizer, load_tokenizer
-from vl_jax.data.text.written import encode_written
+from vl_jax.data.text.written import encode_written, written
 
 if TYPE_CHECKING:
     from vl_jax.batch import Batch
@@ -109,7 +110,7 @@ class Encoder:
             lengths, most = self._image_lengths(pictures), self.max_tokens
             sample = bounded(sample, self.tokenizer, most)
             if self.spec.reads == "text":
-                return encode_written(sample, self.tokenizer, max_tokens=most)
+                return encode_written(sample, self.tokenizer, max_tokens=most, wordless=self.spec.wordless)
             return chat.encode_dialogue(
                 sample, self.tokenizer, image_lengths=lengths, turns=turns, targets=targets, max_tokens=most
             )
@@ -275,7 +276,7 @@ class Encoder:
             grids=pictures.grids,
             answer_runs=dialogue.answer_runs,
             media=_read(sample, self.media, "bad_media"),
-            labels=_read(self._in_tile(sample), self.spec.labels, "bad_label"),
+            labels=_read(self._in_tokens(self._in_tile(sample)), self.spec.labels, "bad_label"),
         )
 
     def _in_tile(self, sample: Sample) -> Sample:
@@ -291,6 +292,21 @@ class Encoder:
             raise BadSample(error.reason, f"sample {sample.id}: {error.args[1]}") from None
         return dataclasses.replace(sample, labels=labels)
 
+    def _in_tokens(self, sample: Sample) -> Sample:
+        """The sample with labels that lie in its text as spans of its row's tokens, where texts are read."""
+        if not self.spec.labels or not has_phrases(sample.labels) or self.spec.reads != "text":
+            return sample
+        text, (before, after) = written(sample), self.tokenizer.around
+        room = max(self.max_tokens - len(before) - len(after), 0)
+        places = self.tokenizer.places(text)
+        labels = {
+            name: label.in_tokens(places, len(text), first=len(before), room=room)
+            if isinstance(label, Phrases)
+            else label
+            for name, label in sample.labels.items()
+        }
+        return dataclasses.replace(sample, labels=labels)
+
 
 def _read(sample: Sample, fields: Sequence[RowField], reason: str) -> dict[str, np.ndarray]:
     """What a sample has of some fields, by their names."""
@@ -299,7 +315,7 @@ def _read(sample: Sample, fields: Sequence[RowField], reason: str) -> dict[str, 
         value = field_.read(sample)
         if value is None:
             continue
-        if value.shape != tuple(field_.shape) or value.dtype != np.dtype(field_.dtype):
+        if not _fits(value, field_) or value.dtype != np.dtype(field_.dtype):
             message = (
                 f"sample {sample.id}: {field_.name} of {value.dtype}{list(value.shape)}, must be "
                 f"{field_.dtype}{list(field_.shape)}"
@@ -307,6 +323,14 @@ def _read(sample: Sample, fields: Sequence[RowField], reason: str) -> dict[str, 
             raise BadSample(reason, message)
         found[field_.name] = np.asarray(value)
     return found
+
+
+def _fits(value: np.ndarray, field_: RowField) -> bool:
+    """Whether an array has the shape of a field."""
+    shape = tuple(field_.shape)
+    if not getattr(field_, "varies", False):
+        return value.shape == shape
+    return value.ndim == len(shape) and value.shape[1:] == shape[1:] and len(value) <= shape[0]
 
 
 def make_encoder(config: DataConfig, spec: ModelSpec, *, targets: chat.Targets = "all") -> Encoder:

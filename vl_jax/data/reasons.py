@@ -26,6 +26,17 @@ _WORDS = {
     "missing_field": "a field that the config names is not in the record",
     "no_record": "a picture has no text beside it",
     "no_labels": "nobody has labelled it",
+    "bad_media": "an input has another shape than its tower reads",
+    "not_finite": "an input holds what is no finite number; leave such records out, or fill the gaps",
+    "wrong_rate": "a sound has another rate than the config says; set resample=True of its medium",
+    "resampled": "its rate is another than that of the config, to which it is brought",
+    "bad_rate": "the record does not say how many steps a second its series has",
+    "missing_audio": "a sound is not where the record says; names are relative to the folder of the record "
+    "file, or to root of the source",
+    "no_frames": "a clip has no frame; pictures in its folder end in .jpg or .png, for example",
+    "no_affine": "a volume does not say which way it lies, nor how large its voxels are; set "
+    "affine='ignored' of its medium where that does not matter",
+    "missing_package": "a file needs a package that is not installed",
     "no_negative": "no wrong text can be made of the text by a rule; the record is used without one",
 }
 

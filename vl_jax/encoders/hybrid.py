@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, UInt8
 
 from vl_jax.encoders.resnet import ResNet, ResNetConfig
 from vl_jax.encoders.transformer import Encoded, from_grid
-from vl_jax.encoders.vit import ViT, ViTConfig
+from vl_jax.encoders.vit import Levels, ViT, ViTConfig
 from vl_jax.kernels.activation import Kind
 from vl_jax.moe.noise import content_of
 from vl_jax.moe.routing import MoEConfig, State
@@ -54,32 +54,15 @@ class HybridConfig:
     sparse_layers: tuple[int, ...] = ()  # numbers of the blocks with experts, ascending
 
     def __post_init__(self):
-        if self.patch_size not in self._strides:
-            known = ", ".join(map(str, dict.fromkeys(self._strides)))
-            raise ValueError(
-                f"patch_size={self.patch_size}: no stage of the trunk has cells of that size; they have "
-                f"{known} pixels (trunk.stage_dims={self.trunk.stage_dims}, "
-                f"trunk.first_stage_stride={self.trunk.first_stage_stride})"
-            )
+        _ = self.built_trunk  # says which cells there are
         if self.class_token and self.pooling == "attention":
             raise ValueError("pooling='attention' reads cells alone: class_token must be False")
         _ = self.vit  # checks its own fields
 
     @property
-    def _strides(self) -> tuple[int, ...]:
-        """Pixels on the side of a cell, by stages of the trunk as they are named."""
-        first = 4 * self.trunk.first_stage_stride
-        return tuple(first << i for i in range(len(self.trunk.stage_dims)))
-
-    @property
     def built_trunk(self) -> ResNetConfig:
         """The trunk up to the stage whose cells are as large as patches."""
-        stages = self._strides.index(self.patch_size) + 1
-        return dataclasses.replace(
-            self.trunk,
-            stage_dims=self.trunk.stage_dims[:stages],
-            stage_blocks=self.trunk.stage_blocks[:stages],
-        )
+        return trunk_up_to(self.trunk, self.patch_size)
 
     @property
     def vit(self) -> ViTConfig:
@@ -128,6 +111,16 @@ class HybridConfig:
         return self.trunk.input_shape
 
     @property
+    def pixel_mean(self) -> Levels:
+        """Of pixel values scaled to 0..1."""
+        return self.trunk.pixel_mean
+
+    @property
+    def pixel_std(self) -> Levels:
+        """Of pixel values scaled to 0..1."""
+        return self.trunk.pixel_std
+
+    @property
     def stack(self) -> Stack | None:
         """The sparse blocks, if there are any."""
         inner = self.vit.stack
@@ -138,6 +131,25 @@ class HybridConfig:
     def build(self, dtype: DTypeLike, *, remat: bool = False) -> Hybrid:
         """The module."""
         return Hybrid(self, jnp.dtype(dtype), remat)
+
+
+def trunk_up_to(trunk: ResNetConfig, side: int) -> ResNetConfig:
+    """A trunk without the stages behind the one whose cells are ``side`` pixels on the side.
+
+    Raises:
+      ValueError: no stage has such cells.
+    """
+    sides = [4 * trunk.first_stage_stride << i for i in range(len(trunk.stage_dims))]
+    if side not in sides:
+        known = ", ".join(map(str, dict.fromkeys(sides)))
+        raise ValueError(
+            f"patch_size={side}: no stage of the trunk has cells of that size; they have {known} pixels "
+            f"(trunk.stage_dims={trunk.stage_dims}, trunk.first_stage_stride={trunk.first_stage_stride})"
+        )
+    stages = sides.index(side) + 1
+    return dataclasses.replace(
+        trunk, stage_dims=trunk.stage_dims[:stages], stage_blocks=trunk.stage_blocks[:stages]
+    )
 
 
 class Hybrid(nn.Module):

@@ -9,6 +9,7 @@ Running statistics of batch normalisation are no parameters but a collection of 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
 import flax.linen as nn
@@ -54,6 +55,7 @@ class ResNetConfig:
     # several, and the running ones then move once, to the mean. Where scale and bias do not train they stay.
     statistics: Literal["frozen", "moving"] = "frozen"
     image_size: int = 224  # pixels on the side; the module itself takes images of any size
+    num_channels: int = 3
     pixel_mean: Levels = (0.485, 0.456, 0.406)  # of pixel values scaled to 0..1
     pixel_std: Levels = (0.229, 0.224, 0.225)
 
@@ -66,8 +68,8 @@ class ResNetConfig:
             raise ValueError(f"stage_blocks={self.stage_blocks} must be >= 1")
         if self.block == "bottleneck" and min(self.stage_dims) < self.bottleneck:
             raise ValueError(f"stage_dims={self.stage_dims} must be >= bottleneck={self.bottleneck}")
-        if self.image_size < 1:
-            raise ValueError(f"image_size={self.image_size} must be >= 1")
+        if min(self.image_size, self.num_channels) < 1:
+            raise ValueError(f"image_size={self.image_size}, num_channels={self.num_channels}: must be >= 1")
 
     @property
     def grid(self) -> int:
@@ -90,7 +92,7 @@ class ResNetConfig:
     @property
     def input_shape(self) -> tuple[int, int, int]:
         """The shape of an image: height, width, channels."""
-        return self.image_size, self.image_size, 3
+        return self.image_size, self.image_size, self.num_channels
 
     @property
     def stack(self) -> Stack | None:
@@ -119,27 +121,31 @@ class ResNetOutput:
 
 
 def batch_norm(
-    x: Float[Array, "M h w D"],
+    x: Float[Array, "M *grid D"],
     mean: Float[Array, " D"],
     variance: Float[Array, " D"],
     scale: Float[Array, " D"],
     bias: Float[Array, " D"],
-) -> Float[Array, "M h w D"]:
+) -> Float[Array, "M *grid D"]:
     """``(x - mean) / sqrt(variance + epsilon) * scale + bias`` in float32, cast back."""
     gain = scale * jax.lax.rsqrt(variance + EPSILON)
     return ((x.astype(jnp.float32) - mean) * gain + bias).astype(x.dtype)
 
 
 def batch_statistics(
-    x: Float[Array, "M h w D"], valid: Bool[Array, " M"] | None
+    x: Float[Array, "M *grid D"], valid: Bool[Array, "M *first"] | None
 ) -> tuple[Float[Array, " D"], Float[Array, " D"], Float[Array, ""]]:
-    """Mean and variance of the channels over valid images (None: all), and how many cells those have."""
-    wide = x.astype(jnp.float32)
+    """Mean and variance of the channels over what is valid (None: all), and how many cells that has.
+
+    Args:
+      valid: of images, or of their rows; of clips, or of their frames.
+    """
+    wide, axes = x.astype(jnp.float32), tuple(range(x.ndim - 1))
     valid = jnp.ones(x.shape[:1], bool) if valid is None else valid
-    mask = valid[:, None, None, None]
-    count = jnp.sum(valid, dtype=jnp.float32) * (x.shape[1] * x.shape[2])
-    mean = jnp.sum(wide, axis=(0, 1, 2), where=mask) / jnp.maximum(count, 1.0)
-    square = jnp.sum((wide - mean) ** 2, axis=(0, 1, 2), where=mask)
+    mask = valid.reshape(valid.shape + (1,) * (x.ndim - valid.ndim))
+    count = jnp.sum(valid, dtype=jnp.float32) * math.prod(x.shape[valid.ndim : -1])
+    mean = jnp.sum(wide, axis=axes, where=mask) / jnp.maximum(count, 1.0)
+    square = jnp.sum((wide - mean) ** 2, axis=axes, where=mask)
     return mean, square / jnp.maximum(count, 1.0), count
 
 
@@ -155,9 +161,9 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "M h w D"], valid: Bool[Array, " M"] | None = None
-    ) -> Float[Array, "M h w D"]:
-        """Normalises channels; only ``valid`` images (None: all) count in the statistics of the batch."""
+        self, x: Float[Array, "M *grid D"], valid: Bool[Array, "M *first"] | None = None
+    ) -> Float[Array, "M *grid D"]:
+        """Normalises channels; only what is ``valid`` (None: all) counts in the statistics of the batch."""
         shape = x.shape[-1:]
         scale = self.param("scale", named(nn.initializers.ones, None), shape)
         bias = self.param("bias", named(nn.initializers.zeros, None), shape)

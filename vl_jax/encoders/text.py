@@ -9,7 +9,7 @@ the last one.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from vl_jax.batch import TEXT
-from vl_jax.encoders.transformer import BlockConfig, Encoded, routing_context, run_blocks
+from vl_jax.encoders.transformer import BlockConfig, Encoded, Through, routing_context, run_blocks
 from vl_jax.kernels.activation import Kind
 from vl_jax.moe.routing import MoEConfig, State
 from vl_jax.moe.stacks import Stack
@@ -47,6 +47,8 @@ class TextEncoderConfig:
     projection_bias: bool = False
     moe: MoEConfig | None = None  # experts of the sparse blocks; every row is a routing group
     sparse_layers: tuple[int, ...] = ()  # numbers of the blocks with experts, ascending
+
+    goes_through: ClassVar[bool] = True  # its module takes ``through``
 
     def __post_init__(self):
         if min(self.vocab_size, self.max_length, self.num_layers) < 1:
@@ -136,6 +138,8 @@ class TextEncoder(nn.Module):
         tokens: Int[Array, "B T"],
         valid: Bool[Array, "B T"] | None = None,
         routing_state: State | None = None,
+        *,
+        through: Through | None = None,
     ) -> Encoded:
         """Encodes rows of tokens.
 
@@ -143,6 +147,7 @@ class TextEncoder(nn.Module):
           valid: tokens that may be attended to and that take experts; all of them, if not given or if the
             encoder sees padding.
           routing_state: state of the scheme, stacked over the sparse blocks.
+          through: acts between the blocks; see ``run_blocks``.
 
         Raises:
           ValueError: the rows are longer than the position table.
@@ -168,6 +173,7 @@ class TextEncoder(nn.Module):
             context=routing_context(counted, modality=TEXT, tokens=tokens),
             routing_state=routing_state,
             remat=self.remat,
+            through=through,
             owner=self,
         )
         x = LayerNorm(c.norm_epsilon, name="norm")(x)

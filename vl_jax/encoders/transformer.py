@@ -1,13 +1,15 @@
-"""The pre-norm transformer that image and text encoders share, whatever stands before and after it.
+"""The transformer that encoders of images, texts and sounds share, whatever stands before and after it.
 
-Every block is ``x + attention(norm1(x))``, then ``x + fc2(activation(fc1(norm2(x))))``; in a sparse block
-experts take the place of the two projections. Consecutive blocks of one kind are stacked and scanned.
+Every block is ``x + attention(norm1(x))``, then ``x + fc2(activation(fc1(norm2(x))))``; with norms behind the
+sums, ``norm1(x + attention(x))``, then ``norm2(x + fc2(activation(fc1(x))))``. In a sparse block experts take
+the place of the two projections. Consecutive blocks of one kind are stacked and scanned.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -20,7 +22,7 @@ from vl_jax.moe.layer import DynamicMoE, MoEOutput
 from vl_jax.moe.routing import MoEConfig, RoutingContext, State
 from vl_jax.moe.stacks import Stack
 from vl_jax.nn import attention, packed
-from vl_jax.nn.layers import LayerNorm, Linear, fan_in, named
+from vl_jax.nn.layers import LayerNorm, Linear, as_used, fan_in, named
 from vl_jax.params import Leaf
 from vl_jax.sharding import constrain
 
@@ -45,8 +47,12 @@ class BlockConfig:
     activation: Kind
     norm_epsilon: float
     qkv_bias: bool = True
+    key_bias: bool = (
+        True  # whether keys have one too; it changes no output, and some published models lack it
+    )
     moe: MoEConfig | None = None
     sparse_layers: tuple[int, ...] = ()  # numbers of the blocks with experts, ascending
+    norms_follow: bool = False  # norms take the sums, as in BERT; else what is added to them reads norms
 
     def __post_init__(self):
         if self.num_heads < 1 or self.embed_dim % self.num_heads:
@@ -102,6 +108,7 @@ class Attention(nn.Module):
 
     num_heads: int
     qkv_bias: bool = True
+    key_bias: bool = True
 
     @nn.compact
     def __call__(
@@ -110,32 +117,40 @@ class Attention(nn.Module):
         source: Float[Array, "B S D"] | None = None,
         *,
         mask: Bool[Array, "B #T S"] | None = None,
+        bias: Float[Array, "1 N T S"] | None = None,
     ) -> Float[Array, "B T D"]:
+        """The mixture; ``bias`` is added to the scaled scores."""
         width, heads = x.shape[-1], self.num_heads
         shape = (width, 3, heads, width // heads)
         init = named(fan_in(), "embed", None, "heads", None, inputs=(0,))
-        qkv = self.param("qkv", init, shape).astype(x.dtype)
-        bias = jnp.zeros(shape[1:], x.dtype)
-        if self.qkv_bias:
+        qkv = as_used(self.param("qkv", init, shape), x.dtype, "embed", None, "heads", None)
+        offset = jnp.zeros(shape[1:], x.dtype)
+        if self.qkv_bias and self.key_bias:
             init = named(nn.initializers.zeros, None, "heads", None)
-            bias = self.param("qkv_bias", init, shape[1:]).astype(x.dtype)
+            offset = self.param("qkv_bias", init, shape[1:]).astype(x.dtype)
+        elif self.qkv_bias:
+            init = named(nn.initializers.zeros, None, "heads", None)
+            given = self.param("qv_bias", init, (2, *shape[2:])).astype(x.dtype)
+            offset = jnp.stack([given[0], jnp.zeros_like(given[0]), given[1]])
         if source is None:
-            query, key, value = jnp.einsum("BTD,DXNH->XBTNH", x, qkv) + bias[:, None, None]
+            query, key, value = jnp.einsum("BTD,DXNH->XBTNH", x, qkv) + offset[:, None, None]
         else:
-            query = jnp.einsum("BTD,DNH->BTNH", x, qkv[:, 0]) + bias[0]
-            key, value = jnp.einsum("BSD,DXNH->XBSNH", source, qkv[:, 1:]) + bias[1:, None, None]
-        scale = query.shape[-1] ** -0.5
-        if self.is_mutable_collection("intermediates"):
-            weights = attention.attention_weights(query, key, mask=mask, scale=scale)
-            self.sow("intermediates", "weights", weights)
-        mixed = attention.attend(query, key, value, mask=mask, scale=scale)
+            query = jnp.einsum("BTD,DNH->BTNH", x, qkv[:, 0]) + offset[0]
+            key, value = jnp.einsum("BSD,DXNH->XBSNH", source, qkv[:, 1:]) + offset[1:, None, None]
+        scores = attention.dot_products(query, key) * query.shape[-1] ** -0.5
+        scores = scores if bias is None else scores + bias
+        weights = attention.masked_softmax(scores, None if mask is None else mask[:, None])
+        self.sow("intermediates", "weights", weights)
+        mixed = attention.weighted_sum(weights, value)
+        self.sow("intermediates", "mixed", mixed)
         init = named(fan_in(in_axis=(0, 1)), "heads", None, "embed", inputs=(0, 1))
-        project = self.param("project", init, (heads, width // heads, width)).astype(x.dtype)
-        bias = self.param("project_bias", named(nn.initializers.zeros, "embed"), (width,)).astype(x.dtype)
-        return jnp.einsum("BTNH,NHD->BTD", mixed, project) + bias
+        project = self.param("project", init, (heads, width // heads, width))
+        project = as_used(project, x.dtype, "heads", None, "embed")
+        offset = self.param("project_bias", named(nn.initializers.zeros, "embed"), (width,)).astype(x.dtype)
+        return jnp.einsum("BTNH,NHD->BTD", mixed, project) + offset
 
 
-def feed_forward(x: Float[Array, "B T D"], config: BlockConfig) -> Float[Array, "B T D"]:
+def feed_forward(x: Float[Array, "*batch D"], config: BlockConfig) -> Float[Array, "*batch D"]:
     """Two projections, ``fc1`` and ``fc2``, that belong to the module which calls this."""
     hidden = Linear(config.mlp_dim, ("embed", "mlp"), use_bias=True, name="fc1")(x)
     hidden = FUNCTIONS[config.activation](hidden)
@@ -156,19 +171,29 @@ class Block(nn.Module):
         state: State,
         mask: Bool[Array, "B #T T"] | None,
         context: RoutingContext | None,
+        bias: Float[Array, "1 N T T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B T D"] | None, MoEOutput | None]]:
-        c, routed = self.config, None
-        attend = Attention(c.num_heads, c.qkv_bias, name="attention")
-        x = x + attend(LayerNorm(c.norm_epsilon, name="norm1")(x), mask=mask)
-        normed = LayerNorm(c.norm_epsilon, name="norm2")(x)
-        if self.sparse:
-            assert c.moe is not None and context is not None
-            y, routed = DynamicMoE(c.moe, name="moe")(normed, context, state)
-            x = x + y
+        c = self.config
+        norm1, norm2 = (LayerNorm(c.norm_epsilon, name=name) for name in ("norm1", "norm2"))
+        attend = Attention(c.num_heads, c.qkv_bias, c.key_bias, name="attention")
+        if c.norms_follow:
+            x = norm1(x + attend(x, mask=mask, bias=bias))
+            y, routed = self._feed_forward(x, state, context)
+            x = norm2(x + y)
         else:
-            x = x + feed_forward(normed, c)
+            x = x + attend(norm1(x), mask=mask, bias=bias)
+            y, routed = self._feed_forward(norm2(x), state, context)
+            x = x + y
         x = constrain(x, "batch", None, None)
         return x, (x if self.keep else None, routed)
+
+    def _feed_forward(
+        self, x: Float[Array, "B T D"], state: State, context: RoutingContext | None
+    ) -> tuple[Float[Array, "B T D"], MoEOutput | None]:
+        if not self.sparse:
+            return feed_forward(x, self.config), None
+        assert self.config.moe is not None and context is not None
+        return DynamicMoE(self.config.moe, name="moe")(x, context, state)
 
 
 def routing_context(
@@ -189,37 +214,48 @@ def routing_context(
     )
 
 
+# What the blocks of an encoder go through where something acts between them: from the tokens that enter the
+# first, and a function that runs the block of a number on some tokens, to those that leave the last.
+Through = Callable[[jax.Array, Callable[[int, jax.Array], jax.Array]], jax.Array]
+
+
 def run_blocks(
     x: Float[Array, "B T D"],
     mask: Bool[Array, "B #T T"] | None,
     config: BlockConfig,
     *,
+    bias: Float[Array, "1 N T T"] | None = None,
     context: RoutingContext | None = None,
     routing_state: State | None = None,
     states: tuple[int, ...] = (),
     remat: bool = False,
+    through: Through | None = None,
     owner: nn.Module,
 ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B T D"], ...], MoEOutput | None]:
     """Runs the blocks, whose parameters belong to ``owner``, the module which calls this.
 
     Args:
+      bias: what is added to the scores of every block.
       context: needed where there are sparse blocks; every row is a routing group.
       routing_state: state of the scheme, stacked over the sparse blocks; None: empty.
       states: hidden states to return too: 0 is the input, i the output of block i, negative ones count
         from the last.
       remat: keep only the inputs of blocks for the backward pass.
+      through: acts between the blocks, which have no experts then; hidden states are those before it acts.
 
     Returns:
       The output of the last block, the hidden states, and what the sparse blocks returned, stacked.
     """
     numbers = [i % (config.num_layers + 1) for i in states]
+    if through is not None:
+        return _one_by_one(x, mask, config, through=through, numbers=numbers, remat=remat, owner=owner)
     hidden, routed, first_sparse = {0: x}, [], 0
     for run in config.runs:
         stack = nn.scan(
             packed.layer_of(Block, owner, run.name, remat=remat),
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True, "routing": True},  # "routing": noise of schemes, in training
-            in_axes=(0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=len(run.layers),
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
@@ -227,9 +263,35 @@ def run_blocks(
         state = jax.tree.map(lambda a, s=own: a[s], routing_state or {}) if run.sparse else {}
         first_sparse = own.stop
         run_context = context if run.sparse else None
-        x, (kept, here) = stack(config, run.sparse, bool(states), name=run.name)(x, state, mask, run_context)
+        blocks = stack(config, run.sparse, bool(states), name=run.name)
+        x, (kept, here) = blocks(x, state, mask, run_context, bias)
         routed += [here] * run.sparse
         if kept is not None:
             hidden |= {layer + 1: kept[i] for i, layer in enumerate(run.layers) if layer + 1 in numbers}
     together = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *routed) if routed else None
     return x, tuple(hidden[i] for i in numbers), together
+
+
+def _one_by_one(
+    x: jax.Array,
+    mask: jax.Array | None,
+    config: BlockConfig,
+    *,
+    through: Through,
+    numbers: list[int],
+    remat: bool,
+    owner: nn.Module,
+) -> tuple[jax.Array, tuple[jax.Array, ...], None]:
+    """The blocks without a scan, each when it is asked for; their parameters exist already."""
+    hidden = {0: x}
+    (run,) = config.runs
+
+    def block(number: int, x: jax.Array) -> jax.Array:
+        layer = packed.layer_of(Block, owner, run.name, remat=remat)(config, parent=None)
+        params = jax.tree.map(lambda leaf: leaf[number], owner.variables["params"][run.name])
+        x, _ = layer.apply({"params": params}, x, {}, mask, None)  # pyright: ignore[reportAssignmentType]
+        hidden[number + 1] = x
+        return x
+
+    x = through(x, block)
+    return x, tuple(hidden[i] for i in numbers), None

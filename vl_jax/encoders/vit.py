@@ -12,7 +12,7 @@ stem is the published one, a single strided projection. The ``conv`` stem is fiv
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 import flax.linen as nn
 import jax
@@ -25,6 +25,7 @@ from vl_jax.encoders.transformer import (
     Attention,
     BlockConfig,
     Encoded,
+    Through,
     feed_forward,
     routing_context,
     run_blocks,
@@ -73,6 +74,8 @@ class ViTConfig:
     pixel_std: Levels = 0.5
     moe: MoEConfig | None = None  # experts of the sparse blocks; every image is a routing group
     sparse_layers: tuple[int, ...] = ()  # numbers of the blocks with experts, ascending
+
+    goes_through: ClassVar[bool] = True  # its module takes ``through``
 
     def __post_init__(self):
         (height, width), (rows, columns) = _pair(self.image_size), _pair(self.patch_size)
@@ -271,12 +274,14 @@ class ViT(nn.Module):
         valid: Bool[Array, " M"] | None = None,
         routing_state: State | None = None,
         content: UInt32[Array, " M"] | None = None,
+        *,
+        through: Through | None = None,
     ) -> Encoded:
         """As ``encode``, with the tokens that the config names as features, [M T F].
 
         F is D times the number of layers it joins.
         """
-        encoded = self.encode(pixels, valid, routing_state, content)
+        encoded = self.encode(pixels, valid, routing_state, content, through=through)
         return dataclasses.replace(encoded, tokens=select_features(encoded, self.config))
 
     @nn.compact
@@ -286,6 +291,8 @@ class ViT(nn.Module):
         valid: Bool[Array, " M"] | None = None,
         routing_state: State | None = None,
         content: UInt32[Array, " M"] | None = None,
+        *,
+        through: Through | None = None,
     ) -> Encoded:
         """Final tokens, the pooled vector and chosen hidden states.
 
@@ -294,6 +301,7 @@ class ViT(nn.Module):
           valid: images that are used; the tokens of others take no experts. None: all of them.
           routing_state: state of the scheme, stacked over the sparse blocks.
           content: a number of every picture, which the noise of routing follows; None: that of the pixels.
+          through: acts between the blocks; see ``run_blocks``.
         """
         c = self.config
         x = self._embed(as_floats(pixels, mean=c.pixel_mean, std=c.pixel_std).astype(self.dtype))
@@ -312,6 +320,7 @@ class ViT(nn.Module):
             routing_state=routing_state,
             states=c.feature_layers,
             remat=self.remat,
+            through=through,
             owner=self,
         )
         norm = LayerNorm(c.norm_epsilon, name="norm")

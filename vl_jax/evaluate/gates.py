@@ -1,5 +1,7 @@
 """How far gates with a budget are open, by layer, by kind of question and by what a sample has.
 
+Fusions that weigh modalities are asked for their weights instead, see ``modality_weights``.
+
 Figures are of inference, where a look is open or closed: the share of samples that look in a layer, or the
 mean share of their tokens that do. Beside them stand the rows that were computed: closed ones are left out,
 but open ones are filled up to one of few sizes.
@@ -18,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vl_jax.batch import Batch
+from vl_jax.evaluate.modality_weights import weight_use
 from vl_jax.evaluate.task import Examinee, Matrix
 from vl_jax.moe.stacks import RoutingState
 
@@ -30,13 +33,15 @@ _TOWER = "Samples whose pictures the tower read, of all samples, %"
 def gate_use(
     examinee: Examinee, batches: Iterable[tuple[Sequence[Mapping[str, Any]], Batch]], kinds: Sequence[str]
 ) -> tuple[Matrix, ...]:
-    """What the gates decide for every record of some batches; () of a model without a budget.
+    """What the gates decide for every record of some batches; () of a model without gates.
 
     Args:
       batches: records, and the host batch whose first rows they are.
       kinds: fields of a record whose values are groups; an empty value is none.
     """
     model = examinee.layout.model
+    if getattr(getattr(model.config, "fusion", None), "weighs", False):
+        return weight_use(examinee, batches, kinds)
     budget = getattr(model.config, "budget", None)
     if budget is None:
         return ()

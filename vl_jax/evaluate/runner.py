@@ -18,6 +18,8 @@ from vl_jax.data.config import DataConfig, ModelSpec
 from vl_jax.evaluate.exams.exam import Exam
 from vl_jax.evaluate.task import Examinee, Extent, Findings, Record, Scores, Task
 from vl_jax.evaluate.tasks.answers import Answers
+from vl_jax.evaluate.tasks.creations import Creations
+from vl_jax.evaluate.tasks.few_shot import FewShot
 from vl_jax.evaluate.tasks.found_boxes import FoundBoxes
 from vl_jax.evaluate.tasks.found_masks import FoundMasks
 from vl_jax.evaluate.tasks.held_out_loss import HeldOutLoss
@@ -25,6 +27,7 @@ from vl_jax.evaluate.tasks.labels import Labels
 from vl_jax.evaluate.tasks.pixel_classes import PixelClasses
 from vl_jax.evaluate.tasks.pixel_depths import PixelDepths
 from vl_jax.evaluate.tasks.retrieval import Retrieval
+from vl_jax.evaluate.tasks.transcripts import Transcripts
 from vl_jax.layout import NO_COLLECTIONS, Layout
 from vl_jax.runtime import disk
 from vl_jax.schema import Open
@@ -41,11 +44,14 @@ class EvaluationConfig(Extent):
     task: Annotated[
         Answers
         | Labels
+        | FewShot
         | FoundBoxes
         | FoundMasks
         | PixelClasses
         | PixelDepths
+        | Creations
         | Retrieval
+        | Transcripts
         | HeldOutLoss
         | Exam
         | Task,

@@ -25,7 +25,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from vl_jax import sharding
-from vl_jax.batch import Batch, without_blank_pictures
+from vl_jax.batch import Batch, without_absent
 from vl_jax.data.config import DataConfig, ModelSpec
 from vl_jax.data.sample import BadSample, Sample
 from vl_jax.data.stream.evaluation_prompts import evaluation_prompts
@@ -81,10 +81,8 @@ class Examinee:
 
     def apply(self, compiled: Callable[[Any, RoutingState, Batch], Any], batch: Batch) -> Any:
         """What a compiled ``(variables, routing_state, batch)`` gives for a host batch, on every host."""
-        config = self.layout.model.config
-        skips = getattr(config, "budget", None) is not None and getattr(config, "reads_text_alone", False)
-        if skips and jax.process_count() == 1:
-            batch = without_blank_pictures(batch)
+        if jax.process_count() == 1:
+            batch = without_absent(batch, getattr(self.layout.model.config, "may_lack", ()))
         with sharding.use_mesh(self.layout.mesh, self.layout.rules):
             found = compiled(self.variables, self.routing_state, put_batch(batch, self.layout))
         return multihost_utils.process_allgather(found, tiled=True)

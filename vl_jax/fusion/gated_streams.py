@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -22,6 +23,8 @@ class GatedStreams:
     source: str = "image"  # the tower that is looked at
     gate: CrossModalGateConfig = CrossModalGateConfig()
     name: str = "fused"  # of the stream that comes of it
+
+    reads_empty: ClassVar[bool] = True
 
     @property
     def budget(self) -> BudgetConfig | None:
@@ -69,9 +72,9 @@ class GateBetween(nn.Module):
         if seen.shape[-1] != width:
             seen = Linear(width, ("embed", None), name="width")(seen)
         mask = reader.mask[:, :, None] & source.mask[:, None, :]
-        if c.budget is None or not mask.shape[2]:
+        if c.budget is None or not mask.size:
             tokens = reader.tokens
-            if mask.shape[2]:
+            if mask.size:
                 tokens = tokens + CrossModalGate(c.gate, name="gate")(tokens, seen, mask)
             return {**streams, c.name: Stream(tokens, reader.mask)}
         logits = None

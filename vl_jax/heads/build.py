@@ -11,9 +11,14 @@ from vl_jax.data.sample import Sample
 from vl_jax.heads.classification import Classification
 from vl_jax.heads.depth import Depth
 from vl_jax.heads.detection import Detection
+from vl_jax.heads.image.picture_flow import PictureFlow
 from vl_jax.heads.instances import InstanceMasks
+from vl_jax.heads.levels.regions import PhraseRegions
+from vl_jax.heads.levels.tokens import TokenPairs
 from vl_jax.heads.pairs import Pairs
 from vl_jax.heads.segmentation import Segmentation
+from vl_jax.heads.speech.speaking import Speaking
+from vl_jax.heads.transcript import Transcript
 from vl_jax.schema import Open
 
 
@@ -30,7 +35,14 @@ class HeadConfig(Protocol):
     ``probabilities(prediction of a row) -> {class: share}`` too. One whose streams have to fit
     one another has ``check_widths(widths of the pooled vectors by stream)``, which raises ``ValueError``. One
     whose labels are of the size of the tiles has ``check_tile(pixels on the side of a tile)``, which does the
-    same. One that can show what it says has ``draw(picture of the tile, what decode gave) -> picture``.
+    same. One that can show what it says has ``draw(picture of the tile, what decode gave) -> picture``. One
+    that can do with streams without tokens has ``reads_empty = True``: then a batch in which no row has what
+    a tower reads is computed without the tower. One that makes a file has ``made(what decode gave) ->
+    content``, and ``shown(prediction of a row) -> picture`` if a tower can see it (see ``Creations``).
+
+    One that makes what it says out of noise names its random stream as ``rng`` and has
+    ``noised(label, key) -> hint``. ``Denoising`` puts the hint into the batch (see ``batch.hint_of``), and
+    the module is called with it as a second argument; what it returns then goes to ``sums``.
     """
 
     @property
@@ -64,6 +76,17 @@ class HeadConfig(Protocol):
 
 HEAD_NEEDS = ("name", "inputs", "shape", "dtype", "read", "build")
 AnyHead = Annotated[
-    Classification | Pairs | Detection | InstanceMasks | Segmentation | Depth | HeadConfig,
+    Classification
+    | Pairs
+    | TokenPairs
+    | PhraseRegions
+    | Detection
+    | InstanceMasks
+    | Segmentation
+    | Depth
+    | Transcript
+    | PictureFlow
+    | Speaking
+    | HeadConfig,
     Open("head", HEAD_NEEDS),
 ]

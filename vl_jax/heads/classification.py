@@ -6,6 +6,7 @@ Stream --pool--> norm --> logits [B K] --> cross-entropy against the class of th
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -31,6 +32,9 @@ class Classification:
     field: str = "label"  # name in ``Sample.labels``
     domain: str = ""  # samples of other domains have no label of it; empty: those of all have one
     label_smoothing: float = 0.0  # share of the target that is spread over all classes
+    probe: bool = False  # it learns from the stream, and does not change it
+
+    reads_empty: ClassVar[bool] = True
 
     def __post_init__(self):
         if len(self.classes) < 2 or len(set(self.classes)) < len(self.classes):
@@ -81,14 +85,15 @@ class Classification:
     def sums(
         self, prediction: Float[Array, "B K"], label: Given
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-        """Cross-entropy in nats and hits, summed over the rows that have a label."""
+        """Cross-entropy in nats, hits, and probabilities of the right class, over the rows that have one."""
         target = jax.nn.one_hot(label.values, len(self.classes))
         target = optax.smooth_labels(target, self.label_smoothing)
         weights = label.present.astype(jnp.float32)
         loss = jnp.sum(weights * optax.softmax_cross_entropy(prediction, target))
         right = jnp.argmax(prediction, axis=-1) == label.values
         hits = jnp.sum(jnp.where(right, weights, 0.0))
-        return loss, {"accuracy": hits}
+        share = jnp.take_along_axis(jax.nn.softmax(prediction), label.values[:, None], axis=1)[:, 0]
+        return loss, {"accuracy": hits, "probability": jnp.sum(weights * share)}
 
     def probabilities(self, prediction: Float[np.ndarray, " K"]) -> dict[str, float]:
         """How likely each class is, the likeliest first."""
@@ -108,7 +113,8 @@ class ClassificationHead(nn.Module):
 
     @nn.compact
     def __call__(self, streams: Streams) -> Float[Array, "B K"]:
-        x = LayerNorm(name="norm")(pool(streams[self.config.stream]))
+        x = pool(streams[self.config.stream])
+        x = LayerNorm(name="norm")(jax.lax.stop_gradient(x) if self.config.probe else x)
         logits = Linear(
             len(self.config.classes), ("embed", None), use_bias=True, hidden=False, name="classes"
         )(x)

@@ -13,6 +13,7 @@ import dataclasses
 import math
 import zlib
 from collections.abc import Mapping
+from typing import ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -28,6 +29,21 @@ from vl_jax.params import Leaf
 FOREIGN = int(np.iinfo(np.int32).max)  # the number of a text that fits no picture at all
 
 
+def identity_of(sample: Sample, label: str) -> np.ndarray | None:
+    """A number >= 0 that samples of one picture share, and hardly any others; None without a picture.
+
+    Args:
+      label: which they share; empty: the file of the picture.
+    """
+    if label:
+        what = sample.labels.get(label)
+    else:
+        what = (image_key(sample.images[0]) or sample.id) if sample.images else None
+    if what is None:
+        return None
+    return np.asarray(min(zlib.crc32(repr(what).encode()) >> 1, FOREIGN - 1), np.int32)
+
+
 @dataclasses.dataclass(frozen=True)
 class Pairs:
     """Vectors of pictures and of texts."""
@@ -40,6 +56,8 @@ class Pairs:
     initial_scale: float = math.log(1 / 0.07)  # logarithm of the factor; CLIP's 0.07, SigLIP begins at log 10
     bias: bool = False  # learns a bias of all pairs, as the sigmoid loss needs
     initial_bias: float = -10.0
+
+    reads_empty: ClassVar[bool] = True
 
     def __post_init__(self):
         if self.dim is not None and self.dim < 1:
@@ -61,14 +79,8 @@ class Pairs:
         return "int32"
 
     def read(self, sample: Sample) -> np.ndarray | None:
-        """A number >= 0 that samples of one picture share, and hardly any others; None without a picture."""
-        if self.identity:
-            what = sample.labels.get(self.identity)
-        else:
-            what = (image_key(sample.images[0]) or sample.id) if sample.images else None
-        if what is None:
-            return None
-        return np.asarray(min(zlib.crc32(repr(what).encode()) >> 1, FOREIGN - 1), np.int32)
+        """See ``identity_of``."""
+        return identity_of(sample, self.identity)
 
     def check_widths(self, widths: Mapping[str, int]) -> None:
         """Makes sure that the vectors of two streams can be compared.
@@ -119,4 +131,5 @@ class PairsHead(nn.Module):
         if self.config.dim is not None:
             x = Linear(self.config.dim, ("embed", None), name=name)(x)
         x = x.astype(jnp.float32)
-        return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-6)
+        # The vector of a row that has nothing is 0, where the gradient of its length would be no number.
+        return x / jnp.sqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-12))

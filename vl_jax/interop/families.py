@@ -21,6 +21,7 @@ from vl_jax.interop.encoder_decoder import (
     encoder_decoder_stacks,
     read_text_to_text,
 )
+from vl_jax.interop.encoders import sound
 from vl_jax.interop.language import FAMILIES as TEXT_FAMILIES
 from vl_jax.interop.language import NAMES, Names, language_rules, read_language
 from vl_jax.interop.rules import Rule
@@ -127,5 +128,11 @@ FAMILIES: dict[str, Family] = {
         lambda *_: encoder_decoder_rules(),
         stacks=lambda config: encoder_decoder_stacks(config.network),
         ignored=SWITCH_IGNORED,
+    ),
+    "wav2vec2": Family(
+        sound.read_speech,
+        lambda _, __, keys: sound.speech_rules(keys),
+        stacks=lambda _: {},
+        ignored=sound.IGNORED,
     ),
 }

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +20,15 @@ import jax
 import numpy as np
 
 from vl_jax import params as params_lib
-from vl_jax.encoders.resnet import ResNetConfig
-from vl_jax.encoders.vit import ViTConfig
-from vl_jax.interop import conv, rules, vision
+from vl_jax.interop import rules
 from vl_jax.interop.folder import open_weights, read_config
+from vl_jax.interop.part_kinds import KIND_OF, NAMES, Stacks, name_of
 from vl_jax.interop.safetensors import WeightsError
 from vl_jax.joint import JointConfig
 from vl_jax.layout import Layout, Variables
 from vl_jax.model import ENCODER, VisionLanguageConfig
 
 logger = logging.getLogger(__name__)
-
-# Fields of which a part and what is read into it must have the same.
-_RESNET_SAME = ("stem_dim", "block", "bottleneck_stride", "first_stage_stride", "activation")
-_VIT_SAME = ("embed_dim", "mlp_dim", "num_heads", "activation", "norm_epsilon", "qkv_bias", "pre_norm")
-_ANCHOR = "embedder.embedder.convolution.weight"  # of a residual network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +39,8 @@ class PublishedPart:
     config: Any  # ours
     fresh: tuple[str, ...]  # paths of parameters of it that no published model has
     folder: Path
-    kind: str  # the published model type
-    published: Any  # the published encoder's config as one of ours
+    fields: Mapping[str, Any]  # the published config
+    published: Any  # the same as one of ours
 
 
 def places(model: Any) -> dict[str, tuple[Any, tuple[str, ...]]]:
@@ -59,7 +52,7 @@ def places(model: Any) -> dict[str, tuple[Any, tuple[str, ...]]]:
         encoders = {ENCODER: model.encoder}
     found: dict[str, tuple[Any, tuple[str, ...]]] = {}
     for name, encoder in encoders.items():
-        if isinstance(encoder, ViTConfig | ResNetConfig):
+        if type(encoder) in KIND_OF:
             found[name] = (encoder, ())
         found |= {f"{name}/{part}": place for part, place in getattr(encoder, "parts", {}).items()}
     return found
@@ -80,48 +73,29 @@ def find(model: Any, named: Sequence[tuple[str, str]]) -> tuple[PublishedPart, .
             raise ValueError(f"{where} is named twice")
         if not folder.is_dir():
             raise ValueError(f"{where}: no folder {name}")
-        kind, fields = _encoder_of(read_config(folder))
-        expected = ("resnet",) if isinstance(known[path][0], ResNetConfig) else tuple(vision.TABLES)
-        if kind not in expected:
-            raise ValueError(f"{where}: {name} holds a {kind!r}, expected {' or '.join(expected)}")
+        kind, (name_found, fields) = KIND_OF[type(known[path][0])], _encoder_of(read_config(folder))
+        if name_found not in kind.names:
+            raise ValueError(f"{where}: {name} holds a {name_found!r}, expected {' or '.join(kind.names)}")
         try:
-            published = conv.read_resnet(fields) if kind == "resnet" else vision.read_vision(fields)
+            published = kind.read(fields)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{where}: {name}: {error}") from None
-        part = PublishedPart(path, *known[path], folder, kind, published)
-        wrong = next(_differences(part.config, published), None)
+        part = PublishedPart(path, *known[path], folder, fields, published)
+        wrong = next(kind.differences(part.config, published), None)
         if wrong is not None:
-            name_of, ours, theirs = wrong
-            raise ValueError(f"{where} has {name_of}={ours!r}, the {kind} of {name} has {theirs!r}")
+            field, ours, theirs = wrong
+            raise ValueError(f"{where} has {field}={ours!r}, the {name_found} of {name} has {theirs!r}")
         found.append(part)
     return tuple(found)
 
 
 def _encoder_of(fields: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     """Model type and config of the encoder of pictures, which may be one of several parts of a checkpoint."""
-    kind, inner = str(fields.get("model_type")), fields.get("vision_config")
-    if kind in vision.TABLES or not isinstance(inner, Mapping):
+    kind, inner = name_of(fields), fields.get("vision_config")
+    if kind in NAMES or not isinstance(inner, Mapping):
         return kind, fields
     kind = str(inner.get("model_type") or f"{kind}_vision_model")
     return kind, {**inner, "model_type": kind}
-
-
-def _differences(ours: Any, theirs: Any) -> Iterator[tuple[str, Any, Any]]:
-    """(field, ours, theirs) of what must be alike."""
-    is_resnet = isinstance(ours, ResNetConfig)
-    for name in _RESNET_SAME if is_resnet else _VIT_SAME:
-        if getattr(ours, name) != getattr(theirs, name):
-            yield name, getattr(ours, name), getattr(theirs, name)
-    if is_resnet:
-        for name in ("stage_dims", "stage_blocks"):
-            mine, given = getattr(ours, name), getattr(theirs, name)
-            if mine != given[: len(mine)]:
-                yield name, mine, given
-        return
-    if ours.num_layers > theirs.num_layers:
-        yield "num_layers", ours.num_layers, theirs.num_layers
-    if ours.class_token and not theirs.class_token:
-        yield "class_token", True, False
 
 
 def load(variables: Variables, layout: Layout, parts: Sequence[PublishedPart]) -> Variables:
@@ -143,7 +117,8 @@ def _read(part: PublishedPart, layout: Layout) -> dict[str, jax.Array]:
     """The leaves of a part, by path in the tree of parameters and collections."""
     targets = params_lib.flatten({"params": layout.params, **layout.collections})
     own = {path: leaf for path, leaf in targets.items() if _inside(path, part)}
-    positions = f"params/{part.path}/positions"
+    fitted = KIND_OF[type(part.config)].positions
+    positions = f"params/{part.path}/positions" if fitted is not None else ""
     table, stacks = _rules(part, weights := open_weights(part.folder))
     wanted = {path: leaf for path, leaf in own.items() if path != positions and not _is_fresh(path, part)}
     plan = rules.plan(table, {path: tuple(leaf.shape) for path, leaf in wanted.items()}, stacks)
@@ -154,12 +129,12 @@ def _read(part: PublishedPart, layout: Layout) -> dict[str, jax.Array]:
         others = f" (and {len(more)} more)" if more else ""
         raise ValueError(f"config.init_parts: {part.path!r} from {part.folder}: {first}{others}") from None
     found = params_lib.flatten(tree)
-    if positions in own:
+    if positions in own and fitted is not None:
         source = next(rule.source for rule in table if rule.target == positions)
         if source not in weights:
             raise ValueError(f"config.init_parts: {part.path!r} from {part.folder}: {source} is missing")
-        resized = _positions(np.asarray(weights[source]), part.published, part.config)
-        found[positions] = jax.device_put(resized, own[positions].sharding)
+        table_of_ours = fitted(np.asarray(weights[source]), part.published, part.config)
+        found[positions] = jax.device_put(table_of_ours, own[positions].sharding)
     used = {key for leaf in plan.leaves for _, key in leaf.sources()}
     logger.info(
         "init: %s begins with %s: %d leaves, %s afresh; %d tensors of it are left out",
@@ -187,50 +162,9 @@ def _is_fresh(path: str, part: PublishedPart) -> bool:
     return name in part.fresh or any(name.startswith(beginning) for beginning in experts)
 
 
-def _rules(
-    part: PublishedPart, keys: Mapping[str, Any]
-) -> tuple[tuple[rules.Rule, ...], dict[str, tuple[int, ...]]]:
+def _rules(part: PublishedPart, keys: Mapping[str, Any]) -> tuple[tuple[rules.Rule, ...], Stacks]:
     """The rules of a part, and the layers of its stacks."""
-    target = f"params/{part.path}/"
     try:
-        if part.kind == "resnet":
-            source = _prefix(keys, _ANCHOR)
-            table = conv.resnet_rules(part.config, source, target, f"batch_stats/{part.path}/")
-            return table, {}
-        source = vision.find_prefix(keys, part.kind)
+        return KIND_OF[type(part.config)].rules(part.config, part.path, part.fields, keys)
     except ValueError as error:
         raise ValueError(f"config.init_parts: {part.path!r} from {part.folder}: {error}") from None
-    table = vision.vision_rules(part.kind, source=source, target=target)
-    blocks, stack = f"{target}blocks/", f"{target}{rules.STACK}/"
-    table = tuple(dataclasses.replace(r, target=r.target.replace(blocks, stack, 1)) for r in table)
-    return table, {run.name: run.layers for run in part.config.block.runs}
-
-
-def _prefix(keys: Mapping[str, Any], anchor: str) -> str:
-    """What comes before the names of an encoder one of whose tensors is called ``anchor``.
-
-    Raises:
-      ValueError: none or several are.
-    """
-    found = [key.removesuffix(anchor) for key in keys if key == anchor or key.endswith(f".{anchor}")]
-    if len(found) != 1:
-        raise ValueError(f"{len(found)} tensors are called {anchor!r}; expected one")
-    return found[0]
-
-
-def _positions(table: np.ndarray, theirs: ViTConfig, ours: ViTConfig) -> np.ndarray:
-    """The positions of a grid as those of another one, by bicubic interpolation; f32[T D].
-
-    Raises:
-      ValueError: the table is not that of its own config.
-    """
-    table = np.asarray(table, np.float32).reshape(-1, table.shape[-1])
-    if table.shape != (theirs.length, theirs.embed_dim):
-        expected = (theirs.length, theirs.embed_dim)
-        raise ValueError(f"config.init_parts: positions have shape {table.shape}, expected {expected}")
-    first, cells = table[: int(theirs.class_token)], table[int(theirs.class_token) :]
-    if theirs.grid_shape != ours.grid_shape:
-        grid = cells.reshape(*theirs.grid_shape, -1)
-        resized = jax.image.resize(grid, (*ours.grid_shape, grid.shape[-1]), "bicubic", antialias=False)
-        cells = np.asarray(resized).reshape(math.prod(ours.grid_shape), -1)
-    return np.concatenate([first, cells]) if ours.class_token else cells

@@ -143,15 +143,17 @@ class Plan:
 
 
 def plan(
-    rules: Sequence[Rule], shapes: Mapping[str, Shape], stacks: Mapping[str, Sequence[int]] | None = None
+    rules: Sequence[Rule],
+    shapes: Mapping[str, Shape],
+    stacks: Mapping[str, Sequence[int | str]] | None = None,
 ) -> Plan:
     """Applies rules to a tree of the given shapes.
 
     Args:
       rules: A rule whose target is not in the tree does not apply.
       shapes: Path to shape, of all leaves.
-      stacks: Name of each stack of layers to the numbers its layers have in the source, in order. Where a
-        target has no ``{stack}``, ``{layer}`` counts from 0, as every other field does.
+      stacks: Name of each stack of layers to the numbers or names its layers have in the source, in order.
+        Where a target has no ``{stack}``, ``{layer}`` counts from 0, as every other field does.
     """
     leaves: dict[str, Leaf] = {}
     problems: list[str] = []
@@ -179,7 +181,7 @@ def plan(
     return Plan(tuple(leaves.values()), tuple(problems))
 
 
-def _leaf(rule: Rule, path: str, shape: Shape, layers: Sequence[int] | None) -> Leaf:
+def _leaf(rule: Rule, path: str, shape: Shape, layers: Sequence[int | str] | None) -> Leaf:
     axes = rule.parsed
     if len(shape) != len(axes.target):
         raise ValueError(f"shape {shape} does not have the axes {' '.join(axes.target)} of its rule")

@@ -11,11 +11,12 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from vl_jax.batch import TILES, TOKENS
 from vl_jax.encoders.text import TextEncoderConfig
 from vl_jax.encoders.vit import OUTPUTS, ViTConfig
 from vl_jax.heads.pairs import Pairs
 from vl_jax.interop.rules import Rule
-from vl_jax.joint import TILES, TOKENS, JointConfig, Tower
+from vl_jax.joint import JointConfig, Tower
 from vl_jax.kernels.activation import FUNCTIONS
 
 Fields = Mapping[str, Any]

@@ -48,8 +48,11 @@ class Cost:
     seconds: float  # that compiling took
 
 
-def devices(topology: str) -> list[Any]:
+def devices(topology: str, *, slices: int = 1) -> list[Any]:
     """The devices of a generation in ``TOPOLOGIES``, or of a topology name such as ``v5e:4x4``.
+
+    Args:
+      slices: how many of that topology, joined by the network of the data centre.
 
     Raises:
       RuntimeError: there is no libtpu.
@@ -57,7 +60,8 @@ def devices(topology: str) -> list[Any]:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     name = TOPOLOGIES.get(topology, topology)
-    return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+    several = {"num_slices": slices} if slices > 1 else {}
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **several).devices)
 
 
 def measure(

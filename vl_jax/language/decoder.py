@@ -30,7 +30,7 @@ from vl_jax.moe.routing import MoEConfig, RoutingContext, State
 from vl_jax.nn import packed
 from vl_jax.nn.attention import within_window
 from vl_jax.nn.cache import Cache
-from vl_jax.nn.layers import GatedMLP, Linear, RMSNorm, named
+from vl_jax.nn.layers import GatedMLP, Linear, RMSNorm, as_used, named
 from vl_jax.params import Leaf
 from vl_jax.sharding import constrain
 
@@ -216,7 +216,7 @@ class Decoder(nn.Module):
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         # Gathered along the width first: a lookup in a table cut both ways makes the partitioner replicate.
-        table = constrain(self.embedding.astype(self.dtype), "vocab", None)
+        table = constrain(as_used(self.embedding, self.dtype, "vocab", "embed"), "vocab", None)
         return constrain(table[tokens], "batch", None, None)
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
@@ -233,7 +233,8 @@ class Decoder(nn.Module):
         """The weighted sums of cross-entropy and of hits of the vocabulary scores."""
         tied = self.config.tie_embeddings
         kernel = self.embedding.T if tied else self.head.variables["params"]["kernel"]
-        return losses.head_cross_entropy(hidden, kernel.astype(hidden.dtype), targets, weights)
+        kernel = as_used(kernel, hidden.dtype, "embed", "vocab")
+        return losses.head_cross_entropy(hidden, kernel, targets, weights)
 
     def __call__(
         self,

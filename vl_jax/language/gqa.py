@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from vl_jax.nn import attention, rope
-from vl_jax.nn.layers import RMSNorm, fan_in, join_heads, named, split_heads
+from vl_jax.nn.layers import RMSNorm, as_used, fan_in, join_heads, named, split_heads
 from vl_jax.nn.rope import RopeConfig
 
 
@@ -81,7 +81,7 @@ class GQA(nn.Module):
             mixed = attention.attend_cached(query, key, value, cached, **options)
         init = named(fan_in(in_axis=(0, 1)), "heads", None, "embed", inputs=(0, 1))
         output = self.param("output", init, (c.num_heads, c.head_dim, x.shape[-1]))
-        y = join_heads(mixed, output.astype(x.dtype))
+        y = join_heads(mixed, as_used(output, x.dtype, "heads", None, "embed"))
         if c.output_bias:
             bias = self.param("output_bias", named(nn.initializers.zeros, None), (x.shape[-1],))
             y = y + bias.astype(x.dtype)
@@ -91,7 +91,7 @@ class GQA(nn.Module):
         c = self.config
         init = named(fan_in(), "embed", "heads", None, inputs=(0,))
         kernel = self.param(name, init, (x.shape[-1], heads, c.head_dim))
-        y = split_heads(x, kernel.astype(x.dtype))
+        y = split_heads(x, as_used(kernel, x.dtype, "embed", "heads", None))
         if c.qkv_bias:
             init = named(nn.initializers.zeros, "heads", None)
             y = y + self.param(f"{name}_bias", init, (heads, c.head_dim)).astype(x.dtype)

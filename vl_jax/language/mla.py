@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from vl_jax.nn import attention, rope
-from vl_jax.nn.layers import Linear, RMSNorm, fan_in, join_heads, named, split_heads
+from vl_jax.nn.layers import Linear, RMSNorm, as_used, fan_in, join_heads, named, split_heads
 from vl_jax.nn.rope import RopeConfig
 
 # The inner norms of DeepSeek-V2 keep this value whatever the epsilon of the outer norms.
@@ -122,9 +122,9 @@ class MLA(nn.Module):
         latent = RMSNorm(INNER_EPSILON, name="kv_norm")(down[..., : c.kv_lora_rank])
         key_rope = rope.rotate(down[..., None, c.kv_lora_rank :], angle, c.rope)[:, :, 0]
         # Heads first and the rank last: absorbed, it is multiplied from both sides as it lies in memory.
-        init = named(fan_in(in_axis=2), "heads", None, None, inputs=(2,))
+        init = named(fan_in(in_axis=2), "heads", None, "embed", inputs=(2,))
         kv_up = self.param("kv_up", init, (c.num_heads, c.qk_nope_dim + c.v_head_dim, c.kv_lora_rank))
-        kv_up = kv_up.astype(x.dtype)
+        kv_up = as_used(kv_up, x.dtype, "heads", None, "embed")
         if cached is None:
             query, key, value = expand(q_nope, q_rope, latent, key_rope, kv_up)
             if self.is_mutable_collection("intermediates"):
@@ -137,7 +137,7 @@ class MLA(nn.Module):
             mixed = absorbed_attention(q_nope, q_rope, latent, key_rope, kv_up, cached, **options)
         init = named(fan_in(in_axis=(0, 1)), "heads", None, "embed", inputs=(0, 1))
         output = self.param("output", init, (c.num_heads, c.v_head_dim, x.shape[-1]))
-        y = join_heads(mixed, output.astype(x.dtype))
+        y = join_heads(mixed, as_used(output, x.dtype, "heads", None, "embed"))
         if c.use_bias:
             bias = self.param("output_bias", named(nn.initializers.zeros, None), (x.shape[-1],))
             y = y + bias.astype(x.dtype)
@@ -145,12 +145,12 @@ class MLA(nn.Module):
 
     def _query(self, x: jax.Array, angle: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The content part of every head's query, and its rotated part."""
-        c, source, name = self.config, x, "embed"
+        c, source = self.config, x
         if c.q_lora_rank is not None:
             source = Linear(c.q_lora_rank, ("embed", None), use_bias=c.use_bias, name="query_down")(x)
-            source, name = RMSNorm(INNER_EPSILON, name="query_norm")(source), None
+            source = RMSNorm(INNER_EPSILON, name="query_norm")(source)
         shape = (source.shape[-1], c.num_heads, c.qk_nope_dim + c.qk_rope_dim)
-        kernel = self.param("query", named(fan_in(), name, "heads", None, inputs=(0,)), shape)
-        query = split_heads(source, kernel.astype(x.dtype))
+        kernel = self.param("query", named(fan_in(), "embed", "heads", None, inputs=(0,)), shape)
+        query = split_heads(source, as_used(kernel, x.dtype, "embed", "heads", None))
         self.sow("intermediates", "projected_query", query)
         return query[..., : c.qk_nope_dim], rope.rotate(query[..., c.qk_nope_dim :], angle, c.rope)

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
+from vl_jax import sharding
 from vl_jax.kernels import target
 from vl_jax.kernels.activation import Activation
 from vl_jax.kernels.expert_weights import ExpertWeights
@@ -54,7 +55,10 @@ def apply_experts(
     _check(x, weights.w_in, dict(mesh.shape), rules.batch)
     _check_exchange(assignment, config, mesh.shape["expert"])
 
+    sides = sharding.divisible(P(*rules.spec(("embed",))), (x.shape[-1],), mesh)[0]
+
     def local(x: jax.Array, assignment: Assignment, weights: ExpertWeights) -> jax.Array:
+        weights = _whole(weights, sides)
         if weights.b_out is not None:  # added once, not by every shard of the hidden units
             first = jax.lax.axis_index("tensor") == 0
             weights = dataclasses.replace(weights, b_out=jnp.where(first, weights.b_out, 0))
@@ -83,13 +87,23 @@ def apply_experts(
         return _scatter(out).astype(x.dtype)
 
     specs = ExpertWeights(
-        w_in=P("expert", None, None, "tensor"),
-        w_out=P("expert", "tensor", None),
+        w_in=P("expert", sides, None, "tensor"),
+        w_out=P("expert", "tensor", sides),
         b_in=None if weights.b_in is None else P("expert", None, "tensor"),
         b_out=None if weights.b_out is None else P("expert", None),
     )
     return jax.shard_map(local, mesh=mesh, in_specs=(batch, batch, specs), out_specs=batch, check_vma=False)(
         x, assignment, weights
+    )
+
+
+def _whole(weights: ExpertWeights, sides: str | tuple[str, ...] | None) -> ExpertWeights:
+    """Weights gathered along the width of tokens; so their gradients are scattered to where they live."""
+    if sides is None:
+        return weights
+    gather = functools.partial(jax.lax.all_gather, axis_name=sides, tiled=True)
+    return dataclasses.replace(
+        weights, w_in=gather(weights.w_in, axis=1), w_out=gather(weights.w_out, axis=2)
     )
 
 

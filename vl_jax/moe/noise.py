@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, UInt8, UInt32
+from jaxtyping import Array, Float, Int, UInt8, UInt32
 
 from vl_jax.moe.assignment import RoutingContext
 
@@ -22,9 +22,11 @@ def group_keys(key: jax.Array, context: RoutingContext) -> jax.Array:
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, content)
 
 
-def content_of(pixels: UInt8[Array, "G h w c"] | Float[Array, "G h w c"]) -> UInt32[Array, " G"]:
-    """A number of every picture, by which it has the same noise wherever it stands."""
-    if pixels.dtype != jnp.uint8:
+def content_of(
+    pixels: UInt8[Array, "G *shape"] | Float[Array, "G *shape"] | Int[Array, "G *shape"],
+) -> UInt32[Array, " G"]:
+    """A number of every picture, or other input, by which it has the same noise wherever it stands."""
+    if jnp.issubdtype(pixels.dtype, jnp.floating):
         pixels = jax.lax.bitcast_convert_type(pixels.astype(jnp.float32), jnp.uint32)
     return _number(pixels.astype(jnp.uint32).reshape(pixels.shape[0], -1))
 

@@ -45,6 +45,28 @@ class Conv(nn.Module):
         return y
 
 
+class VolumeConv(nn.Module):
+    """Convolution over frames (or slices), rows and columns, without bias; zeros stand outside."""
+
+    features: int
+    size: tuple[int, int, int]
+    stride: tuple[int, int, int] = (1, 1, 1)
+    padding: tuple[int, int, int] = (0, 0, 0)
+    kernel_init: Init = fan_in(in_axis=(0, 1, 2, 3))
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "M f h w c"]) -> Float[Array, "M t u v D"]:
+        init = named(self.kernel_init, None, None, None, None, "embed", inputs=(0, 1, 2, 3))
+        kernel = self.param("kernel", init, (*self.size, x.shape[-1], self.features))
+        return jax.lax.conv_general_dilated(
+            x,
+            kernel.astype(x.dtype),
+            self.stride,
+            [(n, n) for n in self.padding],
+            dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
+        )
+
+
 def group_norm(
     x: Float[Array, "M h w D"],
     scale: Float[Array, " D"],

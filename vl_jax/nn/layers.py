@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from vl_jax.kernels.activation import SWIGLU, Activation
 from vl_jax.roles import Named, role_of
+from vl_jax.sharding import constrain_weight
 
 Init = jax.nn.initializers.Initializer
 
@@ -58,6 +59,15 @@ def named(
         return Named(init(*args, **kwargs), names, role=role)
 
     return boxed
+
+
+def as_used(weight: jax.Array, dtype: Any, *names: str | None) -> jax.Array:
+    """A weight in the dtype that it is used in, still cut as it is kept: what is gathered then is small.
+
+    Args:
+      names: of its dimensions, as at its creation.
+    """
+    return constrain_weight(weight.astype(dtype), *names)
 
 
 def rms_norm(
@@ -154,7 +164,7 @@ class Linear(nn.Module):
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch F"]:
         init = named(self.kernel_init, *self.names, inputs=(0,) if self.hidden else (), decay=True)
         kernel = self.param("kernel", init, (x.shape[-1], self.features))
-        y = project(x, kernel.astype(x.dtype))
+        y = project(x, as_used(kernel, x.dtype, *self.names))
         if self.use_bias:
             bias = self.param("bias", named(nn.initializers.zeros, self.names[1]), (self.features,))
             y = y + bias.astype(x.dtype)
@@ -174,11 +184,11 @@ class GatedMLP(nn.Module):
         init = named(fan_in(), "embed", None, "mlp", inputs=(0,), outputs=(2,))
         w_in = self.param("w_in", init, (width, inputs, self.mlp_dim))
         w_out = self.param("w_out", named(fan_in(), "mlp", "embed", inputs=(0,)), (self.mlp_dim, width))
-        hidden = project(x, w_in.reshape(width, -1).astype(x.dtype))
+        hidden = project(x, as_used(w_in, x.dtype, "embed", None, "mlp").reshape(width, -1))
         if self.use_bias:
             b_in = self.param("b_in", named(nn.initializers.zeros, None, "mlp"), w_in.shape[1:])
             hidden = hidden + b_in.reshape(-1).astype(x.dtype)
-        y = project(self.activation(hidden), w_out.astype(x.dtype))
+        y = project(self.activation(hidden), as_used(w_out, x.dtype, "mlp", "embed"))
         if self.use_bias:
             b_out = self.param("b_out", named(nn.initializers.zeros, None), (width,))
             y = y + b_out.astype(x.dtype)

@@ -36,7 +36,9 @@ class Clock:
     def count(self, batch: Batch) -> None:
         """Counts what a step reads."""
         self._tokens += int(np.count_nonzero(batch.segment_ids))
-        self._samples += int(batch.segment_ids.max(axis=1).sum())
+        # A row without words is a sample too, if it has anything else.
+        here = [(batch.visual_index >= 0).any(axis=1), *(given.present for given in batch.media.values())]
+        self._samples += int(np.maximum(batch.segment_ids.max(axis=1), np.any(here, axis=0)).sum())
 
     def read(self) -> dict[str, float]:
         """The figures by the names they are logged with."""

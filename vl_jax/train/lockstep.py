@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
 from vl_jax import sharding
-from vl_jax.batch import Batch, without_pictures
+from vl_jax.batch import Batch, without
 from vl_jax.layout import Layout
 from vl_jax.train.loop import Course, StepDone, StepDue, Stopped
 from vl_jax.train.program import Program
@@ -119,9 +119,8 @@ class _Taking:
         layout, turns = self._layout, [self._last[number] for number in group.runs]
         rows = sharding.batch_sharding(layout.mesh, layout.rules)
         target = NamedSharding(layout.mesh, P(None, *rows.spec))
-        batches = [turn.batch for turn in turns]
-        if not any(turn.pictures for turn in turns):
-            batches = [without_pictures(batch) for batch in batches]
+        absent = frozenset.intersection(*(turn.absent for turn in turns))
+        batches = [without(turn.batch, absent) for turn in turns]
         batch = jax.tree.map(lambda *of: jax.device_put(np.stack(of), target), *batches)
         rates, limits = (np.stack([getattr(t, name) for t in turns]) for name in ("learning_rate", "limit"))
         seeds = self._seeds[list(group.runs)]

@@ -24,7 +24,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from vl_jax import sharding
-from vl_jax.batch import Batch, without_pictures
+from vl_jax.batch import Batch, without
 from vl_jax.checkpoint import CHECKPOINTS, Checkpointer, CheckpointError
 from vl_jax.layout import Layout, Variables, put_batch
 from vl_jax.metrics import MetricsWriter
@@ -135,7 +135,7 @@ class StepDue(NamedTuple):
     program: Program
     state: Callable[[], TrainState]  # what the step consumes
     batch: Batch  # on the host
-    pictures: bool  # whether it is for the program with pictures; the same in every process
+    absent: frozenset[str]  # the inputs that its program does without; the same in every process
     learning_rate: np.float32
     limit: np.float32  # of the gradient norm
 
@@ -156,10 +156,10 @@ def drive(running: Course) -> TrainState:
         taken: Any = None
         while True:
             try:
-                program, state, batch, pictures, rate, limit = running.send(taken)
+                program, state, batch, absent, rate, limit = running.send(taken)
             except StopIteration as end:
                 return end.value
-            layout, batch = program.layout, batch if pictures else without_pictures(batch)
+            layout, batch = program.layout, without(batch, absent)
             with sharding.use_mesh(layout.mesh, layout.rules):
                 after, metrics = program.step(state(), put_batch(batch, layout), rate, limit)
             taken = StepDone(_at_hand(after), metrics)
@@ -265,9 +265,9 @@ def _run_stage(
     stream = run.open_stream(stage)
     rate, clock = schedule(stage.optimizer, stage.steps), Clock()
     run.guard.begin_stage(program.gradient_names, anew=position.step == 0)
-    text_alone = getattr(layout.model.config, "reads_text_alone", False)
-    # By whether there are pictures: up to this step, one may wait for a compiler.
-    compiled: dict[bool, int] = {}
+    may_lack: frozenset[str] = getattr(layout.model.config, "may_lack", frozenset())
+    # By the inputs that are absent: up to this step, one may wait for a compiler.
+    compiled: dict[frozenset[str], int] = {}
     state = _at_hand(begun)
     del begun  # The first step consumes it.
     with contextlib.closing(stream):
@@ -283,12 +283,12 @@ def _run_stage(
                 batch = next(stream)
             learning_rate = float(np.asarray(rate(position.step)))
             position.step, position.global_step = moment.step, moment.global_step
-            pictures = not text_alone or getattr(stream, "pictures", True)
-            compiled.setdefault(pictures, moment.step + BEHIND)
+            absent = may_lack & getattr(stream, "absent", frozenset())
+            compiled.setdefault(absent, moment.step + BEHIND)
             begins = moment.step <= max(compiled.values())
             run.alive(f"computing step {moment.global_step}", compiles=begins)
             limit = np.float32(run.guard.limit(moment.global_step))
-            due = StepDue(program, state, batch, pictures, np.float32(learning_rate), limit)
+            due = StepDue(program, state, batch, absent, np.float32(learning_rate), limit)
             state, metrics = yield from _step(run, due, moment, stream)
             del due  # what the step consumed
             _report(run, moment, batch, metrics, learning_rate, clock, stream.skipped)

@@ -19,11 +19,16 @@ from optax import contrib
 
 from vl_jax import params as params_lib
 from vl_jax.roles import Role
+from vl_jax.train.updates.plain_adam import clipped_plain_adam
+from vl_jax.train.updates.unfreezing import Unfreeze, first_steps, in_turn
 
 # The default of ``no_decay`` before modules said the role of their parameters; old runs have recorded it.
 _NAMES_BEFORE_ROLES = (
     r".*/(scale|(\w+_)?bias\w*|opening|newline|separator|positions|class_token|probe|embedding)",
 )
+
+
+NO_LAYERS: Mapping[str, int] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +46,7 @@ class OptimizerConfig:
     no_decay: tuple[str, ...] = ()  # patterns of paths, beside what does not decay by its role
     clip_norm: float = 1.0
     rates: tuple[tuple[str, float], ...] = ()  # (pattern of paths, multiple of the learning rate)
+    unfreeze: tuple[Unfreeze, ...] = ()  # what begins to train later than the stage
 
     def __post_init__(self):
         if self.no_decay == _NAMES_BEFORE_ROLES:
@@ -76,7 +82,12 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(
-    config: OptimizerConfig, paths: set[str], roles: Mapping[str, Role]
+    config: OptimizerConfig,
+    paths: set[str],
+    roles: Mapping[str, Role],
+    *,
+    layers: Mapping[str, int] = NO_LAYERS,
+    plain: bool = False,
 ) -> optax.GradientTransformation:
     """The optimiser over the trainable leaves of a stage, for a learning rate of 1.
 
@@ -86,9 +97,11 @@ def make_optimizer(
     Args:
       paths: the trainable leaves.
       roles: of every leaf of the model, and of adapters, by path; patterns must match among these.
+      layers: how many there are, by the path of a leaf whose first axis counts them.
+      plain: ``update`` takes the plain gradient too, as ``plain``; see ``plain_adam``.
 
     Raises:
-      ValueError: a pattern matches no parameter.
+      ValueError: a pattern matches no parameter, or there is no such layer.
     """
     # No tree: with adapters, what is below the path of a parameter are the paths of its factors.
     everything = dict.fromkeys(sorted(roles))
@@ -102,13 +115,19 @@ def make_optimizer(
     def scale_groups(updates: optax.Updates, _: optax.Params | None) -> optax.Updates:
         return jax.tree.map(lambda u, m: u * m, updates, scales)
 
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        _direction(config, roles),
+    first = (optax.clip_by_global_norm(config.clip_norm), _direction(config, roles))
+    if plain:
+        first = (clipped_plain_adam(config.clip_norm, config.betas, config.epsilon),)
+    whole = optax.chain(
+        *first,
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
         optax.stateless(scale_groups),
         optax.scale(-1.0),
     )
+    if not config.unfreeze:
+        return whole
+    begins = first_steps(config.unfreeze, everything, layers)
+    return in_turn(whole, {path: step for path, step in begins.items() if path in paths})
 
 
 def _direction(config: OptimizerConfig, roles: Mapping[str, Role]) -> optax.GradientTransformation:

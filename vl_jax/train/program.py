@@ -39,6 +39,7 @@ from vl_jax.train.stages import (
     trainable_paths,
 )
 from vl_jax.train.step import TrainState, gradient_names, make_train_step, split_trained
+from vl_jax.train.updates.groups import group_names
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -68,9 +69,14 @@ class Program:
         adapters = adapter_shapes(stage, layout.params, layout.roles)
         factors = params_lib.flatten(adapters)
         roles = layout.roles | dict.fromkeys(factors, lora.FACTOR)
-        optimizer = make_optimizer(stage.optimizer, trainable | factors.keys(), roles)
-        same = next((p for p in others if computation(p.stage) == computation(stage)), None)
         stacked = _stacked(layout, factors)
+        plain = stage.gradients is not None and stage.gradients.at == "update"
+        shapes = params_lib.flatten(layout.params) | factors
+        layers = {path: shapes[path].shape[0] for path in stacked}
+        optimizer = make_optimizer(
+            stage.optimizer, trainable | factors.keys(), roles, layers=layers, plain=plain
+        )
+        same = next((p for p in others if computation(p.stage) == computation(stage)), None)
         if same is not None:
             return cls(layout, stage, trainable, adapters, optimizer, same.step_of, same.step)
         held = held_modules(stage, layout.params, factors)
@@ -110,14 +116,24 @@ class Program:
 
         return jax.tree_util.tree_map_with_path(placed, jax.eval_shape(self.optimizer.init, trained))
 
+    def first_fusing(self) -> dict[str, Any]:
+        """What gradient fusion remembers at the beginning of the stage; empty without any."""
+        way = self.stage.gradients
+        return {} if way is None else way.init(group_names(self.stage.objective))
+
+    @property
+    def abstract_fusing(self) -> dict[str, Any]:
+        """Its shapes."""
+        whole = functools.partial(jax.ShapeDtypeStruct, sharding=self.layout.replicated)
+        return jax.tree.map(lambda x: whole(x.shape, x.dtype), self.first_fusing())
+
     @property
     def abstract_state(self) -> TrainState:
         """Shapes and shardings of the state, for a step that is compiled before there is one."""
         whole = functools.partial(jax.ShapeDtypeStruct, sharding=self.layout.replicated)
         parts = self.layout.model.config.stacks
-        routing, load = jax.tree.map(
-            lambda x: whole(x.shape, x.dtype), (stacks.init_state(parts), stacks.init_load(parts))
-        )
+        beside = jax.eval_shape(lambda: (stacks.init_state(parts), stacks.init_load(parts)))
+        routing, load = jax.tree.map(lambda x: whole(x.shape, x.dtype), beside)
         return TrainState(
             whole((), jnp.int32),
             self.abstract_params,
@@ -126,6 +142,7 @@ class Program:
             self.adapters,
             self.layout.collections,
             load,
+            self.abstract_fusing,
         )
 
     def begin(self, variables: Variables, key: jax.Array) -> TrainState:
@@ -140,16 +157,17 @@ class Program:
             adapters = jax.jit(init, out_shardings=_shardings(self.adapters))(key)
         trained, _ = split_trained(params, adapters, self.trainable)
         moments = jax.jit(self.optimizer.init, out_shardings=_shardings(self.abstract_optimizer))(trained)
-        step, routing, collections, load = jax.device_put(
+        step, routing, collections, load, fusing = jax.device_put(
             (
                 jnp.zeros((), jnp.int32),
                 variables.routing,
                 dict(variables.collections),
                 stacks.init_load(layout.model.config.stacks),
+                self.first_fusing(),
             ),
             layout.replicated,
         )
-        return TrainState(step, params, moments, routing, adapters, collections, load)
+        return TrainState(step, params, moments, routing, adapters, collections, load, fusing)
 
     def _in_int8(self, params: Any) -> Any:
         flat, shapes = params_lib.flatten(params), params_lib.flatten(self.abstract_params)
@@ -236,6 +254,7 @@ def _step_of(
         held=held,
         chosen=stage.experts,
         masks=masks,
+        way=stage.gradients,
     )
     for wrapper in stage.wrap:
         step = wrapper(step)

@@ -1,7 +1,7 @@
 """The state of a run as its checkpoints hold it: parameters, a tree of training state, and a record.
 
     params     frozen weights in int8 if the stage keeps them so
-    training   step, optimizer, routing, and where there are any adapters, collections
+    training   step, optimizer, routing, and where there are any adapters, collections, fusing
     record     position, load: the running load of every stack, as lists
 
 Checkpoints of earlier versions are read too. What they lack is what did not exist.
@@ -46,7 +46,7 @@ class Position:
 def to_saved(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
     """The training state of a checkpoint, and what its record says of the state."""
     training = {"step": state.step, "optimizer": state.optimizer, "routing": state.routing}
-    rest = {"adapters": state.adapters, "collections": state.collections}
+    rest = {"adapters": state.adapters, "collections": state.collections, "fusing": state.fusing}
     # A few numbers, which a checkpoint that was written without them may lack.
     load = {name: np.asarray(value).tolist() for name, value in state.load.items()}
     return training | {name: tree for name, tree in rest.items() if tree}, {"load": load, _BY_STACK: True}
@@ -60,7 +60,11 @@ def abstract(program: Program, record: Mapping[str, Any]) -> dict[str, Any]:
     def replicated(leaf: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout.replicated)
 
-    rest = {"adapters": program.adapters, "collections": layout.collections}
+    rest = {
+        "adapters": program.adapters,
+        "collections": layout.collections,
+        "fusing": program.abstract_fusing,
+    }
     return {
         "step": jax.ShapeDtypeStruct((), jnp.int32, sharding=layout.replicated),
         "optimizer": program.abstract_optimizer,

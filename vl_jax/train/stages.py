@@ -21,6 +21,9 @@ from vl_jax.train.objectives.together import AnyObjective
 from vl_jax.train.optimizer import OptimizerConfig
 from vl_jax.train.specialise import chosen as experts
 from vl_jax.train.step import StepWrapper
+from vl_jax.train.updates.build import AnyFusing
+from vl_jax.train.updates.fusing import GradientFusion
+from vl_jax.train.updates.groups import group_names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Stage:
     hold: bool = False  # routing state too stays as it is in top-level modules of which nothing trains
     lora: LoraConfig | None = None  # adapters on frozen weights, merged into them when the stage ends
     objective: AnyObjective = NextToken()  # what it minimises
+    gradients: AnyFusing | None = None  # how those of groups of losses become one; None: they are added up
     optimizer: OptimizerConfig = OptimizerConfig()
     # What changes the step, from the inside to the outside.
     wrap: tuple[Annotated[StepWrapper, Open("step wrapper", ("__call__",))], ...] = ()
@@ -70,10 +74,26 @@ class Stage:
                 f"accumulation={self.accumulation}: rows act on one another under "
                 f"{type(self.objective).__name__}, so the batch cannot be cut; it must be 1"
             )
+        if self.gradients is not None:
+            self._check_gradients(self.gradients)
         if len(set(self.experts)) < len(self.experts):
             raise ValueError(f"experts={self.experts} names an expert twice")
         if self.weights and len(self.weights) != len(self.sources):
             raise ValueError(f"{len(self.weights)} weights for {len(self.sources)} sources")
+
+    def _check_gradients(self, way: GradientFusion) -> None:
+        names = group_names(self.objective)
+        if len(names) < 2:
+            raise ValueError(
+                f"gradients={type(way).__name__} with the one group {names[0]!r} of "
+                f"{type(self.objective).__name__}: must be None, or the losses of two groups or more"
+            )
+        if way.at == "update" and self.optimizer.method != "adamw":
+            raise ValueError(
+                f"gradients.at='update' with optimizer.method={self.optimizer.method!r}: must be 'gradient', "
+                "or the method 'adamw'"
+            )
+        way.init(names)  # it says which names it does not know
 
 
 def trainable_paths(stage: Stage, params: params_lib.Tree) -> set[str]:

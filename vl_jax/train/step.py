@@ -22,7 +22,7 @@ from jax.typing import ArrayLike
 from vl_jax import params as params_lib
 from vl_jax.batch import Batch
 from vl_jax.compress import quantize
-from vl_jax.fusion import budget
+from vl_jax.fusion import budget, weights
 from vl_jax.moe import stacks
 from vl_jax.moe.routing import scheme_of
 from vl_jax.moe.stacks import RoutingState, Stacks
@@ -35,6 +35,8 @@ from vl_jax.train.objectives.next_token import NextToken
 from vl_jax.train.objectives.objective import Objective, Sums
 from vl_jax.train.objectives.rows import give, given_rows, split_rows
 from vl_jax.train.specialise import chosen as experts
+from vl_jax.train.updates import fusing
+from vl_jax.train.updates.groups import by_group, value_and_grads
 
 Metrics = dict[str, jax.Array | np.ndarray | np.number | np.bool_]  # by name; some may be on the host already
 NEXT_TOKEN = NextToken()
@@ -54,6 +56,7 @@ class TrainState:
     adapters: Leaf = struct.field(default_factory=dict)  # see ``lora``; empty without any
     collections: dict[str, Any] = struct.field(default_factory=dict)  # batch statistics and the like, by name
     load: dict[str, Leaf] = struct.field(default_factory=dict)  # f32[L E] running load of the stage, by stack
+    fusing: dict[str, Leaf] = struct.field(default_factory=dict)  # what gradient fusion remembers, if it does
 
 
 Step = Callable[[TrainState, Batch, ArrayLike], tuple[TrainState, Metrics]]
@@ -96,6 +99,7 @@ def gradients(
     roles: Mapping[str, Role] = NO_ROLES,
     seed: ArrayLike = 0,
     stacked: Collection[str] = (),
+    grouped: bool = False,
 ) -> tuple[Any, Metrics, Sums]:
     """Gradients of parameters that train and of adapters for the whole batch; metrics; the sums.
 
@@ -105,13 +109,14 @@ def gradients(
     Args:
       seed: of the noise of routing.
       stacked: the parameters whose first axis counts layers.
+      grouped: gives a gradient for each group of the losses, by its name.
     """
     trained, frozen = split_trained(state.params, state.adapters, trainable)
     state = dataclasses.replace(state, collections=_at_rest(state, trainable))
     totals = objective.total(batch)
     rngs = _streams(model, seed, state.step)
 
-    def minimised(trained: Any, part: tuple[Batch, RoutingState]) -> tuple[jax.Array, Sums]:
+    def minimised(trained: Any, part: tuple[Batch, RoutingState]) -> tuple[Any, Sums]:
         rows, given = part
         joined = join_trained(trained, frozen, trainable)
         params = lora.pack(*joined, lora_scale, roles, lora_only, stacked)
@@ -125,23 +130,26 @@ def gradients(
         if accumulation > 1:  # changes are added up, so that what does not change keeps its bits
             before = {name: state.collections[name] for name in collections}
             collections = jax.tree.map(lambda x, y: (x - y) / accumulation, collections, before)
-        loss = weighted(losses, objective) + auxiliary
-        return loss, Sums(losses, metrics, auxiliary, found.stats, collections, found.gates)
+        parts = Sums(losses, metrics, auxiliary, found.stats, collections, found.gates)
+        if grouped:
+            return by_group(losses, auxiliary, objective), parts
+        return weighted(losses, objective) + auxiliary, parts
+
+    def differentiated(part: tuple[Batch, RoutingState]) -> tuple[tuple[Any, Sums], Any]:
+        if grouped:
+            return value_and_grads(minimised, trained, part)
+        return jax.value_and_grad(minimised, has_aux=True)(trained, part)
 
     def one_part(carry: Any, part: tuple[Batch, RoutingState]) -> tuple[Any, None]:
-        (_, parts), grads = jax.value_and_grad(minimised, has_aux=True)(trained, part)
+        (_, parts), grads = differentiated(part)
         return jax.tree.map(jnp.add, carry, (grads, parts)), None
 
     if accumulation == 1:
-        (_, parts), grads = jax.value_and_grad(minimised, has_aux=True)(trained, (batch, {}))
+        (_, parts), grads = differentiated((batch, {}))
     else:
         given = given_rows(state.routing, batch.tokens.shape[0])
         micro = split_rows((batch, given), accumulation)
-        shapes = jax.eval_shape(
-            lambda part: jax.value_and_grad(minimised, has_aux=True)(trained, part),
-            jax.tree.map(lambda x: x[0], micro),
-        )
-        (_, parts), grads = shapes
+        (_, parts), grads = jax.eval_shape(differentiated, jax.tree.map(lambda x: x[0], micro))
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (grads, parts))
         (grads, parts), _ = jax.lax.scan(one_part, zeros, micro)
         before = {name: state.collections[name] for name in parts.collections}
@@ -161,6 +169,7 @@ def _streams(model: Any, seed: ArrayLike, step: Leaf) -> dict[str, jax.Array] | 
         names.append("routing")
     if getattr(model.config, "budget", None) is not None:
         names.append(budget.LEARNING)
+    names += getattr(model.config, "draws", ())
     return {name: jax.random.fold_in(jax.random.key(seed), step) for name in names} or None
 
 
@@ -186,6 +195,24 @@ def weighted(losses: dict[str, jax.Array], objective: Objective) -> jax.Array:
     """The sum of the losses, each times its weight."""
     terms = (value * objective.weights[name] for name, value in losses.items())
     return functools.reduce(jnp.add, terms)
+
+
+def _one_gradient(
+    grads: Any,
+    masks: experts.Masks,
+    way: fusing.GradientFusion | None,
+    state: TrainState,
+    *,
+    objective: Objective,
+    metrics: Metrics,
+    seed: ArrayLike,
+) -> fusing.Fused:
+    """What ``gradients`` gave, cut by the masks, as one gradient."""
+    if way is None:
+        return fusing.Fused(experts.cut(grads, masks, 0.0), None, state.fusing, {})
+    grads = {name: experts.cut(of, masks, 0.0) for name, of in grads.items()}
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    return fusing.fuse(way, grads, state.fusing, objective=objective, metrics=metrics, key=key)
 
 
 def gradient_norms(grads: Any, stacked: Collection[str]) -> jax.Array:
@@ -220,6 +247,7 @@ def make_train_step(
     held: Collection[str] = (),
     chosen: tuple[int, ...] = (),
     masks: experts.Masks = NO_MASKS,
+    way: fusing.GradientFusion | None = None,
 ) -> Step:
     """The step of one stage, ``(state, batch, learning_rate)``, to be compiled by the caller.
 
@@ -233,6 +261,7 @@ def make_train_step(
       stacked: the parameters and adapters whose first axis counts layers.
       held: top-level modules whose routing state stays as it is.
       chosen: the experts that train, with their ``masks``; empty: all.
+      way: how the gradients of groups of losses become one; None: they are added up.
 
     Raises:
       ValueError: rows of the objective act on one another, and micro-batches would part them.
@@ -256,11 +285,14 @@ def make_train_step(
             roles=roles,
             seed=seed,
             stacked=stacked,
+            grouped=way is not None,
         )
-        grads = experts.cut(grads, masks, 0.0)
+        fused = _one_gradient(grads, masks, way, state, objective=objective, metrics=metrics, seed=seed)
+        grads, metrics = fused.gradient, metrics | fused.figures
+        extra = {"plain": fused.plain} if way is not None and way.at == "update" else {}
         trained, frozen = split_trained(state.params, state.adapters, trainable)
         with jax.numpy_dtype_promotion("standard"):  # optax multiplies counts with decay rates
-            updates, optimizer_state = optimizer.update(grads, state.optimizer, trained)
+            updates, optimizer_state = optimizer.update(grads, state.optimizer, trained, **extra)
         updates = jax.tree.map(lambda u: (learning_rate * u).astype(u.dtype), updates)
         # Adding minus zero leaves every number as it is, a negative zero too.
         trained = optax.apply_updates(trained, experts.cut(updates, masks, -0.0))
@@ -268,13 +300,15 @@ def make_train_step(
         metrics[GRADIENT_NORMS] = gradient_norms(grads, stacked)
         parts: Stacks = model.config.stacks  # pyright: ignore[reportAttributeAccessIssue]
         load = stacks.update_load(state.load, sums.stats)
-        metrics |= stacks.summarize(sums.stats, load, parts) | budget.summarize(sums.gates)
+        metrics |= stacks.summarize(sums.stats, load, parts)
+        metrics |= budget.summarize(sums.gates.get("budget", {}))
+        metrics |= weights.summarize(sums.gates.get("weights", {}))
         routing = stacks.update_state(state.routing, sums.stats, parts)
         routing = experts.kept_state(routing, state.routing, chosen, parts)
         routing |= {name: state.routing[name] for name in routing if parts[name].runs[0][0] in held}
         params, adapters = join_trained(trained, frozen, trainable)
         collections = state.collections | sums.collections
-        new = TrainState(state.step + 1, params, optimizer_state, routing, adapters, collections, load)
-        return new, metrics
+        moved = (params, optimizer_state, routing, adapters, collections, load, fused.state)
+        return TrainState(state.step + 1, *moved), metrics
 
     return step

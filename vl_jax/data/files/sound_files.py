@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -79,6 +80,33 @@ def read_sound(file: Path, where: str) -> Sound:
     if not np.isfinite(sound.samples).all():
         raise BadSample("corrupt_audio", f"{where}: {file} holds samples that are no finite numbers")
     return sound
+
+
+def read_blocks(file: Path, where: str, size: int) -> Iterator[Float[np.ndarray, "n channels"]]:
+    """The samples of a file, so many at a time; the last block may be shorter.
+
+    Raises:
+      BadSample: as ``read_sound``.
+    """
+    header = read_header(file, where)
+    for start in range(0, header.length, size):
+
+        def wav(opened: BinaryIO, start: int = start) -> np.ndarray:
+            form, _ = _wav_chunks(opened)
+            opened.seek(start * form.frame, os.SEEK_CUR)
+            count = min(size, header.length - start)
+            data = np.frombuffer(opened.read(count * form.frame), np.uint8)
+            return _levels(data, form).reshape(-1, form.channels)
+
+        def other(path: Path, begins: bytes, start: int = start) -> np.ndarray:
+            with _soundfile(begins).SoundFile(path) as opened:
+                opened.seek(start)
+                return opened.read(size, dtype="float32", always_2d=True)
+
+        block = _use(file, where, wav, other)
+        if not np.isfinite(block).all():
+            raise BadSample("corrupt_audio", f"{where}: {file} holds samples that are no finite numbers")
+        yield block
 
 
 def _use(file: Path, where: str, wav: Any, other: Any) -> Any:

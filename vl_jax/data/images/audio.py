@@ -16,6 +16,7 @@ import functools
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -127,14 +128,25 @@ def sound_in(folder: Path, name: str, where: str, config: AudioConfig) -> SoundI
     return SoundImage(path_in(folder, name, where, kind="audio"), where, config)
 
 
-def resample(samples: Float[np.ndarray, "n"], rate: int, new_rate: int) -> Float[np.ndarray, "m"]:
-    """The sound at another rate, by a polyphase filter that removes what the new one cannot hold."""
+def resample(
+    samples: Float[np.ndarray, "n *channels"],
+    rate: float,
+    new_rate: float,
+    *,
+    ends: Literal["constant", "line"] = "constant",
+) -> Float[np.ndarray, "m *channels"]:
+    """The sound at another rate, by a polyphase filter that removes what the new one cannot hold.
+
+    Args:
+      ends: what lies before and behind it: silence, or the line from its first to its last sample.
+    """
     ratio = _ratio(rate, new_rate)
     if ratio == 1:
         return samples
     from scipy.signal import resample_poly  # takes half a second to import, and may not be needed
 
-    return resample_poly(samples, ratio.numerator, ratio.denominator).astype(np.float32)
+    up, down = ratio.numerator, ratio.denominator
+    return resample_poly(samples, up, down, padtype=ends).astype(np.float32)
 
 
 def log_mel(samples: Float[np.ndarray, "n"], config: AudioConfig) -> Float[np.ndarray, "bands w"]:
@@ -146,11 +158,15 @@ def log_mel(samples: Float[np.ndarray, "n"], config: AudioConfig) -> Float[np.nd
     padded = np.zeros((width - 1) * hop + window, np.float32)
     padded[: len(samples)] = samples[: len(padded)]
     frames = np.lib.stride_tricks.sliding_window_view(padded, window)[::hop]
-    hann = np.hanning(window + 2)[1:-1].astype(np.float32)
-    bands = mel_bands(config)
-    spectrum = np.fft.rfft(frames * hann, _transform(config), axis=1)
+    hann, bands = hann_window(window), mel_bands(config)
+    spectrum = np.fft.rfft(frames * hann, transform_size(config), axis=1)
     power = np.square(np.abs(spectrum) * (2 / hann.sum()))
     return 10 * np.log10(np.maximum(bands @ power.T, 1e-20)).astype(np.float32)
+
+
+def hann_window(size: int) -> Float[np.ndarray, " size"]:
+    """The weights of the samples of a window, none of them 0."""
+    return np.hanning(size + 2)[1:-1].astype(np.float32)
 
 
 def to_levels(levels: Float[np.ndarray, "h w"], config: AudioConfig) -> UInt8[np.ndarray, "h w"]:
@@ -167,7 +183,7 @@ def mel(hertz: float) -> float:
 def mel_bands(config: AudioConfig) -> Float[np.ndarray, "bands f"]:
     """The weight of every frequency of the transform in every band."""
     corners = _corners(config)
-    hertz = np.arange(_transform(config) // 2 + 1) * config.sample_rate / _transform(config)
+    hertz = np.arange(transform_size(config) // 2 + 1) * config.sample_rate / transform_size(config)
     low, peak, high = corners[:-2, None], corners[1:-1, None], corners[2:, None]
     rising, falling = (hertz - low) / (peak - low), (high - hertz) / (high - peak)
     return np.minimum(rising, falling).clip(0).astype(np.float32)
@@ -179,12 +195,12 @@ def _corners(config: AudioConfig) -> np.ndarray:
     return 700 * (10 ** (mels / 2595) - 1)
 
 
-def _transform(config: AudioConfig) -> int:
+def transform_size(config: AudioConfig) -> int:
     """Samples of the Fourier transform: a power of two, so fine that not even the lowest band is empty."""
     narrowest = _corners(config)[1]
     return 1 << max(config.window - 1, int(config.sample_rate / narrowest)).bit_length()
 
 
-def _ratio(rate: int, new_rate: int) -> Fraction:
+def _ratio(rate: float, new_rate: float) -> Fraction:
     """New samples for an old one."""
-    return Fraction(new_rate, rate).limit_denominator(_FINEST)
+    return (Fraction(new_rate) / Fraction(rate)).limit_denominator(_FINEST)

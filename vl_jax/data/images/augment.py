@@ -21,6 +21,7 @@ from vl_jax.data.files.memory_cache import MemoryCache
 from vl_jax.data.images import spatial
 from vl_jax.data.images.audio import SoundImage
 from vl_jax.data.images.augmented import NO_CACHE, AugmentedImage, Geometry, Look
+from vl_jax.data.media.inputs import StartedAt
 from vl_jax.data.sample import Box, Note, Sample, Turn, image_size
 from vl_jax.data.text import grounding
 
@@ -46,7 +47,7 @@ _FIXED = frozenset({"ocr", "word", "count", "position"})  # kinds of turns that 
 
 @dataclass(frozen=True)
 class AugmentationConfig:
-    """How much training pictures may change; what is 0 is off."""
+    """How much training pictures and other inputs may change; what is 0 is off."""
 
     brightness: float = 0.0  # factors are drawn from 1 - this to 1 + this; so for the next two
     contrast: float = 0.0
@@ -62,6 +63,8 @@ class AugmentationConfig:
     flip_rate: float = 0.0  # share of the draws that are mirrored, where no text speaks against it
     # Share of its area that every box in a text keeps. Objects of labels that keep less are left out.
     min_visible: float = 0.7
+    # Whether sounds, series and clips that are longer than the model reads begin anywhere.
+    random_start: bool = False
 
     def __post_init__(self):
         for name in ("brightness", "contrast", "saturation", "crop", "zoom_out"):
@@ -96,6 +99,10 @@ def augment(
     Raises:
       BadSample: an image cannot be used.
     """
+    if config.random_start and sample.media:
+        share = float(rng.random())
+        media = {name: StartedAt(found, share) for name, found in sample.media.items()}
+        sample = dataclasses.replace(sample, media=media)
     if not sample.images:
         return sample
     # What is off draws nothing, so that the draws of other changes stay as they are.

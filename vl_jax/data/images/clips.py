@@ -31,15 +31,24 @@ def frame_names(frames: Any, folder: Path, where: str, *, most: int) -> list[str
       BadSample: there is none, or the folder is not inside the image folder.
     """
     if isinstance(frames, str):
-        place = path_in(folder, frames, where, kind="image")
-        try:
-            found = [f.name for f in place.iterdir() if f.suffix.lower() in _ENDINGS]
-        except (OSError, ValueError) as error:
-            raise BadSample("missing_image", f"{where}: no folder of frames {place}: {error}") from None
-        frames = [f"{frames}/{name}" for name in sorted(found, key=_natural)]
+        frames = frames_in(frames, folder, where)
     if not isinstance(frames, list) or not frames or not all(isinstance(name, str) for name in frames):
         raise BadSample("bad_image_field", f"{where}: frames must be a folder or a list of paths")
     return [frames[i] for i in evenly(len(frames), most)]
+
+
+def frames_in(frames: str, folder: Path, where: str) -> list[str]:
+    """The pictures in a folder of frames, in the order of their names, relative to the (resolved) ``folder``.
+
+    Raises:
+      BadSample: there is no such folder, or it is not inside.
+    """
+    place = path_in(folder, frames, where, kind="image")
+    try:
+        found = [f.name for f in place.iterdir() if f.suffix.lower() in _ENDINGS]
+    except (OSError, ValueError) as error:
+        raise BadSample("missing_image", f"{where}: no folder of frames {place}: {error}") from None
+    return [f"{frames}/{name}" for name in sorted(found, key=_natural)]
 
 
 def evenly(count: int, most: int) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Protocol, runtime_checkable
 
 from vl_jax.data.picture import Orientation
@@ -11,12 +12,16 @@ from vl_jax.data.sample import BadSample, Box, Image, Sample, Source, Turn
 from vl_jax.data.sources.array_records import ArrayRecordConfig
 from vl_jax.data.sources.coco import CocoConfig
 from vl_jax.data.sources.exams.questions import ExamConfig
+from vl_jax.data.sources.filters.best_pairs import BestPairs
 from vl_jax.data.sources.in_domain import InDomain
 from vl_jax.data.sources.label_studio.source import LabelStudioConfig
 from vl_jax.data.sources.llava import LlavaConfig
 from vl_jax.data.sources.meta import MetaConfig
 from vl_jax.data.sources.parquet import ParquetConfig
 from vl_jax.data.sources.placed import PlacedConfig
+from vl_jax.data.sources.recorded.arrays import RecordedArraysConfig
+from vl_jax.data.sources.recorded.walks import RecordedWalksConfig
+from vl_jax.data.sources.recorded.windows import RecordedWindowsConfig
 from vl_jax.data.sources.records import RecordsConfig
 from vl_jax.data.sources.scenes import ScenesConfig, SceneTextsConfig
 from vl_jax.data.sources.synthesis.boards import SyntheticBoardsConfig
@@ -28,6 +33,7 @@ from vl_jax.schema import Open
 __all__ = [
     "ArrayRecordConfig",
     "BadSample",
+    "BestPairsConfig",
     "Box",
     "CocoConfig",
     "ExamConfig",
@@ -38,6 +44,9 @@ __all__ = [
     "MetaConfig",
     "ParquetConfig",
     "PlacedConfig",
+    "RecordedArraysConfig",
+    "RecordedWalksConfig",
+    "RecordedWindowsConfig",
     "RecordsConfig",
     "Sample",
     "SceneTextsConfig",
@@ -94,6 +103,9 @@ _Known = (
     | RecordsConfig
     | PlacedConfig
     | ExamConfig
+    | RecordedArraysConfig
+    | RecordedWalksConfig
+    | RecordedWindowsConfig
 )
 _OWN = Open("source", ("name", "open"))
 
@@ -115,7 +127,29 @@ class InDomainConfig:
         return InDomain(self.source.open(root, orientation=orientation), self.domain)
 
 
-SourceConfig = Annotated[_Known | InDomainConfig | OwnSourceConfig, _OWN]
+@dataclasses.dataclass(frozen=True)
+class BestPairsConfig:
+    """A source without the share of its pairs that a trained model finds least alike."""
+
+    name: str
+    source: Annotated[_Known | OwnSourceConfig, _OWN]
+    scores: str  # file with an id and a similarity a line, relative to the root of the data
+    drop: float = 0.2  # the share
+
+    def __post_init__(self):
+        if not 0 <= self.drop < 1:
+            raise ValueError(f"drop={self.drop} of source {self.name!r}: must be in [0, 1)")
+
+    def open(self, root: str, *, orientation: Orientation = "shown") -> BestPairs:
+        """The source.
+
+        Raises:
+          ValueError: it cannot be read, or its scores cannot; one line naming the file.
+        """
+        return BestPairs(self.source.open(root, orientation=orientation), Path(root) / self.scores, self.drop)
+
+
+SourceConfig = Annotated[_Known | InDomainConfig | BestPairsConfig | OwnSourceConfig, _OWN]
 
 
 def open_source(config: SourceConfig, *, root: str = ".", orientation: Orientation = "shown") -> Source:

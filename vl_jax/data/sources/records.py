@@ -1,11 +1,11 @@
-"""Flat records: a picture or a sound, a text and labels, each in a field that the config names.
+"""Flat records: a picture or a sound, a text, labels and other media, each in a field that the config names.
 
     [{"id": "7", "image": "a.png", "label": "dress"}, ...]     a JSON list, or one record a line
     text,category                                              a table with a header, in UTF-8
     Where is my card?,card_arrival
 
 A sample has one turn without a question, whose answer is the text; see ``TEXT``. A field of JSON that is
-null, and an empty cell of a table, is a picture, a text or a label that the record lacks.
+null, and an empty cell of a table, is a picture, a text, a label or a medium that the record lacks.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from vl_jax.data.files.encoding import check_encoding
 from vl_jax.data.files.shards import check_fields, file_and_folder
 from vl_jax.data.files.spans import Spans
 from vl_jax.data.images.audio import AudioConfig, sound_in
+from vl_jax.data.media.build import AnyMedium, check_media, open_media
+from vl_jax.data.media.medium import RecordPlace
 from vl_jax.data.picture import Orientation
 from vl_jax.data.sample import (
     DEFAULT_MAX_PIXELS,
@@ -51,17 +53,20 @@ class RecordsConfig:
     root: str = ""  # folder of pictures and sounds, relative to the data root; empty: that of ``file``
     max_pixels: int = DEFAULT_MAX_PIXELS
     audio: AudioConfig = AudioConfig()  # how its sounds become pictures
+    media: tuple[AnyMedium, ...] = ()  # waves, series, clips, volumes and maps, for towers of their own
 
     def __post_init__(self):
         check_fields(self.name, self.file, (".json", ".jsonl", ".csv"), self.max_pixels)
-        if not self.image and not self.sound and not self.text:
-            raise ValueError(f"source {self.name!r}: image, sound or text must name a field")
+        if not self.image and not self.sound and not self.text and not self.media:
+            raise ValueError(f"source {self.name!r}: image, sound, text or media must name a field")
+        check_media(self.media, self.name)
 
     @property
     def fields(self) -> tuple[str, ...]:
         """The fields that a record must have."""
         single = (self.image, self.sound, self.text, self.language, self.identity)
-        return tuple(dict.fromkeys(name for name in (*single, *self.labels) if name))
+        media = (field for medium in self.media for field in medium.fields)
+        return tuple(dict.fromkeys(name for name in (*single, *self.labels, *media) if name))
 
     def open(self, root: str, *, orientation: Orientation = "shown") -> RecordsSource:
         """The source; files are relative to ``root``."""
@@ -174,13 +179,21 @@ class RecordsSource:
             images.append(image_in(self._folder, name, where, config.max_pixels, self._orientation))
         if name := self._path(record, config.sound, "audio", where):
             images.append(sound_in(self._folder, name, where, config.audio))
+        media = open_media(config.media, record, RecordPlace(self._folder, where, self._orientation))
         turn = Turn(
             f"{IMAGE_PLACEHOLDER}\n" * len(images),
             _text(record, config.text, where),
             kind=TEXT,
             language=_text(record, config.language, where),
         )
-        return Sample(identity, (turn,), tuple(images), labels=labels_of(record, config.labels, where))
+        return Sample(
+            identity,
+            (turn,),
+            tuple(images),
+            labels=labels_of(record, config.labels, where),
+            media=media.media,
+            notes=media.notes,
+        )
 
     def _path(self, record: dict[str, Any], field: str, kind: str, where: str) -> str:
         """The path in a field; empty if there is none."""

@@ -309,6 +309,23 @@ def relation_caption(scene: Scene, language: Language) -> str:
     return f"{first} {side} {'of ' if dx else ''}{second}."
 
 
+def phrases(
+    scene: Scene, language: Language, text: str, *, in_order: bool
+) -> list[tuple[str, tuple[int, int], tuple[float, float, float, float]]]:
+    """The words of a sentence that name its objects: they, where they stand, and the object's rectangle.
+
+    Args:
+      in_order: the sentence names them in reading order, as ``caption`` does.
+    """
+    found, after = [], 0
+    for item in _in_reading_order(scene) if in_order else scene.objects:
+        words = _describe(language, colour=item.colour, shape=item.shape)
+        start = text.index(words, after)
+        after = start + len(words)
+        found.append((words, (start, after), item.corners))
+    return found
+
+
 def exchanged(scene: Scene) -> list[Scene]:
     """Scenes in which two objects have exchanged colour, shape or place, and that look different from it."""
     found = []

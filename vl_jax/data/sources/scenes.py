@@ -19,11 +19,12 @@ import functools
 import math
 import random
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from PIL import Image as PilImage
 from PIL import ImageDraw, ImageFont
 
+from vl_jax.data.images.phrases import Phrase, Phrases
 from vl_jax.data.picture import Orientation
 from vl_jax.data.sample import IMAGE_PLACEHOLDER, TEXT, Sample
 from vl_jax.data.sources.glyphs import GLYPHS, draw_glyph
@@ -37,6 +38,7 @@ from vl_jax.data.sources.scene_text import (
     caption,
     exchanged,
     make_turns,
+    phrases,
     relation_caption,
 )
 
@@ -153,6 +155,8 @@ class SceneTextsConfig:
     questions: bool = False  # or instead of them one sentence that says what is where, without a question
     relations: bool = False  # the sentence says which side of the other thing one of two things is on
     negatives: bool = False  # with sentences of scenes where two things have exchanged colour, shape or place
+    phrases: bool = False  # the label ``phrases`` says which words of the sentence name what
+    mixed_up: float = 0.0  # share of the scenes whose sentence is that of another scene
 
     def __post_init__(self):
         if not self.name:
@@ -163,15 +167,25 @@ class SceneTextsConfig:
                 f"relations of source {self.name!r}: scenes.min_objects and scenes.max_objects are {limits}, "
                 "must be 2 each"
             )
-        if self.questions and (self.relations or self.negatives):
+        if not 0 <= self.mixed_up <= 1:
+            raise ValueError(f"mixed_up={self.mixed_up} of source {self.name!r}: must lie in 0..1")
+        if self.mixed_up and (self.questions or self.negatives or self.phrases or not self.pictures):
             raise ValueError(
-                f"questions of source {self.name!r}: must be False with relations or negatives, which are of "
-                "sentences"
+                f"mixed_up={self.mixed_up} of source {self.name!r}: must be 0 without pictures, and with "
+                "questions, negatives or phrases"
+            )
+        if self.questions and (self.relations or self.negatives or self.phrases):
+            raise ValueError(
+                f"questions of source {self.name!r}: must be False with relations, negatives or phrases, "
+                "which are of sentences"
             )
 
     def open(self, root: str, *, orientation: Orientation = "shown") -> SceneTexts:
         """The source; it reads no file, and its pictures have one orientation."""
         return SceneTexts(self)
+
+
+MIXED_UP = "mixed_up"  # a label of scenes that have another's sentence
 
 
 class SceneTexts:
@@ -193,6 +207,10 @@ class SceneTexts:
         sample = self._scenes[index]
         if not self._config.questions:
             sample = self._told(sample)
+        rng = random.Random(f"mixed up/{sample.id}")
+        if self._config.mixed_up and rng.random() < self._config.mixed_up:
+            other = self._told(self._scenes[(index + rng.randrange(1, len(self))) % len(self)])
+            sample = dataclasses.replace(sample, turns=other.turns, labels={**sample.labels, MIXED_UP: True})
         return sample if self._config.pictures else sample.without_images()
 
     def _told(self, sample: Sample) -> Sample:
@@ -205,7 +223,12 @@ class SceneTexts:
         turn = dataclasses.replace(turn, question=f"{IMAGE_PLACEHOLDER}\n", answer=text, kind=TEXT)
         wrong = [say(other, language) for other in exchanged(image.scene)] if self._config.negatives else []
         negatives = tuple(dict.fromkeys(other for other in wrong if other != text))
-        return dataclasses.replace(sample, turns=(turn,), labels={"image": sample.id}, negatives=negatives)
+        labels: dict[str, Any] = {"image": sample.id}
+        if self._config.phrases:
+            size = image.scene.image_size
+            found = phrases(image.scene, language, text, in_order=not self._config.relations)
+            labels["phrases"] = Phrases(tuple(Phrase(*one) for one in found), (size, size))
+        return dataclasses.replace(sample, turns=(turn,), labels=labels, negatives=negatives)
 
 
 @dataclass(frozen=True)

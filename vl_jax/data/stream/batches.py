@@ -26,7 +26,7 @@ class Made(Generic[Position]):
     ids: list[list[str]]  # of the samples in each row
     position: Position
     skipped: Mapping[str, tuple[str, str]]
-    pictures: bool  # some row of the whole batch has room for one, as every host knows of all rows
+    absent: frozenset[str]  # inputs that no row of the whole batch has, as every host knows of all rows
 
 
 class BatchStream(Generic[Position]):
@@ -42,7 +42,7 @@ class BatchStream(Generic[Position]):
         self._skipped: dict[str, str] = {}
         self._producer: Background[Made[Position]] | None = None
         self.ids: list[list[str]] = []  # of the samples in each row of the last batch
-        self.pictures = True  # whether the last batch has any, on whichever host
+        self.absent: frozenset[str] = frozenset()  # inputs that the last batch has on no host
 
     def _make(self, start: Position) -> Callable[[threading.Event], Iterator[Made[Position]]]:
         """The batches from a position on, until the event is set; must not hold on to the stream."""
@@ -83,7 +83,7 @@ class BatchStream(Generic[Position]):
             if record not in self._skipped:
                 self._skipped[record] = reason
                 _log.warning("skipped %s: %s", record, message)
-        self._position, self.ids, self.pictures = made.position, made.ids, made.pictures
+        self._position, self.ids, self.absent = made.position, made.ids, made.absent
         return made.batch
 
     def get_state(self) -> dict[str, Any]:

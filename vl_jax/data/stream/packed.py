@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from vl_jax.batch import TILES
 from vl_jax.data.config import DataConfig, ModelSpec, open_sources
 from vl_jax.data.encode import make_row_encoder
 from vl_jax.data.example import Example
@@ -216,7 +217,8 @@ class _PackedWork:
             batch.segment_ids[place, : len(segments)] = segments
         # By the plan, which is the same everywhere: whether a record is broken is known to one host alone.
         pictures = any(item.tiles for row, _ in rows for item in row.items)
-        return Made(batch, ids, rows[-1][0].cursor, skipped, pictures)
+        absent = frozenset() if pictures else frozenset({TILES})
+        return Made(batch, ids, rows[-1][0].cursor, skipped, absent)
 
 
 def _rows_from(planner: Planner, cursor: Cursor, pool: ThreadPoolExecutor) -> Iterator[_Row]:

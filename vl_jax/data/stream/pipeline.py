@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from vl_jax.batch import absent
 from vl_jax.data.config import DataConfig, ModelSpec, open_sources
 from vl_jax.data.encode import make_encoder
 from vl_jax.data.example import Example
@@ -135,8 +136,8 @@ class _SampleWork:
             rows.append([result])
             if len(rows) == self.batch_size:
                 ids = [[e.id for e in row] for row in rows]
-                pictures = any(len(example.tiles) for row in rows for example in row)
-                yield Made(self.reader.encoder.collate(rows), ids, place.index + 1, skipped, pictures)
+                batch = self.reader.encoder.collate(rows)
+                yield Made(batch, ids, place.index + 1, skipped, absent(batch))
                 rows, skipped = [], {}
 
     def _results(self, start: int, stop: threading.Event) -> Iterator[tuple[Place, Example | BadSample]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import random
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,10 +27,11 @@ from vl_jax.data.stream.plan import Item
 from vl_jax.data.stream.worker_processes import Processes, Read
 from vl_jax.data.stream.workers import Here, Pool, Threads
 from vl_jax.data.text.chat import Targets
+from vl_jax.data.text.synonyms import with_synonyms
 from vl_jax.data.text.turns import vary
 
 Task = TypeVar("Task")
-_AUGMENTATION, _MOSAIC = 1, 2  # what random numbers are for, behind those of the draw
+_AUGMENTATION, _MOSAIC, _SYNONYMS = 1, 2, 3  # what random numbers are for, behind those of the draw
 _NO_MOSAIC = "not in a mosaic: it has words, other media, not one picture, or no labels that lie in it"
 _log = logging.getLogger(__name__)
 _MOST_ROOM = 64 << 20  # bytes of shared memory for a worker, unless a single row needs more
@@ -79,6 +81,10 @@ class SampleReader:
         )
         sample = self._joined(sample, place)
         drawn = _augmented(sample, self.encoder, config, (self.seed, place.index, _AUGMENTATION))
+        synonyms = config.conversation.synonyms
+        if synonyms is not None:
+            rng = random.Random(f"{self.seed}/{place.index}/{_SYNONYMS}")
+            drawn = with_synonyms(drawn, synonyms, rng)
         _tell(drawn, place.source, self.told)
         return drawn
 

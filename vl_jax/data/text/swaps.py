@@ -114,7 +114,7 @@ def _exchanged(text: str, words: Mapping[_Place, str]) -> Iterator[str]:
     for one, other in itertools.combinations(dict.fromkeys(words.values()), 2):
         mine, theirs = ([place for place in words if words[place] == word] for word in (one, other))
         if not {_behind(text, place) for place in mine} & {_behind(text, place) for place in theirs}:
-            yield _written(text, dict.fromkeys(mine, other) | dict.fromkeys(theirs, one))
+            yield rewritten(text, dict.fromkeys(mine, other) | dict.fromkeys(theirs, one))
 
 
 def _replaced(text: str, words: Mapping[_Place, str], rule: _Rule) -> Iterator[str]:
@@ -122,7 +122,7 @@ def _replaced(text: str, words: Mapping[_Place, str], rule: _Rule) -> Iterator[s
         for word in rule.instead[words[place]]:
             # Where the word stands twice, or the other one does too, the change may be true all the same.
             if list(words.values()).count(words[place]) == 1 and word not in words.values():
-                yield _written(text, {place: word})
+                yield rewritten(text, {place: word})
 
 
 def _plain(word: str) -> str:
@@ -141,7 +141,7 @@ def _joined(between: str) -> bool:
     return bool(re.fullmatch(r"\s*(?:,|and|&|, and|-and-|or|-|/)?\s*|色?[和与、]?|色的?和", between))
 
 
-def _written(text: str, words: Mapping[_Place, str]) -> str:
+def rewritten(text: str, words: Mapping[_Place, str]) -> str:
     """The text with other words at some places; capitals and a or an follow."""
     for (start, stop), word in sorted(words.items(), reverse=True):
         before, old = text[:start], text[start:stop]

@@ -30,7 +30,9 @@ def alone(text: str, tokenizer: Tokenizer, *, max_tokens: int) -> list[int]:
     return [*before, *tokenizer.encode(text)[:room], *after]
 
 
-def encode_written(sample: Sample, tokenizer: Tokenizer, *, max_tokens: int) -> Dialogue:
+def encode_written(
+    sample: Sample, tokenizer: Tokenizer, *, max_tokens: int, wordless: bool = False
+) -> Dialogue:
     """Encodes what was written, and what the tokenizer puts around it, EOS at least.
 
     Nothing is a target, and no special token comes from the text.
@@ -39,8 +41,10 @@ def encode_written(sample: Sample, tokenizer: Tokenizer, *, max_tokens: int) -> 
 
     Args:
       max_tokens: a longer text is cut at its end, before the EOS (as CLIP does).
+      wordless: a sample of which nothing is written has no token at all.
     """
-    ids = alone(written(sample), tokenizer, max_tokens=max_tokens)
+    text = written(sample)
+    ids = [] if wordless and not text else alone(text, tokenizer, max_tokens=max_tokens)
     nothing = np.zeros(len(ids), np.int32)
     return Dialogue(
         tokens=np.array(ids, np.int32),

@@ -16,6 +16,7 @@ from PIL import Image as PilImage
 
 from vl_jax.data.config import DataConfig, ModelSpec, PackingConfig, find_source, opened
 from vl_jax.data.encode import Encoder, make_encoder
+from vl_jax.data.example import Example
 from vl_jax.data.images.audio import SoundImage
 from vl_jax.data.images.resolution import MOST, coarse, describe
 from vl_jax.data.sample import IMAGE_PLACEHOLDER, TEXT, BadSample, Box, Sample, Turn, pixels_digest
@@ -25,6 +26,7 @@ from vl_jax.data.stream.lengths import Measure, read
 from vl_jax.data.stream.padding import WasteReport
 from vl_jax.data.text.chat import Targets
 from vl_jax.data.text.normalize import normalize
+from vl_jax.data.tools.media_findings import MediaSeen
 from vl_jax.data.tools.objects import PlacedLabels
 
 # Examples that are kept of every finding, and the questions that are named as guessable.
@@ -124,7 +126,7 @@ def examine(
     notes, pictures, ids = _Notes(), dict[bytes, str](), set[str]()
     answers: dict[str, Counter[str]] = defaultdict(Counter)
     tokens, tiles, turns = [], [], []
-    placed = PlacedLabels(config, encoder)
+    placed, media = PlacedLabels(config, encoder), MediaSeen(find_source(config, source_name), spec.media)
     for record in progress(records):
         sample = read(source, record)
         try:
@@ -134,7 +136,7 @@ def examine(
             both = zip(sample.images, images, strict=True)
             sizes = [picture.size for image, picture in both if not isinstance(image, SoundImage)]
             sample = replace(sample, images=tuple(lambda p=p: p for p in images))  # decoded once is enough
-            _use(encoder, sample, config, targets)
+            media.look(sample, _use(encoder, sample, config, targets))
             odd = list(placed.look(sample, record))
         except BadSample as error:
             notes.add(f"cannot be used: {error.reason.replace('_', ' ')}", str(error))
@@ -154,7 +156,7 @@ def examine(
             notes.add(f"left out: {note.reason.replace('_', ' ')}", str(note))
         for turn in filter(_is_said, sample.turns):
             answers[normalize(turn.question.replace("<image>", ""))][normalize(turn.answer)] += 1
-    for what, count, example in placed.classes():
+    for what, count, example in (*placed.classes(), *media.missing(len(tokens))):
         notes.add_all(what, count, [example])
     for stray in getattr(source, "strays", ()):
         notes.add_all(f"left out: {stray.reason.replace('_', ' ')}", stray.count, stray.examples)
@@ -175,12 +177,12 @@ def examine(
     )
 
 
-def _use(encoder: Encoder, sample: Sample, config: DataConfig, targets: Targets) -> None:
-    """Encodes a sample as training would, for the errors that it raises."""
+def _use(encoder: Encoder, sample: Sample, config: DataConfig, targets: Targets) -> Example:
+    """The sample as training encodes it, with the errors that it raises."""
     conversation = config.conversation
     if conversation.max_turns is not None and len(sample.turns) > conversation.max_turns:
         sample = sample.select(list(range(conversation.max_turns)))
-    encoder.example(sample, turns=conversation.turns, targets=targets)
+    return encoder.example(sample, turns=conversation.turns, targets=targets)
 
 
 def _look(

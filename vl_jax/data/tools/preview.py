@@ -22,6 +22,7 @@ from vl_jax.data.sample import BadSample, Sample, Source
 from vl_jax.data.text import grounding
 from vl_jax.data.text.chat import Targets
 from vl_jax.data.text.tokenizer import Tokenizer
+from vl_jax.data.tools.media_pictures import media_pictures
 from vl_jax.data.tools.overlay import Overlay, overlays
 
 _AUGMENTED = 2  # draws shown beside a picture
@@ -47,6 +48,7 @@ class Preview:
     boxed: tuple[PilImage.Image, ...]  # the picture with the boxes of all turns, if it has any
     augmented: tuple[PilImage.Image, ...]  # draws of it as training sees it, with its boxes
     labelled: tuple[Overlay, ...]  # the picture with each label that lies in it
+    media: tuple[Overlay, ...]  # inputs of other kinds, drawn
     num_tokens: int
     num_targets: int
     error: str = ""
@@ -73,9 +75,9 @@ def render_samples(
             example = encoder.example(sample, turns=config.conversation.turns, targets=targets)
             boxed = _boxed(sample)
             augmented = _augmented(sample, config, encoder, source, classes)
-            labelled = tuple(overlays(sample, classes))
+            labelled, media = tuple(overlays(sample, classes)), tuple(media_pictures(sample))
         except BadSample as error:
-            previews.append(Preview(f"{source_name}/{index}", (), (), (), (), (), 0, 0, error=str(error)))
+            previews.append(Preview(f"{source_name}/{index}", (), (), (), (), (), (), 0, 0, error=str(error)))
             continue
         previews.append(
             Preview(
@@ -85,6 +87,7 @@ def render_samples(
                 boxed=boxed,
                 augmented=augmented,
                 labelled=labelled,
+                media=media,
                 num_tokens=len(example.tokens),
                 num_targets=int((example.loss_weights > 0).sum()),
             )
@@ -125,6 +128,7 @@ def to_text(previews: Sequence[Preview]) -> str:
     lines = []
     for preview in previews:
         lines.append(_title(preview))
+        lines += [f"      input  {overlay.caption}" for overlay in preview.media]
         for branch, spans in groupby(preview.spans, key=lambda s: s.branch):
             name = f"branch {branch}" if branch else "trunk"
             body = "".join(_plain(s) for s in spans).replace("\n", "⏎")
@@ -138,7 +142,7 @@ def to_html(previews: Sequence[Preview]) -> str:
     for preview in previews:
         pictures = "".join(f'<img alt="tile {i}" src="{_data_uri(t)}">' for i, t in enumerate(preview.tiles))
         pictures += "".join(f'<img class="picture" alt="boxes" src="{_data_uri(p)}">' for p in preview.boxed)
-        pictures += "".join(_figure(overlay) for overlay in preview.labelled)
+        pictures += "".join(_figure(overlay) for overlay in (*preview.labelled, *preview.media))
         pictures += "".join(
             f'<img class="picture" alt="augmented" src="{_data_uri(p)}">' for p in preview.augmented
         )

@@ -87,7 +87,8 @@ def _compiled(model: nn.Module, head: str) -> Any:
     def run(variables: Any, state: RoutingState, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
         output, kept = model.apply(variables, batch, state, mutable=["intermediates"])
         rows, chosen = batch.tokens.shape[0], {}
-        for name, stack in model.config.stacks.items():  # pyright: ignore[reportAttributeAccessIssue]
+        ran = {n: s for n, s in model.config.stacks.items() if n in output.routed}  # pyright: ignore
+        for name, stack in ran.items():
             layers = stacks.sown(kept["intermediates"], stack)
             if all(isinstance(layer.assignment, TokenChoice) for layer in layers):
                 counts = [_choices(layer.assignment.experts, stack.moe.num_experts) for layer in layers]

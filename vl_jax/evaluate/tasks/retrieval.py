@@ -61,7 +61,8 @@ class Retrieval:
         apart = [_apart(seen, row, blind) for row in range(len(seen.records))]
         for record, rank, told in zip(seen.records, ranks, apart, strict=True):
             shown = {name: record[name] for name in ("id", "question", "language", "image")}
-            yield {**shown, "rank": int(rank), "correct": bool(rank == 1), **_as_record(record, told)}
+            shown |= {"rank": int(rank), "correct": bool(rank == 1), "similarity": told[0]}
+            yield {**shown, **_as_record(record, told)}
         likely = np.array([blind.mean_log_likelihood(r["question"]) if blind else 0.0 for r in seen.records])
 
         def scores(chosen: Sequence[int]) -> dict[str, float]:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 from vl_jax.batch import Batch
 from vl_jax.heads.pairs import FOREIGN, PairVectors
@@ -35,6 +36,9 @@ class ContrastivePairs:
     loss and gradient are those of the whole batch (gradient caching, arXiv 2101.06983). The model then runs
     twice, with the same random numbers both times. Losses of the router are means over the micro-batches.
 
+    With ``drop`` the pairs that the model finds least alike are taken for ill-matched: a later stage can so
+    filter what an earlier one has learned to score.
+
     With ``negatives`` the wrong texts of a batch are further texts, which no picture has (NegCLIP, arXiv
     2210.01936). Their experts count in no loss or statistic of the router.
     """
@@ -45,6 +49,7 @@ class ContrastivePairs:
         0.0  # how much more the harder negatives of a row count (see ``hard_negatives``); 0: alike
     )
     negatives: bool = False  # whether wrong texts count too, see ``data.conversation``
+    drop: float = 0.0  # share of a batch's pairs that count in no loss: those whose vectors agree least
     chunk: int = 1024  # texts that are compared at once, at most
     micro_batches: int = 1  # parts of the batch that the model sees one after the other
 
@@ -53,6 +58,8 @@ class ContrastivePairs:
             raise ValueError(f"micro_batches={self.micro_batches} must be >= 1")
         if self.chunk < 1:
             raise ValueError(f"chunk={self.chunk} must be >= 1")
+        if not 0 <= self.drop < 1:
+            raise ValueError(f"drop={self.drop} must be in [0, 1)")
         check(self.hardness)
 
     @property
@@ -67,7 +74,7 @@ class ContrastivePairs:
 
     def total(self, batch: Batch) -> dict[str, jax.Array]:
         """The rows that have a picture; and their wrong texts."""
-        totals = {self.head: jnp.sum(batch.labels[self.head].present)}
+        totals = {self.head: kept_of(jnp.sum(batch.labels[self.head].present), self.drop)}
         if self.negatives:
             totals[f"{self.head}/wrong"] = jnp.sum(present(batch, self.head))
         return {name: jnp.maximum(count, 1).astype(jnp.float32) for name, count in totals.items()}
@@ -85,14 +92,17 @@ class ContrastivePairs:
             params, state, batch, model=model, rngs=rngs
         )
         label = batch.labels[self.head]
-        ids = jnp.where(label.present, label.values, -1)
+        there = label.present
+        if self.drop:
+            there = best_pairs(jnp.sum(pairs.image * pairs.text, axis=1), there, self.drop)
+        ids = jnp.where(there, label.values, -1)
         texts, text_ids, metrics = pairs.text, ids, {}
         if wrong is not None:
-            there = present(batch, self.head)
+            given = present(batch, self.head)
             texts = jnp.concatenate([texts[:, None], wrong], axis=1).reshape(-1, texts.shape[-1])
-            others = jnp.where(there, FOREIGN, -1)
+            others = jnp.where(given, FOREIGN, -1)
             text_ids = jnp.concatenate([ids[:, None], others], axis=1).reshape(-1)
-            metrics = _told_apart(self.head, pairs, wrong, there)
+            metrics = _told_apart(self.head, pairs, wrong, given)
         options = {"image_ids": ids, "text_ids": text_ids, "chunk": self.chunk, "hardness": self.hardness}
         if self.loss == "softmax":
             sums = softmax_sums(pairs.image, texts, pairs.scale, **options)
@@ -147,6 +157,22 @@ class ContrastivePairs:
         stats, gates = jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
         whole = PairVectors(image, text, pairs.scale[0], bias)
         return (whole, wrong), (jnp.mean(auxiliary), stats, gates), {}
+
+
+def kept_of(count: jax.Array, drop: float) -> jax.Array:
+    """How many of so many pairs are kept."""
+    return count - jnp.floor(drop * count.astype(jnp.float32)).astype(count.dtype)
+
+
+def best_pairs(nearness: Float[Array, " B"], present: Bool[Array, " B"], drop: float) -> Bool[Array, " B"]:
+    """The pairs that are there without that share of them which is least near, by what the model now says.
+
+    Wrong texts of pictures are learned late, so a model that has learned something puts them last: Han et al.
+    2018, arXiv 1804.06872, drop the highest losses of a batch likewise.
+    """
+    order = jnp.argsort(jnp.where(present, -jax.lax.stop_gradient(nearness), jnp.inf))
+    rank = jnp.zeros(order.shape, jnp.int32).at[order].set(jnp.arange(order.shape[0], dtype=jnp.int32))
+    return present & (rank < kept_of(jnp.sum(present), drop))
 
 
 def _told_apart(head: str, pairs: PairVectors, wrong: jax.Array, there: jax.Array) -> dict[str, jax.Array]:

@@ -23,12 +23,15 @@ class Heads:
 
     heads: tuple[str, ...] = ("label",)
     loss_weights: tuple[float, ...] = ()  # one a head; empty: all alike
+    modalities: tuple[str, ...] = ()  # one a head: the group of its gradient; empty: a group a head
 
     def __post_init__(self):
         if not self.heads or (self.loss_weights and len(self.loss_weights) != len(self.heads)):
             raise ValueError(
                 f"heads={self.heads}, loss_weights={self.loss_weights}: expected one weight a head"
             )
+        if self.modalities and len(self.modalities) != len(self.heads):
+            raise ValueError(f"heads={self.heads}, modalities={self.modalities}: expected one a head")
 
     @property
     def couples_rows(self) -> bool:
@@ -40,6 +43,12 @@ class Heads:
         """The weight of every head's loss."""
         weights = self.loss_weights or (1.0,) * len(self.heads)
         return {_loss(head): weight for head, weight in zip(self.heads, weights, strict=True)}
+
+    @property
+    def groups(self) -> Mapping[str, str]:
+        """The group of every head's loss, see ``updates.groups``."""
+        groups = self.modalities or self.heads
+        return {_loss(head): group for head, group in zip(self.heads, groups, strict=True)}
 
     def total(self, batch: Batch) -> dict[str, jax.Array]:
         """The rows that have each head's label; at least 1, so that a batch without any adds nothing."""

@@ -32,7 +32,7 @@ class Sums:
     auxiliary: Leaf  # f32[] losses that are means over the rows, such as the balance of experts
     stats: dict[str, Any] = struct.field(default_factory=dict)  # statistics of routing by stack, summed
     collections: dict[str, Any] = struct.field(default_factory=dict)  # new values, by name
-    gates: dict[str, Any] = struct.field(default_factory=dict)  # sums of gates with a budget, see ``budget``
+    gates: dict[str, Any] = struct.field(default_factory=dict)  # what fusion decided, see ``beside``
 
 
 def variables(params: Any, state: Any) -> dict[str, Any]:
@@ -62,12 +62,16 @@ def apply(
 
 
 def beside(output: Any) -> tuple[jax.Array, dict[str, Any], dict[str, Any]]:
-    """What a model brings beside its predictions: auxiliary losses, statistics of routing, sums of gates."""
+    """What a model brings beside its predictions: auxiliary losses, statistics of routing, sums of gates.
+
+    The latter are those of gates with a ``budget``, and of ``weights`` of modalities, where there are any.
+    """
     auxiliary, stats = auxiliary_and_stats(output.routed)
-    gates = getattr(output, "gates", None)
+    gates, weights = getattr(output, "gates", None), getattr(output, "weights", None)
+    sums = {} if weights is None else {"weights": weights.sums()}
     if gates is None:
-        return auxiliary, stats, {}
-    return auxiliary + gates.loss, stats, gates.sums()
+        return auxiliary, stats, sums
+    return auxiliary + gates.loss, stats, sums | {"budget": gates.sums()}
 
 
 @runtime_checkable

@@ -13,7 +13,9 @@ import jax.numpy as jnp
 from vl_jax.batch import Batch
 from vl_jax.schema import Open
 from vl_jax.train.objectives.contrastive import ContrastivePairs
+from vl_jax.train.objectives.denoising import Denoising
 from vl_jax.train.objectives.heads import Heads
+from vl_jax.train.objectives.hierarchical import Hierarchical
 from vl_jax.train.objectives.next_token import NextToken
 from vl_jax.train.objectives.objective import Objective, Sums
 
@@ -25,9 +27,9 @@ class Part:
     """One of the objectives."""
 
     name: str  # goes before the names of its losses and metrics: "captions/loss"
-    objective: Annotated[NextToken | Heads | ContrastivePairs | Objective, Open("objective", NEEDS)] = (
-        NextToken()
-    )
+    objective: Annotated[
+        NextToken | Heads | Denoising | ContrastivePairs | Hierarchical | Objective, Open("objective", NEEDS)
+    ] = NextToken()
     weight: float = 1.0  # how much it counts
 
     def __post_init__(self):
@@ -63,6 +65,17 @@ class Together:
             for name, weight in part.objective.weights.items()
         }
 
+    @property
+    def groups(self) -> Mapping[str, str]:
+        """The group of every loss: the part, or where a part has several groups, that of the loss in it."""
+        found = {}
+        for part in self.parts:
+            told = getattr(part.objective, "groups", {})
+            several = len(set(told.values())) > 1
+            for name in part.objective.weights:
+                found[f"{part.name}/{name}"] = told[name] if several else part.name
+        return found
+
     def total(self, batch: Batch) -> dict[str, jax.Array]:
         """The totals of all parts."""
         return {
@@ -92,5 +105,6 @@ class Together:
 
 
 AnyObjective = Annotated[
-    NextToken | Heads | ContrastivePairs | Together | Objective, Open("objective", NEEDS)
+    NextToken | Heads | Denoising | ContrastivePairs | Hierarchical | Together | Objective,
+    Open("objective", NEEDS),
 ]

@@ -38,7 +38,8 @@ def as_rows(batch: Batch) -> Batch:
 
     def absent(given: Given) -> Given:
         shape = (rows, *given.values.shape[1:])
-        return Given(jnp.zeros(shape, given.values.dtype), jnp.zeros(rows, bool))
+        steps = None if given.steps is None else jnp.zeros(rows, jnp.int32)
+        return Given(jnp.zeros(shape, given.values.dtype), jnp.zeros(rows, bool), steps)
 
     return dataclasses.replace(
         jax.tree.map(jnp.asarray, blank(sizes, rows)),

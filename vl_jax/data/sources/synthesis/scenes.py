@@ -21,7 +21,7 @@ from PIL import Image as PilImage
 
 from vl_jax.data.images.spatial import Boxes, Instances, PixelMap
 from vl_jax.data.picture import Orientation
-from vl_jax.data.sample import IMAGE_PLACEHOLDER, Box, Sample, Turn
+from vl_jax.data.sample import IMAGE_PLACEHOLDER, Box, Media, Sample, Turn
 from vl_jax.data.sources.scene_text import (
     SHAPE_NAMES,
     Kind,
@@ -66,6 +66,7 @@ class SyntheticScenesConfig:
     camera: CameraConfig = dataclasses.field(default_factory=CameraConfig)
     languages: tuple[Language, ...] = ("en", "zh")
     kinds: tuple[SyntheticKind, ...] = ("colour", "shape", "count", "position", "relation", "nearer")
+    media: tuple[Literal["depth", "flow"], ...] = ()  # maps that are inputs too; no crop moves them
 
     def __post_init__(self):
         if not self.name:
@@ -89,6 +90,8 @@ class SyntheticScenesConfig:
                 f"motion={self.motion} of source {self.name!r}: must be at most a quarter of image_size="
                 f"{self.image_size}"
             )
+        if "flow" in self.media and not self.motion:
+            raise ValueError(f"media={self.media} of source {self.name!r}: flow needs motion above 0")
         if not self.languages or not self.kinds or "word" in self.kinds:
             raise ValueError(
                 f"languages={self.languages} and kinds={self.kinds} of source {self.name!r}: must not be "
@@ -106,7 +109,8 @@ class SyntheticScenes:
     Labels of a sample: ``boxes`` (``Boxes``), ``classes`` (``PixelMap``: 0 ground, then the shapes in the
     order of ``SHAPE_NAMES``), ``instances`` (``Instances``) and ``depth`` (``PixelMap``). With motion,
     ``flow`` is a function that gives float32 [h w 3]: pixels to the right, pixels down, and 1 where the
-    second frame shows the same; and ``media["second"]`` gives that frame, uint8 [h w 3].
+    second frame shows the same; and ``media["second"]`` gives that frame, uint8 [h w 3]. If the config
+    asks for them, ``media["depth"]`` is float32 [h w 1] and ``media["flow"]`` float32 [h w 2].
     """
 
     def __init__(self, config: SyntheticScenesConfig):
@@ -138,8 +142,19 @@ class SyntheticScenes:
             turns=turns,
             images=(view,),
             labels=labels | moving,
-            media={"second": view.second} if config.motion else {},
+            media=_media(view),
         )
+
+
+def _media(view: View) -> dict[str, Media]:
+    """The second frame, where there is motion, and the maps that the config asks for."""
+    config = view.config
+    maps: dict[str, Media] = {
+        "depth": lambda: view.depth()[..., None],
+        "flow": lambda: view.flow()[..., :2],
+    }
+    second: dict[str, Media] = {"second": view.second} if config.motion else {}
+    return second | {name: maps[name] for name in config.media}
 
 
 def ask(

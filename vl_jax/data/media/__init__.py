@@ -1,0 +1,1 @@
+"""Inputs that are neither pictures nor texts: waves, series, clips, volumes, depth and flow."""

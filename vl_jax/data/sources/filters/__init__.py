@@ -1,0 +1,1 @@
+"""Sources of which some samples are left out."""

@@ -1,0 +1,1 @@
+"""Encoders of texts: BERT, Transformer-XL, and one whose positions are distances."""

@@ -1,0 +1,1 @@
+"""Encoders of series: steps in time in, a token for one or more of them out."""

@@ -1,0 +1,1 @@
+"""Encoders of sounds: waves in, tokens in time out."""

@@ -1,0 +1,1 @@
+"""Encoders of clips and volumes: frames or slices in, tokens out."""

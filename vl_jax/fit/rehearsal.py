@@ -1,0 +1,293 @@
+"""One stage of a run on devices that are not there: its real step, compiled, and what follows from it.
+
+    rehearse(layout, stage, example, where) -> Rehearsal
+        memory        bytes on one device: parameters, optimiser, what the compiler adds
+        findings      what is whole on every device, does not divide, or travels more than it must
+        collectives   by kind and mesh axes
+        estimate      how long a step takes at best, and the share of the peak that is
+
+Nothing is allocated and nothing runs. The estimate is a bound by peaks, not a measurement.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vl_jax import params as params_lib
+from vl_jax import sharding
+from vl_jax.batch import Batch
+from vl_jax.fit import program_text
+from vl_jax.fit.chips import GIB, Slice
+from vl_jax.fit.program_text import Collective
+from vl_jax.kernels import aot
+from vl_jax.layout import Layout
+from vl_jax.train.program import Program
+from vl_jax.train.stages import Stage
+
+LARGE = 1 << 20  # bytes; what is smaller may be whole on every device
+_NO_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|Ran out of memory|exceeds available|HbmOom", re.IGNORECASE)
+_NEEDS = re.compile(r"[Uu]sed ([\d.]+)([GMK]) of ([\d.]+)([GMK])")
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceMemory:
+    """Bytes on one device. What is exact follows from shapes and shardings; the rest the compiler says."""
+
+    parameters: int  # exact
+    optimizer: int  # exact
+    others: int  # exact: adapters, collections, state of routing
+    batch: int  # exact
+    temporaries: int | None  # activations and all else that lives within a step; None: not compiled
+    limit: int  # what a program may use
+
+    @property
+    def state(self) -> int:
+        """What stays from step to step."""
+        return self.parameters + self.optimizer + self.others
+
+    @property
+    def total(self) -> int | None:
+        """All of it at once; None where the compiler gave no answer."""
+        return None if self.temporaries is None else self.state + self.batch + self.temporaries
+
+
+@dataclasses.dataclass(frozen=True)
+class Remark:
+    """Something to look at: what it is about, what it is, and what to do."""
+
+    what: str
+    about: str
+    remedy: str
+    size: int = 0  # bytes on one device
+    is_fault: bool = True  # else it is only said
+
+
+@dataclasses.dataclass(frozen=True)
+class StepBound:
+    """A step's time from peaks: products, memory traffic and links do not wait for one another."""
+
+    flops: float  # of the model a device and step, three times its forward pass
+    compute_seconds: float
+    memory_seconds: float | None  # reading and writing what the compiler counts; loops count once
+    link_seconds: float | None
+    seconds: float  # the longest of these
+    mfu: float | None  # flops over what the device could do in that time; None: not compiled
+
+
+@dataclasses.dataclass(frozen=True)
+class Rehearsal:
+    """What is known of one stage on a slice."""
+
+    stage: str
+    topology: str
+    slices: int
+    devices: int
+    mesh: Mapping[str, int]
+    rows: int
+    memory: DeviceMemory
+    findings: Sequence[Remark]
+    collectives: Sequence[Collective] | None  # None: the program was not compiled, or cannot be shown
+    estimate: StepBound
+    compile_seconds: float | None  # of CPU time
+    refusal: str = ""  # what the compiler said, where it compiled nothing
+
+    @property
+    def fits(self) -> bool:
+        """Whether a device has room for the step."""
+        if self.refusal:
+            return False
+        total = self.memory.total
+        return (self.memory.state + self.memory.batch if total is None else total) <= self.memory.limit
+
+
+def abstract_batch(layout: Layout, example: Batch, rows: int) -> Any:
+    """Shapes of a batch of so many rows, each where it lives."""
+    place = sharding.batch_sharding(layout.mesh, layout.rules)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=place), example
+    )
+
+
+def lower(program: Program, batch: Any) -> jax.stages.Lowered:
+    """The step of a program, for the devices of its mesh."""
+    layout = program.layout
+    state, number = program.abstract_state, jax.ShapeDtypeStruct((), jnp.float32, sharding=layout.replicated)
+    with sharding.use_mesh(layout.mesh, layout.rules):
+        return program.step.lower(state, batch, number, number)  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def rehearse(
+    layout: Layout, stage: Stage, example: Batch, where: Slice, *, flops: float, compiles: bool = True
+) -> Rehearsal:
+    """What a stage needs on a slice.
+
+    Args:
+      layout: on a mesh of the slice's devices.
+      example: a batch of any number of rows.
+      flops: of the forward pass of the whole batch; see ``flops.forward_flops``.
+      compiles: False: only what is exact without a compiler.
+    """
+    program, batch = Program.of(layout, stage), abstract_batch(layout, example, stage.batch_size)
+    memory = _exact(program, batch, where)
+    findings = [*_placements(layout)]
+    compiled, refusal, seconds = None, "", None
+    if compiles:
+        start = time.process_time()
+        try:
+            compiled = aot.compile_absent(lower(program, batch))
+        except jax.errors.JaxRuntimeError as error:
+            if not _NO_MEMORY.search(str(error)):
+                raise
+            refusal = _short(str(error))
+        seconds = time.process_time() - start
+    moved = None
+    if compiled is not None:
+        stats = compiled.memory_analysis()
+        if stats is not None:
+            memory = dataclasses.replace(memory, temporaries=stats.temp_size_in_bytes)
+        text = text_of(compiled)
+        if text is not None:
+            moved = program_text.collectives(text, layout.mesh)
+            findings += _travels(moved, layout)
+    cost = (compiled.cost_analysis() or {}) if compiled is not None else {}
+    result = Rehearsal(
+        stage=stage.name,
+        topology=where.name,
+        slices=where.number,
+        devices=where.num_devices,
+        mesh=dict(layout.mesh.shape),
+        rows=stage.batch_size,
+        memory=memory,
+        findings=findings,
+        collectives=moved,
+        estimate=_estimate(flops, cost.get("bytes accessed"), moved, where),
+        compile_seconds=seconds,
+        refusal=refusal,
+    )
+    return result if result.fits else dataclasses.replace(result, findings=[*findings, _too_large(result)])
+
+
+def text_of(compiled: jax.stages.Compiled) -> str | None:
+    """The program; None where jax cannot show it: jax 0.10, with asynchronous parts."""
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError:
+        return None
+
+
+def on_device(tree: Any) -> int:
+    """Bytes of abstract arrays on one device."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+        if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    )
+
+
+def _exact(program: Program, batch: Any, where: Slice) -> DeviceMemory:
+    state = program.abstract_state
+    parameters, optimizer = on_device(state.params), on_device(state.optimizer)
+    return DeviceMemory(
+        parameters=parameters,
+        optimizer=optimizer,
+        others=on_device(state) - parameters - optimizer,
+        batch=on_device(batch),
+        temporaries=None,
+        limit=where.chip.memory,
+    )
+
+
+def _placements(layout: Layout) -> list[Remark]:
+    """Parameters that do not divide, or are whole along axes of the mesh that are there to cut them."""
+    found, mesh = [], layout.mesh.shape
+    for path, leaf in params_lib.flatten(layout.params).items():
+        placement, size = layout.placements[path], on_device(leaf)
+        if size < LARGE or layout.mesh.size == 1:
+            continue
+        used = {
+            axis for part in leaf.sharding.spec for axis in ((part,) if isinstance(part, str) else part or ())
+        }
+        if placement.whole:
+            remedy = "choose mesh sizes that divide it, or a rule that cuts another dimension"
+            found.append(Remark(f"does not divide: {', '.join(placement.whole)}", path, remedy, size))
+        elif mesh["fsdp"] > 1 and "fsdp" not in used:
+            remedy = "give one of its dimensions a name that is cut, such as embed"
+            found.append(Remark("whole along fsdp", path, remedy, size))
+        elif not used and mesh["fsdp"] == 1:
+            found.append(Remark("whole everywhere", path, "config.mesh.fsdp cuts it", size, is_fault=False))
+    return found
+
+
+def _travels(moved: Sequence[Collective], layout: Layout) -> list[Remark]:
+    """Collectives that carry more than they must: weights in float32, all experts, whole gradients."""
+    found = []
+    weights = [
+        (path, _kind(leaf.shape), _kind(leaf.shape[1:]), layout.placements[path])
+        for path, leaf in params_lib.flatten(layout.params).items()
+        if leaf.size * leaf.dtype.itemsize >= LARGE
+    ]
+    dtype = getattr(layout.model.config, "dtype", "float32")
+    for item in moved:
+        shapes = {_kind(shape) for shape in item.shapes}
+        path, placement = next(
+            ((path, place) for path, whole, layer, place in weights if shapes & {whole, layer}), ("", None)
+        )
+        if placement is None:
+            continue
+        carried = item.size * item.times
+        if item.kind == "all-gather" and dtype == "bfloat16" and "f32" in item.dtypes:
+            text = "gathered in float32, used in bfloat16"
+            found.append(Remark(text, path, "cast before the gather", carried))
+        if item.kind == "all-gather" and "experts" in placement.names and layout.mesh.shape["expert"] > 1:
+            if "expert" in item.axes:
+                text = "all experts gathered on every device"
+                found.append(Remark(text, path, "choose another exchange", carried))
+        if item.kind == "all-reduce" and any(part is not None for part in placement.spec):
+            if not set(item.axes) <= {"data"}:
+                text = "gradient summed whole on every device"
+                found.append(Remark(text, path, "scatter the sum to where the moments live", carried))
+    return found
+
+
+def _kind(shape: Sequence[int]) -> tuple[int, ...]:
+    """A shape as it is found again where the compiler has turned it, or dropped sides of 1."""
+    return tuple(sorted(n for n in shape if n > 1))
+
+
+def _estimate(
+    flops: float, traffic: float | None, moved: Sequence[Collective] | None, where: Slice
+) -> StepBound:
+    mine, chip = 3 * flops / where.num_devices, where.chip
+    times = [mine / chip.flops]
+    memory = None if not traffic or traffic < 0 else traffic / chip.bandwidth
+    links = None if moved is None else sum(c.size * c.times for c in moved) / chip.links
+    seconds = max([*times, *(t for t in (memory, links) if t is not None)])
+    known = memory is not None or links is not None
+    return StepBound(mine, times[0], memory, links, seconds, mine / (seconds * chip.flops) if known else None)
+
+
+def _too_large(found: Rehearsal) -> Remark:
+    memory, advice = found.memory, []
+    if found.mesh.get("fsdp", 1) * found.mesh.get("expert", 1) < found.devices:
+        advice.append("raise config.mesh.fsdp or config.mesh.expert")
+    if memory.state < memory.limit:
+        advice.append("lower batch_size, raise accumulation, or set model.language.remat=full")
+    advice.append("take a larger slice (fit --smallest finds it)")
+    said = found.refusal or f"{(memory.total or memory.state) / GIB:.2f} of {memory.limit / GIB:.2f} GiB"
+    return Remark(f"does not fit: {said}", "the step", "; ".join(advice), memory.total or memory.state)
+
+
+def _short(message: str) -> str:
+    """What a compiler says of memory, in one line."""
+    found = _NEEDS.search(message)
+    if found:
+        return f"needs {found[1]} {found[2]}iB, a device has {found[3]} {found[4]}iB"
+    return message.splitlines()[0][:200]

@@ -1,0 +1,1 @@
+"""Speech that heads make: spectrograms from texts, and sounds from spectrograms."""

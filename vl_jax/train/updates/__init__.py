@@ -1,0 +1,1 @@
+"""What is done to gradients and updates on their way to the parameters."""
