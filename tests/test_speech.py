@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import flax.linen as nn
@@ -19,6 +20,8 @@ from vl_jax.batch import Given
 from vl_jax.data.sample import BadSample, Sample
 from vl_jax.encoders.sound.wav2vec2 import Wav2Vec2Config, normalized
 from vl_jax.encoders.sound.wave_features import WaveFeaturesConfig
+from vl_jax.evaluate.task import Examinee
+from vl_jax.evaluate.tasks.transcripts import Transcripts
 from vl_jax.fusion.streams import Stream
 from vl_jax.heads.edits import edit_distances
 from vl_jax.heads.transcript import SymbolScores, Transcript, row_losses
@@ -214,6 +217,54 @@ def test_texts_become_symbols_and_come_back():
     for text, reason in ((3, "bad_label"), ("much too long", "label_too_long"), ("a-b", "unknown_symbol")):
         with pytest.raises(BadSample, match=reason):
             head.read(sample(text))
+
+
+@dataclasses.dataclass(frozen=True)
+class OneHead:
+    def head(self, name: str) -> Transcript:
+        return HEAD
+
+
+class Says(nn.Module):
+    config: OneHead
+
+
+class Heard(Examinee):
+    """Of three sounds the second has no text; "ab" is heard as such, "bbb" as "b"."""
+
+    def samples(self) -> Any:
+        values = np.array([[1, 2, -1], [-1, -1, -1], [2, 2, 2]], np.int32)
+        records = [
+            {"id": str(i), "question": "", "image": None, "labels": {"language": "en"}} for i in range(3)
+        ]
+        label = Given(values, np.array([True, False, True]))
+        yield records, SimpleNamespace(labels={"transcript": label})
+
+    def apply(self, compiled: Any, batch: Any) -> SymbolScores:
+        paths = np.array([[1, 1, 2, 0], [1, 0, 0, 0], [2, 2, 2, 2]])
+        return SymbolScores(np.eye(3, dtype=np.float32)[paths], np.ones((3, 4), bool))
+
+
+def test_what_is_heard_is_judged_by_letters_and_by_words():
+    pytest.importorskip("jiwer")
+    examinee = object.__new__(Heard)
+    object.__setattr__(examinee, "layout", SimpleNamespace(model=Says(OneHead())))
+    records, findings = [], None
+    run = Transcripts().run(examinee)
+    while findings is None:
+        try:
+            records.append(next(run))
+        except StopIteration as stopped:
+            findings = stopped.value
+    assert [(r["answer"], r["prediction"], r["correct"]) for r in records] == [
+        ("ab", "ab", True),
+        ("bbb", "b", False),
+    ]
+    # Two letters of five are missing; one word of two is another.
+    assert findings.scores == {"cer": 0.4, "wer": 0.5, "count": 2}
+    assert findings.groups["language"]["en"] == findings.scores
+    with pytest.raises(ValueError, match="headline='bleu': expected one of cer, wer"):
+        Transcripts(headline="bleu")
 
 
 @pytest.mark.parametrize(
