@@ -212,7 +212,7 @@ def _training(run: RunFiles) -> str:
     main = [
         ("Loss", [n for n in names if n == "loss" or n.startswith("loss/")], number),
         *([("Loss on held-out sources", held_out, number)] if held_out else []),
-        *((results.label(n).capitalize(), [n], number) for n in measured),
+        *((results.label(n).capitalize(), [n], number) for n in measured if n not in weights),
         *([("How much each modality counts", weights, percent)] if weights else []),
         ("Learning rate", rates, number),
         ("Tokens per second", [n for n in names if n == "tokens_per_second"], number),
