@@ -350,7 +350,7 @@ class Joint(nn.Module):
             gates.append(gate)
             return {name: after[name].reshape(x.shape) for name, x in tokens.items()}
 
-        layers = towers[0].encoder.num_layers
+        layers = towers[0].encoder.num_layers  # pyright: ignore[reportAttributeAccessIssue]
         encoded = in_step({name: tower_of(name) for name in given}, layers, interact)
         streams = {n: _stream(found, given[n][1], rows) for n, found in encoded.items()}
         weights = mean_weights(gates, {n: here(stream) for n, stream in streams.items()}) if streams else None
