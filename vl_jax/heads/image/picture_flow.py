@@ -181,13 +181,15 @@ class PictureFlowHead(nn.Module):
         c, rows = self.config, asked.shape[0]
         key = self.make_rng(NOISE) if self.has_rng(NOISE) else jax.random.key(c.seed)
         noise = jax.random.normal(key, (rows, *c.shape))
-        free, variables = self.clone(parent=None, name=None), self.variables  # a loop holds no bound module
+        free: Any = self.clone(parent=None, name=None)  # a loop holds no bound module
+        variables = self.variables
         nothing = jnp.broadcast_to(self.nothing, asked.shape)
 
         def said(x: jax.Array, t: jax.Array) -> jax.Array:
             if c.guidance == 1:
                 return free.apply(variables, x, jnp.full(rows, t), asked, method="velocity")
             twice = jnp.concatenate([x, x]), jnp.full(2 * rows, t), jnp.concatenate([asked, nothing])
-            return guided(*jnp.split(free.apply(variables, *twice, method="velocity"), 2), c.guidance)
+            with_, without = jnp.split(free.apply(variables, *twice, method="velocity"), 2)
+            return guided(with_, without, c.guidance)
 
         return euler(said, noise, c.steps)
