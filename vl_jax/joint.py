@@ -250,7 +250,7 @@ class JointConfig:
     def smallest_batch(self, rows: int) -> Batch:
         """A batch of one tile and one token a row: enough to learn the shapes of the parameters."""
         image = self._reading(TILES)
-        height, width, channels = (1, 1, 3) if image is None else image.encoder.input_shape[:3]
+        height, width, channels = (1, 1, 3) if image is None else image.encoder.input_shape  # pyright: ignore[reportAssignmentType]
         sizes = {"T": 1, "Q": 1, "S": 1, "M": 1, "h": height, "w": width, "c": channels}
 
         def absent(field: Any) -> Given:
