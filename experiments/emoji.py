@@ -131,7 +131,7 @@ def _experiment(network):
         name="emoji",
         model=JointConfig(
             (Tower("text", text, "tokens"), Tower("image", image)),
-            (PictureFlow(network=network), Classification(tuple(GROUPS))),
+            (PictureFlow(network=network, says="picture"), Classification(tuple(GROUPS))),
         ),
         data=DataConfig(
             root="../shared/data/twemoji_bilingual",

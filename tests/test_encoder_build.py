@@ -174,14 +174,14 @@ def test_every_kind_gives_the_tokens_that_its_config_says(kind: str):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_is_written_and_read_again(kind: str):
     reads = {1: "tokens", 3: "tiles", 4: "clip"}[len(KINDS[kind].input_shape)]
-    model = JointConfig((Tower("eye", KINDS[kind], reads),), (Classification(("a", "b"), inputs=("eye",)),))
+    model = JointConfig((Tower("eye", KINDS[kind], reads),), (Classification(("a", "b"), stream="eye"),))
     assert schema.from_json(schema.to_json(model), JointConfig) == model
 
 
 @pytest.mark.parametrize("kind", ["videomae", "video_resnet"])
 @pytest.mark.slow
 def test_clips_are_an_input_of_a_joint_model(kind: str):
-    model = JointConfig((Tower("eye", KINDS[kind], "clip"),), (Classification(("a", "b"), inputs=("eye",)),))
+    model = JointConfig((Tower("eye", KINDS[kind], "clip"),), (Classification(("a", "b"), stream="eye"),))
     batch = model.smallest_batch(2)
     output, _ = jax.eval_shape(
         lambda: model.build().init_with_output(jax.random.key(0), jax.tree.map(jnp.asarray, batch), {})

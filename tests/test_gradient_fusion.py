@@ -418,10 +418,10 @@ def test_modules_are_weighed_by_what_their_modality_does(way):
 @pytest.mark.slow
 @pytest.mark.parametrize("way", [PCGrad(), GradNorm()], ids=["pcgrad", "gradnorm"])
 def test_eight_devices_are_one_and_micro_batches_a_batch(way):
-    expected, logged = Made.of(stage(way), MODEL).run(2, rate=1e-3)
+    expected, logged = Made.of(stage(way)).run(2, rate=1e-3)
     for found, metrics in (
-        Made.of(stage(way), MODEL, MeshConfig(data=2, expert=4)).run(2, rate=1e-3),
-        Made.of(stage(way, accumulation=4), MODEL).run(2, rate=1e-3),
+        Made.of(stage(way), mesh=MeshConfig(data=4, fsdp=2)).run(2, rate=1e-3),
+        Made.of(stage(way, accumulation=4)).run(2, rate=1e-3),
     ):
         # Adam's first steps are signs: where a gradient is nothing but rounding, the update is the rate.
         assert_close(found.optimizer[0].mu, expected.optimizer[0].mu, rtol=2e-3, atol=2e-5)

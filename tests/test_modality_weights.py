@@ -16,8 +16,8 @@ def test_the_log_has_the_mean_weight_over_rows_that_have_a_modality():
     weights = ModalityWeights(values, present, ("image", "sound"))
     sums = weights.sums()
     found = summarize(jax.tree.map(jnp.add, sums, sums))  # of two micro-batches alike
-    np.testing.assert_allclose(found["weight/image"], 1.75 / 3, rtol=1e-6)
-    np.testing.assert_allclose(found["weight/sound"], 1.25 / 2, rtol=1e-6)
+    np.testing.assert_allclose(found["gate/weight/image"], 1.75 / 3, rtol=1e-6)
+    np.testing.assert_allclose(found["gate/weight/sound"], 1.25 / 2, rtol=1e-6)
     assert summarize({}) == {}
 
 

@@ -66,6 +66,18 @@ def test_straight_ways_lead_back_to_the_data_in_any_number_of_steps(steps):
     np.testing.assert_allclose(found, data, atol=1e-5)
 
 
+def test_a_network_that_says_the_data_is_led_to_it():
+    data, noise = jax.random.normal(jax.random.key(0), (2, ROWS, 3))
+
+    def velocity(x, t):
+        return flow.towards(data, x, jnp.full(ROWS, t))
+
+    np.testing.assert_allclose(flow.euler(velocity, noise, 20), data, atol=1e-5)
+    x, time = jnp.float32([[3.0], [3.0]]), jnp.float32([0.5, 0.01])
+    # (3 - 1) / 0.5; below a time of 0.05, by 0.05.
+    np.testing.assert_allclose(flow.towards(jnp.ones((2, 1)), x, time), [[4.0], [40.0]], rtol=1e-6)
+
+
 def test_guidance_by_hand():
     with_, without = jnp.float32([[3.0]]), jnp.float32([[1.0]])
     for scale, expected in ((0.0, 1.0), (1.0, 3.0), (2.0, 5.0)):

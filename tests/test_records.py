@@ -101,7 +101,7 @@ def test_a_field_that_no_record_has_is_refused_when_the_file_is_opened(tmp_path)
     ("fields", "message"),
     [
         ({"file": "a.tsv", "text": "t"}, "must end in .json or .jsonl or .csv"),
-        ({"file": "a.csv"}, "image, sound or text must name a field"),
+        ({"file": "a.csv"}, "image, sound, text or media must name a field"),
     ],
 )
 def test_a_config_that_says_too_little_is_refused(fields, message):

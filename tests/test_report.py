@@ -242,6 +242,16 @@ def test_what_was_measured_while_training_has_its_charts(tmp_path: Path):
     assert "Loss on held-out sources" not in _page_of_a_run_that_was_not_examined(tmp_path / "other")
 
 
+def test_weights_of_modalities_stand_in_one_chart(tmp_path: Path):
+    with MetricsWriter(tmp_path) as writer:
+        for step in range(1, 5):
+            writer.write(step, {"loss": 1.0, "gate/weight/image": 0.1 * step, "gate/weight/text": 0.5}, {})
+    page = _page(tmp_path)
+    titles = re.findall(r"<h3>([^<]*)</h3>", (tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert titles.count("How much each modality counts") == 1 and "image" in page.text
+    assert not [title for title in titles if "eight" in title and "modality" not in title]
+
+
 def _page_of_a_run_that_was_not_examined(folder: Path) -> str:
     folder.mkdir()
     _log(folder)

@@ -19,40 +19,39 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool, Float, UInt32
+from jaxtyping import Array, Bool, Float
 
-from vl_jax.batch import TILES, TOKENS, Batch, Given, blank, hint_of
+from vl_jax.batch import TILES, TOKENS, Batch, Given, blank
 from vl_jax.data.config import DataConfig, ModelSpec, check_packing
-from vl_jax.data.media.inputs import MediaInput
 from vl_jax.data.sources.in_domain import DOMAIN
-from vl_jax.encoders.adapter import used_tiles
-from vl_jax.encoders.build import AnyEncoder
 from vl_jax.encoders.transformer import Through
 from vl_jax.fusion.between_layers import in_step, mean_weights
 from vl_jax.fusion.budget import BudgetConfig, GateOutput
 from vl_jax.fusion.build import AnyFusion, Apart
 from vl_jax.fusion.gated_streams import GatedStreams
+from vl_jax.fusion.reading import (
+    Tower,
+    content_of_rows,
+    flat,
+    given_to,
+    has_room,
+    media_input,
+    nothing_seen,
+    stream_of,
+    token_mask,
+    told,
+)
 from vl_jax.fusion.streams import Stream, here
 from vl_jax.fusion.towers import only_infers, read_open_rows
 from vl_jax.fusion.weights import ModalityWeights
 from vl_jax.heads.build import AnyHead
 from vl_jax.moe.layer import MoEOutput
-from vl_jax.moe.noise import content_of
 from vl_jax.moe.routing import State
 from vl_jax.moe.specialise.domains import DomainsConfig, with_domains
 from vl_jax.moe.stacks import RoutingState, Stack
 
 _NO_TEXT = 1 << 30  # entries of a vocabulary that nothing reads
 _RESERVED = ("config", "dtype", "fusion", "parent", "name", "scope")
-
-
-@dataclasses.dataclass(frozen=True)
-class Tower:
-    """One encoder, and what it reads."""
-
-    name: str
-    encoder: AnyEncoder
-    input: str = TILES  # "tiles" (pictures), "tokens" (text), or a name in ``Sample.media``
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +157,7 @@ class JointConfig:
 
     def spec(self) -> ModelSpec:
         """What the data side must know."""
-        media = dict.fromkeys(_media_input(tower) for tower in self.towers if self._is_media(tower))
+        media = dict.fromkeys(media_input(tower) for tower in self.towers if self._is_media(tower))
         text = self._reading(TOKENS)
         return ModelSpec(
             tile_tokens_side=self._tile_tokens_side,
@@ -251,7 +250,7 @@ class JointConfig:
     def smallest_batch(self, rows: int) -> Batch:
         """A batch of one tile and one token a row: enough to learn the shapes of the parameters."""
         image = self._reading(TILES)
-        height, width, channels = (1, 1, 3) if image is None else image.encoder.input_shape[:3]
+        height, width, channels = (1, 1, 3) if image is None else image.encoder.input_shape  # pyright: ignore[reportAssignmentType]
         sizes = {"T": 1, "Q": 1, "S": 1, "M": 1, "h": height, "w": width, "c": channels}
 
         def absent(field: Any) -> Given:
@@ -299,14 +298,14 @@ class Joint(nn.Module):
         else:
             streams, routed, read = self._see_apart(batch, routing_state)
         if any(map(self.has_rng, getattr(self.config.fusion, "draws", ()))):
-            content = _content(batch, self.config.towers)
+            content = content_of_rows(batch, self.config.towers)
             streams = {n: dataclasses.replace(s, content=content) for n, s in streams.items()}
         if not between:
             streams = self.fusion(streams)
         elif self.is_initializing():
             self.fusion.touch({tower.name: tower.encoder for tower in self.config.towers})
         predictions = {
-            head.name: getattr(self, head.name)(streams, *_told(batch, head.name))
+            head.name: getattr(self, head.name)(streams, *told(batch, head.name))
             for head in self.config.heads
         }
         gates = next((s.gates for s in streams.values() if s.gates is not None), None)
@@ -322,10 +321,10 @@ class Joint(nn.Module):
         # A tower that may be left out comes last: what is said about it has to be read first.
         late, read = self.config.left_out if only_infers(self) else None, jnp.float32(rows)
         for tower in sorted(self.config.towers, key=lambda tower: tower == late):
-            if not _has_room(batch, tower):
-                streams[tower.name] = _nothing_seen(tower.encoder, rows, jnp.dtype(self.config.dtype))
+            if not has_room(batch, tower):
+                streams[tower.name] = nothing_seen(tower.encoder, rows, jnp.dtype(self.config.dtype))
                 continue
-            given = _given(batch, tower)
+            given = given_to(batch, tower)
             if tower == late:
                 streams[tower.name], read = self._see_open_rows(given, streams)
                 continue
@@ -337,25 +336,25 @@ class Joint(nn.Module):
     def _see_in_step(self, batch: Batch) -> dict[str, Stream]:
         """What the towers see, where they act on one another after every layer."""
         towers, rows = self.config.towers, batch.tokens.shape[0]
-        given = {t.name: _flat(_given(batch, t), t) for t in towers if _has_room(batch, t)}
+        given = {t.name: flat(given_to(batch, t), t) for t in towers if has_room(batch, t)}
         gates: list[dict[str, jax.Array]] = []
 
         def tower_of(name: str) -> Callable[[Through], Any]:
             return lambda through: getattr(self, name)(*given[name], {}, through=through)
 
         def interact(number: int, tokens: dict[str, jax.Array]) -> dict[str, jax.Array]:
-            masks = {n: _token_mask(given[n][1], x).reshape(rows, -1) for n, x in tokens.items()}
+            masks = {n: token_mask(given[n][1], x).reshape(rows, -1) for n, x in tokens.items()}
             trunks = {n: (x.reshape(*masks[n].shape, -1), masks[n]) for n, x in tokens.items()}
             after, gate = self.fusion(number, trunks)
             gates.append(gate)
             return {name: after[name].reshape(x.shape) for name, x in tokens.items()}
 
-        layers = towers[0].encoder.num_layers
+        layers = towers[0].encoder.num_layers  # pyright: ignore[reportAttributeAccessIssue]
         encoded = in_step({name: tower_of(name) for name in given}, layers, interact)
-        streams = {n: _stream(found, given[n][1], rows) for n, found in encoded.items()}
+        streams = {n: stream_of(found, given[n][1], rows) for n, found in encoded.items()}
         weights = mean_weights(gates, {n: here(stream) for n, stream in streams.items()}) if streams else None
         dtype = jnp.dtype(self.config.dtype)
-        streams |= {t.name: _nothing_seen(t.encoder, rows, dtype) for t in towers if t.name not in given}
+        streams |= {t.name: nothing_seen(t.encoder, rows, dtype) for t in towers if t.name not in given}
         return {t.name: dataclasses.replace(streams[t.name], weights=weights) for t in towers}
 
     def see(
@@ -367,9 +366,9 @@ class Joint(nn.Module):
           given: what it reads, and which of it is there, rows first; tiles of all rows then stand one behind
             the other.
         """
-        (inputs, valid), rows = _flat(given, tower), given[0].shape[0]
+        (inputs, valid), rows = flat(given, tower), given[0].shape[0]
         encoded = getattr(self, tower.name)(inputs, valid, routing_state)
-        return _stream(encoded, valid, rows), encoded.routed
+        return stream_of(encoded, valid, rows), encoded.routed
 
     def _routing(self, tower: Tower, batch: Batch, routing_state: RoutingState) -> State:
         """The routing state of a tower, with what follows from the domains of the rows."""
@@ -421,92 +420,3 @@ class Joint(nn.Module):
 def _pooled_dim(encoder: Any) -> int:
     """Width of an input as one vector: the encoder's own, or the mean of its tokens (``streams.pool``)."""
     return getattr(encoder, "pooled_dim", encoder.output_dim)
-
-
-def _media_input(tower: Tower) -> MediaInput:
-    """What a tower reads of ``Sample.media``."""
-    encoder = tower.encoder
-    dtype, varies = getattr(encoder, "input_dtype", "float32"), getattr(encoder, "varies", False)
-    return MediaInput(tower.input, encoder.input_shape, dtype, varies)
-
-
-def _has_room(batch: Batch, tower: Tower) -> bool:
-    """Whether a row could have what a tower reads: not where the whole batch is known to lack it."""
-    if tower.input in (TILES, TOKENS):
-        return getattr(batch, tower.input).shape[1] > 0
-    return tower.input in batch.media
-
-
-def _given(batch: Batch, tower: Tower) -> tuple[jax.Array, Bool[Array, "B ..."]]:
-    """What a tower reads, and which of it is there, rows first."""
-    if tower.input == TOKENS:
-        return batch.tokens, batch.segment_ids > 0
-    if tower.input == TILES:
-        tiles = batch.tiles.shape[1]
-        return batch.tiles, used_tiles(batch.visual_index, tiles=tiles, tile_tokens=tower.encoder.grid**2)
-    given = batch.media[tower.input]
-    if given.steps is None:
-        return given.values, given.present
-    there = jnp.arange(given.values.shape[1]) < given.steps[:, None]
-    return given.values, there & given.present[:, None]
-
-
-def _flat(given: tuple[jax.Array, jax.Array], tower: Tower) -> tuple[jax.Array, jax.Array]:
-    """What a tower is called with: tiles of all rows stand one behind the other."""
-    inputs, valid = given
-    if tower.input == TILES:
-        return inputs.reshape(-1, *inputs.shape[2:]), valid.reshape(-1, *valid.shape[2:])
-    return inputs, valid
-
-
-def _token_mask(valid: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Which tokens of the inputs of a tower are there, from which inputs are."""
-    if valid.shape == tokens.shape[:2]:
-        return valid
-    return jnp.broadcast_to(valid[:, None], tokens.shape[:2])
-
-
-def _content(batch: Batch, towers: Sequence[Tower]) -> UInt32[Array, " B"]:
-    """A number of every row, from what it has and not from where it is in the batch."""
-    total = jnp.zeros(batch.tokens.shape[:1], jnp.uint32)
-    for tower in towers:
-        if _has_room(batch, tower):
-            values, valid = _given(batch, tower)
-            values = jnp.where(valid, values + 1, 0) if tower.input == TOKENS else values
-            total = total + content_of(values)
-    return total
-
-
-def _told(batch: Batch, head: str) -> tuple[Any, ...]:
-    """What the objective tells a head, if it does."""
-    hint = batch.media.get(hint_of(head))
-    return () if hint is None else (hint.values,)
-
-
-def _nothing_seen(encoder: Any, rows: int, dtype: Any) -> Stream:
-    """The stream of a tower that is not run, since no row has anything for it."""
-    width = getattr(encoder, "pooled_dim", None)
-    pooled = None if width is None else jnp.zeros((rows, width), dtype)
-    return Stream(jnp.zeros((rows, 0, encoder.output_dim), dtype), jnp.zeros((rows, 0), bool), pooled)
-
-
-def _stream(encoded: Any, valid: jax.Array, rows: int) -> Stream:
-    """A tower's output by rows: the tokens of several tiles are joined, their vectors averaged.
-
-    Maps are handed on where a row is one input; those of several tiles are no map of the picture. The vector
-    of a row that has nothing for the tower is 0, as where the tower is not run.
-    """
-    tokens, pooled = encoded.tokens, encoded.pooled
-    maps = encoded.maps if tokens.shape[0] == rows else ()
-    mask = encoded.mask
-    if mask is None:
-        mask = _token_mask(valid, tokens)
-    if tokens.shape[0] != rows:
-        tokens, mask = tokens.reshape(rows, -1, tokens.shape[-1]), mask.reshape(rows, -1)
-        if pooled is not None:
-            weights = valid.reshape(rows, -1, 1).astype(pooled.dtype)
-            total = jnp.sum(pooled.reshape(*weights.shape[:2], -1) * weights, axis=1)
-            pooled = total / jnp.maximum(jnp.sum(weights, axis=1), 1)
-    here = jnp.any(valid.reshape(rows, -1), axis=1)[:, None]
-    pooled = None if pooled is None else jnp.where(here, pooled, 0)
-    return Stream(tokens, mask & here, pooled, maps)

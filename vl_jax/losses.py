@@ -136,7 +136,7 @@ def _tuple(part: Any) -> tuple[str, ...]:
 
 def _sums(
     axes: _Axes, hidden: jax.Array, kernel: jax.Array, targets: jax.Array, weights: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, ...]:
     """The two sums, forwards alone."""
     kernel = _gathered(kernel, axes)
 

@@ -153,7 +153,7 @@ class VisionLanguageConfig:
         """
         side = data.tiling.tile_size
         if self.encoder is not None and self.encoder.input_shape[:2] != (side, side):
-            height, width = self.encoder.input_shape[:2]
+            height, width, *_ = self.encoder.input_shape
             raise ValueError(
                 f"data.tiling.tile_size={side} differs from the images of model.encoder, {height} x {width}"
             )

@@ -109,7 +109,7 @@ def get_config(scale: str = "1"):
                 evaluation=(ShownAndSaid("heldout", miniature.scenes("scenes", 2, 512, **one)),),
                 max_tokens=16,
             ),
-            stages=(miniature.stage("train", scale, steps=200, batch_size=32, objective=objective),),
+            stages=(miniature.stage("train", scale, steps=60, batch_size=32, objective=objective),),
             evaluation=EvaluationConfig(task=Labels(groups=()), batch_size=64),
         )
     )

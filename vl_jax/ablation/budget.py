@@ -85,10 +85,10 @@ def encoder_cost(config: AnyEncoder) -> EncoderCost:
     config = countable(config)
     part: stacks.Stacks = {} if config.stack is None else {"": config.stack}
     state = stacks.init_state(part).get("")
-    # Pictures are given as levels, texts as ids.
-    inputs = jax.ShapeDtypeStruct(
-        (1, *config.input_shape), np.uint8 if len(config.input_shape) == 3 else np.int32
-    )
+    # Texts are given as ids, pictures as levels, other inputs as they say.
+    usual = {1: "int32", 3: "uint8"}.get(len(config.input_shape), "float32")
+    dtype = np.dtype(getattr(config, "input_dtype", usual))
+    inputs = jax.ShapeDtypeStruct((1, *config.input_shape), dtype)
     module = config.build(np.float32)
     boxed = jax.eval_shape(lambda x: module.init(jax.random.key(0), x, None, state), inputs)
     variables = nn.meta.unbox(boxed)

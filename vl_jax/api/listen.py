@@ -89,7 +89,9 @@ def _compiled(run: Run, tower: Tower, steps: int, state: Any) -> Any:
     chunk = jnp.zeros((1, steps, *tower.encoder.input_shape[1:]), jnp.float32)
     valid = jnp.ones((1, steps), bool)
     variables = {"params": run.params, **run.state.collections}
-    return functools.partial(hear.lower(variables, chunk, state, valid).compile(), variables)
+    hear = functools.partial(hear, variables)
+    jax.block_until_ready(hear(chunk, state, valid))  # so that the first chunk waits for no compiler
+    return hear
 
 
 def _heard(

@@ -28,4 +28,4 @@ class ModalityWeights:
 
 def summarize(sums: dict[str, Any]) -> dict[str, jax.Array]:
     """The figures of the log: the mean weight of each modality over the rows that have it."""
-    return {f"weight/{name}": total / jnp.maximum(rows, 1.0) for name, (total, rows) in sums.items()}
+    return {f"gate/weight/{name}": total / jnp.maximum(rows, 1.0) for name, (total, rows) in sums.items()}

@@ -208,10 +208,12 @@ def _training(run: RunFiles) -> str:
     measured = objective_metrics(dict.fromkeys(names, 0))
     held_out = [n for n in names if n.startswith("eval/") and n.endswith("/loss")]
     rates = [n for n in names if n.startswith("learning_rate")]
+    weights = [n for n in names if n.startswith("gate/weight/")]
     main = [
         ("Loss", [n for n in names if n == "loss" or n.startswith("loss/")], number),
         *([("Loss on held-out sources", held_out, number)] if held_out else []),
-        *((results.label(n).capitalize(), [n], number) for n in measured),
+        *((results.label(n).capitalize(), [n], number) for n in measured if n not in weights),
+        *([("How much each modality counts", weights, percent)] if weights else []),
         ("Learning rate", rates, number),
         ("Tokens per second", [n for n in names if n == "tokens_per_second"], number),
     ]
@@ -256,7 +258,7 @@ def _chart_card(
 
 def _series(lines: Sequence[Mapping[str, Any]], name: str) -> Series:
     points = [(line["step"], line[name]) for line in lines if name in line]
-    short = name.removeprefix("learning_rate/").removeprefix("eval/")
+    short = name.removeprefix("learning_rate/").removeprefix("eval/").removeprefix("gate/weight/")
     return Series(short, points)
 
 

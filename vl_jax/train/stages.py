@@ -85,7 +85,7 @@ class Stage:
         names = group_names(self.objective)
         if len(names) < 2:
             raise ValueError(
-                f"gradients={type(way).__name__} with the one group {names[0]!r} of "
+                f"gradients={type(way).__name__} with the one group {''.join(names)!r} of "
                 f"{type(self.objective).__name__}: must be None, or the losses of two groups or more"
             )
         if way.at == "update" and self.optimizer.method != "adamw":

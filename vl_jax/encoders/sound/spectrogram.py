@@ -98,7 +98,7 @@ class Listening:
 
     samples: Leaf  # f32[B delay] whose windows are not yet whole
     valid: Leaf  # bool[B delay] of these, which are there
-    carries: tuple[Carry, ...]
+    carries: tuple[tuple[Leaf, Leaf], ...]
 
 
 class Spectrogram(nn.Module):

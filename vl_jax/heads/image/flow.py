@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, UInt8, UInt32
 from vl_jax.params import Leaf
 
 NOISE = "noise"  # the random stream of heads that make what they say out of noise
+_SHORTEST = 0.05  # time by which a way is divided
 _SLOWEST = 10_000.0  # the longest period of a time, as a multiple of 2 pi times the shortest
 
 
@@ -91,6 +92,16 @@ def euler(
         return x - velocity(x, 1 - index / steps) / steps
 
     return jax.lax.fori_loop(0, steps, step, noise)
+
+
+def towards(data: Float[Array, "B *d"], x: Float[Array, "B *d"], time: Float[Array, " B"]) -> jax.Array:
+    """The velocity at ``x`` of the way that ends at some data: ``(x_t - x_0) / t``.
+
+    A network that says the data need not carry the noise through its widths (Li and He 2025, arXiv
+    2511.13720); below the shortest time the velocity is that of a longer way.
+    """
+    t = jnp.maximum(time, _SHORTEST).reshape(-1, *(1,) * (x.ndim - 1))
+    return (x - data) / t
 
 
 def guided(

@@ -11,7 +11,7 @@ noise, the same picture for the same ``seed``.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
@@ -25,7 +25,17 @@ from vl_jax.data.sample import Sample
 from vl_jax.fusion.streams import Stream, Streams, pool
 from vl_jax.heads import pixels
 from vl_jax.heads.image.dit import DiTConfig
-from vl_jax.heads.image.flow import NOISE, Noisy, VelocityGuess, euler, guided, noisy, time_features, to_data
+from vl_jax.heads.image.flow import (
+    NOISE,
+    Noisy,
+    VelocityGuess,
+    euler,
+    guided,
+    noisy,
+    time_features,
+    to_data,
+    towards,
+)
 from vl_jax.heads.image.unet import UNetConfig
 from vl_jax.moe.noise import content_of
 from vl_jax.nn.layers import LayerNorm, Linear, named
@@ -41,6 +51,7 @@ class PictureFlow:
     stream: str = "text"  # what asks for it
     size: int = 32  # pixels on the side of the picture
     network: UNetConfig | DiTConfig = UNetConfig()
+    says: Literal["velocity", "picture"] = "velocity"  # what the network says; a picture becomes a velocity
     width: int = 128  # of the vector that tells the network the time and what is asked for
     steps: int = 20  # from noise to a picture
     guidance: float = 2.0  # 1: as the network says; more: what the condition changes counts more
@@ -158,7 +169,8 @@ class PictureFlowHead(nn.Module):
         """What the network says."""
         features = time_features(time, self.config.width)
         told = asked + self.time1(nn.silu(self.time0(features)))
-        return self.network(x, told).astype(jnp.float32)
+        said = self.network(x, told).astype(jnp.float32)
+        return said if self.config.says == "velocity" else towards(said, x, time)
 
     def _condition(self, stream: Stream) -> Float[Array, "B D"]:
         """What every row asks for; one whose stream holds nothing asks for nothing."""
@@ -169,13 +181,15 @@ class PictureFlowHead(nn.Module):
         c, rows = self.config, asked.shape[0]
         key = self.make_rng(NOISE) if self.has_rng(NOISE) else jax.random.key(c.seed)
         noise = jax.random.normal(key, (rows, *c.shape))
-        free, variables = self.clone(parent=None, name=None), self.variables  # a loop holds no bound module
+        free: Any = self.clone(parent=None, name=None)  # a loop holds no bound module
+        variables = self.variables
         nothing = jnp.broadcast_to(self.nothing, asked.shape)
 
         def said(x: jax.Array, t: jax.Array) -> jax.Array:
             if c.guidance == 1:
                 return free.apply(variables, x, jnp.full(rows, t), asked, method="velocity")
             twice = jnp.concatenate([x, x]), jnp.full(2 * rows, t), jnp.concatenate([asked, nothing])
-            return guided(*jnp.split(free.apply(variables, *twice, method="velocity"), 2), c.guidance)
+            with_, without = jnp.split(free.apply(variables, *twice, method="velocity"), 2)
+            return guided(with_, without, c.guidance)
 
         return euler(said, noise, c.steps)

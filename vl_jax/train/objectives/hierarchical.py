@@ -124,5 +124,5 @@ def region_sums(said: RegionVectors, label: Given, *, chunk: int) -> PairSums:
     regions = unit(box_means(said.image, label.values[..., :4]))
     phrases = unit(span_means(said.text, starts, stops))
     ids = numbers(label).reshape(-1)
-    flat = (x.reshape(-1, x.shape[-1]) for x in (regions, phrases))
-    return softmax_sums(*flat, said.scale, image_ids=ids, text_ids=ids, chunk=chunk)
+    regions, phrases = (x.reshape(-1, x.shape[-1]) for x in (regions, phrases))
+    return softmax_sums(regions, phrases, said.scale, image_ids=ids, text_ids=ids, chunk=chunk)

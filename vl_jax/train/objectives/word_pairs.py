@@ -33,7 +33,7 @@ def nearness(
     count = texts.shape[0]
     chunk = next(size for size in range(min(chunk, count), 0, -1) if count % size == 0)
 
-    def compare(some: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def compare(some: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
         words, there = some
         products = jnp.einsum("bse,cte->bcst", images, words, precision=jax.lax.Precision.HIGHEST)
         seen, read = image_mask[:, None, :], there[None]

@@ -41,4 +41,4 @@ def clipped_plain_adam(
         scaled = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + epsilon), *unbiased)
         return scaled, optax.ScaleByAdamState(count=count, mu=mean, nu=square)
 
-    return optax.GradientTransformationExtraArgs(adam.init, update)
+    return optax.GradientTransformationExtraArgs(adam.init, update)  # pyright: ignore[reportArgumentType]

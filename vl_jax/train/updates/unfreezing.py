@@ -104,4 +104,4 @@ def in_turn(
         # Adding minus zero leaves every number as it is.
         return awake(found, state.count, -0.0), InTurn(state.count + 1, moments)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
