@@ -117,6 +117,7 @@ def quickstart():
     return experiment.load("quickstart", [("mesh.fsdp", "2"), ("mesh.expert", "2")])
 
 
+@pytest.mark.slow
 def test_exact_bytes_are_those_of_a_state_that_exists(quickstart):
     layout = experiment.plan(quickstart)
     program = Program.of(layout, quickstart.stages[-1])

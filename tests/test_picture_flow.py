@@ -185,6 +185,7 @@ def test_a_row_that_loses_its_condition_is_one_without_a_text():
     )
 
 
+@pytest.mark.slow
 def test_a_new_network_says_nothing_and_its_loss_is_that_of_the_velocity():
     head = PictureFlow(size=SIZE, network=NETWORKS["unet"], width=8)
     module, rows = head.build(), label()
