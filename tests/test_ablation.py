@@ -597,4 +597,5 @@ def test_one_number_scales_an_ablation_of_the_package(spec):
     once, four_times = (experiment.load(f"{spec}:{scale}") for scale in (1, 4))
     for short, long in zip(once.stages, four_times.stages, strict=True):
         assert long == dataclasses.replace(short, steps=4 * short.steps)
-    assert dataclasses.replace(four_times, stages=once.stages) == once
+    # As text: a class of the file is another one each time that the file is loaded.
+    assert schema.to_json(dataclasses.replace(four_times, stages=once.stages)) == schema.to_json(once)
