@@ -164,6 +164,23 @@ def test_phrases_move_with_the_picture_and_a_wrong_label_is_a_finding():
         PhraseRegions().read(Sample("x", (), labels={"phrases": 3}))
 
 
+@pytest.mark.parametrize("ids", [[0, 1, 2], [0, -1, 2], [-1, -1, -1]])
+def test_rows_that_show_nothing_bring_no_loss_and_a_finite_gradient(ids):
+    near = jnp.asarray(np.random.default_rng(0).standard_normal((3, 3)), jnp.float32)
+
+    def loss(near, scale):
+        return word_sums(near, near, scale, image_ids=jnp.asarray(ids), text_ids=jnp.asarray(ids)).loss
+
+    value, gradients = jax.value_and_grad(loss, (0, 1))(near, jnp.float32(4.0))
+    assert all(np.isfinite(leaf).all() for leaf in gradients)
+    there = np.flatnonzero(np.asarray(ids) >= 0)
+    left, few = near[np.ix_(there, there)], jnp.asarray(ids)[there]
+    alone = 0.0
+    if len(few):
+        alone = word_sums(left, left, jnp.float32(4.0), image_ids=few, text_ids=few).loss
+    np.testing.assert_allclose(value, alone, rtol=1e-6)
+
+
 # The objective.
 
 

@@ -90,7 +90,8 @@ class Softmax:
         self, seen: Met, after: Met, z: jax.Array, valid: jax.Array, positive: jax.Array
     ) -> dict[str, jax.Array]:
         kept = seen.sums["total"] * jnp.exp(seen.highest - after.highest)
-        terms = jnp.where(valid, jnp.exp(z - after.highest[:, None]), 0.0)
+        # Chosen before the exponential, which is infinite in rows without any column, and so its gradient.
+        terms = jnp.exp(jnp.where(valid, z - after.highest[:, None], LOWEST))
         return {"total": kept + jnp.sum(terms, axis=1)}
 
     def loss(self, images: Met, texts: Met) -> jax.Array:
