@@ -153,9 +153,9 @@ class VisionLanguageConfig:
         """
         side = data.tiling.tile_size
         if self.encoder is not None and self.encoder.input_shape[:2] != (side, side):
-            height, width, *_ = self.encoder.input_shape
+            shape = " x ".join(map(str, self.encoder.input_shape[:2]))
             raise ValueError(
-                f"data.tiling.tile_size={side} differs from the images of model.encoder, {height} x {width}"
+                f"data.tiling.tile_size={side} differs from the images of model.encoder, {shape}"
             )
         if data.packing is not None and LANGUAGE in self.stacks:
             check_packed(self.moe, "model.moe")
