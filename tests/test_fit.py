@@ -15,6 +15,7 @@ from vl_jax.fit import chips, program_text, rehearsal, search
 from vl_jax.fit import experiment as fit_experiment
 from vl_jax.fit.chips import GIB
 from vl_jax.report import fit as page
+from vl_jax.schema import ConfigError
 from vl_jax.train.program import Program
 
 MESH = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=4))
@@ -138,6 +139,46 @@ def test_exact_bytes_are_those_of_a_state_that_exists(quickstart):
         assert rehearsal.on_device(abstract) == sum(shards)
     batch = rehearsal.abstract_batch(layout, example, 16)
     assert {leaf.shape[0] for leaf in jax.tree.leaves(batch)} == {16}
+
+
+@pytest.fixture
+def eight_here(monkeypatch):
+    """Slices of eight devices are those of this process."""
+    monkeypatch.setattr(chips.Slice, "devices", lambda self: jax.devices()[: self.num_devices])
+
+
+@pytest.mark.slow
+def test_a_search_ranks_what_divides_and_counts_the_model_once(eight_here, monkeypatch):
+    counted = []
+    flops = fit_experiment._flops
+    monkeypatch.setattr(fit_experiment, "_flops", lambda *a: counted.append(1) or flops(*a))
+    small = experiment.load("quickstart", [("stages.sft.batch_size", "2"), ("evaluation.batch_size", "64")])
+    found = fit_experiment.search(small, chips.slice_of("v5e:2x4"), stage="sft", most=0)
+    assert len(counted) == 1 and found and all(rehearsal.fits for _, rehearsal in found)
+    assert {setting.mesh.tensor for setting, _ in found} == {4, 8}  # two rows take two shards at most
+
+
+def test_a_search_that_finds_nothing_says_why(eight_here, quickstart, monkeypatch):
+    where = chips.slice_of("v5e:2x4")
+    for call in (fit_experiment.search, fit_experiment.rehearse):
+        with pytest.raises(ConfigError, match="^--stage=sfd: the experiment has alignment"):
+            call(quickstart, where, stage="sfd")
+    with pytest.raises(ConfigError, match="^--stage=sfd: the experiment has alignment"):
+        next(fit_experiment.smallest(quickstart, stage="sfd"))
+    monkeypatch.setattr(fit_experiment, "settings", lambda **_: [])
+    with pytest.raises(ConfigError, match="^--search: no setting is for v5e:2x4; the last: batch_size=16"):
+        fit_experiment.search(quickstart, where)
+
+    def missing(_):
+        raise ValueError("--topology: no libtpu")
+
+    monkeypatch.setattr(chips.Slice, "devices", missing)
+    for call in (
+        lambda: fit_experiment.search(quickstart, where),
+        lambda: next(fit_experiment.smallest(quickstart)),
+    ):
+        with pytest.raises(ValueError, match="no libtpu"):
+            call()
 
 
 def _found(**changes):

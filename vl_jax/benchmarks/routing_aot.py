@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from vl_jax import sharding
 from vl_jax.benchmarks.routing import ACCELERATOR_SHAPES, CAPACITY_FACTOR, MODES, Shape, Way, ways
+from vl_jax.fit import program_text
 from vl_jax.kernels import aot
 from vl_jax.kernels.combine import combine
 from vl_jax.kernels.expert_weights import ExpertWeights
@@ -36,11 +35,6 @@ from vl_jax.sharding import MeshConfig, make_mesh
 
 EXCHANGES = ("all_gather", "ring", "all_to_all", "ragged")
 GROUP = 2048  # tokens of one row of a batch that is spread over devices
-_COLLECTIVE = re.compile(
-    r"= (\(.*?\)|\S+) (ragged-all-to-all|all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute)"
-    r"(-start)?\("
-)
-_BITS = {"pred": 8, "bf16": 16, "f16": 16}
 
 
 def megablox(shape: Shape) -> Way:
@@ -164,7 +158,7 @@ def _compile(name: str, function: Callable[..., Any], arguments: tuple[Any, ...]
         print(f"  {name:26}{found['error']}", flush=True)
         return found
     cost, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
-    text = _text(compiled)
+    text = aot.text_of(compiled)
     moved = None if text is None else collectives(text)
     found = {
         "flops": cost.get("flops"),
@@ -180,14 +174,6 @@ def _compile(name: str, function: Callable[..., Any], arguments: tuple[Any, ...]
     return found
 
 
-def _text(compiled: jax.stages.Compiled) -> str | None:
-    """The program; None where jax cannot show it: jax 0.10, with asynchronous parts."""
-    try:
-        return compiled.as_text()
-    except jax.errors.JaxRuntimeError:
-        return None
-
-
 def collectives(text: str) -> dict[str, int]:
     """Bytes of the results of each kind of collective in a compiled program.
 
@@ -195,11 +181,9 @@ def collectives(text: str) -> dict[str, int]:
     that is kept, whatever comes.
     """
     total: dict[str, int] = {}
-    for shape, name, start in _COLLECTIVE.findall(text):
-        arrays = re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shape)
-        # A started transfer has its operand before its result, and a tuple of results counts whole.
-        arrays = arrays[1:2] if start and name in ("collective-permute", "all-gather") else arrays
-        for kind, sizes in arrays:
-            bits = _BITS.get(kind) or int(re.sub(r"\D", "", kind))
-            total[name] = total.get(name, 0) + bits // 8 * math.prod(int(n) for n in sizes.split(",") if n)
+    for line in text.splitlines():
+        found = program_text.received(line)
+        if found is not None:
+            kind, arrays = found
+            total[kind] = total.get(kind, 0) + program_text.size_of(arrays)
     return total

@@ -7,7 +7,8 @@ smallest(experiment)                            by generation of TPU
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 
@@ -38,18 +39,32 @@ def rehearse(
     Raises:
       ValueError: there is no such stage, the mesh does not divide the devices, or libtpu is missing.
     """
+    chosen = _chosen(experiment, stage)
     layout = plan(experiment, where.devices())
     example = example_batch(experiment, sharding.batch_axes(layout.mesh))
-    chosen = _chosen(experiment, stage)
 
     def needs(one: Stage) -> int:
         state = Program.of(layout, one).abstract_state
         batch = rehearsal.abstract_batch(layout, example, one.batch_size // one.accumulation)
         return rehearsal.on_device(state) + rehearsal.on_device(batch)
 
-    hungriest = max(chosen, key=needs)
-    flops = _flops(experiment, hungriest)
-    return rehearsal.rehearse(layout, hungriest, example, where, flops=flops, compiles=compiles)
+    one = max(chosen, key=needs)
+    flops = _flops(experiment, one)
+    return rehearsal.rehearse(layout, one, example, where, flops=flops, compiles=compiles)
+
+
+def _on(
+    experiment: Experiment, stage: Stage, where: Slice, devices: list[Any], flops: float
+) -> Callable[[bool], Rehearsal]:
+    """Rehearses one stage on devices that are known, by whether it is compiled.
+
+    Raises:
+      ValueError: mesh, batch or model do not divide so.
+    """
+    layout = plan(experiment, devices)
+    example = example_batch(experiment, sharding.batch_axes(layout.mesh))
+    (one,) = _chosen(experiment, stage.name)
+    return lambda compiles: rehearsal.rehearse(layout, one, example, where, flops=flops, compiles=compiles)
 
 
 def _chosen(experiment: Experiment, name: str | None) -> Sequence[Stage]:
@@ -61,7 +76,7 @@ def _chosen(experiment: Experiment, name: str | None) -> Sequence[Stage]:
 
 
 def _flops(experiment: Experiment, stage: Stage) -> float:
-    """Of the forward pass of a stage's batch, counted on one device."""
+    """Of the forward pass of a stage's batch, counted on one device; the mesh and remat do not change it."""
     mesh = sharding.make_mesh(sharding.MeshConfig(1, 1, 1, 1), jax.local_devices()[:1])
     example = example_batch(experiment, 1)
     return forward_flops(plan_layout(countable(experiment.model), example, mesh), stage, example)
@@ -73,8 +88,14 @@ def search(
     """Meshes, micro-batches and remat policies of a stage on a slice, the best first.
 
     The exact bytes come first; of what they leave, ``most`` settings are compiled.
+
+    Args:
+      stage: its name; None: the last one.
+
+    Raises:
+      ValueError: there is no such stage, libtpu is missing, or no setting divides model and batch.
     """
-    one = _chosen(experiment, stage)[-1]
+    one, devices = _chosen(experiment, stage)[-1], where.devices()
     experts = [stack.moe.num_experts for stack in experiment.model.stacks.values()]
     candidates = settings(
         devices=where.num_devices,
@@ -83,20 +104,20 @@ def search(
         remats=_remats(experiment),
         experts=min(experts, default=1),
     )
-    rough = []
+    flops, ways, rough = _flops(experiment, one), {}, []
+    refusal = f"batch_size={one.batch_size} divides by the batch shards of none of its meshes"
     for setting in candidates:
-        changed = _with(experiment, setting, one)
         try:
-            rough.append((setting, rehearse(changed, where, stage=one.name, compiles=False)))
-        except ValueError:  # this model cannot be cut so
+            ways[setting] = _on(_with(experiment, setting, one), one, where, devices, flops)
+        except ValueError as error:  # this model cannot be cut so
+            refusal = str(error)
             continue
+        rough.append((setting, ways[setting](False)))
+    if not rough:
+        raise ConfigError(f"--search: no setting is for {where.name}; the last: {refusal}")
     ranked = rank(rough)
-    exact = []
-    for setting, found in ranked:
-        if len(exact) == most or not found.fits:
-            break
-        exact.append((setting, rehearse(_with(experiment, setting, one), where, stage=one.name)))
-    return rank(exact) + ranked[len(exact) :]
+    promising = [setting for setting, found in ranked if found.fits][:most]
+    return rank([(setting, ways[setting](True)) for setting in promising]) + ranked[len(promising) :]
 
 
 def _remats(experiment: Experiment) -> tuple[str, ...]:
@@ -112,20 +133,26 @@ def smallest(experiment: Experiment, *, stage: str | None = None) -> Iterator[tu
     """For every generation the smallest slice on which a stage fits, on the experiment's mesh, if any.
 
     A slice whose devices cannot hold the state is passed over without compiling.
+
+    Args:
+      stage: its name; None: the last one.
+
+    Raises:
+      ValueError: there is no such stage, or libtpu is missing.
     """
+    one = _chosen(experiment, stage)[-1]
+    flops = _flops(experiment, one)
     for name in CHIPS:
-        found = None
-        for where in slices(name):
-            try:
-                rough = rehearse(experiment, where, stage=stage, compiles=False)
-            except ValueError as error:
-                if "libtpu" in str(error):
-                    raise
-                continue  # the mesh or the batch does not divide so
-            if not rough.fits:
-                continue
-            exact = rehearse(experiment, where, stage=stage)
-            if exact.fits:
-                found = exact
-                break
-        yield name, found
+        yield name, _smallest_of(name, experiment, one, flops)
+
+
+def _smallest_of(generation: str, experiment: Experiment, stage: Stage, flops: float) -> Rehearsal | None:
+    for where in slices(generation):
+        devices = where.devices()
+        try:
+            way = _on(experiment, stage, where, devices, flops)
+        except ValueError:  # mesh or batch do not divide so
+            continue
+        if way(False).fits and (found := way(True)).fits:
+            return found
+    return None

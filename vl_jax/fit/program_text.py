@@ -101,23 +101,23 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
     found, channels = [], set[str]()
     for name, lines in program.items():
         for line in lines:
-            match = _COLLECTIVE.search(line)
-            if not match or name not in often:
+            given = received(line)
+            if given is None or name not in often:
                 continue
             channel = re.search(r"channel_id=\d+", line)
             if channel and channel[0] in channels:
                 continue
             channels |= {channel[0]} if channel else set()
-            arrays = _arrays(match[1], match[2], is_started=bool(match[3]))
-            size = sum(math.ceil(_bits(kind) * math.prod(shape) / 8) for kind, shape in arrays)
+            kind, arrays = given
+            size = size_of(arrays)
             if not size:
                 continue
             origin = re.search(r'op_name="([^"]*)"', line)
             found.append(
                 Collective(
-                    match[2],
+                    kind,
                     size,
-                    tuple(sorted({kind for kind, _ in arrays})),
+                    tuple(sorted({dtype for dtype, _ in arrays})),
                     tuple(shape for _, shape in arrays),
                     _axes(line, groups_of, mesh),
                     often[name],
@@ -127,12 +127,20 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
     return found
 
 
-def _arrays(result: str, kind: str, *, is_started: bool) -> list[tuple[str, tuple[int, ...]]]:
-    """Types and shapes of what a collective gives."""
-    arrays = [(k, tuple(int(n) for n in sizes.split(",") if n)) for k, sizes in _ARRAY.findall(result)]
-    if is_started and kind in ("collective-permute", "all-gather"):
-        return arrays[1:2]  # its operand comes before its result
-    return arrays
+def received(line: str) -> tuple[str, list[tuple[str, tuple[int, ...]]]] | None:
+    """The kind of an instruction's collective, and type and shape of what it gives; None: it is none."""
+    match = _COLLECTIVE.search(line)
+    if not match:
+        return None
+    arrays = [(k, tuple(int(n) for n in sizes.split(",") if n)) for k, sizes in _ARRAY.findall(match[1])]
+    if match[3] and match[2] in ("collective-permute", "all-gather"):
+        arrays = arrays[1:2]  # started, it has its operand before its result
+    return match[2], arrays
+
+
+def size_of(arrays: Iterable[tuple[str, tuple[int, ...]]]) -> int:
+    """Bytes of arrays by type and shape."""
+    return sum(math.ceil(_bits(dtype) * math.prod(shape) / 8) for dtype, shape in arrays)
 
 
 def _bits(kind: str) -> int:

@@ -153,7 +153,7 @@ def rehearse(
         stats = compiled.memory_analysis()
         if stats is not None:
             memory = dataclasses.replace(memory, temporaries=stats.temp_size_in_bytes)
-        text = text_of(compiled)
+        text = aot.text_of(compiled)
         if text is not None:
             moved = program_text.collectives(text, layout.mesh)
             findings += _travels(moved, layout)
@@ -173,14 +173,6 @@ def rehearse(
         refusal=refusal,
     )
     return result if result.fits else dataclasses.replace(result, findings=[*findings, _too_large(result)])
-
-
-def text_of(compiled: jax.stages.Compiled) -> str | None:
-    """The program; None where jax cannot show it: jax 0.10, with asynchronous parts."""
-    try:
-        return compiled.as_text()
-    except jax.errors.JaxRuntimeError:
-        return None
 
 
 def on_device(tree: Any) -> int:

@@ -98,3 +98,11 @@ def compile_absent(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
         # It enters the persistent cache, but cannot leave it: jax compiles again.
         warnings.filterwarnings("ignore", message="Error reading persistent compilation cache")
         return lowered.compile()
+
+
+def text_of(compiled: jax.stages.Compiled) -> str | None:
+    """The program; None where jax cannot show it: jax 0.10, with asynchronous parts."""
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError:
+        return None
