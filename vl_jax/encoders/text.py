@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from vl_jax.batch import TEXT
+from vl_jax.encoders.language.tower import ReadsText
 from vl_jax.encoders.transformer import BlockConfig, Encoded, Through, routing_context, run_blocks
 from vl_jax.kernels.activation import Kind
 from vl_jax.moe.routing import MoEConfig, State
@@ -26,7 +27,7 @@ from vl_jax.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
-class TextEncoderConfig:
+class TextEncoderConfig(ReadsText):
     """Defaults are CLIP-ViT-B's."""
 
     vocab_size: int = 49_408
@@ -60,41 +61,12 @@ class TextEncoderConfig:
 
     @property
     def block(self) -> BlockConfig:
-        return BlockConfig(
-            embed_dim=self.embed_dim,
-            mlp_dim=self.mlp_dim,
-            num_layers=self.num_layers,
-            num_heads=self.num_heads,
-            activation=self.activation,
-            norm_epsilon=self.norm_epsilon,
-            moe=self.moe,
-            sparse_layers=self.sparse_layers,
-        )
+        return BlockConfig.of(self)
 
     @property
     def stack(self) -> Stack | None:
         """The sparse blocks, if there are any."""
         return self.block.stack
-
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        """The shape of the longest text."""
-        return (self.max_length,)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the longest text."""
-        return self.max_length
-
-    @property
-    def output_dim(self) -> int:
-        """Width of a token."""
-        return self.embed_dim
-
-    @property
-    def grid(self) -> int:
-        """Raises ValueError: the tokens of a text form no square."""
-        raise ValueError("encoder=TextEncoderConfig: the tokens of a text form no square")
 
     @property
     def pooled_dim(self) -> int:

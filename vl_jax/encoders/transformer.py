@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -64,6 +65,16 @@ class BlockConfig:
             raise ValueError(f"sparse_layers={sparse} needs moe, the config of their experts")
         if self.moe is not None and not sparse:
             raise ValueError(f"moe needs sparse_layers, numbers from 0 to {last}; sparse_layers=() has none")
+
+    @classmethod
+    def of(cls, config: Any, **others: Any) -> BlockConfig:
+        """The blocks of an encoder, by the fields of its config that have the names of these.
+
+        Args:
+          others: fields that the config does not have.
+        """
+        names = (field.name for field in dataclasses.fields(cls))
+        return cls(**{name: getattr(config, name) for name in names if hasattr(config, name)}, **others)
 
     @property
     def runs(self) -> tuple[BlockRun, ...]:

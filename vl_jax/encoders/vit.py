@@ -110,17 +110,7 @@ class ViTConfig:
 
     @property
     def block(self) -> BlockConfig:
-        return BlockConfig(
-            embed_dim=self.embed_dim,
-            mlp_dim=self.mlp_dim,
-            num_layers=self.num_layers,
-            num_heads=self.num_heads,
-            activation=self.activation,
-            norm_epsilon=self.norm_epsilon,
-            qkv_bias=self.qkv_bias,
-            moe=self.moe,
-            sparse_layers=self.sparse_layers,
-        )
+        return BlockConfig.of(self)
 
     @property
     def stack(self) -> Stack | None:

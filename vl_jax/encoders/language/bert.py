@@ -58,17 +58,7 @@ class BertConfig(ReadsText):
     @property
     def block(self) -> BlockConfig:
         """The blocks."""
-        return BlockConfig(
-            embed_dim=self.embed_dim,
-            mlp_dim=self.mlp_dim,
-            num_layers=self.num_layers,
-            num_heads=self.num_heads,
-            activation=self.activation,
-            norm_epsilon=self.norm_epsilon,
-            moe=self.moe,
-            sparse_layers=self.sparse_layers,
-            norms_follow=True,
-        )
+        return BlockConfig.of(self, norms_follow=True)
 
     @property
     def stack(self) -> Stack | None:

@@ -65,15 +65,7 @@ class Wav2Vec2Config:
     @property
     def block(self) -> BlockConfig:
         """The blocks."""
-        return BlockConfig(
-            embed_dim=self.embed_dim,
-            mlp_dim=self.mlp_dim,
-            num_layers=self.num_layers,
-            num_heads=self.num_heads,
-            activation=self.activation,
-            norm_epsilon=self.norm_epsilon,
-            norms_follow=self.norms_follow,
-        )
+        return BlockConfig.of(self)
 
     @property
     def stack(self) -> None:

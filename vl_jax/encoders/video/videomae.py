@@ -58,16 +58,7 @@ class VideoMAEConfig:
 
     @property
     def block(self) -> BlockConfig:
-        return BlockConfig(
-            embed_dim=self.embed_dim,
-            mlp_dim=self.mlp_dim,
-            num_layers=self.num_layers,
-            num_heads=self.num_heads,
-            activation=self.activation,
-            norm_epsilon=self.norm_epsilon,
-            qkv_bias=self.qkv_bias,
-            key_bias=False,
-        )
+        return BlockConfig.of(self, key_bias=False)
 
     @property
     def shape(self) -> tuple[int, int, int]:
