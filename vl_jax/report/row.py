@@ -19,7 +19,7 @@ _NOISY = ("loss", "auxiliary_loss", "grad_norm", "tokens_per_second", "step_ms",
 _FACTS = ("wall_time_s", "parameters", "peak_memory_mb", "commit")
 # Parts of names of figures that are better when they are lower; nothing is known of others but shares.
 _LOWER = (
-    *("loss", "perplexity", "bits", "error", "rank", "maxvio", "dead", "drop_rate", "churn"),
+    *("loss", "perplexity", "bits", "error", "rank", "maxvio", "dead", "drop_rate", "churn", "false_alarms"),
     *("step_ms", "data_wait_ms", "wall_time_s", "memory", "flops", "parameters", "malformed"),
 )
 

@@ -13,6 +13,7 @@ from vl_jax.data.sources.array_records import ArrayRecordConfig
 from vl_jax.data.sources.coco import CocoConfig
 from vl_jax.data.sources.exams.questions import ExamConfig
 from vl_jax.data.sources.filters.best_pairs import BestPairs
+from vl_jax.data.sources.filters.matched import SameKind, Matched
 from vl_jax.data.sources.in_domain import InDomain
 from vl_jax.data.sources.label_studio.source import LabelStudioConfig
 from vl_jax.data.sources.llava import LlavaConfig
@@ -41,6 +42,7 @@ __all__ = [
     "InDomainConfig",
     "LabelStudioConfig",
     "LlavaConfig",
+    "MatchedConfig",
     "MetaConfig",
     "ParquetConfig",
     "PlacedConfig",
@@ -149,7 +151,39 @@ class BestPairsConfig:
         return BestPairs(self.source.open(root, orientation=orientation), Path(root) / self.scores, self.drop)
 
 
-SourceConfig = Annotated[_Known | InDomainConfig | BestPairsConfig | OwnSourceConfig, _OWN]
+@dataclasses.dataclass(frozen=True)
+class MatchedConfig:
+    """Samples of two sources side by side, of one kind at a stated rate; see ``filters.matched``."""
+
+    name: str
+    first: Annotated[_Known | OwnSourceConfig, _OWN]
+    second: Annotated[_Known | OwnSourceConfig, _OWN]
+    labels: tuple[str, str]  # of the first and the second source, which say of which kind a sample is
+    kinds: tuple[SameKind, ...]  # labels of both that mean the same
+    agreement: float = 1.0  # how often the two are of one kind
+    seed: int = 0  # who is whose partner
+
+    def __post_init__(self):
+        if not 0 <= self.agreement <= 1 or not self.kinds:
+            raise ValueError(
+                f"agreement={self.agreement}, {len(self.kinds)} kinds of source {self.name!r}: must be in "
+                "[0, 1], and one kind at least"
+            )
+        for side in ("first", "second"):
+            values = [value for kind in self.kinds for value in getattr(kind, side)]
+            twice = next((value for value in values if values.count(value) > 1), None)
+            if twice is not None:
+                raise ValueError(f"kinds of source {self.name!r}: {side} {twice!r} is of two kinds")
+
+    def open(self, root: str, *, orientation: Orientation = "shown") -> Matched:
+        """The source; raises as the two in it do, and where one kind has no partner."""
+        opened = (source.open(root, orientation=orientation) for source in (self.first, self.second))
+        return Matched(
+            *opened, labels=self.labels, kinds=self.kinds, agreement=self.agreement, seed=self.seed
+        )
+
+
+SourceConfig = Annotated[_Known | InDomainConfig | BestPairsConfig | MatchedConfig | OwnSourceConfig, _OWN]
 
 
 def open_source(config: SourceConfig, *, root: str = ".", orientation: Orientation = "shown") -> Source:

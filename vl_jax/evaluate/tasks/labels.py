@@ -17,12 +17,14 @@ import numpy as np
 from vl_jax.batch import Batch
 from vl_jax.evaluate.gates import gate_use
 from vl_jax.evaluate.metrics.classification import LabelScores
+from vl_jax.evaluate.metrics.detecting import DetectingScores
 from vl_jax.evaluate.task import Examinee, Findings, Grouped, Matrix, Record
 from vl_jax.moe import stacks
 from vl_jax.moe.assignment import TokenChoice
 from vl_jax.moe.stacks import RoutingState
 
 _SHARES = ("accuracy", "balanced_accuracy", "macro_f1")
+_DETECTED = ("auroc", "false_alarms_95")
 _MOST_ROWS = 40  # of a matrix that is shown
 
 Load = dict[tuple[str, str, str], np.ndarray]  # [L E] choices by stack, kind of group and name of group
@@ -30,15 +32,21 @@ Load = dict[tuple[str, str, str], np.ndarray]  # [L E] choices by stack, kind of
 
 @dataclasses.dataclass(frozen=True)
 class Labels:
-    """The class of every sample; by the groups of the record, such as its language."""
+    """The class of every sample; by the groups of the record, such as its language.
+
+    With ``positive`` it is also measured how well that class is told from all others, whatever the threshold:
+    AUROC, and the share of false alarms where 95 % of the class are found.
+    """
 
     head: str = "label"  # empty: that of each source, the first one that its first samples have a label of
     headline: str = "accuracy"
+    positive: str = ""  # the class that is to be detected; empty: none
     groups: tuple[str, ...] = ("language",)  # fields of a record, labels included, whose values are groups
 
     def __post_init__(self):
-        if self.headline not in _SHARES:
-            raise ValueError(f"headline={self.headline!r}: expected one of {', '.join(_SHARES)}")
+        known = (*_SHARES, *(_DETECTED if self.positive else ()))
+        if self.headline not in known:
+            raise ValueError(f"headline={self.headline!r}: expected one of {', '.join(known)}")
 
     def run(self, examinee: Examinee) -> Generator[Record, None, Findings]:
         """Goes through the source once; samples without a label are left out.
@@ -48,7 +56,10 @@ class Labels:
         """
         model = examinee.layout.model
         head = model.config.head(self.head or _labelled(examinee))
-        grouped = Grouped(lambda: LabelScores(head.classes), self.groups)
+        if self.positive and self.positive not in head.classes:
+            known = ", ".join(head.classes)
+            raise ValueError(f"positive={self.positive!r}: no class of head {head.name!r}; it has {known}")
+        grouped = Grouped(lambda: _metric(head.classes, self.positive), self.groups)
         overall = LabelScores(head.classes)
         load: Load = defaultdict(lambda: np.zeros(()))
         for records, batch in examinee.samples():
@@ -59,7 +70,7 @@ class Labels:
                     continue
                 truth, said = int(label.values[row]), int(np.argmax(scores[row]))
                 record = {**record, **record["labels"]}
-                grouped.update(record, truth, said)
+                grouped.update(record, truth, said, **({"scores": scores[row]} if self.positive else {}))
                 overall.update(truth, said)
                 kinds = {"class": head.classes[truth], **{k: str(record.get(k) or "") for k in self.groups}}
                 for (kind, name), (stack, counts) in itertools.product(kinds.items(), chosen.items()):
@@ -74,7 +85,7 @@ class Labels:
                     "image": record["image"],
                     **{name: str(record.get(name) or "") for name in self.groups},
                 }
-        names = (*_SHARES, *(f"majority_{name}" for name in _SHARES))
+        names = (*_SHARES, *(f"majority_{name}" for name in _SHARES), *_DETECTED)
         matrices = (*_confusion(overall, head.classes), *_loads(load, head.classes, model))
         gates = gate_use(examinee, examinee.samples(), self.groups)
         return grouped.findings(shares=names, matrices=(*matrices, *gates))
@@ -101,6 +112,10 @@ def _compiled(model: nn.Module, head: str) -> Any:
 def _choices(experts: jax.Array, num_experts: int) -> jax.Array:
     """How many tokens of each routing group chose each expert: [G T K] to [G E]; E itself is no choice."""
     return jax.nn.one_hot(experts, num_experts).sum(axis=(1, 2))
+
+
+def _metric(classes: tuple[str, ...], positive: str) -> LabelScores | DetectingScores:
+    return DetectingScores(classes, positive) if positive else LabelScores(classes)
 
 
 def _labelled(examinee: Examinee) -> str:
