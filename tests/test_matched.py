@@ -10,7 +10,7 @@ import pytest
 from vl_jax import schema
 from vl_jax.data.sample import TEXT, BadSample, Sample, Turn
 from vl_jax.data.sources.build import MatchedConfig, ScenesConfig
-from vl_jax.data.sources.filters.matched import SameKind, Matched
+from vl_jax.data.sources.filters.matched import Matched, SameKind
 
 KINDS = (SameKind(("free",), ("normal",)), SameKind(("crack", "fray"), ("ball", "race")))
 

@@ -13,7 +13,7 @@ from vl_jax.data.sources.array_records import ArrayRecordConfig
 from vl_jax.data.sources.coco import CocoConfig
 from vl_jax.data.sources.exams.questions import ExamConfig
 from vl_jax.data.sources.filters.best_pairs import BestPairs
-from vl_jax.data.sources.filters.matched import SameKind, Matched
+from vl_jax.data.sources.filters.matched import Matched, SameKind
 from vl_jax.data.sources.in_domain import InDomain
 from vl_jax.data.sources.label_studio.source import LabelStudioConfig
 from vl_jax.data.sources.llava import LlavaConfig
