@@ -94,7 +94,7 @@ setup(
     packages=[
         *find_packages(include=["vl_jax", "vl_jax.*"]),
         "vl_jax.experiments",
-        "vl_jax.experiments.ablations",
+        *sorted({f"vl_jax.experiments.{file.parent.name}" for file in ROOT.glob("experiments/*/*.py")}),
     ],
     package_dir={"vl_jax.experiments": "experiments"},
     package_data={"vl_jax": ["py.typed", "report/*.css", "data/text/*.json"]},

@@ -248,7 +248,9 @@ def test_a_wheel_holds_every_file_of_the_package_and_the_experiments(monkeypatch
     runpy.run_path("setup.py")
     folders = {path.parent for path in (root / "vl_jax").rglob("*.py")}
     packages = {folder.relative_to(root).as_posix().replace("/", ".") for folder in folders}
-    assert set(given["packages"]) == {*packages, "vl_jax.experiments", "vl_jax.experiments.ablations"}
+    rooms = {f"vl_jax.experiments.{file.parent.name}" for file in (root / "experiments").glob("*/*.py")}
+    assert "vl_jax.experiments.ablations" in rooms
+    assert set(given["packages"]) == {*packages, "vl_jax.experiments", *rooms}
     assert given["package_dir"] == {"vl_jax.experiments": "experiments"}
     others = {
         path for path in (root / "vl_jax").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vl_jax.evaluate.metrics.retrieval import chance, ranks_of, retrieval
+from vl_jax.evaluate.metrics.retrieval import chance, neighbours, ranks_of, retrieval
 
 quick = settings(max_examples=30, deadline=None)
 
@@ -149,3 +149,31 @@ def test_options_that_make_no_sense_are_refused(options):
 def test_a_pool_without_any_match_is_refused():
     with pytest.raises(ValueError, match="none of 2 images has an id of one of 1 texts"):
         retrieval(vectors(2), vectors(3), np.arange(2), np.asarray([5, -1, -1]))
+
+
+def test_neighbours_by_hand():
+    vectors = np.array([[1.0, 0], [0.9, 0.1], [0, 1], [0.6, 0.5]])
+    found = neighbours(vectors, np.array([0, 0, 1, 1]), ks=(1, 2))
+    # 0 and 1 find one another first; 2 finds 3 first; of 3 the others are 0 (0.6), 1 (0.59) and 2 (0.5).
+    assert found["recall_at_1"] == 0.75 and found["recall_at_2"] == 0.75 and found["pool"] == 3
+    assert found["chance_at_1"] == pytest.approx(1 / 3) and found["queries"] == 4
+    lonely = neighbours(vectors, np.array([0, 0, 1, 2]), ks=(1,))
+    assert lonely["unmatched"] == 2 and lonely["recall_at_1"] == 1.0
+    with pytest.raises(ValueError, match="no two of 4 rows"):
+        neighbours(vectors, np.arange(4))
+
+
+@given(st.integers(2, 12), st.integers(1, 3), st.integers(0, 2**32 - 1))
+def test_neighbours_are_rows_of_a_pool_without_themselves(rows, kinds, seed):
+    rng = np.random.default_rng(seed)
+    vectors, of = rng.integers(-2, 3, (rows, 2)).astype(float), rng.integers(0, kinds, rows)
+    if len(set(of.tolist())) == rows:
+        return
+    hits = []
+    for row in range(rows):
+        others = [i for i in range(rows) if i != row]
+        right = [vectors[row] @ vectors[i] for i in others if of[i] == of[row]]
+        wrong = [vectors[row] @ vectors[i] for i in others if of[i] != of[row]]
+        if right:
+            hits.append(max(right) > max(wrong, default=-np.inf))
+    assert neighbours(vectors, of, ks=(1,))["recall_at_1"] == pytest.approx(np.mean(hits))

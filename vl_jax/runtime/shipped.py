@@ -15,7 +15,7 @@ def folder() -> Path:
 
 def names() -> tuple[str, ...]:
     """Their names, such as ``quickstart`` and ``ablations/balance``; none if the files are not there."""
-    found = [path for pattern in ("*.py", "ablations/*.py") for path in folder().glob(pattern)]
+    found = [path for pattern in ("*.py", "*/*.py") for path in folder().glob(pattern)]
     names = (path.relative_to(folder()).with_suffix("").as_posix() for path in found)
     return tuple(sorted(name for name in names if not name.endswith("__init__")))
 

@@ -57,6 +57,31 @@ def retrieval(
     }
 
 
+def neighbours(
+    vectors: Float[np.ndarray, "N E"], kinds: Int[np.ndarray, " N"], ks: Sequence[int] = (1, 5, 10)
+) -> dict[str, float]:
+    """Recall at K of rows that look for another row of their kind, none of which finds itself.
+
+    Returns:
+      As one direction of ``retrieval``.
+
+    Raises:
+      ValueError: no two rows are of one kind, or a K is below 1.
+    """
+    if not ks or min(ks) < 1:
+        raise ValueError(f"ks={tuple(ks)}: expected at least one K, and all of them >= 1")
+    _, kind, counts = np.unique(kinds, return_inverse=True, return_counts=True)
+    matched = np.flatnonzero(counts[kind] > 1)
+    if not len(matched):
+        raise ValueError(f"no two of {len(kinds)} rows are of one kind")
+    ranks, positives = np.zeros(len(matched), np.int64), counts[kind[matched]] - 1
+    for place, row in enumerate(matched):
+        others = np.arange(len(kinds)) != row
+        found, _ = ranks_of(vectors[row : row + 1], vectors[others], kinds[row : row + 1], kinds[others])
+        ranks[place] = found[0]
+    return _scores(ranks, positives, len(kinds) - 1, ks, unmatched=len(kinds) - len(matched))
+
+
 def _one_way(
     queries: np.ndarray,
     pool: np.ndarray,
@@ -67,12 +92,18 @@ def _one_way(
 ) -> dict[str, float]:
     matched = np.isin(query_ids, pool_ids)
     ranks, positives = ranks_of(queries[matched], pool, query_ids[matched], pool_ids, chunk=chunk)
+    return _scores(ranks, positives, len(pool), ks, unmatched=int(np.sum(~matched)))
+
+
+def _scores(
+    ranks: np.ndarray, positives: np.ndarray, pool: int, ks: Sequence[int], *, unmatched: int
+) -> dict[str, float]:
     scores: dict[str, float] = {}
     for k in ks:
         scores[f"recall_at_{k}"] = float(np.mean(ranks <= k))
-        scores[f"chance_at_{k}"] = float(np.mean(chance(positives, pool=len(pool), k=k)))
+        scores[f"chance_at_{k}"] = float(np.mean(chance(positives, pool=pool, k=k)))
     scores["median_rank"] = float(np.median(ranks))
-    return scores | {"queries": len(ranks), "unmatched": int(np.sum(~matched)), "pool": len(pool)}
+    return scores | {"queries": len(ranks), "unmatched": unmatched, "pool": pool}
 
 
 def ranks_of(

@@ -14,7 +14,7 @@ import numpy as np
 from vl_jax.batch import Batch
 from vl_jax.data.text.negatives import NEGATIVES
 from vl_jax.evaluate.blind import NGrams, training_texts
-from vl_jax.evaluate.metrics.retrieval import ranks_of, retrieval
+from vl_jax.evaluate.metrics.retrieval import neighbours, ranks_of, retrieval
 from vl_jax.evaluate.metrics.told_apart import ToldApart
 from vl_jax.evaluate.task import Examinee, Findings, Matrix, Record
 from vl_jax.moe.stacks import RoutingState
@@ -29,6 +29,7 @@ class Retrieval:
 
     Every picture is in the pool once, with all its texts; the texts of one language meet all pictures. With
     wrong texts (``data.conversation.negatives``), how often a text is nearer to its picture than they are.
+    With ``alike``, what has the same label counts as found too, and pictures look for other pictures as well.
 
     Beside them stand chance and a blind model, which knows the training texts alone (see ``blind``): it gives
     all pictures the same score, and a text the same for every picture.
@@ -37,6 +38,8 @@ class Retrieval:
     head: str = "pairs"
     ks: tuple[int, ...] = (1, 5, 10)
     first: Literal["recall", "told_apart"] = "recall"  # of what the headline is
+    alike: str = ""  # label of samples: what has the same is as good as the picture itself; empty: nothing is
+    picture: str = ""  # label that samples of one picture share; empty: what the head takes for one picture
 
     def __post_init__(self):
         if not self.ks or min(self.ks) < 1:
@@ -54,6 +57,8 @@ class Retrieval:
           ValueError: no sample has a picture and a text.
         """
         seen = _seen(examinee, self.head)
+        if self.picture:
+            seen = dataclasses.replace(seen, ids=_kinds(seen, self.picture))
         blind = NGrams(training_texts(examinee.data, examinee.extent.prior_samples))
         _, first = np.unique(seen.ids, return_index=True)
         pool = seen.images[first], seen.ids[first]
@@ -79,7 +84,8 @@ class Retrieval:
             metric = ToldApart()
             for row in rows:
                 metric.update(*apart[row])
-            return _flat(found, self.ks) | (metric.compute() if seen.has_wrong else {})
+            apart_scores = metric.compute() if seen.has_wrong else {}
+            return _flat(found, self.ks) | apart_scores | _alike(seen, self.alike, first, rows, self.ks)
 
         languages = sorted({record["language"] for record in seen.records} - {""})
         groups = {
@@ -152,6 +158,29 @@ def _as_record(record: dict[str, Any], told: _Apart) -> dict[str, Any]:
 
 def _blind(found: dict[str, float], ks: Sequence[int]) -> dict[str, float]:
     return {f"blind_at_{k}": found[f"recall_at_{k}"] for k in ks}
+
+
+def _alike(
+    seen: _Seen, label: str, pool: np.ndarray, rows: Sequence[int], ks: Sequence[int]
+) -> dict[str, float]:
+    """Scores where a label decides what is right: both ways, and of pictures that look for pictures."""
+    if not label:
+        return {}
+    kinds = _kinds(seen, label)
+    found = retrieval(seen.images[pool], seen.texts[rows], kinds[pool], kinds[rows], ks)
+    found["image_to_image"] = neighbours(seen.images[pool], kinds[pool], ks)
+    scores: dict[str, float] = {}
+    for way in found:
+        for k in ks:
+            scores[f"{way}_recall_at_{k}_by_{label}"] = found[way][f"recall_at_{k}"]
+            scores[f"chance_{way}_recall_at_{k}_by_{label}"] = found[way][f"chance_at_{k}"]
+    return scores
+
+
+def _kinds(seen: _Seen, label: str) -> np.ndarray:
+    """A number for every row that rows with the same label share."""
+    values = [str(record["labels"].get(label)) for record in seen.records]
+    return np.unique(values, return_inverse=True)[1]
 
 
 def _flat(found: dict[str, dict[str, float]], ks: Sequence[int]) -> dict[str, float]:

@@ -51,7 +51,15 @@ class Heads:
         return {_loss(head): group for head, group in zip(self.heads, groups, strict=True)}
 
     def total(self, batch: Batch) -> dict[str, jax.Array]:
-        """The rows that have each head's label; at least 1, so that a batch without any adds nothing."""
+        """The rows that have each head's label; at least 1, so that a batch without any adds nothing.
+
+        Raises:
+          ValueError: rows have no label of a head, so the model does not have the head.
+        """
+        unknown = next((head for head in self.heads if head not in batch.labels), None)
+        if unknown is not None:
+            known = ", ".join(batch.labels) or "none"
+            raise ValueError(f"objective.heads={self.heads}: no head {unknown!r}; the model has: {known}")
         return {
             head: jnp.maximum(jnp.sum(batch.labels[head].present), 1).astype(jnp.float32)
             for head in self.heads
