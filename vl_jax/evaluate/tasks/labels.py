@@ -125,8 +125,10 @@ def _labelled(examinee: Examinee) -> str:
       ValueError: there is none.
     """
     batch = next((batch for _, batch in examinee.samples()), None)
+    if batch is None:
+        raise ValueError(f"source {examinee.source!r}: none of its samples can be read; the log says why")
     heads = [head.name for head in examinee.layout.model.config.heads if hasattr(head, "classes")]
-    found = [name for name in heads if batch is not None and np.any(batch.labels[name].present)]
+    found = [name for name in heads if np.any(batch.labels[name].present)]
     if not found:
         known = ", ".join(heads) or "a head of classes"
         raise ValueError(f"source {examinee.source!r}: its first samples have no label of {known}")
