@@ -148,11 +148,17 @@ class Attention(nn.Module):
         else:
             query = jnp.einsum("BTD,DNH->BTNH", x, qkv[:, 0]) + offset[0]
             key, value = jnp.einsum("BSD,DXNH->XBSNH", source, qkv[:, 1:]) + offset[1:, None, None]
-        scores = attention.dot_products(query, key) * query.shape[-1] ** -0.5
-        scores = scores if bias is None else scores + bias
-        weights = attention.masked_softmax(scores, None if mask is None else mask[:, None])
-        self.sow("intermediates", "weights", weights)
-        mixed = attention.weighted_sum(weights, value)
+        scale = query.shape[-1] ** -0.5
+        if bias is None:
+            mixed = attention.attend(query, key, value, mask=mask, scale=scale)
+            if self.is_mutable_collection("intermediates"):
+                weights = attention.attention_weights(query, key, mask=mask, scale=scale)
+                self.sow("intermediates", "weights", weights)
+        else:
+            scores = attention.dot_products(query, key) * scale + bias
+            weights = attention.masked_softmax(scores, None if mask is None else mask[:, None])
+            self.sow("intermediates", "weights", weights)
+            mixed = attention.weighted_sum(weights, value)
         self.sow("intermediates", "mixed", mixed)
         init = named(fan_in(in_axis=(0, 1)), "heads", None, "embed", inputs=(0, 1))
         project = self.param("project", init, (heads, width // heads, width))

@@ -28,9 +28,9 @@ from vl_jax.language.mla import MLA, MLAConfig
 from vl_jax.moe.layer import DynamicMoE, MoEOutput
 from vl_jax.moe.routing import MoEConfig, RoutingContext, State
 from vl_jax.nn import packed
-from vl_jax.nn.attention import within_window
 from vl_jax.nn.cache import Cache
 from vl_jax.nn.layers import GatedMLP, Linear, RMSNorm, as_used, named
+from vl_jax.nn.masks import within_window
 from vl_jax.params import Leaf
 from vl_jax.sharding import constrain
 
@@ -109,7 +109,7 @@ class LayerContext:
     """What every layer reads and none changes."""
 
     positions: Leaf  # i32[B T]
-    mask: Leaf  # bool[B T T]; with slots of a cache bool[B T S+T]
+    mask: Leaf  # a ``PackedMask``, or bool[B T T]; with slots of a cache bool[B T S+T]
     routing: RoutingContext
     vision: Leaf | None  # [B S D] visual tokens, for the gate; None: there are none, and no gate runs
     vision_mask: Leaf | None  # bool[B T S]

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vl_jax.nn import attention, rope
 from vl_jax.nn.layers import RMSNorm, as_used, fan_in, join_heads, named, split_heads
+from vl_jax.nn.masks import PackedMask
 from vl_jax.nn.rope import RopeConfig
 
 
@@ -59,7 +60,7 @@ class GQA(nn.Module):
         x: Float[Array, "B T D"],
         *,
         positions: Int[Array, "B T"],
-        mask: Bool[Array, "B T ST"],
+        mask: Bool[Array, "B T ST"] | PackedMask,
         cached: tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]] | None,
     ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]]:
         c = self.config

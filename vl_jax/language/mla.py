@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vl_jax.nn import attention, rope
 from vl_jax.nn.layers import Linear, RMSNorm, as_used, fan_in, join_heads, named, split_heads
+from vl_jax.nn.masks import PackedMask
 from vl_jax.nn.rope import RopeConfig
 
 # The inner norms of DeepSeek-V2 keep this value whatever the epsilon of the outer norms.
@@ -112,7 +113,7 @@ class MLA(nn.Module):
         x: Float[Array, "B T D"],
         *,
         positions: Int[Array, "B T"],
-        mask: Bool[Array, "B T ST"],
+        mask: Bool[Array, "B T ST"] | PackedMask,
         cached: tuple[Float[Array, "B S R"], Float[Array, "B S P"]] | None,
     ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B T R"], Float[Array, "B T P"]]]:
         c = self.config
