@@ -147,6 +147,15 @@ def divisible(spec: P, shape: Sequence[int], mesh: Any) -> P:
     return P(*parts)
 
 
+def cut_along(name: str, size: int) -> tuple[str, ...]:
+    """The axes of the current mesh that cut a dimension of a name and size; () where it is whole."""
+    mesh = current_mesh()
+    if mesh is None:
+        return ()
+    (part,) = divisible(current_rules().spec((name,)), (size,), mesh)
+    return tuple(a for a in ((part,) if isinstance(part, str) else part or ()) if mesh.shape[a] > 1)
+
+
 def current_rules() -> AxisRules:
     """The rules made current by ``use_mesh`` (the defaults otherwise)."""
     return _rules.get()

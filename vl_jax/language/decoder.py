@@ -29,6 +29,7 @@ from vl_jax.moe.layer import DynamicMoE, MoEOutput
 from vl_jax.moe.routing import MoEConfig, RoutingContext, State
 from vl_jax.nn import packed
 from vl_jax.nn.cache import Cache
+from vl_jax.nn.embedding import look_up
 from vl_jax.nn.layers import GatedMLP, Linear, RMSNorm, as_used, named
 from vl_jax.nn.masks import within_window
 from vl_jax.params import Leaf
@@ -215,9 +216,7 @@ class Decoder(nn.Module):
         return scanned(self.config, self.moe if run.sparse else None, self.gate, name=run.name)
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        # Gathered along the width first: a lookup in a table cut both ways makes the partitioner replicate.
-        table = constrain(as_used(self.embedding, self.dtype, "vocab", "embed"), "vocab", None)
-        return constrain(table[tokens], "batch", None, None)
+        return look_up(as_used(self.embedding, self.dtype, "vocab", "embed"), tokens)
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Vocabulary scores in float32."""
