@@ -134,7 +134,7 @@ class Attention(nn.Module):
         width, heads = x.shape[-1], self.num_heads
         shape = (width, 3, heads, width // heads)
         init = named(fan_in(), "embed", None, "heads", None, inputs=(0,))
-        qkv = as_used(self.param("qkv", init, shape), x.dtype, "embed", None, "heads", None)
+        qkv = as_used(self.param("qkv", init, shape), x.dtype, "embed", None, "heads", None, rows=x.shape[0])
         offset = jnp.zeros(shape[1:], x.dtype)
         if self.qkv_bias and self.key_bias:
             init = named(nn.initializers.zeros, None, "heads", None)
@@ -162,7 +162,7 @@ class Attention(nn.Module):
         self.sow("intermediates", "mixed", mixed)
         init = named(fan_in(in_axis=(0, 1)), "heads", None, "embed", inputs=(0, 1))
         project = self.param("project", init, (heads, width // heads, width))
-        project = as_used(project, x.dtype, "heads", None, "embed")
+        project = as_used(project, x.dtype, "heads", None, "embed", rows=x.shape[0])
         offset = self.param("project_bias", named(nn.initializers.zeros, "embed"), (width,)).astype(x.dtype)
         return jnp.einsum("BTNH,NHD->BTD", mixed, project) + offset
 
