@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vl_jax.nn import attention
+from vl_jax.nn import attention, chunked, masks
 
 
 def inputs(length: int, heads: int, key_heads: int, seed: int, width: int = 8, values: int = 6):
@@ -33,8 +33,8 @@ def both(length: int, mask, *, heads: int = 4, key_heads: int = 2, seed: int = 0
 
 
 def assert_close(pair) -> None:
-    for plain, chunked in zip(*pair, strict=True):
-        np.testing.assert_allclose(chunked, plain, rtol=1e-5, atol=1e-5)
+    for plain, pieces in zip(*pair, strict=True):
+        np.testing.assert_allclose(pieces, plain, rtol=1e-5, atol=1e-5)
 
 
 # One chunk, exactly one, one and a bit, and so many tokens that chunks become longer.
@@ -58,9 +58,97 @@ def test_any_mask_below_the_diagonal_will_do_and_who_sees_nothing_gets_zeros():
     assert all(bool(jnp.all(jnp.isfinite(x))) for x in pair[1])
 
 
-def test_no_piece_but_the_last_is_cut_short_and_they_cover_the_row():
-    for length in (1, 127, 128, 1024, 1025, 5000):
-        pieces = attention._chunks(length)
-        assert [p.start for p in pieces[1:]] == [p.stop for p in pieces[:-1]]
-        assert pieces[0].start == 0 and pieces[-1].stop == length and len(pieces) <= 8
-        assert len({p.stop - p.start for p in pieces[:-1]}) <= 1
+@pytest.mark.parametrize("causal", [True, False])
+def test_pieces_cover_the_row_and_few_programs_are_written_for_it(causal):
+    for length in (1, 127, 128, 729, 1024, 1025, 4096, 5000, 16_384):
+        cut = chunked.pieces(length, length, causal)
+        assert [p.start for p in cut[1:]] == [p.stop for p in cut[:-1]]
+        assert cut[0].start == 0 and cut[-1].stop == length and len(cut) <= 2 * chunked.MOST_CHUNKS
+        assert max(p.size for p in cut) <= chunked.LONGEST
+        assert all(p.keys == length or (causal and p.keys >= p.stop) for p in cut)
+
+
+@pytest.mark.parametrize("length, window", [(5, None), (130, 3), (130, 0), (1300, None), (1300, 200)])
+@pytest.mark.slow
+def test_a_mask_by_its_rule_is_the_mask_written_out(length, window):
+    order = jnp.arange(length)
+    segments = jnp.stack([1 + order * 3 // length, jnp.where(order < length - 2, 1, 0)])
+    branches = jnp.stack([order % 3, order * 5 // length])
+    rule = masks.PackedMask(segments, branches, None if window is None else jnp.int32(window))
+    mask = (order[:, None] >= order) & (segments[:, :, None] == segments[:, None]) & (segments > 0)[:, None]
+    mask &= (branches[:, None] == 0) | (branches[:, :, None] == branches[:, None])
+    if window:
+        mask &= order[:, None] - order < window
+    np.testing.assert_array_equal(rule.whole, mask)
+    query, key, value, weights = inputs(length, 2, 1, seed=3)
+
+    def gradients(mask):
+        def loss(q, k, v):
+            return jnp.sum(attention.attend(q, k, v, mask=mask, scale=0.3, causal=True) * weights)
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(query, key, value)
+
+    for a, b in zip(gradients(rule), gradients(mask), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("length, keys, masked", [(729, 729, False), (600, 40, True), (513, 600, True)])
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.slow
+def test_long_sequences_that_see_all_are_the_plain_ones(length, keys, masked, sinks, monkeypatch):
+    query, _, _, weights = inputs(length, 4, 2, seed=1)
+    _, key, value, _ = inputs(keys, 4, 2, seed=2)
+    mask = None
+    if masked:
+        mask = jax.random.bernoulli(jax.random.key(4), 0.5, (2, 1 if keys == 40 else length, keys))
+        mask = mask.at[1].set(False)
+    sink = jnp.array([-1.0, 0.5, 2.0, 0.0]) if sinks else jnp.zeros(4)
+
+    def result():
+        def loss(q, k, v, s):
+            mixed = attention.attend(q, k, v, mask=mask, scale=0.3, sinks=s if sinks else None)
+            return jnp.sum(mixed * weights), mixed
+
+        found, mixed = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True))(query, key, value, sink)
+        return (mixed, *found)
+
+    chunks = result()
+    monkeypatch.setattr(attention, "WHOLE", 10_000)
+    assert_close((result(), chunks))
+
+
+@pytest.mark.slow
+def test_sinks_in_causal_chunks_are_the_plain_ones():
+    query, key, value, weights = inputs(1100, 4, 2, seed=1)
+    mask = jnp.tril(jnp.ones((2, 1100, 1100), bool))
+
+    def result(causal):
+        def loss(q, k, v, s):
+            mixed = attention.attend(q, k, v, mask=mask, scale=0.3, sinks=s, causal=causal)
+            return jnp.sum(mixed * weights), mixed
+
+        sinks = jnp.array([-1.0, 0.5, 2.0, 0.0])
+        found, mixed = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True))(query, key, value, sinks)
+        return (mixed, *found)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "WHOLE", 10_000)
+        plain = result(False)
+    assert_close((plain, result(True)))
+
+
+@pytest.mark.slow
+def test_memory_of_a_gradient_grows_with_the_length():
+    def temporaries(length, causal):
+        shape = jax.ShapeDtypeStruct((1, length, 2, 8), jnp.float32)
+        ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
+
+        def loss(q, k, v, ids):
+            mask = masks.PackedMask(ids, ids) if causal else None
+            return jnp.sum(attention.attend(q, k, v, mask=mask, scale=0.3, causal=causal) ** 2)
+
+        lowered = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(shape, shape, shape, ids)
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    for causal in (True, False):
+        assert temporaries(8192, causal) <= 2 * 1.2 * temporaries(4096, causal)

@@ -40,10 +40,17 @@ PROGRAM = """HloModule jit_step
   ROOT %r = f32[16]{0} all-reduce(%a), channel_id=4, replica_groups={{0,4},{1,5},{2,6},{3,7}}, to_apply=%add
 }
 
+%all-reduce-scatter.1 (b: f32[32]) -> f32[8] {
+  %b = f32[32]{0} parameter(0)
+  %sum = f32[32]{0} all-reduce(%b), channel_id=8, replica_groups=[2,4]<=[8], to_apply=%add
+  ROOT %s = f32[8]{0} dynamic-slice(%sum, %n), dynamic_slice_sizes={8}
+}
+
 ENTRY %main (x: bf16[2,4]) -> bf16[8,4] {
   %x = bf16[2,4]{1,0} parameter(0)
   %loop = (s32[], bf16[8,4]) while(%x), condition=%wide.cond, body=%wide.body
   %f = f32[16]{0} fusion(%x), kind=kCustom, calls=%fused
+  %k = f32[8]{0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
   %s = (bf16[2,4], bf16[8,4]) all-gather-start(%x), channel_id=5, replica_groups=mesh['a'=2,'b'=4] {'b'}
   %q = bf16[6]{0} collective-permute(%x), channel_id=6, source_target_pairs={{0,1},{1,2},{2,3},{3,0}}
   %t = (f32[2]{0}, s32[3]{0}) all-reduce(%x, %x), channel_id=7, replica_groups={}, to_apply=%add
@@ -63,6 +70,7 @@ def test_collectives_are_read_with_bytes_axes_and_the_turns_of_loops():
         ("all-reduce", 20, ("data", "fsdp"), 1),
         ("all-reduce", 64, ("data",), 1),
         ("collective-permute", 12, ("fsdp",), 1),
+        ("reduce-scatter", 32, ("fsdp",), 1),
     ]
 
 

@@ -6,12 +6,15 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import tiny
 from jax.sharding import PartitionSpec as P
 
 from vl_jax import params as params_lib
 from vl_jax import sharding
+from vl_jax.fit import program_text
+from vl_jax.nn.embedding import look_up
 from vl_jax.sharding import AxisRules, MeshConfig, constrain, make_mesh
 
 
@@ -112,3 +115,26 @@ def test_one_device_is_no_mesh():
 
 def test_the_batch_is_cut_by_all_axes_but_tensor():
     assert sharding.batch_axes(make_mesh(MeshConfig(2, 1, 2, 2))) == 4
+
+
+@pytest.mark.parametrize("mesh", [{"fsdp": 8}, {"fsdp": 2, "tensor": 2}, {"fsdp": 2, "expert": 2}])
+@pytest.mark.parametrize("rows", [8, 3])
+@pytest.mark.slow
+def test_looking_up_over_a_mesh_is_looking_up_and_no_gradient_is_whole(mesh, rows):
+    table = jax.random.normal(jax.random.key(0), (24, 16))
+    tokens = jax.random.randint(jax.random.key(1), (rows, 5), 0, 24)
+    weights = jax.random.normal(jax.random.key(2), (rows, 5, 16))
+
+    def loss(table):
+        table = sharding.constrain_weight(table, "vocab", "embed")
+        return jnp.sum(look_up(table, tokens) * weights)
+
+    plain = jax.value_and_grad(lambda table: jnp.sum(table[tokens] * weights))(table)
+    mesh = make_mesh(MeshConfig(**mesh))
+    with sharding.use_mesh(mesh):
+        step = jax.jit(jax.value_and_grad(loss))
+        found, compiled = step(table), step.lower(table).compile()
+    for a, b in zip(found, plain, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    whole = [x for x in program_text.collectives(compiled.as_text(), mesh) if (24, 16) in x.shapes]
+    assert not [x for x in whole if x.kind == "all-reduce"], whole

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from vl_jax.sharding import current_mesh, current_rules, divisible
+from vl_jax.sharding import current_mesh, cut_along
 
 
 @jax.custom_vjp
@@ -111,13 +111,7 @@ def _over_mesh(function: Callable[..., Any], gradients: int, *arrays: jax.Array)
     if mesh is None:
         return function(_Axes(), *arrays)
     (batch, _, width), words = arrays[0].shape, arrays[1].shape[1]
-    rules = current_rules()
-
-    def cut(name: str, size: int) -> tuple[str, ...]:
-        part = divisible(rules.spec((name,)), (size,), mesh)[0]
-        return tuple(axis for axis in _tuple(part) if mesh.shape[axis] > 1)
-
-    axes = _Axes(rows=cut("batch", batch), width=cut("embed", width), words=cut("vocab", words))
+    axes = _Axes(cut_along("batch", batch), cut_along("embed", width), cut_along("vocab", words))
     rows, kernel = P(axes.rows or None), P(axes.width or None, axes.words or None)
     outputs = (P(), P(), rows, kernel)[: 2 + gradients]
     sharded = jax.shard_map(
@@ -128,10 +122,6 @@ def _over_mesh(function: Callable[..., Any], gradients: int, *arrays: jax.Array)
         check_vma=False,
     )
     return sharded(*arrays)
-
-
-def _tuple(part: Any) -> tuple[str, ...]:
-    return (part,) if isinstance(part, str) else (part or ())
 
 
 def _sums(

@@ -34,9 +34,9 @@ from vl_jax.moe.config import BalanceConfig, GateConfig
 from vl_jax.moe.layer import MoEOutput
 from vl_jax.moe.routing import MoEConfig, RoutingContext, State
 from vl_jax.moe.stacks import RoutingState, Stack, check_packed
-from vl_jax.nn import attention
 from vl_jax.nn import cache as cache_lib
 from vl_jax.nn.cache import Cache
+from vl_jax.nn.masks import PackedMask, cross_mask
 from vl_jax.params import Leaf
 
 # The parts that may have sparse layers: names of their parameters, and of their stacks.
@@ -345,7 +345,7 @@ class VisionLanguage(nn.Module):
         x = self.embed(batch, vision)
         gated = self.config.fusion.kind == "gated" and vision.shape[1] > 0
         if cache is None:
-            mask, offset = attention.causal_mask(batch.segment_ids, batch.branch_ids), 0
+            mask, offset = PackedMask(batch.segment_ids, batch.branch_ids), 0
         else:
             mask, offset = cache_lib.causal_mask(cache, batch.segment_ids), cache.length
         seeing = batch.segment_ids, batch.visual_start, batch.visual_segment_ids
@@ -359,7 +359,7 @@ class VisionLanguage(nn.Module):
                 positions=batch.positions,
             ),
             vision=vision if gated else None,
-            vision_mask=attention.cross_mask(*seeing, offset=offset) if gated else None,
+            vision_mask=cross_mask(*seeing, offset=offset) if gated else None,
             length=None if cache is None else cache.length,
             learning=self.has_rng(LEARNING),
         )

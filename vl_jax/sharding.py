@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -138,13 +139,56 @@ def constrain_weight(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, divisible(current_rules().spec(names), x.shape, mesh))
 
 
+def gather_weight(x: jax.Array, *names: str | None, rows: int) -> jax.Array:
+    """A weight made whole along the axes that cut it and the rows it is multiplied with alike.
+
+    There every device has rows of its own and needs all of the weight. Unless told so, the compiler for TPUs
+    may cut the product into a step for each device's part, a longer program that takes longer to compile. The
+    gradient is summed to where the weight lives.
+
+    Args:
+      rows: of the batch that the weight is for.
+    """
+    mesh = current_mesh()
+    if mesh is None:
+        return x
+    shared, kept = cut_along("batch", rows), divisible(current_rules().spec(names), x.shape, mesh)
+    whole = P(*(tuple(a for a in _axes(part) if a not in shared) or None for part in kept))
+    return x if whole == P(*(_axes(part) or None for part in kept)) else _gathered(x, kept, whole)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gathered(x: jax.Array, kept: P, whole: P) -> jax.Array:
+    return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(x, kept), whole)
+
+
+_gathered.defvjp(
+    lambda x, kept, whole: (_gathered(x, kept, whole), None),
+    lambda kept, whole, _, grad: (jax.lax.with_sharding_constraint(grad, kept),),
+)
+
+
+def _axes(part: Any) -> tuple[str, ...]:
+    """One entry of a spec as the axes that it names."""
+    return (part,) if isinstance(part, str) else tuple(part or ())
+
+
 def divisible(spec: P, shape: Sequence[int], mesh: Any) -> P:
     """The spec without the parts that do not divide their dimension."""
     parts = []
     for size, part in zip(shape, spec, strict=True):
-        axes = (part,) if isinstance(part, str) else (part or ())
+        axes = _axes(part)
         parts.append(None if size % math.prod(mesh.shape[axis] for axis in axes) else part)
     return P(*parts)
+
+
+def cut_along(name: str, size: int) -> tuple[str, ...]:
+    """The axes of the current mesh that cut a dimension of a name and size; () where it is whole."""
+    mesh = current_mesh()
+    if mesh is None:
+        return ()
+    (part,) = divisible(current_rules().spec((name,)), (size,), mesh)
+    return tuple(axis for axis in _axes(part) if mesh.shape[axis] > 1)
 
 
 def current_rules() -> AxisRules:

@@ -16,6 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--slices", type=int, default=1, help="slices of that shape (1)")
     parser.add_argument("--stage", help="a stage by its name (the one that needs the most memory)")
     parser.add_argument("--no-compile", action="store_true", help="only what is exact without a compiler")
+    parser.add_argument(
+        "--thorough", action="store_true", help="compile with the effort of a run: slower, bytes to the last"
+    )
     parser.add_argument("--search", action="store_true", help="rank meshes, micro-batches and remat")
     parser.add_argument("--smallest", action="store_true", help="the smallest slice of each generation")
     parser.add_argument("--json", type=Path, help="file for the figures")
@@ -40,6 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
         slices=arguments.slices,
         stage=arguments.stage,
         compiles=not arguments.no_compile,
+        thorough=arguments.thorough,
         search=arguments.search,
         json_file=arguments.json,
         html=arguments.html,

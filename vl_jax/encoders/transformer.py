@@ -134,7 +134,7 @@ class Attention(nn.Module):
         width, heads = x.shape[-1], self.num_heads
         shape = (width, 3, heads, width // heads)
         init = named(fan_in(), "embed", None, "heads", None, inputs=(0,))
-        qkv = as_used(self.param("qkv", init, shape), x.dtype, "embed", None, "heads", None)
+        qkv = as_used(self.param("qkv", init, shape), x.dtype, "embed", None, "heads", None, rows=x.shape[0])
         offset = jnp.zeros(shape[1:], x.dtype)
         if self.qkv_bias and self.key_bias:
             init = named(nn.initializers.zeros, None, "heads", None)
@@ -148,15 +148,21 @@ class Attention(nn.Module):
         else:
             query = jnp.einsum("BTD,DNH->BTNH", x, qkv[:, 0]) + offset[0]
             key, value = jnp.einsum("BSD,DXNH->XBSNH", source, qkv[:, 1:]) + offset[1:, None, None]
-        scores = attention.dot_products(query, key) * query.shape[-1] ** -0.5
-        scores = scores if bias is None else scores + bias
-        weights = attention.masked_softmax(scores, None if mask is None else mask[:, None])
-        self.sow("intermediates", "weights", weights)
-        mixed = attention.weighted_sum(weights, value)
+        scale = query.shape[-1] ** -0.5
+        if bias is None:
+            mixed = attention.attend(query, key, value, mask=mask, scale=scale)
+            if self.is_mutable_collection("intermediates"):
+                weights = attention.attention_weights(query, key, mask=mask, scale=scale)
+                self.sow("intermediates", "weights", weights)
+        else:
+            scores = attention.dot_products(query, key) * scale + bias
+            weights = attention.masked_softmax(scores, None if mask is None else mask[:, None])
+            self.sow("intermediates", "weights", weights)
+            mixed = attention.weighted_sum(weights, value)
         self.sow("intermediates", "mixed", mixed)
         init = named(fan_in(in_axis=(0, 1)), "heads", None, "embed", inputs=(0, 1))
         project = self.param("project", init, (heads, width // heads, width))
-        project = as_used(project, x.dtype, "heads", None, "embed")
+        project = as_used(project, x.dtype, "heads", None, "embed", rows=x.shape[0])
         offset = self.param("project_bias", named(nn.initializers.zeros, "embed"), (width,)).astype(x.dtype)
         return jnp.einsum("BTNH,NHD->BTD", mixed, project) + offset
 

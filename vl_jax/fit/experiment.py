@@ -28,13 +28,19 @@ _COMPILED = 4  # settings of a search that the compiler sees
 
 
 def rehearse(
-    experiment: Experiment, where: Slice, *, stage: str | None = None, compiles: bool = True
+    experiment: Experiment,
+    where: Slice,
+    *,
+    stage: str | None = None,
+    compiles: bool = True,
+    thorough: bool = False,
 ) -> Rehearsal:
     """What a stage of an experiment needs on a slice.
 
     Args:
       stage: its name; None: the one whose state and batch take the most memory.
       compiles: False: only what is exact without a compiler.
+      thorough: compile with the effort of a run, in more than twice the time.
 
     Raises:
       ValueError: there is no such stage, the mesh does not divide the devices, or libtpu is missing.
@@ -50,7 +56,8 @@ def rehearse(
 
     one = max(chosen, key=needs)
     flops = _flops(experiment, one)
-    return rehearsal.rehearse(layout, one, example, where, flops=flops, compiles=compiles)
+    options = {"compiles": compiles, "thorough": thorough}
+    return rehearsal.rehearse(layout, one, example, where, flops=flops, **options)
 
 
 def _on(

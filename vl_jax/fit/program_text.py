@@ -26,6 +26,8 @@ KINDS = (
     "collective-permute",
     "collective-broadcast",
 )
+# The TPU compiler's fusion of a sum with the slice of it that a device keeps: no device has the whole sum.
+_SCATTERED = "all-reduce-scatter"
 Groups = frozenset[frozenset[int]]
 _BITS = {"pred": 8, "bf16": 16, "f16": 16}
 _ARRAY = re.compile(r"\b(pred|bf16|[a-z]\d+(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
@@ -43,7 +45,7 @@ class Collective:
     kind: str
     size: int  # bytes of the result on one device
     dtypes: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
+    shapes: tuple[tuple[int, ...], ...]  # of a scattered sum those before it is cut
     axes: tuple[str, ...]  # of the mesh that it goes along; empty where that is not to be told
     times: int  # how often a step runs it; 0: not to be told
     name: str  # where it comes from in the model, as XLA carries it
@@ -112,6 +114,9 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
             size = size_of(arrays)
             if not size:
                 continue
+            axes = _axes(line, groups_of, mesh)
+            if kind == "all-reduce" and name.startswith(_SCATTERED):
+                kind, size = "reduce-scatter", size // math.prod(mesh.shape[axis] for axis in axes)
             origin = re.search(r'op_name="([^"]*)"', line)
             found.append(
                 Collective(
@@ -119,7 +124,7 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
                     size,
                     tuple(sorted({dtype for dtype, _ in arrays})),
                     tuple(shape for _, shape in arrays),
-                    _axes(line, groups_of, mesh),
+                    axes,
                     often[name],
                     origin[1] if origin else "",
                 )

@@ -125,7 +125,14 @@ def lower(program: Program, batch: Any) -> jax.stages.Lowered:
 
 
 def rehearse(
-    layout: Layout, stage: Stage, example: Batch, where: Slice, *, flops: float, compiles: bool = True
+    layout: Layout,
+    stage: Stage,
+    example: Batch,
+    where: Slice,
+    *,
+    flops: float,
+    compiles: bool = True,
+    thorough: bool = False,
 ) -> Rehearsal:
     """What a stage needs on a slice.
 
@@ -134,6 +141,7 @@ def rehearse(
       example: a batch of any number of rows.
       flops: of the forward pass of the whole batch; see ``flops.forward_flops``.
       compiles: False: only what is exact without a compiler.
+      thorough: compile with the effort of a run; see ``aot.compile_absent``.
     """
     program, batch = Program.of(layout, stage), abstract_batch(layout, example, stage.batch_size)
     memory = _exact(program, batch, where)
@@ -142,7 +150,7 @@ def rehearse(
     if compiles:
         start = time.process_time()
         try:
-            compiled = aot.compile_absent(lower(program, batch))
+            compiled = aot.compile_absent(lower(program, batch), quick=not thorough)
         except jax.errors.JaxRuntimeError as error:
             if not _NO_MEMORY.search(str(error)):
                 raise

@@ -28,9 +28,10 @@ from vl_jax.language.mla import MLA, MLAConfig
 from vl_jax.moe.layer import DynamicMoE, MoEOutput
 from vl_jax.moe.routing import MoEConfig, RoutingContext, State
 from vl_jax.nn import packed
-from vl_jax.nn.attention import within_window
 from vl_jax.nn.cache import Cache
+from vl_jax.nn.embedding import look_up
 from vl_jax.nn.layers import GatedMLP, Linear, RMSNorm, as_used, named
+from vl_jax.nn.masks import within_window
 from vl_jax.params import Leaf
 from vl_jax.sharding import constrain
 
@@ -109,7 +110,7 @@ class LayerContext:
     """What every layer reads and none changes."""
 
     positions: Leaf  # i32[B T]
-    mask: Leaf  # bool[B T T]; with slots of a cache bool[B T S+T]
+    mask: Leaf  # a ``PackedMask``, or bool[B T T]; with slots of a cache bool[B T S+T]
     routing: RoutingContext
     vision: Leaf | None  # [B S D] visual tokens, for the gate; None: there are none, and no gate runs
     vision_mask: Leaf | None  # bool[B T S]
@@ -215,9 +216,7 @@ class Decoder(nn.Module):
         return scanned(self.config, self.moe if run.sparse else None, self.gate, name=run.name)
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        # Gathered along the width first: a lookup in a table cut both ways makes the partitioner replicate.
-        table = constrain(as_used(self.embedding, self.dtype, "vocab", "embed"), "vocab", None)
-        return constrain(table[tokens], "batch", None, None)
+        return look_up(as_used(self.embedding, self.dtype, "vocab", "embed"), tokens)
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Vocabulary scores in float32."""

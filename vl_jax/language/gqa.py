@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vl_jax.nn import attention, rope
 from vl_jax.nn.layers import RMSNorm, as_used, fan_in, join_heads, named, split_heads
+from vl_jax.nn.masks import PackedMask
 from vl_jax.nn.rope import RopeConfig
 
 
@@ -59,7 +60,7 @@ class GQA(nn.Module):
         x: Float[Array, "B T D"],
         *,
         positions: Int[Array, "B T"],
-        mask: Bool[Array, "B T ST"],
+        mask: Bool[Array, "B T ST"] | PackedMask,
         cached: tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]] | None,
     ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]]:
         c = self.config
@@ -81,7 +82,7 @@ class GQA(nn.Module):
             mixed = attention.attend_cached(query, key, value, cached, **options)
         init = named(fan_in(in_axis=(0, 1)), "heads", None, "embed", inputs=(0, 1))
         output = self.param("output", init, (c.num_heads, c.head_dim, x.shape[-1]))
-        y = join_heads(mixed, as_used(output, x.dtype, "heads", None, "embed"))
+        y = join_heads(mixed, as_used(output, x.dtype, "heads", None, "embed", rows=x.shape[0]))
         if c.output_bias:
             bias = self.param("output_bias", named(nn.initializers.zeros, None), (x.shape[-1],))
             y = y + bias.astype(x.dtype)
@@ -91,7 +92,7 @@ class GQA(nn.Module):
         c = self.config
         init = named(fan_in(), "embed", "heads", None, inputs=(0,))
         kernel = self.param(name, init, (x.shape[-1], heads, c.head_dim))
-        y = split_heads(x, as_used(kernel, x.dtype, "embed", "heads", None))
+        y = split_heads(x, as_used(kernel, x.dtype, "embed", "heads", None, rows=x.shape[0]))
         if c.qkv_bias:
             init = named(nn.initializers.zeros, "heads", None)
             y = y + self.param(f"{name}_bias", init, (heads, c.head_dim)).astype(x.dtype)

@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vl_jax.nn import attention, rope
 from vl_jax.nn.layers import Linear, RMSNorm, as_used, fan_in, join_heads, named, split_heads
+from vl_jax.nn.masks import PackedMask
 from vl_jax.nn.rope import RopeConfig
 
 # The inner norms of DeepSeek-V2 keep this value whatever the epsilon of the outer norms.
@@ -112,7 +113,7 @@ class MLA(nn.Module):
         x: Float[Array, "B T D"],
         *,
         positions: Int[Array, "B T"],
-        mask: Bool[Array, "B T ST"],
+        mask: Bool[Array, "B T ST"] | PackedMask,
         cached: tuple[Float[Array, "B S R"], Float[Array, "B S P"]] | None,
     ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B T R"], Float[Array, "B T P"]]]:
         c = self.config
@@ -124,7 +125,7 @@ class MLA(nn.Module):
         # Heads first and the rank last: absorbed, it is multiplied from both sides as it lies in memory.
         init = named(fan_in(in_axis=2), "heads", None, "embed", inputs=(2,))
         kv_up = self.param("kv_up", init, (c.num_heads, c.qk_nope_dim + c.v_head_dim, c.kv_lora_rank))
-        kv_up = as_used(kv_up, x.dtype, "heads", None, "embed")
+        kv_up = as_used(kv_up, x.dtype, "heads", None, "embed", rows=x.shape[0])
         if cached is None:
             query, key, value = expand(q_nope, q_rope, latent, key_rope, kv_up)
             if self.is_mutable_collection("intermediates"):
@@ -137,7 +138,7 @@ class MLA(nn.Module):
             mixed = absorbed_attention(q_nope, q_rope, latent, key_rope, kv_up, cached, **options)
         init = named(fan_in(in_axis=(0, 1)), "heads", None, "embed", inputs=(0, 1))
         output = self.param("output", init, (c.num_heads, c.v_head_dim, x.shape[-1]))
-        y = join_heads(mixed, as_used(output, x.dtype, "heads", None, "embed"))
+        y = join_heads(mixed, as_used(output, x.dtype, "heads", None, "embed", rows=x.shape[0]))
         if c.use_bias:
             bias = self.param("output_bias", named(nn.initializers.zeros, None), (x.shape[-1],))
             y = y + bias.astype(x.dtype)
@@ -151,6 +152,6 @@ class MLA(nn.Module):
             source = RMSNorm(INNER_EPSILON, name="query_norm")(source)
         shape = (source.shape[-1], c.num_heads, c.qk_nope_dim + c.qk_rope_dim)
         kernel = self.param("query", named(fan_in(), "embed", "heads", None, inputs=(0,)), shape)
-        query = split_heads(source, as_used(kernel, x.dtype, "embed", "heads", None))
+        query = split_heads(source, as_used(kernel, x.dtype, "embed", "heads", None, rows=x.shape[0]))
         self.sow("intermediates", "projected_query", query)
         return query[..., : c.qk_nope_dim], rope.rotate(query[..., c.qk_nope_dim :], angle, c.rope)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from vl_jax.kernels.activation import SWIGLU, Activation
 from vl_jax.roles import Named, role_of
-from vl_jax.sharding import constrain_weight
+from vl_jax.sharding import constrain_weight, gather_weight
 
 Init = jax.nn.initializers.Initializer
 
@@ -61,13 +61,15 @@ def named(
     return boxed
 
 
-def as_used(weight: jax.Array, dtype: Any, *names: str | None) -> jax.Array:
+def as_used(weight: jax.Array, dtype: Any, *names: str | None, rows: int | None = None) -> jax.Array:
     """A weight in the dtype that it is used in, still cut as it is kept: what is gathered then is small.
 
     Args:
       names: of its dimensions, as at its creation.
+      rows: of the batch that it is multiplied with: it is gathered along the axes that cut them; None: not.
     """
-    return constrain_weight(weight.astype(dtype), *names)
+    kept = constrain_weight(weight.astype(dtype), *names)
+    return kept if rows is None else gather_weight(kept, *names, rows=rows)
 
 
 def rms_norm(
@@ -164,7 +166,7 @@ class Linear(nn.Module):
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch F"]:
         init = named(self.kernel_init, *self.names, inputs=(0,) if self.hidden else (), decay=True)
         kernel = self.param("kernel", init, (x.shape[-1], self.features))
-        y = project(x, as_used(kernel, x.dtype, *self.names))
+        y = project(x, as_used(kernel, x.dtype, *self.names, rows=x.shape[0]))
         if self.use_bias:
             bias = self.param("bias", named(nn.initializers.zeros, self.names[1]), (self.features,))
             y = y + bias.astype(x.dtype)
@@ -184,11 +186,12 @@ class GatedMLP(nn.Module):
         init = named(fan_in(), "embed", None, "mlp", inputs=(0,), outputs=(2,))
         w_in = self.param("w_in", init, (width, inputs, self.mlp_dim))
         w_out = self.param("w_out", named(fan_in(), "mlp", "embed", inputs=(0,)), (self.mlp_dim, width))
-        hidden = project(x, as_used(w_in, x.dtype, "embed", None, "mlp").reshape(width, -1))
+        w_in = as_used(w_in, x.dtype, "embed", None, "mlp", rows=x.shape[0])
+        hidden = project(x, w_in.reshape(width, -1))
         if self.use_bias:
             b_in = self.param("b_in", named(nn.initializers.zeros, None, "mlp"), w_in.shape[1:])
             hidden = hidden + b_in.reshape(-1).astype(x.dtype)
-        y = project(self.activation(hidden), as_used(w_out, x.dtype, "mlp", "embed"))
+        y = project(self.activation(hidden), as_used(w_out, x.dtype, "mlp", "embed", rows=x.shape[0]))
         if self.use_bias:
             b_out = self.param("b_out", named(nn.initializers.zeros, None), (width,))
             y = y + b_out.astype(x.dtype)

@@ -36,6 +36,7 @@ def show(
     slices: int,
     stage: str | None,
     compiles: bool,
+    thorough: bool,
     search: bool,
     json_file: Path | None,
     html: Path | None,
@@ -44,6 +45,7 @@ def show(
 
     Args:
       topology: None: the smallest slice of every generation.
+      thorough: compile with the effort of a run.
       search: try settings, and rank them.
     """
     console = Console()
@@ -52,7 +54,9 @@ def show(
     elif search:
         tables, result = _search(experiment, topology, slices, stage)
     else:
-        found = rehearse(experiment, slice_of(topology, slices), stage=stage, compiles=compiles)
+        found = rehearse(
+            experiment, slice_of(topology, slices), stage=stage, compiles=compiles, thorough=thorough
+        )
         tables, result = tables_of(found), as_json(found)
     for title, table in tables:
         console.print(_on_terminal(title, table))
