@@ -1,39 +1,99 @@
-"""Expert parallelism without a capacity: a token travels once to every shard it has experts on, and back.
+"""Expert parallelism in bounded rooms: a token travels once to every shard it has experts on, and back.
 
-    x [T D] --sort by shard--> [S D] --ragged all-to-all--> [R D] --its experts there, summed by gate-->
-      --ragged all-to-all--> [S D] --sum over shards--> [T D]
+    tokens of a chunk --sort by shard--> [S D] --ragged all-to-all--> [R D] --its experts there, by gate-->
+      --ragged all-to-all--> [S D] --sum of a token's rows--> tokens of the chunk
 
-Nothing is dropped: a shard has room for every token of all shards. With a capacity it needs no more room than
-its slots. Choices themselves go everywhere (a few bytes a token), so that every shard knows what will arrive.
-On a CPU, where XLA has no such exchange, the same rows are picked out of an all-gather.
+Nothing is dropped, and nothing is as large as all shards together. First counts are exchanged, so every
+shard knows the queue of rows that want to come to it, and every sender the place of its own rows in it. There
+is room for S rows to leave and R to arrive at a time (``rooms``): a chunk ends where S is full, and what is
+behind the first R rows of a queue comes in another round. All shards go on until none has anything left.
+
+With several hops a token goes once to every slice it has experts on, and from there to its devices: what the
+first hop leads to is the second. With several chunks, the rows of the next one arrive while experts work.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from vl_jax.kernels import target
 from vl_jax.kernels.activation import Activation
 from vl_jax.kernels.expert_weights import ExpertWeights
-from vl_jax.kernels.permute import Moves, permute, unpermute
-from vl_jax.moe import dispatch
+from vl_jax.moe import windows
 from vl_jax.moe.assignment import TokenChoice
+from vl_jax.moe.rooms import Rooms, Traffic, plan
 from vl_jax.params import Leaf
 
 
-@struct.dataclass
-class Journey:
-    """Where this shard's tokens go, and which tokens come; N shards with T tokens each."""
+@dataclasses.dataclass(frozen=True)
+class Hop:
+    """One exchange along a mesh axis, and what is done where it leads."""
 
-    moves: Moves  # between its tokens and the S rows it sends, by shard; ``inverse`` is [T N]
-    counts: Leaf  # i32[N N] rows from shard i to shard j
-    arriving: Leaf  # i32[R] the tokens that come, numbered over all shards; N*T for rows that stay empty
+    rooms: Rooms
+    axis: str
+    groups: tuple[tuple[int, ...], ...] | None  # of the devices on the axis that exchange; None: all of them
+    after: Hop | windows.Experts  # the next hop, or the experts
+    overlapped: bool  # whether the next rows arrive while these are worked on
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Which devices a collective joins."""
+        groups = None if self.groups is None else [list(group) for group in self.groups]
+        return {"axis_name": self.axis, "axis_index_groups": groups}
+
+
+@struct.dataclass
+class Position:
+    """What the next round is about; ``active`` is the same on all devices."""
+
+    first: Leaf  # i32 token of this device that the chunk begins with
+    turn: Leaf  # i32 which of the rounds of this chunk
+    active: Leaf  # bool
+
+
+@struct.dataclass
+class Chunk:
+    """The rows of some tokens in the order of their shards."""
+
+    start: Leaf  # i32 token that the slice of tokens begins with
+    last: Leaf  # i32 token after the last one
+    experts: Leaf  # i32[C K] of the slice; N times the experts of a shard for unused choices
+    used: Leaf  # bool[C K]
+    choice: Leaf  # i32[S] index c * K + k of the first choice that a row is for
+    row: Leaf  # i32[C K] the row that begins with a choice; S for those that begin none
+    ends: Leaf  # i32[N] of the rows of every shard
+
+
+@struct.dataclass
+class Passage:
+    """What moves in one round, as this device knows it; i32[N] each."""
+
+    away: Leaf  # first row for shard j, among those that this one sends
+    sizes: Leaf  # rows for shard j
+    there: Leaf  # where they begin there
+    here: Leaf  # where the rows from shard i begin here
+    arriving: Leaf  # rows from shard i
+    away_there: Leaf  # where they begin among those that i sends
+
+
+@struct.dataclass
+class Arrival:
+    """Rows that have come, and the way back."""
+
+    chunk: Chunk
+    passage: Passage
+    rows: Any  # [R D] of every array that was sent
+    experts: Leaf  # i32[R L] of this shard, sorted; its number of experts for unused choices
+    gates: Leaf  # f32[R L]
+    active: Leaf  # bool
+    following: Position
 
 
 def apply_experts(
@@ -43,7 +103,7 @@ def apply_experts(
     *,
     activation: Activation,
     kernel: str,
-    slots: int | None = None,
+    traffic: Traffic,
     axis: str = "expert",
 ) -> Float[Array, "G T D"]:
     """The experts on all shards of a mesh axis, to be called inside ``shard_map``.
@@ -52,95 +112,250 @@ def apply_experts(
       x: this shard's tokens.
       assignment: their choices, by the numbers of all experts.
       weights: this shard's experts.
-      slots: the most choices an expert has per group, if there is a capacity.
+      traffic: what rooms are planned for.
     """
-    num_local, shards = weights.w_in.shape[0], jax.lax.axis_size(axis)
-    top_k, tokens = assignment.experts.shape[-1], x.shape[0] * x.shape[1]
-    everywhere = jax.tree.map(lambda a: jax.lax.all_gather(a, axis, tiled=True), assignment)
-    mine: Any = dispatch.own_experts(everywhere, num_local, jax.lax.axis_index(axis))
-    room = shards * tokens if slots is None else min(shards * tokens, num_local * slots * shards * x.shape[0])
-    shard = assignment.experts.reshape(tokens, top_k, 1) // num_local
-    journey = plan(
-        jnp.any(shard == jnp.arange(shards), axis=1),
-        jnp.any(mine.experts < num_local, axis=-1).reshape(-1),
-        most_sent=tokens * min(top_k, shards),
-        most_received=room,
-        axis=axis,
-    )
-    rows: Any = permute(x.reshape(tokens, -1), journey.moves)
-    rows = send(room, axis, rows, journey.counts)
-    here = TokenChoice(
-        _of_tokens(mine.experts, journey.arriving, num_local), _of_tokens(mine.gates, journey.arriving, 0.0)
-    )
-    rows = dispatch.apply_experts(rows[None], here, weights, activation=activation, kernel=kernel)[0]
-    rows = send(tokens * min(top_k, shards), axis, rows, journey.counts.T)
-    return unpermute(rows, journey.moves).reshape(x.shape)
+    experts, gates = windows.by_expert(assignment, traffic.num_experts)
+    hop = route(traffic, activation=activation, kernel=kernel, axis=axis)
+    return travel(hop, x.reshape(-1, x.shape[-1]), experts, gates, weights).reshape(x.shape)
 
 
-def plan(
-    wanted: Bool[Array, "T N"],
-    arriving: Bool[Array, " all"],
-    *,
-    most_sent: int,
-    most_received: int,
-    axis: str,
-) -> Journey:
-    """The rows in order: those sent by shard, then token; those received by the shard they come from.
-
-    Args:
-      wanted: whether a token of this shard is to go to shard n.
-      arriving: whether a token, of all shards, is to come here.
-    """
-    tokens, shards = wanted.shape
-    by_shard = wanted.T.reshape(-1)
-    place = jnp.where(by_shard, jnp.cumsum(by_shard, dtype=jnp.int32) - 1, most_sent)
-    token = jnp.tile(jnp.arange(tokens, dtype=jnp.int32), shards)
-    source = jnp.zeros((most_sent,), jnp.int32).at[place].set(token, mode="drop")
-    counts = jax.lax.all_gather(jnp.sum(wanted, axis=0, dtype=jnp.int32), axis)
-    slot = jnp.where(arriving, jnp.cumsum(arriving, dtype=jnp.int32) - 1, most_received)
-    number = jnp.arange(arriving.size, dtype=jnp.int32)
-    tokens_here = jnp.full((most_received,), arriving.size, jnp.int32).at[slot].set(number, mode="drop")
-    return Journey(Moves(source, place.reshape(shards, tokens).T), counts, tokens_here)
+def route(traffic: Traffic, *, activation: Activation, kernel: str, axis: str) -> Hop:
+    """The hops of an exchange. A slice is made of neighbours on the axis."""
+    rooms = plan(traffic)
+    experts = windows.Experts(activation, kernel, rooms[-1].pairs)
+    overlapped = traffic.num_chunks > 1
+    if len(rooms) == 1:
+        return Hop(rooms[0], axis, None, experts, overlapped)
+    slices, devices = rooms[0].shards, rooms[1].shards
+    within = tuple(tuple(s * devices + d for d in range(devices)) for s in range(slices))
+    between = tuple(tuple(s * devices + d for s in range(slices)) for d in range(devices))
+    return Hop(rooms[0], axis, between, Hop(rooms[1], axis, within, experts, False), overlapped)
 
 
-def _of_tokens(values: jax.Array, tokens: jax.Array, empty: float) -> jax.Array:
-    """[G T K] to the rows [1 R K] of the given tokens; ``empty`` in rows without one."""
-    return values.reshape(-1, values.shape[-1]).at[tokens].get(mode="fill", fill_value=empty)[None]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def travel(
+    hop: Hop,
+    x: Float[Array, "T D"],
+    experts: Int[Array, "T K"],
+    gates: Float[Array, "T K"],
+    weights: ExpertWeights,
+) -> Float[Array, "T D"]:
+    """Round after round; choices as ``windows.by_expert`` sorts them."""
+
+    def one(arrival: Arrival, y: jax.Array) -> jax.Array:
+        out = _compute(hop, arrival, arrival.rows[0], arrival.gates, weights)
+        return _add(y, arrival.chunk, _return(hop, arrival, out))
+
+    return _each_round(hop, (x,), experts, gates, one, jnp.zeros_like(x))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def send(
-    size: int, axis: str, rows: Float[Array, "S D"], counts: Int[Array, "N N"]
-) -> Float[Array, "size D"]:
-    """The first ``counts[me].sum()`` rows to the shards, in their order; the transpose sends them back.
+def _forward(hop: Hop, *arguments: Any) -> tuple[jax.Array, tuple]:
+    return travel(hop, *arguments), arguments
 
-    Args:
-      size: of the result; rows past those that come are zeros.
-      counts: rows from shard i to shard j, known to all.
-    """
-    me = jax.lax.axis_index(axis)
-    first = jnp.cumsum(counts, axis=1) - counts  # [i j] of the rows for j, in what i sends
-    place = jnp.cumsum(counts, axis=0) - counts  # [i j] of the rows from i, in what j receives
-    if target.current_kind() != "cpu":
-        out = jnp.zeros((size, rows.shape[1]), rows.dtype)
-        return jax.lax.ragged_all_to_all(
-            rows, out, first[me], counts[me], place[me], counts[:, me], axis_name=axis
+
+def _backward(hop: Hop, residual: tuple, grad: jax.Array) -> tuple:
+    """Rows travel again beside their gradients, so that nothing is kept from the forward pass."""
+    x, experts, gates, weights = residual
+
+    def one(arrival: Arrival, sums: tuple) -> tuple:
+        rows, upstream = arrival.rows
+        _, pull = jax.vjp(functools.partial(_compute, hop, arrival), rows, arrival.gates, weights)
+        of_rows, of_gates, of_weights = pull(upstream)
+        grad_x, grad_gates, grad_weights = sums
+        return (
+            _add(grad_x, arrival.chunk, _return(hop, arrival, of_rows)),
+            _add_gates(grad_gates, hop, arrival.chunk, _return(hop, arrival, of_gates)),
+            jax.tree.map(lambda total, part: total + part.astype(total.dtype), grad_weights, of_weights),
         )
-    everything = jax.lax.all_gather(rows, axis)
+
+    sums = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights)
+    begun = (jnp.zeros_like(x), jnp.zeros_like(gates), sums)
+    grad_x, grad_gates, sums = _each_round(hop, (x, grad), experts, gates, one, begun)
+    return grad_x, None, grad_gates, jax.tree.map(lambda total, w: total.astype(w.dtype), sums, weights)
+
+
+travel.defvjp(_forward, _backward)
+
+
+def _each_round(hop: Hop, sent: tuple, experts: jax.Array, gates: jax.Array, one: Any, begun: Any) -> Any:
+    """``one(arrival, carry) -> carry`` until no device has anything left."""
+    fetch = functools.partial(_fetch, hop, sent, experts, gates)
+    zero = jnp.zeros((), jnp.int32)
+    start = Position(zero, zero, jnp.ones((), bool))
+    if hop.overlapped:  # the rows of the next round do not wait for what is done with these
+        return jax.lax.while_loop(
+            lambda carry: carry[0].active,
+            lambda carry: (fetch(carry[0].following), one(*carry)),
+            (fetch(start), begun),
+        )[1]
+
+    def round_of(carry: tuple[Position, Any]) -> tuple[Position, Any]:
+        arrival = fetch(carry[0])
+        return arrival.following, one(arrival, carry[1])
+
+    return jax.lax.while_loop(lambda carry: carry[0].active, round_of, (start, begun))[1]
+
+
+def _fetch(hop: Hop, sent: tuple, experts: jax.Array, gates: jax.Array, at: Position) -> Arrival:
+    """Sends what is next, and receives."""
+    rooms, tokens = hop.rooms, experts.shape[0]
+    chunk = _chunk(hop, experts, at.first)
+    passage, waiting = _agree(hop, chunk, at.turn)
+    token = chunk.choice // experts.shape[1]
+    rows = tuple(_send(hop, _slice(array, chunk, rooms.tokens)[token], passage) for array in sent)
+    ids, row_gates = _choices(hop, chunk, _slice(gates, chunk, rooms.tokens))
+    mail = jnp.concatenate([ids, jax.lax.bitcast_convert_type(row_gates, jnp.int32)], axis=1)
+    mail = _send(hop, mail, passage)
+    ids, row_gates = jnp.split(mail, 2, axis=1)
+    left = jnp.stack([waiting - (at.turn + 1) * rooms.received, tokens - chunk.last])
+    left = jax.lax.pmax(left, hop.axis) > 0  # on any device
+    following = Position(
+        first=jnp.where(left[0], at.first, chunk.last),
+        turn=jnp.where(left[0], at.turn + 1, 0),
+        active=jnp.any(left),
+    )
+    return Arrival(
+        chunk,
+        passage,
+        rows,
+        jnp.where(ids > 0, ids - 1, rooms.experts),
+        jax.lax.bitcast_convert_type(row_gates, jnp.float32),
+        at.active,
+        following,
+    )
+
+
+def _chunk(hop: Hop, experts: Int[Array, "T K"], first: jax.Array) -> Chunk:
+    """From a token on, as many as have room to be sent together."""
+    rooms, unused = hop.rooms, hop.rooms.shards * hop.rooms.experts
+    heads = _heads(experts, rooms)
+    last = windows.last_within(first, jnp.sum(heads, axis=1, dtype=jnp.int32), rooms.sent)
+    start = jnp.minimum(first, experts.shape[0] - rooms.tokens)
+    last = jnp.minimum(last, first + rooms.tokens)
+    token = start + jnp.arange(rooms.tokens, dtype=jnp.int32)[:, None]
+    here = (token >= first) & (token < last)
+    mine = jnp.where(here, jax.lax.dynamic_slice_in_dim(experts, start, rooms.tokens), unused)
+    heads = _heads(mine, rooms)
+    key = jnp.where(heads, mine // rooms.experts, rooms.shards)
+    choice, row, ends = windows.sort(key.reshape(-1), rooms.shards, rooms.sent)
+    return Chunk(start, last, mine, mine < unused, choice, row.reshape(mine.shape), ends)
+
+
+def _heads(experts: Int[Array, "T K"], rooms: Rooms) -> jax.Array:
+    """Whether a row begins with a choice: the first of its shard, and every Lth after it."""
+    return (_behind(experts, rooms) % _width(experts, rooms) == 0) & (experts < rooms.shards * rooms.experts)
+
+
+def _behind(experts: Int[Array, "T K"], rooms: Rooms) -> Int[Array, "T K"]:
+    """How many choices of the same token and shard come before each."""
+    shard, k = experts // rooms.experts, jnp.arange(experts.shape[1], dtype=jnp.int32)
+    new = jnp.pad(shard[:, 1:] != shard[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    return k - jax.lax.cummax(jnp.where(new, k, 0), axis=1)
+
+
+def _width(experts: Int[Array, "_ K"], rooms: Rooms) -> int:
+    """The most choices L that go with a row."""
+    return min(experts.shape[1], rooms.experts)
+
+
+def _agree(hop: Hop, chunk: Chunk, turn: jax.Array) -> tuple[Passage, jax.Array]:
+    """Exchanges counts; what moves in this round, and how many rows the queue here has."""
+    first = jnp.pad(chunk.ends[:-1], (1, 0))
+    mine = jnp.stack([chunk.ends - first, first], axis=1)
+    theirs = jax.lax.all_to_all(mine, split_axis=0, concat_axis=0, tiled=True, **hop.options)
+    counts, arriving = mine[:, 0], theirs[:, 0]
+    queue = jnp.cumsum(arriving, dtype=jnp.int32) - arriving
+    place = jax.lax.all_to_all(queue, split_axis=0, concat_axis=0, tiled=True, **hop.options)
+    room = hop.rooms.received
+
+    def cut(place: jax.Array, counts: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Of rows that stand at ``place`` in a queue: those before this round, in it, and where they go."""
+        before = jnp.clip(turn * room - place, 0, counts)
+        until = jnp.clip((turn + 1) * room - place, 0, counts)
+        return before, until - before, jnp.clip(place + before - turn * room, 0, room)
+
+    before, sizes, there = cut(place, counts)
+    before_here, arriving_now, here = cut(queue, arriving)
+    passage = Passage(first + before, sizes, there, here, arriving_now, theirs[:, 1] + before_here)
+    return passage, jnp.sum(arriving)
+
+
+def _choices(hop: Hop, chunk: Chunk, gates: jax.Array) -> tuple[Int[Array, "S L"], Float[Array, "S L"]]:
+    """What a row is for: the experts of its shard, counted from 1 (0: unused), and their gates."""
+    rooms, top_k = hop.rooms, chunk.experts.shape[1]
+    offset = jnp.arange(_width(chunk.experts, rooms), dtype=jnp.int32)
+    token, k = chunk.choice[:, None] // top_k, chunk.choice[:, None] % top_k + offset
+    inside, k = k < top_k, jnp.minimum(k, top_k - 1)
+    experts = chunk.experts[token, k]
+    shard = experts[:, :1] // rooms.experts
+    local = experts - shard * rooms.experts
+    same = inside & (local < rooms.experts) & (shard < rooms.shards)
+    return jnp.where(same, local + 1, 0), jnp.where(same, gates[token, k], 0.0)
+
+
+def _compute(hop: Hop, arrival: Arrival, rows: jax.Array, gates: jax.Array, weights: Any) -> jax.Array:
+    """The next hop of the rows that came, or their experts."""
+    if isinstance(hop.after, Hop):
+        return travel(hop.after, rows, arrival.experts, gates, weights)
+    if hop.rooms.experts > 1:
+        return windows.walk(hop.after, rows, arrival.experts, gates, weights)
+    count = jnp.sum(arrival.passage.arriving, dtype=jnp.int32)[None]
+    return hop.after.products(rows, count, gates[:, 0], weights)
+
+
+def _slice(array: jax.Array, chunk: Chunk, tokens: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(array, chunk.start, tokens)
+
+
+def _add(total: Float[Array, "T D"], chunk: Chunk, rows: Float[Array, "S D"]) -> Float[Array, "T D"]:
+    """Adds the rows that came back to their tokens."""
+    part = windows.sum_rows(rows, chunk.row, chunk.used)
+    part += _slice(total, chunk, part.shape[0])
+    return jax.lax.dynamic_update_slice_in_dim(total, part, chunk.start, axis=0)
+
+
+def _add_gates(
+    total: Float[Array, "T K"], hop: Hop, chunk: Chunk, rows: Float[Array, "S L"]
+) -> Float[Array, "T K"]:
+    """The same of the gradients of gates, each of which is in the row that its choice went with."""
+    behind = _behind(chunk.experts, hop.rooms) % rows.shape[1]
+    head = jnp.arange(chunk.row.shape[1], dtype=jnp.int32) - behind
+    row = jnp.take_along_axis(chunk.row, head, axis=1)
+    part = rows.at[row, behind].get(mode="fill", fill_value=0)
+    part += _slice(total, chunk, part.shape[0])
+    return jax.lax.dynamic_update_slice_in_dim(total, part, chunk.start, axis=0)
+
+
+def _send(hop: Hop, rows: Float[Array, "S D"] | Int[Array, "S D"], passage: Passage) -> jax.Array:
+    """Rows to the shards that they are for; rows of the result past those that come are zeros."""
+    p = passage
+    out = (p.away, p.sizes, p.there)
+    return _move(hop, rows, hop.rooms.received, out, (p.away_there, p.arriving, p.here))
+
+
+def _return(hop: Hop, arrival: Arrival, rows: Float[Array, "R D"]) -> Float[Array, "S D"]:
+    """Rows back to where they came from, each to the place that it was sent from."""
+    p = arrival.passage
+    out = (p.here, p.arriving, p.away_there)
+    return _move(hop, rows, hop.rooms.sent, out, (p.there, p.sizes, p.away))
+
+
+def _move(hop: Hop, rows: jax.Array, size: int, out: tuple, come: tuple) -> jax.Array:
+    """A ragged all-to-all; on a CPU, where XLA has none, the same rows are picked out of an all-gather.
+
+    Args:
+      size: rows of the result.
+      out: for every shard, the first of its rows here, their number, and where they begin there.
+      come: for every shard, the first of its rows for this one, their number, and where they begin here.
+    """
+    if target.current_kind() != "cpu":
+        first, sizes, there = out
+        empty = jnp.zeros((size, *rows.shape[1:]), rows.dtype)
+        return jax.lax.ragged_all_to_all(rows, empty, first, sizes, there, come[1], **hop.options)
+    first, sizes, here = come
+    everything = jax.lax.all_gather(rows, **hop.options)
     row = jnp.arange(size, dtype=jnp.int32)
-    ends = place[:, me] + counts[:, me]
-    source = jnp.searchsorted(ends, row, side="right").astype(jnp.int32)
-    index = (first - place)[source, me] + row
-    return jnp.where((row < ends[-1])[:, None], everything.at[source, index].get(mode="clip"), 0)
-
-
-def _send_forward(size: int, axis: str, rows: jax.Array, counts: jax.Array) -> tuple:
-    return send(size, axis, rows, counts), (counts, rows[:, :0])
-
-
-def _send_backward(size: int, axis: str, residual: tuple, grad: jax.Array) -> tuple[jax.Array, None]:
-    counts, like = residual
-    return send(like.shape[0], axis, grad, counts.T), None
-
-
-send.defvjp(_send_forward, _send_backward)
+    source = jnp.maximum(jnp.searchsorted(here, row, side="right") - 1, 0)
+    behind = row - here[source]
+    found = everything.at[source, first[source] + behind].get(mode="clip")
+    return jnp.where((behind >= 0)[:, None] & (behind < sizes[source])[:, None], found, 0)
