@@ -43,6 +43,11 @@ class Hop:
     overlapped: bool  # whether the next rows arrive while these are worked on
 
     @property
+    def kernel(self) -> str:
+        """What rows are summed by."""
+        return self.after.kernel
+
+    @property
     def options(self) -> dict[str, Any]:
         """Which devices a collective joins."""
         groups = None if self.groups is None else [list(group) for group in self.groups]
@@ -144,7 +149,7 @@ def travel(
 
     def one(arrival: Arrival, y: jax.Array) -> jax.Array:
         out = _compute(hop, arrival, arrival.rows[0], arrival.gates, weights)
-        return _add(y, arrival.chunk, _return(hop, arrival, out))
+        return _add(y, hop, arrival.chunk, _return(hop, arrival, out))
 
     return _each_round(hop, (x,), experts, gates, one, jnp.zeros_like(x))
 
@@ -163,7 +168,7 @@ def _backward(hop: Hop, residual: tuple, grad: jax.Array) -> tuple:
         of_rows, of_gates, of_weights = pull(upstream)
         grad_x, grad_gates, grad_weights = sums
         return (
-            _add(grad_x, arrival.chunk, _return(hop, arrival, of_rows)),
+            _add(grad_x, hop, arrival.chunk, _return(hop, arrival, of_rows)),
             _add_gates(grad_gates, hop, arrival.chunk, _return(hop, arrival, of_gates)),
             jax.tree.map(lambda total, part: total + part.astype(total.dtype), grad_weights, of_weights),
         )
@@ -307,9 +312,11 @@ def _slice(array: jax.Array, chunk: Chunk, tokens: int) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(array, chunk.start, tokens)
 
 
-def _add(total: Float[Array, "T D"], chunk: Chunk, rows: Float[Array, "S D"]) -> Float[Array, "T D"]:
+def _add(
+    total: Float[Array, "T D"], hop: Hop, chunk: Chunk, rows: Float[Array, "S D"]
+) -> Float[Array, "T D"]:
     """Adds the rows that came back to their tokens."""
-    part = windows.sum_rows(rows, chunk.row, chunk.used)
+    part = windows.sum_rows(rows, chunk.row, chunk.used, hop.kernel)
     part += _slice(total, chunk, part.shape[0])
     return jax.lax.dynamic_update_slice_in_dim(total, part, chunk.start, axis=0)
 

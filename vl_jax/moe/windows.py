@@ -22,6 +22,8 @@ from jaxtyping import Array, Bool, Float, Int
 from vl_jax.kernels.activation import Activation
 from vl_jax.kernels.expert_weights import ExpertWeights
 from vl_jax.kernels.grouped_matmul import grouped_mlp
+from vl_jax.kernels.permute import gather_rows
+from vl_jax.kernels.target import current_target
 from vl_jax.moe.assignment import TokenChoice
 from vl_jax.params import Leaf
 
@@ -85,15 +87,18 @@ def take(rows: Float[Array, "R D"], index: Int[Array, "*N"]) -> Float[Array, "*N
 
 
 def sum_rows(
-    rows: Float[Array, "R D"], index: Int[Array, "T K"], used: Bool[Array, "T K"]
+    rows: Float[Array, "R D"], index: Int[Array, "T K"], used: Bool[Array, "T K"], kernel: str
 ) -> Float[Array, "T D"]:
     """The sum of every token's rows in float32, one choice at a time: [T K D] would be K times the tokens.
 
     Args:
       used: choices that may have a row; those of a token come before its others.
+      kernel: ``pallas``, or any other, which leaves it to XLA.
     """
     columns = index.shape[1]
     if columns <= UNROLLED:
+        if kernel == "pallas":
+            return gather_rows(rows, index, target=current_target(), name="unpermute")
         total = functools.reduce(jnp.add, (take(rows, i).astype(jnp.float32) for i in index.T))
         return total.astype(rows.dtype)
     last = jnp.max(jnp.sum(used, axis=1, dtype=jnp.int32))
@@ -122,7 +127,7 @@ def walk(
         last, window = _window(first, experts, num_experts, how.room)
         rows, row_gates = x[window.choice // experts.shape[1]], gates.reshape(-1)[window.choice]
         out = how.products(rows, window.sizes, row_gates, weights)
-        return last, y + sum_rows(out, window.row, experts < num_experts)
+        return last, y + sum_rows(out, window.row, experts < num_experts, how.kernel)
 
     return _each_window(x.shape[0], one, jnp.zeros_like(x))
 
@@ -147,7 +152,7 @@ def _backward(how: Experts, residual: tuple, grad: jax.Array) -> tuple:
         )
         of_rows, of_gates, of_weights = pull(grad[token])
         return last, (
-            grad_x + sum_rows(of_rows, window.row, experts < num_experts),
+            grad_x + sum_rows(of_rows, window.row, experts < num_experts, how.kernel),
             grad_gates + of_gates.at[window.row].get(mode="fill", fill_value=0),
             jax.tree.map(jnp.add, grad_weights, of_weights),
         )
