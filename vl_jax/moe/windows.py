@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from vl_jax.kernels.accumulate import add_gradients
 from vl_jax.kernels.activation import Activation
 from vl_jax.kernels.expert_weights import ExpertWeights
 from vl_jax.kernels.grouped_matmul import grouped_mlp
@@ -144,17 +145,20 @@ def _backward(how: Experts, residual: tuple, grad: jax.Array) -> tuple:
         first, (grad_x, grad_gates, grad_weights) = carry
         last, window = _window(first, experts, num_experts, how.room)
         token = window.choice // top_k
-        _, pull = jax.vjp(
-            lambda rows, row_gates, weights: how.products(rows, window.sizes, row_gates, weights),
+        of_rows, of_gates, grad_weights = add_gradients(
             x[token],
             gates.reshape(-1)[window.choice],
+            grad[token],
+            window.sizes,
             weights,
+            grad_weights,
+            activation=how.activation,
+            kernel=how.kernel,
         )
-        of_rows, of_gates, of_weights = pull(grad[token])
         return last, (
             grad_x + sum_rows(of_rows, window.row, experts < num_experts, how.kernel),
             grad_gates + of_gates.at[window.row].get(mode="fill", fill_value=0),
-            jax.tree.map(jnp.add, grad_weights, of_weights),
+            grad_weights,
         )
 
     begun = jax.tree.map(jnp.zeros_like, (x, gates, weights))
