@@ -16,9 +16,10 @@ from jax.sharding import PartitionSpec as P
 
 from vl_jax.kernels.activation import SWIGLU
 from vl_jax.kernels.expert_weights import ExpertWeights
-from vl_jax.moe import dispatch, ragged
+from vl_jax.moe import dispatch
 from vl_jax.moe.assignment import TokenChoice
-from vl_jax.moe.rooms import Traffic
+from vl_jax.moe.bounded import ragged
+from vl_jax.moe.bounded.rooms import Traffic
 
 D, F = 4, 3
 TIGHT = {"factor": 1.0}

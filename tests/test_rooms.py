@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vl_jax.moe import rooms
-from vl_jax.moe.rooms import Traffic
+from vl_jax.moe.bounded import rooms
+from vl_jax.moe.bounded.rooms import Traffic
 
 LARGE = Traffic(tokens=4096, top_k=8, num_experts=256, shards=256)
 

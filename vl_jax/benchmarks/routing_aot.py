@@ -38,7 +38,8 @@ from vl_jax.kernels import aot
 from vl_jax.kernels.combine import combine
 from vl_jax.kernels.expert_weights import ExpertWeights
 from vl_jax.kernels.permute import permute
-from vl_jax.moe import dispatch, exchange, rooms
+from vl_jax.moe import dispatch, exchange
+from vl_jax.moe.bounded import rooms
 from vl_jax.moe.config import CapacityConfig, ExecutionConfig
 from vl_jax.moe.routing import MoEConfig, TokenChoice
 from vl_jax.sharding import MeshConfig, make_mesh

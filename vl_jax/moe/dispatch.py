@@ -22,8 +22,8 @@ from vl_jax.kernels.expert_weights import ExpertWeights
 from vl_jax.kernels.grouped_matmul import gathered_mlp, grouped_mlp
 from vl_jax.kernels.permute import Moves
 from vl_jax.kernels.router import rank_in_expert, sort_by_expert
-from vl_jax.moe import windows
 from vl_jax.moe.assignment import Assignment, Choice, ExpertChoice, Soft, TokenChoice
+from vl_jax.moe.bounded import windows
 from vl_jax.moe.routing import MoEConfig
 from vl_jax.moe.slots import ceil_times
 from vl_jax.params import Leaf

@@ -10,7 +10,7 @@ same, in steps that hide behind the work of experts. Above, every token may be s
 ``all_to_all`` for a layer with a capacity, ``ragged`` for any.
 
 A device's experts have room for a little more rows than even load brings (``execution.buffer``). Where more
-choices could name them, tokens go through them in windows (``windows``).
+choices could name them, tokens go through them in windows (``bounded``).
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ from jaxtyping import Array, Float
 from vl_jax import sharding
 from vl_jax.kernels import target
 from vl_jax.kernels.expert_weights import ExpertWeights
-from vl_jax.moe import all_to_all, dispatch, mixing, ragged, rooms
+from vl_jax.moe import all_to_all, dispatch, mixing
 from vl_jax.moe.assignment import Assignment, Merge, Soft, TokenChoice
-from vl_jax.moe.rooms import Traffic
+from vl_jax.moe.bounded import ragged, rooms
+from vl_jax.moe.bounded.rooms import Traffic
 from vl_jax.moe.routing import MoEConfig
 from vl_jax.sharding import current_mesh, current_rules
 

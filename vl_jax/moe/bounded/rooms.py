@@ -120,7 +120,7 @@ def _room(count: int, ratio: Fraction, *, least: int, most: int) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Memory:
+class RoomBytes:
     """Bytes of one device, for one layer forward and backward."""
 
     balanced: int  # of the rows that arrive at even load, all at once
@@ -134,7 +134,7 @@ class Memory:
         return self.travelling + self.products + self.gradients + self.tokens
 
 
-def memory(traffic: Traffic, *, width: int, hidden: int, inputs: int = 2, itemsize: int = 2) -> Memory:
+def memory(traffic: Traffic, *, width: int, hidden: int, inputs: int = 2, itemsize: int = 2) -> RoomBytes:
     """What the arrays of a layer need at the same time, were nothing fused and nothing reused.
 
     Args:
@@ -148,7 +148,7 @@ def memory(traffic: Traffic, *, width: int, hidden: int, inputs: int = 2, itemsi
     rows = sum(3 * hop.sent + (4 if overlapped else 2) * hop.received for hop in hops)
     sorted_rows = 3 * last.pairs if last.experts > 1 else last.pairs
     kept = traffic.num_experts // traffic.shards * (inputs + 1) * width * hidden
-    return Memory(
+    return RoomBytes(
         balanced=traffic.tokens * traffic.top_k * width * itemsize,
         travelling=rows * width * itemsize,
         products=(sorted_rows * width + last.pairs * 2 * (inputs + 1) * hidden) * itemsize,

@@ -26,9 +26,9 @@ from jaxtyping import Array, Float, Int
 from vl_jax.kernels import target
 from vl_jax.kernels.activation import Activation
 from vl_jax.kernels.expert_weights import ExpertWeights
-from vl_jax.moe import windows
 from vl_jax.moe.assignment import TokenChoice
-from vl_jax.moe.rooms import Rooms, Traffic, plan
+from vl_jax.moe.bounded import windows
+from vl_jax.moe.bounded.rooms import Rooms, Traffic, plan
 from vl_jax.params import Leaf
 
 
@@ -55,7 +55,7 @@ class Hop:
 
 
 @struct.dataclass
-class Position:
+class NextRound:
     """What the next round is about; ``active`` is the same on all devices."""
 
     first: Leaf  # i32 token of this device that the chunk begins with
@@ -98,7 +98,7 @@ class Arrival:
     experts: Leaf  # i32[R L] of this shard, sorted; its number of experts for unused choices
     gates: Leaf  # f32[R L]
     active: Leaf  # bool
-    following: Position
+    following: NextRound
 
 
 def apply_experts(
@@ -186,7 +186,7 @@ def _each_round(hop: Hop, sent: tuple, experts: jax.Array, gates: jax.Array, one
     """``one(arrival, carry) -> carry`` until no device has anything left."""
     fetch = functools.partial(_fetch, hop, sent, experts, gates)
     zero = jnp.zeros((), jnp.int32)
-    start = Position(zero, zero, jnp.ones((), bool))
+    start = NextRound(zero, zero, jnp.ones((), bool))
     if hop.overlapped:  # the rows of the next round do not wait for what is done with these
         return jax.lax.while_loop(
             lambda carry: carry[0].active,
@@ -194,14 +194,14 @@ def _each_round(hop: Hop, sent: tuple, experts: jax.Array, gates: jax.Array, one
             (fetch(start), begun),
         )[1]
 
-    def round_of(carry: tuple[Position, Any]) -> tuple[Position, Any]:
+    def round_of(carry: tuple[NextRound, Any]) -> tuple[NextRound, Any]:
         arrival = fetch(carry[0])
         return arrival.following, one(arrival, carry[1])
 
     return jax.lax.while_loop(lambda carry: carry[0].active, round_of, (start, begun))[1]
 
 
-def _fetch(hop: Hop, sent: tuple, experts: jax.Array, gates: jax.Array, at: Position) -> Arrival:
+def _fetch(hop: Hop, sent: tuple, experts: jax.Array, gates: jax.Array, at: NextRound) -> Arrival:
     """Sends what is next, and receives."""
     rooms, tokens = hop.rooms, experts.shape[0]
     chunk = _chunk(hop, experts, at.first)
@@ -214,7 +214,7 @@ def _fetch(hop: Hop, sent: tuple, experts: jax.Array, gates: jax.Array, at: Posi
     ids, row_gates = jnp.split(mail, 2, axis=1)
     left = jnp.stack([waiting - (at.turn + 1) * rooms.received, tokens - chunk.last])
     left = jax.lax.pmax(left, hop.axis) > 0  # on any device
-    following = Position(
+    following = NextRound(
         first=jnp.where(left[0], at.first, chunk.last),
         turn=jnp.where(left[0], at.turn + 1, 0),
         active=jnp.any(left),
