@@ -86,7 +86,7 @@ def shape_of(given: Mapping[str, Any], *, platform: str) -> Shape | None:
     Raises:
       ValueError: a size that there is not.
     """
-    default = CPU_SHAPES[1] if platform == "cpu" else ACCELERATOR_SHAPES[0]
+    default = Shape() if platform == "cpu" else ACCELERATOR_SHAPES[0]
     asked = {name: value for name, value in given.items() if value is not None}
     return dataclasses.replace(default, **asked) if asked else None
 

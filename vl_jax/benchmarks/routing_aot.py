@@ -121,16 +121,20 @@ def _mesh(shape: Shape, devices: list[Any]) -> Mesh:
     return make_mesh(MeshConfig(expert=experts), devices=devices)
 
 
-def _exchanges(mesh: Mesh, *, slices: int) -> dict[str, ExecutionConfig | str]:
-    """How tokens may reach the experts, by the name of the row; or why they may not."""
-    number, found = mesh.shape["expert"], {}
+def _exchanges(number: int, devices: int, *, slices: int) -> dict[str, ExecutionConfig | str]:
+    """How tokens may reach the experts, by the name of the row; or why they may not.
+
+    Args:
+      number: of shards that experts are cut into.
+    """
+    found: dict[str, ExecutionConfig | str] = {}
     kinds = [(kind, {"exchange": kind}) for kind in EXCHANGES]
     if slices > 1:
         kinds.append((f"ragged, {slices} slices", {"exchange": "ragged", "slices": slices}))
     for name, options in kinds:
-        row = f"{name}, {mesh.size} devices"
-        if mesh.size == 1 or number == 1:
-            found[row] = f"{number} of {mesh.size} devices would have experts of their own"
+        row = f"{name}, {devices} devices"
+        if number == 1:
+            found[row] = f"{number} of {devices} devices would have experts of their own"
         elif name == "ring" and number > exchange.MOST_IN_RING:
             found[row] = f"is for up to {exchange.MOST_IN_RING} shards, and there are {number}"
         elif number % options.get("slices", 1):
@@ -174,7 +178,7 @@ def _spread(
 
     found = {}
     with sharding.use_mesh(mesh):
-        for name, execution in _exchanges(mesh, slices=slices).items():
+        for name, execution in _exchanges(mesh.shape["expert"], mesh.size, slices=slices).items():
             if isinstance(execution, str):
                 found[name] = {"not_run": execution}
                 print(f"  {name:26}not run: {execution}", flush=True)
