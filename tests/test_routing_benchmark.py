@@ -32,6 +32,17 @@ def test_all_ways_give_the_same_output_and_gradients(gated, monkeypatch):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
+def test_every_way_is_measured_or_named():
+    large = Shape(tokens=8192, width=512, hidden=64, num_experts=256, top_k=8)
+    for shape in (SMALL, large):
+        measured = routing_benchmark.ways(shape, platform="cpu")
+        reasons = routing_benchmark.left_out(shape, platform="cpu")
+        every = {"capacity buffer", "every expert on every row", "one-hot products", "lax.ragged_dot"}
+        assert not set(measured) & set(reasons)
+        assert set(measured) | set(reasons) == {"ours, blocked", "megablox", "tokamax", *every}
+    assert reasons["lax.ragged_dot"] == "needs 34.4 GB"
+
+
 def test_every_token_chooses_different_experts_and_zipf_prefers_the_first():
     shape = Shape(tokens=500, width=2, hidden=2, num_experts=8, top_k=3)
     counts = {}

@@ -3,8 +3,9 @@
     x [T D], experts [T K], gates [T K], weights --ways: ours, capacity, one-hot, ragged, ...--> y [T D]
 
 All ways run in turns in this process on the same numbers, and ratios are of neighbouring turns. Ways that
-need a capacity (factor 1.25) drop what overflows, so that they do no more work than the others; those whose
-memory a machine may not have are left out above ``MOST_BYTES``. Last in the table is no rival, but the floor.
+need a capacity (factor 1.25) drop what overflows, so that they do no more work than the others. Those whose
+memory a machine may not have (``MOST_BYTES``) or that it cannot run are named with the reason. Last in the
+table is no rival, but the floor.
 """
 
 from __future__ import annotations
@@ -42,13 +43,20 @@ ONE_HOT_GROUP = 512  # tokens that share the slots of a one-hot dispatch (GShard
 class Shape:
     """The sizes of one layer."""
 
-    tokens: int = 8192
+    tokens: int = 8192  # of one device
     width: int = 512
-    hidden: int = 352
+    hidden: int = 352  # width of an expert
     num_experts: int = 64
     top_k: int = 6
     gated: bool = False  # SwiGLU, with three matrices instead of two
     dtype: str = "float32"
+
+    def __post_init__(self):
+        for name in ("tokens", "width", "hidden", "num_experts", "top_k"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name}={value} must be >= 1")
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k={self.top_k} must be at most num_experts={self.num_experts}")
 
     @property
     def activation(self) -> Activation:
@@ -70,6 +78,18 @@ class Shape:
 # The layers that are measured when nothing else is asked for: on a CPU, and on an accelerator.
 CPU_SHAPES = tuple(Shape(num_experts=e) for e in (16, 64, 256))
 ACCELERATOR_SHAPES = (Shape(16384, 2048, 1408, 64, 6, gated=True, dtype="bfloat16"),)
+
+
+def shape_of(given: Mapping[str, Any], *, platform: str) -> Shape | None:
+    """The layer that some sizes ask for, all others as by default there; None if nothing is asked for.
+
+    Raises:
+      ValueError: a size that there is not.
+    """
+    default = Shape() if platform == "cpu" else ACCELERATOR_SHAPES[0]
+    asked = {name: value for name, value in given.items() if value is not None}
+    return dataclasses.replace(default, **asked) if asked else None
+
 
 Inputs = tuple[jax.Array, jax.Array, jax.Array, ExpertWeights]  # x, experts, gates, weights
 Way = Callable[[jax.Array, jax.Array, jax.Array, ExpertWeights], jax.Array]
@@ -194,25 +214,44 @@ def _tokamax(rows: jax.Array, matrices: jax.Array, sizes: jax.Array) -> jax.Arra
 
 def ways(shape: Shape, *, platform: str) -> dict[str, Way]:
     """What can be measured on a platform; ours is the first."""
-    rows = shape.tokens * shape.top_k * shape.width * jnp.dtype(shape.dtype).itemsize
-    group = min(ONE_HOT_GROUP, shape.tokens)
-    one_hot_size = group * shape.top_k * CAPACITY_FACTOR * group * shape.top_k * 4
+    reasons = left_out(shape, platform=platform)
     kernel = target.choose("auto", shape.width, shape.hidden)
     result = {f"ours, {kernel}": ours(shape, kernel), "capacity buffer": capacity_buffer(shape)}
     if kernel != "blocked":
         result["ours, blocked"] = ours(shape, "blocked")
-    if platform == "cpu" and shape.num_experts <= 16:  # E / k times the work
+    if platform == "cpu":
         result["every expert on every row"] = ours(shape, "reference")
-    if one_hot_size < MOST_BYTES:
-        result["one-hot products"] = one_hot(shape)
-    # Only on a TPU does it not multiply every row by every expert, and keep all of that.
-    if platform == "tpu" or rows * shape.num_experts < MOST_BYTES:
-        result["lax.ragged_dot"] = sorted_rows(shape, jax.lax.ragged_dot)
+    result["one-hot products"] = one_hot(shape)
+    result["lax.ragged_dot"] = sorted_rows(shape, jax.lax.ragged_dot)
     if platform == "tpu":
         result["megablox"] = sorted_rows(shape, _megablox)
-    if platform != "cpu" and importlib.util.find_spec("tokamax") is not None:
+    if platform != "cpu":
         result["tokamax"] = sorted_rows(shape, _tokamax)
-    return result
+    return {name: way for name, way in result.items() if name not in reasons}
+
+
+def left_out(shape: Shape, *, platform: str) -> dict[str, str]:
+    """The ways that are not measured, and why."""
+    rows = shape.tokens * shape.top_k * shape.width * jnp.dtype(shape.dtype).itemsize
+    group = min(ONE_HOT_GROUP, shape.tokens)
+    one_hot_size = group * shape.top_k * CAPACITY_FACTOR * group * shape.top_k * 4
+    reasons = {}
+    if platform == "cpu" and shape.num_experts > 16:
+        reasons["every expert on every row"] = f"{shape.num_experts / shape.top_k:.0f} times the work"
+    if one_hot_size >= MOST_BYTES:
+        reasons["one-hot products"] = f"needs {one_hot_size / 1e9:.1f} GB"
+    elif shape.tokens % group:
+        reasons["one-hot products"] = f"{shape.tokens} tokens are not groups of {group}"
+    # Only on a TPU does it not multiply every row by every expert, and keep all of that.
+    if platform != "tpu" and rows * shape.num_experts >= MOST_BYTES:
+        reasons["lax.ragged_dot"] = f"needs {rows * shape.num_experts / 1e9:.1f} GB"
+    if platform != "tpu":
+        reasons["megablox"] = "is for TPUs"
+    if platform == "cpu":
+        reasons["tokamax"] = "is for accelerators"
+    elif importlib.util.find_spec("tokamax") is None:
+        reasons["tokamax"] = "is not installed"
+    return reasons
 
 
 def forward_backward(way: Way) -> Callable[..., Any]:
@@ -246,12 +285,15 @@ def run(*, repeats: int = 5, json_file: Path | None = None, shapes: tuple[Shape,
         for load in LOADS:
             inputs = draw(shape, load=load)
             entry: dict[str, Any] = {"shape": dataclasses.asdict(shape), "load": load, "modes": {}}
+            entry["not_run"] = left_out(shape, platform=platform)
             print(f"\n{shape}, {load}")
             for mode, of in MODES.items():
                 timed = {**ways(shape, platform=platform), "no routing, one expert": one_expert(shape)}
                 functions = {name: jax.jit(of(way)) for name, way in timed.items()}
                 entry["modes"][mode] = figures = measure(functions, inputs, repeats)
                 print(table(mode, figures))
+            for name, reason in entry["not_run"].items():
+                print(f"  {name:26}not run: {reason}")
             result["layers"].append(entry)
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -3,14 +3,16 @@
     python -m vl_jax benchmark routing --topology=v5e:2x4
 
 One device: the layer from assignment to combined output, ours beside the other ways of ``routing_benchmark``
-and beside megablox. All devices: experts cut over the topology, one row of the table for every exchange. A
-way that does not compile stays in the table with what the compiler said. Nothing runs, so this is no speed.
+and beside megablox. All devices: experts cut over the topology and as many tokens on each, one row of the
+table for every exchange. A way that does not compile stays in the table with what the compiler said, one that
+is not for so many devices with the reason. Nothing runs, so this is no speed.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,23 +20,32 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from vl_jax import sharding
-from vl_jax.benchmarks.routing import ACCELERATOR_SHAPES, CAPACITY_FACTOR, MODES, Shape, Way, ways
+from vl_jax.benchmarks.routing import (
+    ACCELERATOR_SHAPES,
+    CAPACITY_FACTOR,
+    MODES,
+    Shape,
+    Way,
+    left_out,
+    ways,
+)
 from vl_jax.fit import program_text
 from vl_jax.kernels import aot
 from vl_jax.kernels.combine import combine
 from vl_jax.kernels.expert_weights import ExpertWeights
 from vl_jax.kernels.permute import permute
 from vl_jax.moe import dispatch, exchange
+from vl_jax.moe.bounded import rooms
 from vl_jax.moe.config import CapacityConfig, ExecutionConfig
 from vl_jax.moe.routing import MoEConfig, TokenChoice
 from vl_jax.sharding import MeshConfig, make_mesh
 
 EXCHANGES = ("all_gather", "ring", "all_to_all", "ragged")
-GROUP = 2048  # tokens of one row of a batch that is spread over devices
+GROUP = 2048  # tokens of one row of a batch that is spread over devices, at most
 
 
 def megablox(shape: Shape) -> Way:
@@ -57,14 +68,19 @@ def megablox(shape: Shape) -> Way:
     return run
 
 
-def run(topology: str, *, json_file: Path | None = None, shapes: tuple[Shape, ...] = ()) -> dict[str, Any]:
+def run(
+    topology: str, *, slices: int = 1, json_file: Path | None = None, shapes: tuple[Shape, ...] = ()
+) -> dict[str, Any]:
     """Compiles everything for a topology such as ``v5e:2x4``, prints tables, and returns the figures.
+
+    Args:
+      slices: how many of that topology, joined by the network of the data centre.
 
     Raises:
       ValueError: there is no such topology, or no libtpu.
     """
     try:
-        devices = aot.devices(topology)
+        devices = aot.devices(topology, slices=slices)
     except Exception as error:  # libtpu raises what it likes
         raise ValueError(f"--topology={topology}: {str(error).splitlines()[0]}") from error
     result: dict[str, Any] = {"benchmark": "routing", "topology": topology, "device": devices[0].device_kind}
@@ -72,9 +88,13 @@ def run(topology: str, *, json_file: Path | None = None, shapes: tuple[Shape, ..
     for shape in shapes or ACCELERATOR_SHAPES:
         print(f"\n{shape}, compiled for {topology} ({devices[0].device_kind})", flush=True)
         entry: dict[str, Any] = {"shape": dataclasses.asdict(shape), "useful_flops": shape.flops, "modes": {}}
+        mesh = _mesh(shape, devices)
         for mode, of in MODES.items():
             print(_HEAD.format(mode), flush=True)
-            entry["modes"][mode] = {**_alone(shape, devices, of), **_spread(shape, devices, of)}
+            alone, spread = _alone(shape, devices, of), _spread(shape, mesh, of, slices=slices)
+            entry["modes"][mode] = {**alone, **spread}
+        entry["rooms"] = _rooms(shape, mesh, slices=slices)
+        print(entry["rooms"] or "", flush=True)
         result["layers"].append(entry)
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -88,30 +108,65 @@ def _alone(shape: Shape, devices: list[Any], of: Callable[[Way], Callable[..., A
     arguments = _arguments(shape, place, place, place)
     with sharding.use_mesh(mesh):
         found = {**ways(shape, platform="tpu"), "megablox": megablox(shape)}
-        return {name: _compile(f"{name}", of(way), arguments) for name, way in found.items()}
+        compiled = {name: _compile(name, of(way), arguments) for name, way in found.items()}
+    for name, reason in left_out(shape, platform="tpu").items():
+        compiled[name] = {"not_run": reason}
+        print(f"  {name:26}not run: {reason}", flush=True)
+    return compiled
 
 
-def _spread(shape: Shape, devices: list[Any], of: Callable[[Way], Callable[..., Any]]) -> dict[str, Any]:
-    """Every exchange over all devices, if tokens and experts divide; a device's share of the work."""
-    number, group = len(devices), min(GROUP, shape.tokens)
-    if number == 1 or shape.tokens % (group * number) or shape.num_experts % number:
-        return {}
-    mesh = make_mesh(MeshConfig(expert=number), devices=devices)
+def _mesh(shape: Shape, devices: list[Any]) -> Mesh:
+    """Experts over as many devices as divide them, and tokens over all."""
+    experts = math.gcd(len(devices), shape.num_experts)
+    return make_mesh(MeshConfig(expert=experts), devices=devices)
+
+
+def _exchanges(number: int, devices: int, *, slices: int) -> dict[str, ExecutionConfig | str]:
+    """How tokens may reach the experts, by the name of the row; or why they may not.
+
+    Args:
+      number: of shards that experts are cut into.
+    """
+    found: dict[str, ExecutionConfig | str] = {}
+    kinds = [(kind, {"exchange": kind}) for kind in EXCHANGES]
+    if slices > 1:
+        kinds.append((f"ragged, {slices} slices", {"exchange": "ragged", "slices": slices}))
+    for name, options in kinds:
+        row = f"{name}, {devices} devices"
+        if number == 1:
+            found[row] = f"{number} of {devices} devices would have experts of their own"
+        elif name == "ring" and number > exchange.MOST_IN_RING:
+            found[row] = f"is for up to {exchange.MOST_IN_RING} shards, and there are {number}"
+        elif number % options.get("slices", 1):
+            found[row] = f"{number} shards of experts do not divide by the slices"
+        else:
+            found[row] = ExecutionConfig(**options)
+    return found
+
+
+def _config(shape: Shape, execution: ExecutionConfig) -> MoEConfig:
+    return MoEConfig(
+        num_experts=shape.num_experts,
+        top_k=shape.top_k,
+        expert_dim=shape.hidden,
+        activation=shape.activation,
+        limit=CapacityConfig(factor=CAPACITY_FACTOR if execution.exchange == "all_to_all" else None),
+        execution=execution,
+    )
+
+
+def _spread(
+    shape: Shape, mesh: Mesh, of: Callable[[Way], Callable[..., Any]], *, slices: int
+) -> dict[str, Any]:
+    """Every exchange over all devices; a device's share of the work."""
+    group = max(size for size in range(1, min(GROUP, shape.tokens) + 1) if shape.tokens % size == 0)
     rows = NamedSharding(mesh, sharding.AxisRules().spec(("batch",)))
     ends = (None, None, "tensor"), ("tensor", None)
     by_expert = [NamedSharding(mesh, P("expert", *names)) for names in ends]
-    arguments = _arguments(shape, rows, *by_expert)
+    everywhere = dataclasses.replace(shape, tokens=shape.tokens * mesh.size)
+    arguments = _arguments(everywhere, rows, *by_expert)
 
-    def layer(kind: str) -> Way:
-        config = MoEConfig(
-            num_experts=shape.num_experts,
-            top_k=shape.top_k,
-            expert_dim=shape.hidden,
-            activation=shape.activation,
-            limit=CapacityConfig(factor=CAPACITY_FACTOR if kind == "all_to_all" else None),
-            execution=ExecutionConfig(exchange=kind),  # pyright: ignore[reportArgumentType]
-        )
-
+    def layer(config: MoEConfig) -> Way:
         def run(x: jax.Array, experts: jax.Array, gates: jax.Array, weights: ExpertWeights) -> jax.Array:
             x, experts, gates = (a.reshape(-1, group, a.shape[-1]) for a in (x, experts, gates))
             kept = TokenChoice(experts, gates)
@@ -121,12 +176,26 @@ def _spread(shape: Shape, devices: list[Any], of: Callable[[Way], Callable[..., 
 
         return run
 
+    found = {}
     with sharding.use_mesh(mesh):
-        kinds = [kind for kind in EXCHANGES if kind != "ring" or number <= exchange.MOST_IN_RING]
-        return {
-            f"{kind}, {number} devices": _compile(f"{kind}, {number} devices", of(layer(kind)), arguments)
-            for kind in kinds
-        }
+        for name, execution in _exchanges(mesh.shape["expert"], mesh.size, slices=slices).items():
+            if isinstance(execution, str):
+                found[name] = {"not_run": execution}
+                print(f"  {name:26}not run: {execution}", flush=True)
+            else:
+                found[name] = _compile(name, of(layer(_config(shape, execution))), arguments)
+    return found
+
+
+def _rooms(shape: Shape, mesh: Mesh, *, slices: int) -> str | None:
+    """The room that a bounded exchange keeps, in words."""
+    number = mesh.shape["expert"]
+    if number == 1 or number % slices:
+        return None
+    config = _config(shape, ExecutionConfig(exchange="ragged", slices=slices))
+    traffic = exchange.traffic_of(config, 1, shape.tokens, shape.top_k, shards=number)
+    sizes = {"width": shape.width, "hidden": shape.hidden, "inputs": shape.activation.inputs}
+    return rooms.describe(traffic, **sizes, itemsize=jnp.dtype(shape.dtype).itemsize)
 
 
 def _arguments(shape: Shape, rows: Any, w_in: Any, w_out: Any) -> tuple[Any, ...]:

@@ -138,8 +138,8 @@ def received(line: str) -> tuple[str, list[tuple[str, tuple[int, ...]]]] | None:
     if not match:
         return None
     arrays = [(k, tuple(int(n) for n in sizes.split(",") if n)) for k, sizes in _ARRAY.findall(match[1])]
-    if match[3] and match[2] in ("collective-permute", "all-gather"):
-        arrays = arrays[1:2]  # started, it has its operand before its result
+    if match[3] and match[2] in ("collective-permute", "all-gather", "ragged-all-to-all"):
+        arrays = arrays[1:2]  # started, it has its operand before its result (or what that is written to)
     return match[2], arrays
 
 

@@ -10,6 +10,8 @@ device sends 2 (N - 1) / N times its slots; ``exchange`` says when an all-gather
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -17,9 +19,12 @@ from jaxtyping import Array, Float, Int
 
 from vl_jax.kernels.activation import Activation
 from vl_jax.kernels.expert_weights import ExpertWeights
+from vl_jax.kernels.grouped_matmul import grouped_mlp
 from vl_jax.moe.dispatch import rank_by_sorting
 from vl_jax.moe.routing import TokenChoice
 from vl_jax.params import Leaf
+
+PLAIN = "plain"  # what ``kernel="auto"`` stands for here
 
 
 @struct.dataclass
@@ -98,6 +103,7 @@ def apply_experts(
     *,
     slots: int,
     activation: Activation,
+    kernel: str = PLAIN,
     axis: str = "expert",
 ) -> Float[Array, "G T D"]:
     """The experts on all shards of a mesh axis, to be called inside ``shard_map``.
@@ -107,12 +113,18 @@ def apply_experts(
       assignment: their choices, by the numbers of all experts.
       weights: this shard's experts.
       slots: per expert and group.
+      kernel: of ``grouped_mlp``; or ``PLAIN``, products of XLA, for all experts have as many rows.
     """
     width, num_experts = x.shape[-1], weights.w_in.shape[0] * jax.lax.axis_size(axis)
     plan = make_slots(assignment.experts, num_experts=num_experts, slots=slots)
     rows = to_slots(x.reshape(-1, width), plan).reshape(num_experts, -1, width)
     rows = jax.lax.all_to_all(rows, axis, split_axis=0, concat_axis=1, tiled=True)
-    rows = _each_expert(rows, weights, activation)
+    if kernel == PLAIN:
+        rows = _each_expert(rows, weights, activation)
+    else:
+        sizes = jnp.full(rows.shape[:1], rows.shape[1], jnp.int32)
+        options: Any = {"activation": activation, "kernel": kernel}
+        rows = grouped_mlp(rows.reshape(-1, width), sizes, weights, **options).reshape(rows.shape)
     rows = jax.lax.all_to_all(rows, axis, split_axis=1, concat_axis=0, tiled=True)
     gates = assignment.gates.reshape(-1, assignment.gates.shape[-1])
     return from_slots(rows.reshape(-1, width), gates, plan).reshape(x.shape)

@@ -110,7 +110,7 @@ def _of_experts(config: MoEConfig) -> MoEConfig:
         return config
     return MoEConfig(
         num_experts=config.num_experts,
-        top_k=1,
+        top_k=config.top_k,
         expert_dim=config.expert_dim,
         shared=NO_SHARED,
         activation=config.activation,

@@ -86,3 +86,24 @@ class ExecutionConfig:
     exchange: Literal["all_gather", "ring", "all_to_all", "ragged"] = "all_gather"
     # See ``kernels.target.choose``.
     kernel: Literal["auto", "blocked", "pallas", "triton", "reference"] = "auto"
+    # Rows that a device has room for at a time, over those that even load brings; others follow in another
+    # round, and nothing is dropped. See ``rooms``.
+    buffer: float = 1.25
+    # With ``ragged``: parts of a device's tokens, one of which travels while experts work on another (None:
+    # as many as leave an expert enough rows).
+    chunks: int | None = None
+    # With ``ragged``: groups of neighbours on the mesh axis ``expert``, such as slices. A token goes once to
+    # each group it has experts in, and on from there.
+    slices: int = 1
+
+    def __post_init__(self):
+        if not 1 <= self.buffer < math.inf:
+            raise ValueError(f"buffer={self.buffer} must be >= 1 and finite")
+        for name in ("chunks", "slices"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name}={value} must be >= 1")
+        if self.exchange != "ragged" and (self.chunks is not None or self.slices > 1):
+            raise ValueError(
+                f"exchange={self.exchange!r} takes no chunks={self.chunks} and slices={self.slices}; "
+                "'ragged' does"
+            )

@@ -23,6 +23,7 @@ from vl_jax.kernels.grouped_matmul import gathered_mlp, grouped_mlp
 from vl_jax.kernels.permute import Moves
 from vl_jax.kernels.router import rank_in_expert, sort_by_expert
 from vl_jax.moe.assignment import Assignment, Choice, ExpertChoice, Soft, TokenChoice
+from vl_jax.moe.bounded import windows
 from vl_jax.moe.routing import MoEConfig
 from vl_jax.moe.slots import ceil_times
 from vl_jax.params import Leaf
@@ -144,16 +145,22 @@ def apply_experts(
     *,
     activation: Activation,
     kernel: str,
+    room: int | None = None,
 ) -> Float[Array, "G T D"]:
     """Sends every token through its experts on this device: plan, permute, grouped FFN, combine.
 
     Choices no more than experts, as when decoding, need no plan: their experts' weights are gathered.
+
+    Args:
+      room: rows of experts that memory is kept for; where there may be more choices, see ``windows``.
     """
     num_experts, options = weights.w_in.shape[0], {"activation": activation, "kernel": kernel}
     if isinstance(assignment, ExpertChoice):
         return _apply_chosen(x, assignment, weights, **options)
     if kernel in ("blocked", "triton") and assignment.gates.size <= num_experts:
         return _apply_gathered(x, assignment, weights, activation=activation)
+    if room is not None and room < assignment.gates.size:
+        return windows.apply_experts(x, assignment, weights, windows.Experts(activation, kernel, room))
     plan = make_plan(assignment, num_experts=num_experts, kernel=kernel)
     tokens = x.reshape(-1, x.shape[-1])
     gates = assignment.gates.reshape(tokens.shape[0], -1)

@@ -8,6 +8,9 @@ Inside ``shard_map`` the collectives are ours, never the partitioner's guess. Th
 copies of the tokens over N shards, less than an all-to-all for N below about 6 at k = 6. ``ring`` moves the
 same, in steps that hide behind the work of experts. Above, every token may be sent only where it is wanted:
 ``all_to_all`` for a layer with a capacity, ``ragged`` for any.
+
+A device's experts have room for a little more rows than even load brings (``execution.buffer``). Where more
+choices could name them, tokens go through them in windows (``bounded``).
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import jax
@@ -24,10 +28,11 @@ from jaxtyping import Array, Float
 
 from vl_jax import sharding
 from vl_jax.kernels import target
-from vl_jax.kernels.activation import Activation
 from vl_jax.kernels.expert_weights import ExpertWeights
-from vl_jax.moe import all_to_all, dispatch, mixing, ragged
+from vl_jax.moe import all_to_all, dispatch, mixing
 from vl_jax.moe.assignment import Assignment, Merge, Soft, TokenChoice
+from vl_jax.moe.bounded import ragged, rooms
+from vl_jax.moe.bounded.rooms import Traffic
 from vl_jax.moe.routing import MoEConfig
 from vl_jax.sharding import current_mesh, current_rules
 
@@ -49,11 +54,12 @@ def apply_experts(
     mesh, activation = current_mesh(), config.activation
     how, kernel = config.execution.exchange, config.execution.kernel
     if mesh is None:
-        return _apply(x, assignment, weights, activation=activation, kernel=kernel)
+        return _apply(x, assignment, weights, config)
     rules, slots = current_rules(), config.capacity_of(x.shape[1])
     batch = rules.spec(("batch",))
     _check(x, weights.w_in, dict(mesh.shape), rules.batch)
-    _check_exchange(assignment, config, mesh.shape["expert"])
+    shards = mesh.shape["expert"]
+    _check_exchange(assignment, config, shards)
 
     sides = sharding.divisible(P(*rules.spec(("embed",))), (x.shape[-1],), mesh)[0]
 
@@ -65,13 +71,15 @@ def apply_experts(
         if isinstance(assignment, TokenChoice) and how in ("all_to_all", "ragged"):
             if how == "ragged":
                 own = target.choose(kernel, x.shape[-1], weights.w_out.shape[1])
-                send: Any = functools.partial(ragged.apply_experts, slots=slots, kernel=own)
+                traffic = traffic_of(config, *assignment.experts.shape, shards=shards)
+                send: Any = functools.partial(ragged.apply_experts, traffic=traffic, kernel=own)
             else:
                 assert slots is not None  # the config sees to that
-                send = functools.partial(all_to_all.apply_experts, slots=slots)
+                own = all_to_all.PLAIN if kernel == "auto" else kernel
+                send = functools.partial(all_to_all.apply_experts, slots=slots, kernel=own)
             out = send(x, assignment, weights, activation=activation)
             return jax.lax.psum(out.astype(jnp.float32), "tensor").astype(x.dtype)
-        apply = functools.partial(_apply, weights=weights, activation=activation, kernel=kernel)
+        apply = functools.partial(_apply, weights=weights, config=config)
         if how == "ring" and not isinstance(assignment, Merge):
             out = _ring(x, assignment, apply, weights.w_in.shape[0])
             return jax.lax.psum(out, "tensor").astype(x.dtype)
@@ -107,22 +115,51 @@ def _whole(weights: ExpertWeights, sides: str | tuple[str, ...] | None) -> Exper
     )
 
 
+def traffic_of(config: MoEConfig, groups: int, length: int, choices: int, *, shards: int) -> Traffic:
+    """What a device's tokens ask of ``ragged``.
+
+    Args:
+      groups: rows of the batch on this device, of ``length`` tokens with ``choices`` experts at most.
+      shards: devices that the experts are cut up among.
+
+    Raises:
+      ValueError: devices do not divide by ``execution.slices``.
+    """
+    execution, slots = config.execution, config.capacity_of(length)
+    # A group of experts is within one slice, and a token uses few of them.
+    nested = config.groups.num % execution.slices == 0
+    return Traffic(
+        tokens=groups * length,
+        top_k=config.top_k,
+        num_experts=config.num_experts,
+        shards=shards,
+        factor=execution.buffer,
+        chunks=execution.chunks,
+        slices=execution.slices,
+        most_choices=choices,
+        most_slices=config.groups.top if nested else None,
+        slots=None if slots is None else slots * groups * shards,
+    )
+
+
 def _apply(
-    x: Float[Array, "G T D"],
-    assignment: Assignment,
-    weights: ExpertWeights,
-    *,
-    activation: Activation,
-    kernel: str,
+    x: Float[Array, "G T D"], assignment: Assignment, weights: ExpertWeights, config: MoEConfig
 ) -> Float[Array, "G T D"]:
     """The routed experts on this device, whatever the kind of assignment."""
+    activation, kernel = config.activation, config.execution.kernel
     if isinstance(assignment, Merge):
         merged = jax.tree.map(lambda w: w.astype(x.dtype), mixing.merge_weights(assignment, weights))
         return mixing.apply_merged(x, merged, activation=activation)
     kernel = target.choose(kernel, x.shape[-1], weights.w_out.shape[1])
     if isinstance(assignment, Soft):
         return mixing.apply_soft(x, assignment, weights, activation=activation, kernel=kernel)
-    return dispatch.apply_experts(x, assignment, weights, activation=activation, kernel=kernel)
+    room = None
+    if isinstance(assignment, TokenChoice):
+        tokens, share = x.shape[0] * x.shape[1], Fraction(weights.w_in.shape[0], config.num_experts)
+        factor, most = config.execution.buffer, assignment.experts.size
+        room = rooms.pairs_room(tokens, config.top_k, share, factor=factor, most=most)
+        room = max(room, assignment.experts.shape[-1])
+    return dispatch.apply_experts(x, assignment, weights, activation=activation, kernel=kernel, room=room)
 
 
 def _gather(x: jax.Array) -> jax.Array:
@@ -170,6 +207,10 @@ def _check_exchange(assignment: Assignment, config: MoEConfig, shards: int) -> N
         raise ValueError(
             f"execution.exchange={how!r} is for tokens that choose; scheme={config.scheme!r} gives "
             f"{type(assignment).__name__}"
+        )
+    if shards % config.execution.slices:
+        raise ValueError(
+            f"execution.slices={config.execution.slices} does not divide mesh axis expert={shards}"
         )
     if how == "ring" and shards > MOST_IN_RING:
         raise ValueError(
