@@ -20,13 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from vl_jax.kernels.expert_weights import ExpertWeights
-from vl_jax.moe import decisions, dispatch, exchange, noise, routing
+from vl_jax.moe import dispatch, exchange, noise, routing
 from vl_jax.moe.assignment import Assignment, RoutingStats, TokenChoice
+from vl_jax.moe.checks import decisions
+from vl_jax.moe.checks.decisions import GROUPS, LENGTH, Waived
+from vl_jax.moe.checks.subject import NO_SHARED, Subject, same
 from vl_jax.moe.config import CapacityConfig
-from vl_jax.moe.decisions import GROUPS, LENGTH, Waived
-from vl_jax.moe.layer import router_logits, statistics
+from vl_jax.moe.layer import ROUTER, completed, logits_of, statistics
 from vl_jax.moe.routing import MoEConfig
-from vl_jax.moe.subject import NO_SHARED, Subject, same
 from vl_jax.sharding import MeshConfig, constrain, make_mesh, use_mesh
 
 KERNELS = ("reference", "blocked", "pallas", "triton")  # the last two are interpreted on a CPU
@@ -72,9 +73,9 @@ def _router(config: MoEConfig, noisy: bool) -> Callable[..., tuple]:
     """Everything of a layer but its experts; under a mesh it is traced again."""
 
     def objective(router: Any, x: Any, state: Any, context: Any, balance: Any) -> tuple[jax.Array, tuple]:
-        logits = router_logits(x, router["router"], router.get("router_bias"))
         keys = noise.group_keys(jax.random.key(0), context) if noisy else None
-        context = context.replace(x=x, rng=keys)
+        context = completed(context, x, router, config, keys=keys)
+        logits = logits_of(x, router, context, config)
         assignment, losses = routing.route(logits, context, state, config)
         kept, dropped = dispatch.apply_capacity(assignment, context.valid, config)
         stats = statistics(logits, assignment, dropped, context=context, config=config)
@@ -86,7 +87,7 @@ def _router(config: MoEConfig, noisy: bool) -> Callable[..., tuple]:
 
     @jax.jit
     def run(params: Any, state: Any, x: Any, context: Any, balance: Any) -> tuple:
-        router = {name: params[name] for name in ("router", "router_bias") if name in params}
+        router = {name: params[name] for name in ROUTER if name in params}
         given = {name: value for name, value in state.items() if name == routing.ROUTES}
         own = {name: value for name, value in state.items() if name not in given}
         x, context, given = jax.tree.map(lambda a: constrain(a, "batch"), (x, context, given))

@@ -17,10 +17,12 @@ import jax
 import numpy as np
 
 from vl_jax.batch import MODALITIES
-from vl_jax.moe import comparisons, decisions, properties, routing
-from vl_jax.moe.decisions import GROUPS, LENGTH, Router, Waived, make_inputs
+from vl_jax.moe import comparisons, routing
+from vl_jax.moe.checks import properties
+from vl_jax.moe.checks.decisions import GROUPS, LENGTH, Router, Waived, make_inputs, sound
+from vl_jax.moe.checks.subject import NO_SHARED, TOLERANCE, Subject, distance, finite, make_subject, same
+from vl_jax.moe.layer import OWN
 from vl_jax.moe.routing import MoEConfig
-from vl_jax.moe.subject import NO_SHARED, TOLERANCE, Subject, distance, finite, make_subject, same
 from vl_jax.runtime import errors
 
 
@@ -94,7 +96,7 @@ def _verdict(name: str, verify: Callable[[], None]) -> Result:
 def well_formed(subject: Subject) -> None:
     """Ids are in range and differ, weights finite and not negative, and unused or masked ones zero."""
     output, c = subject.run(), subject.config
-    decisions.sound(output.assignment, output.layer.losses, subject.context.valid, c)
+    sound(output.assignment, output.layer.losses, subject.context.valid, c)
 
 
 def state_keeps_shape(subject: Subject) -> None:
@@ -132,8 +134,8 @@ def equivariance(subject: Subject) -> None:
 
 def padding_changes_nothing(subject: Subject) -> None:
     """What stands on padding reaches no output, loss, statistic or gradient of a parameter."""
-    valid, (x, other) = subject.context.valid, make_inputs(1)
-    mixed = jax.tree.map(lambda a, b: np.where(valid, a, b), subject.context, other)
+    valid, (x, other) = subject.context.valid, make_inputs(1, subject.config)
+    mixed = jax.tree.map(lambda a, b: _either(valid, a, b), subject.context, other)
     before = subject.run()
     x = np.where(valid[..., None], subject.x, 5 * x)
     after = subject.run(x=x, context=dataclasses.replace(mixed, valid=valid))
@@ -145,6 +147,12 @@ def padding_changes_nothing(subject: Subject) -> None:
     }
     for what, (a, b) in pairs.items():
         same(f"{what} depends on padding:", a, b)
+
+
+def _either(first: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """``a`` for the tokens that are ``first``, ``b`` for the others, whatever each token has."""
+    first = np.broadcast_to(first, a.shape[:2])
+    return np.where(first[..., None] if a.ndim > 2 else first, a, b)
 
 
 def only_padding(subject: Subject) -> None:
@@ -162,8 +170,10 @@ def causality(subject: Subject) -> None:
     later = np.arange(LENGTH) >= cut
     before, changed = subject.run(), False
     for seed in range(1, 4):
-        x, other = make_inputs(seed)
+        x, other = make_inputs(seed, subject.config)
         x, context = np.where(later[:, None], 3 * x, subject.x), subject.context
+        if context.previous is not None:
+            context = dataclasses.replace(context, previous=_either(later, other.previous, context.previous))
         if not scheme.rng:  # noise follows token ids
             context = dataclasses.replace(context, tokens=np.where(later, other.tokens, context.tokens))
         if seed == 3 and not scheme.rng:  # that there are any must not matter either
@@ -189,7 +199,7 @@ def statistics_add_up(subject: Subject) -> None:
 
 
 def _of_router(verify: Callable[[Router], None]) -> Verify:
-    return lambda subject: verify(Router(subject.config, subject.state))
+    return lambda subject: verify(Router(subject.config, subject.state, subject.params.get(OWN, {})))
 
 
 PROPERTIES: tuple[tuple[str, Verify], ...] = (

@@ -53,6 +53,7 @@ class Router:
 
     config: MoEConfig
     state: Any
+    params: Any  # of the scheme's own, by name
 
     def decide(
         self,
@@ -73,20 +74,26 @@ class Router:
         probe = random_probe(self.config) if probe is None else probe
         cotangents = np.float32(not of_losses) * probe, np.float32(of_losses)
         state = self.state if state is None else state
-        return Decision(*jax.device_get(_compiled(self.config)(logits, context, state, cotangents)))
+        return Decision(
+            *jax.device_get(_compiled(self.config)(logits, context, state, self.params, cotangents))
+        )
 
     def traced_anew(self) -> Callable[[np.ndarray, RoutingContext], Decision]:
         """As ``decide``, without gradients; in training, if the context has keys."""
         traced = jax.jit(functools.partial(_decide, config=self.config))
-        return lambda logits, context: Decision(*jax.device_get(traced(logits, context, self.state)))
+        return lambda logits, context: Decision(
+            *jax.device_get(traced(logits, context, self.state, self.params))
+        )
 
     def trace(self, logits: np.ndarray, context: RoutingContext) -> None:
         """Runs the scheme on shapes alone."""
-        jax.eval_shape(functools.partial(_decide, config=self.config), logits, context, self.state)
+        jax.eval_shape(
+            functools.partial(_decide, config=self.config), logits, context, self.state, self.params
+        )
 
     def inputs(self, seed: int, *, length: int = LENGTH) -> tuple[np.ndarray, RoutingContext]:
         """Random logits, and rows of different lengths for them."""
-        x, context = make_inputs(seed)
+        x, context = make_inputs(seed, self.config)
         columns = routing.scheme_of(self.config).columns(self.config)
         logits = np.random.default_rng(seed).standard_normal((GROUPS, LENGTH, columns), np.float32)
         context = dataclasses.replace(context, x=x)
@@ -96,8 +103,17 @@ class Router:
         )
 
 
-def make_inputs(seed: int) -> tuple[np.ndarray, RoutingContext]:
+def in_layer(context: RoutingContext, params: Any) -> RoutingContext:
+    """The context as the first layer hands it on, with the parameters of the scheme's own."""
+    return dataclasses.replace(context, params=params, layer=jnp.int32(0))
+
+
+def make_inputs(seed: int, config: MoEConfig) -> tuple[np.ndarray, RoutingContext]:
     """(x, context): random rows of different lengths, of text and pictures."""
+    scheme, previous = routing.scheme_of(config), None
+    if scheme.previous:
+        shape = (GROUPS, LENGTH, scheme.columns(config))
+        previous = np.random.default_rng((seed, 1)).standard_normal(shape, np.float32)
     random = np.random.default_rng(seed)
     index = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (GROUPS, LENGTH))
     lengths = np.array([LENGTH, LENGTH, LENGTH - 2, LENGTH - 3])
@@ -106,6 +122,7 @@ def make_inputs(seed: int) -> tuple[np.ndarray, RoutingContext]:
         modality=(index % 3 == 0).astype(np.int32),
         tokens=random.integers(0, 1000, index.shape).astype(np.int32),
         positions=index,
+        previous=previous,
     )
     return random.standard_normal((GROUPS, LENGTH, WIDTH), np.float32), context
 
@@ -128,8 +145,16 @@ def _compiled(config: MoEConfig) -> Callable[..., tuple]:
 
 
 def _decide(
-    logits: jax.Array, context: RoutingContext, state: Any, cotangents: Any = None, *, config: MoEConfig
+    logits: jax.Array,
+    context: RoutingContext,
+    state: Any,
+    params: Any,
+    cotangents: Any = None,
+    *,
+    config: MoEConfig,
 ) -> tuple:
+    context = in_layer(context, params)
+
     def parts(logits: jax.Array) -> tuple:
         assignment, losses = routing.route(logits, context, state, config)
         weights = dense(assignment, context, config.num_experts)

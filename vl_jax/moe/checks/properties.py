@@ -14,8 +14,17 @@ import numpy as np
 
 from vl_jax.batch import MODALITIES
 from vl_jax.moe import balance, routing
-from vl_jax.moe.assignment import RoutingContext, TokenChoice
-from vl_jax.moe.decisions import GROUPS, LENGTH, Decision, Router, Waived, random_probe, sound
+from vl_jax.moe.assignment import RoutingContext, TokenChoice, by_group
+from vl_jax.moe.checks.decisions import (
+    GROUPS,
+    LENGTH,
+    Decision,
+    Router,
+    Waived,
+    in_layer,
+    random_probe,
+    sound,
+)
 from vl_jax.moe.layer import statistics
 
 UPDATES = 400  # enough for a bias that moves by a thousandth to count
@@ -81,7 +90,9 @@ def decides_by_its_input(router: Router) -> None:
         changed = [n for n in given.keys() | state.keys() if given.get(n) is not state.get(n)]
         assert not changed, f"route writes to its state ({', '.join(changed)}); that is for update_state"
 
-    jax.eval_shape(jax.vmap(leaves_alone, axis_name=routing.GROUPS), logits, context)
+    jax.eval_shape(
+        lambda z, where: by_group(leaves_alone, z, in_layer(where, router.params)), logits, context
+    )
     single = jax.tree.map(lambda a: a[:1, :1], (logits, context))  # as in decoding
     router.trace(*single)
 
@@ -224,6 +235,7 @@ def _updated(router: Router) -> dict[str, np.ndarray]:
     def run(state: Any, pool: Any) -> Any:
         def step(state: Any, number: jax.Array) -> tuple[Any, Any]:
             logits, context = jax.tree.map(lambda a: a[number], pool)
+            context = in_layer(context, router.params)
             assignment, _ = routing.route(logits, context, state, config)
             dropped = jnp.zeros((*context.valid.shape, 1), bool)
             stats = statistics(logits, assignment, dropped, context=context, config=config)
