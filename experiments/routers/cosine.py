@@ -2,8 +2,7 @@
 
     python -m vl_jax conformance experiments/routers/cosine.py:cosine
 
-After X-MoE (arXiv 2204.09179, section 3.1): tokens are projected to few dimensions first, and the
-temperature never falls under ``least``.
+After X-MoE (arXiv 2204.09179): tokens are projected first; the temperature stays above ``least``.
 """
 
 import dataclasses
@@ -17,11 +16,11 @@ from vl_jax.moe.schemes.token_choice import TOP_K
 
 def params(width, config):
     """A projection, a direction for every expert, and a temperature."""
-    small = config.option("dim")
+    dim, warm = config.option("dim"), initializers.constant(0.07)
     return {
-        "project": Param((width, small), ("embed", None)),
-        "experts": Param((small, config.num_experts), (None, None)),
-        "temperature": Param((), (), initializers.constant(0.07), decay=False),
+        "project": Param((width, dim), ("embed", None)),
+        "experts": Param((dim, config.num_experts), (None, None)),
+        "temperature": Param((), (), warm, decay=False),
     }
 
 
@@ -37,6 +36,5 @@ def logits(x, context, config):
     return cosines / jnp.maximum(jnp.abs(p["temperature"]), config.option("least"))
 
 
-cosine = dataclasses.replace(
-    TOP_K, params=params, logits=logits, defaults={**TOP_K.defaults, "dim": 8, "least": 0.01}
-)
+OPTIONS = {**TOP_K.defaults, "dim": 8, "least": 0.01}
+cosine = dataclasses.replace(TOP_K, params=params, logits=logits, defaults=OPTIONS)

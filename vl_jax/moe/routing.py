@@ -67,6 +67,7 @@ __all__ = [
     "Assignment",
     "ExpertChoice",
     "Losses",
+    "Malformed",
     "Merge",
     "MoEConfig",
     "Param",
@@ -120,6 +121,10 @@ EXCLUDED = "excluded"
 ROUTES = "routes"
 # A third one: f32, of the first one's shapes, weights of a loss that draws a token to experts.
 TOWARDS = "towards"
+
+
+class Malformed(ValueError):
+    """What a scheme returned is no assignment, or has the wrong shapes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,9 +312,10 @@ def route(
     """Routes every group on its own; losses are the means over groups.
 
     Raises:
-      ValueError: what the scheme returns is no assignment, or has the wrong shapes; there are routes in the
-        state, and the scheme takes none, or they are of other tokens; experts are excluded of another number
-        or for other tokens, or of single tokens where the scheme gives all of them the same.
+      Malformed: what the scheme returns is no assignment, or has the wrong shapes.
+      ValueError: there are routes in the state, and the scheme takes none, or they are of other tokens;
+        experts are excluded of another number or for other tokens, or of single tokens where the scheme gives
+        all of them the same.
     """
     scheme, length = scheme_of(config), logits.shape[1]
     routes, state = state.get(ROUTES), {name: value for name, value in state.items() if name != ROUTES}
@@ -328,7 +334,7 @@ def route(
         try:
             assignment_lib.check(result, length=length, num_experts=config.num_experts)
         except ValueError as error:
-            raise ValueError(f"scheme={config.scheme!r}: {error}") from None
+            raise Malformed(f"scheme={config.scheme!r}: {error}") from None
         return result
 
     logits, given, drawn = logits.astype(jnp.float32), state.get(EXCLUDED), {}

@@ -22,10 +22,26 @@ from vl_jax.moe.assignment import Assignment, ExpertChoice, RoutingContext, Soft
 from vl_jax.moe.routing import MoEConfig
 
 GROUPS, LENGTH, WIDTH = 4, 8, 8
+PADDING = "padding chooses nothing"
 
 
 class Waived(Exception):
     """Why a property is not asked of this scheme, or cannot be checked here."""
+
+
+class Broken(AssertionError):
+    """What a scheme breaks: a property by its own name, where a check looks at several."""
+
+    def __init__(self, broken: str, detail: str):
+        """Takes the name of the property, for which ``advice`` has an entry, and what was found."""
+        super().__init__(detail)
+        self.broken = broken
+
+
+def hold(broken: str, holds: Any, detail: str) -> None:
+    """Raises ``Broken`` unless it holds."""
+    if not holds:
+        raise Broken(broken, detail)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,31 +195,41 @@ def sound(
     """Ids are in range and differ, weights are finite and not negative, and padding has none.
 
     Raises:
-      AssertionError: what is not so; one line.
+      Broken: what is not so; one line.
     """
     scheme = f"scheme={config.scheme!r}{what}"
     for name, leaf in {**vars(assignment), **losses}.items():
-        assert np.isfinite(leaf).all(), f"{scheme}: {name} is not finite"
+        hold("weights and losses are finite", np.isfinite(leaf).all(), f"{scheme}: {name} is not finite")
     if isinstance(assignment, TokenChoice):
         experts, gates, unused = assignment.experts, assignment.gates, config.num_experts
         _in_range(experts, unused, f"{scheme}: expert ids", f" ({unused}: unused)")
-        assert (experts[~valid] == unused).all(), f"{scheme}: padding chooses an expert"
-        assert not gates[experts == unused].any(), f"{scheme}: an unused choice has a gate"
-        times = np.sum(experts[..., None] == np.arange(unused), axis=2)
-        assert times.max() <= 1, f"{scheme}: a token names the same expert {times.max()} times"
+        hold(PADDING, (experts[~valid] == unused).all(), f"{scheme}: padding chooses an expert")
+        hold(
+            "unused choices weigh nothing",
+            not gates[experts == unused].any(),
+            f"{scheme}: an unused choice has a gate",
+        )
+        times = np.sum(experts[..., None] == np.arange(unused), axis=2).max()
+        hold("ids distinct per token", times <= 1, f"{scheme}: a token names the same expert {times} times")
     elif isinstance(assignment, ExpertChoice):
         _in_range(assignment.tokens, valid.shape[1] - 1, f"{scheme}: token indices", "")
         masked = ~np.take_along_axis(valid[:, None], assignment.tokens, axis=2)
-        assert not assignment.gates[masked].any(), f"{scheme}: an expert takes padding"
+        hold(PADDING, not assignment.gates[masked].any(), f"{scheme}: an expert takes padding")
     elif isinstance(assignment, Soft):
         kept = assignment.dispatch[~valid], assignment.combine[~valid]
-        assert not any(k.any() for k in kept), f"{scheme}: padding has weights"
+        hold(PADDING, not any(k.any() for k in kept), f"{scheme}: padding has weights")
     for name, leaf in vars(assignment).items():
-        assert np.issubdtype(leaf.dtype, np.integer) or (leaf >= 0).all(), (
-            f"{scheme}: {name} go down to {leaf.min():.2g}; an expert weighs 0 or more"
+        hold(
+            "weights are not negative",
+            np.issubdtype(leaf.dtype, np.integer) or (leaf >= 0).all(),
+            f"{scheme}: {name} go down to {leaf.min():.2g}; an expert weighs 0 or more",
         )
 
 
 def _in_range(ids: np.ndarray, last: int, what: str, note: str) -> None:
     lowest, highest = ids.min(), ids.max()
-    assert lowest >= 0 and highest <= last, f"{what} from {lowest} to {highest}, must be 0 to {last}{note}"
+    hold(
+        "ids in range",
+        lowest >= 0 and highest <= last,
+        f"{what} from {lowest} to {highest}, must be 0 to {last}{note}",
+    )

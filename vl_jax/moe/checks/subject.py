@@ -79,11 +79,16 @@ def _compiled(config: MoEConfig, noisy: bool) -> Callable[..., tuple]:
     return run
 
 
-def make_subject(config: MoEConfig) -> Subject:
-    """A layer with random parameters, its initial state, and inputs for it."""
+def make_subject(config: MoEConfig, *, with_key: bool = False) -> Subject:
+    """A layer with random parameters, its initial state, and inputs for it.
+
+    Args:
+      with_key: whether the layer is tried as in training, with a key for noise.
+    """
     random, (x, context), state = np.random.default_rng(0), make_inputs(0, config), routing.init_state(config)
     layer = DynamicMoE(config)
-    shapes = jax.eval_shape(layer.init, jax.random.key(0), x, context, state)["params"]
+    keys = {name: jax.random.key(0) for name in ("params", *(("routing",) if with_key else ()))}
+    shapes = jax.eval_shape(layer.init, keys, x, context, state)["params"]
     params = jax.tree.map(lambda p: 0.5 * random.standard_normal(p.shape, np.float32), nn.meta.unbox(shapes))
     return Subject(config, params, state, x, context)
 
