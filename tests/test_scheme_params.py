@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import pydoc
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from vl_jax.model import LANGUAGE, VisionLanguageConfig
 from vl_jax.moe import conformance
 from vl_jax.moe.config import BalanceConfig
 from vl_jax.moe.layer import OWN, DynamicMoE
-from vl_jax.moe.routing import MoEConfig, Param, RoutingContext
+from vl_jax.moe.routing import MoEConfig, Param, RoutingContext, Scheme
 from vl_jax.moe.stacks import sown
 
 ROUTERS = Path(__file__).resolve().parent.parent / "experiments" / "routers"
@@ -151,3 +153,10 @@ def test_parameters_of_a_scheme_are_trained_saved_and_read_again(tmp_path):
     for path in own:
         np.testing.assert_array_equal(paths[path], start[path])
     assert whole.step == resumed.step
+
+
+@pytest.mark.parametrize("cls", [Scheme, RoutingContext, MoEConfig, Param])
+def test_help_explains_every_field(cls):
+    told = inspect.getdoc(cls) or ""
+    assert not [f.name for f in dataclasses.fields(cls) if f"\n  {f.name}: " not in told]
+    assert all(f.name in pydoc.render_doc(cls) for f in dataclasses.fields(cls))
