@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vl_jax.kernels.expert_weights import ExpertWeights
-from vl_jax.moe import dispatch, exchange, noise, routing
+from vl_jax.moe import dispatch, exchange, noise, routing, simple
 from vl_jax.moe.assignment import Assignment, RoutingStats, TokenChoice
 from vl_jax.moe.checks import decisions
 from vl_jax.moe.checks.decisions import GROUPS, LENGTH, Waived
@@ -77,10 +77,12 @@ def _router(config: MoEConfig, noisy: bool) -> Callable[..., tuple]:
         context = completed(context, x, router, config, keys=keys)
         logits = logits_of(x, router, context, config)
         assignment, losses = routing.route(logits, context, state, config)
-        kept, dropped = dispatch.apply_capacity(assignment, context.valid, config)
+        matrices = simple.of_matrices(config)
+        own = simple.chosen_matrices(assignment, config)
+        kept, dropped = dispatch.apply_capacity(own, context.valid, matrices)
         stats = statistics(logits, assignment, dropped, context=context, config=config)
-        weights = decisions.dense(kept, context, config.num_experts)
-        total = jnp.sum(weights * decisions.random_probe(config))
+        weights = decisions.dense(kept, context, matrices.num_experts)
+        total = jnp.sum(weights * decisions.random_probe(matrices))
         for name, loss in losses.items():
             total += balance * loss if name == BALANCE else loss
         return total, (assignment, kept, weights, losses, stats)
@@ -102,7 +104,8 @@ def mixed(subject: Subject, assignment: Assignment, config: MoEConfig) -> tuple[
     """(the experts' output, gradients of x, of the weights of an assignment and of the experts)."""
     names = (field.name for field in dataclasses.fields(ExpertWeights))
     weights = ExpertWeights(**{name: subject.params[name] for name in names if name in subject.params})
-    return jax.device_get(_experts(_of_experts(config))(subject.x, assignment, weights))
+    matrices = simple.of_matrices(config)
+    return jax.device_get(_experts(_of_experts(matrices))(subject.x, assignment, weights))
 
 
 def _of_experts(config: MoEConfig) -> MoEConfig:
@@ -164,10 +167,12 @@ def capacity(subject: Subject) -> None:
     found = routed(subject, config)
     _kernels_agree(subject, found.kept)
     if isinstance(found.kept, TokenChoice):
-        used = found.kept.experts < config.num_experts
-        slots = GROUPS * config.num_experts * (config.capacity_of(LENGTH) or 0)
+        matrices = simple.of_matrices(config)
+        used = found.kept.experts < matrices.num_experts
+        slots = GROUPS * matrices.num_experts * (matrices.capacity_of(LENGTH) or 0)
         assert used.sum() <= slots, f"{used.sum()} choices have a slot, but there are {slots}"
-        kept = found.stats.load.sum() - found.stats.dropped.sum()
+        load = found.stats.load.sum(axis=0)[: matrices.num_experts]
+        kept = load.sum() - found.stats.dropped.sum()
         assert kept == used.sum(), f"{used.sum()} choices have a slot, and {kept} are counted"
 
 

@@ -12,7 +12,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from vl_jax.kernels.expert_weights import ExpertWeights
-from vl_jax.moe import balance, dispatch, exchange, noise, routing
+from vl_jax.moe import balance, dispatch, exchange, noise, routing, simple
 from vl_jax.moe.assignment import Merge, by_group
 from vl_jax.moe.routing import MoEConfig, RoutingContext, RoutingStats, State
 from vl_jax.nn.layers import GatedMLP, Linear, fan_in, named
@@ -86,6 +86,8 @@ class DynamicMoE(nn.Module):
         self.sow("intermediates", "modality", context.modality)
         weights = jax.tree.map(lambda w: w.astype(x.dtype), self._experts(x.shape[-1]))
         y, stats = sparse_mlp(x, logits, assignment, weights, context=context, config=c)
+        if c.simple.num:
+            y = y + simple.SimpleExperts(c, name="simple")(x, assignment)
         self.sow("intermediates", "routed", y)
         if c.shared_width:
             shared = GatedMLP(c.shared_width, c.activation, name="shared")(x)
@@ -112,7 +114,7 @@ class DynamicMoE(nn.Module):
 
     def _experts(self, width: int) -> ExpertWeights:
         c, zeros = self.config, nn.initializers.zeros
-        experts, inputs, hidden = c.num_experts, c.activation.inputs, c.expert_dim
+        experts, inputs, hidden = c.num_experts - c.simple.num, c.activation.inputs, c.expert_dim
         init = fan_in(in_axis=1, batch_axis=(0,))
         init_in = named(init, "experts", "embed", None, "mlp", inputs=(1,), outputs=(3,))
         w_in = self.param("w_in", init_in, (experts, width, inputs, hidden))
@@ -212,9 +214,11 @@ def sparse_mlp(
     config: MoEConfig,
 ) -> tuple[Float[Array, "B T D"], RoutingStats]:
     """The routed experts as a pure function; every row of the batch is one routing group."""
-    kept, dropped = dispatch.apply_capacity(assignment, context.valid, config)
+    matrices = simple.of_matrices(config)
+    own = simple.chosen_matrices(assignment, config)
+    kept, dropped = dispatch.apply_capacity(own, context.valid, matrices)
     stats = statistics(logits, assignment, dropped, context=context, config=config)
-    y = exchange.apply_experts(x, kept, weights, config)
+    y = exchange.apply_experts(x, kept, weights, matrices)
     if isinstance(assignment, Merge):  # no weight of its own keeps padding out
         y = jnp.where(context.valid[..., None], y, 0)
     return y, jax.lax.stop_gradient(stats)

@@ -53,6 +53,7 @@ from vl_jax.moe.config import (
     ExpertGroupsConfig,
     GateConfig,
     SharedExpertsConfig,
+    SimpleExpertsConfig,
 )
 from vl_jax.moe.scheme import Option, Param, Scheme
 from vl_jax.moe.specialise import drawn as drawing
@@ -137,6 +138,7 @@ class MoEConfig:
       top_k: K, how many of them a token takes; the mean that is aimed for, where that varies.
       expert_dim: the hidden width of one routed expert.
       shared: experts that every token takes, beside the routed ones.
+      simple: how many of the routed experts, the last ones, multiply by no matrix: zero, copy, constant.
       gates: how much a chosen expert's output weighs.
       groups: experts in groups, of which a token may use a few.
       router_bias: whether the linear router has a learned bias.
@@ -176,6 +178,7 @@ class MoEConfig:
     top_k: int = 6
     expert_dim: int = 1408
     shared: SharedExpertsConfig = field(default_factory=SharedExpertsConfig)
+    simple: SimpleExpertsConfig = field(default_factory=SimpleExpertsConfig, kw_only=True)
     gates: GateConfig = field(default_factory=GateConfig)
     groups: ExpertGroupsConfig = field(default_factory=ExpertGroupsConfig)
     router_bias: bool = False
@@ -192,6 +195,10 @@ class MoEConfig:
             raise ValueError(f"top_k={self.top_k} must be from 1 to num_experts={self.num_experts} {named}")
         if self.expert_dim < 1:
             raise ValueError(f"expert_dim={self.expert_dim} must be >= 1")
+        if self.simple.num >= self.num_experts:
+            raise ValueError(
+                f"simple has {self.simple.num} of num_experts={self.num_experts} experts; it must leave one"
+            )
         if self.num_experts % groups.num:
             raise ValueError(
                 f"groups.num={groups.num} must divide num_experts={self.num_experts} into equal groups"
