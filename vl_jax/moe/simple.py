@@ -5,8 +5,8 @@
     copy       x
     constant   a x + (1 - a) v,  a the softmax of two products with x
 
-They are those of MoE++ (arXiv 2410.07348, section 3.1). A scheme sees E experts and need not know which are which. They stay where the token is: only those with
-matrices have slots, exchanges and kernels.
+They are those of MoE++ (arXiv 2410.07348, section 3.1). A scheme sees E experts and need not know which are
+which. They stay where the token is: only those with matrices have slots, exchanges and kernels.
 """
 
 from __future__ import annotations
