@@ -311,7 +311,6 @@ REFUSES = {
     "generate": ["--workdir=x", "--prompt=y"],
     "predict": ["--workdir=x"],
     "convert": ["--from=x", "--to=y"],
-    "conformance": ["top_k"],
     "new": ["x.py"],
     "completion": ["bash"],
 }

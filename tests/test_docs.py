@@ -113,9 +113,10 @@ def test_a_metric_of_ones_own_stands_beside_exact_match(importable):
 
 
 @pytest.mark.slow
-def test_the_scheme_of_the_page_conforms(pages_code):
-    results = conformance.check(f"{pages_code}/my_scheme.py:my_scheme", properties=conformance.PROPERTIES)
-    assert not [result for result in results if result.detail]
+@pytest.mark.parametrize("name", ["my_scheme", "my_temperature"])
+def test_the_schemes_of_the_page_conform(pages_code, name):
+    results = conformance.check(f"{pages_code}/{name}.py:{name}", properties=conformance.PROPERTIES)
+    assert not [result for result in results if result.passed is False]
 
 
 def commands(page: Path) -> list[pages.Command]:

@@ -24,8 +24,8 @@ from vl_jax.encoders.vit import ViTConfig
 from vl_jax.heads.classification import Classification
 from vl_jax.joint import JointConfig, Tower
 from vl_jax.moe import routing
+from vl_jax.moe.checks.decisions import dense
 from vl_jax.moe.config import BalanceConfig, SharedExpertsConfig
-from vl_jax.moe.decisions import dense
 from vl_jax.moe.routing import EXCLUDED, TOWARDS, MoEConfig, RoutingContext
 from vl_jax.moe.specialise.domains import Domain, DomainsConfig, with_domains
 from vl_jax.moe.stacks import Stack, init_state, sown

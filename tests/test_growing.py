@@ -13,8 +13,8 @@ import pytest
 
 from vl_jax import params as params_lib
 from vl_jax.moe import routing
+from vl_jax.moe.checks.decisions import make_inputs
 from vl_jax.moe.config import BalanceConfig, GateConfig, SharedExpertsConfig
-from vl_jax.moe.decisions import make_inputs
 from vl_jax.moe.layer import DynamicMoE
 from vl_jax.moe.routing import MoEConfig
 from vl_jax.moe.specialise import growing, per_expert

@@ -7,7 +7,8 @@ applied to the view, which is then rebuilt **once**: every type, choice and ``__
 checked on the final values, before any array exists. Code past the command line sees dataclasses only.
 
 A tuple of dataclasses (training stages, data sources) appears in the view as a mapping from name, or from
-number where they have none, to element: ``--config.stages.sft.steps=100`` addresses one of them. A part that
+number where they have none, to element: ``--config.stages.sft.steps=100`` addresses one of them. Of pairs of
+name and value one is set by its name: ``--config.model.moe.options.k_max=3``. A part that
 may be absent is switched on by setting one of its fields, ``--config.data.packing.max_tokens=2048``, and off
 by ``=None``. A part of which there are several kinds is exchanged by the name of another class, or where its
 field is ``Open`` by ``path/to/file.py:Name``.
@@ -98,11 +99,16 @@ def override(config_view: Any, path: str, text: str) -> None:
       ConfigError: the path does not exist (with the nearest name), or the text has the wrong type.
     """
     node: Any = config_view
+    holder: Any = None  # of the node
     hint: Any = None  # of the node, then of what the path names
     path = _moved_path(config_view, path)
     *parents, last = path.split(".")
     for depth, key in enumerate([*parents, last]):
         where = ".".join(["config", *path.split(".")[:depth]])
+        if _is_of_pairs(hint) and depth == len(parents):
+            value, before = _literal(text), [p for p in node if p[0] != key]
+            holder[parents[-1]] = (*before, (key, value))
+            return
         if not hasattr(node, "keys"):
             raise ConfigError(f"{where} is a value, it has no field {key!r}")
         if key not in node or key == TYPE_KEY:
@@ -114,7 +120,7 @@ def override(config_view: Any, path: str, text: str) -> None:
                     node[key] = view(part())
             elif node[key] is None and (kinds := classes_of(options_of(hints_of(node).get(key))[0])):
                 raise ConfigError(f"{where}.{key} is None; first set it to one of {', '.join(kinds)}")
-            node = node[key]
+            holder, node = node, node[key]
     if hasattr(node[last], "keys") and text == "None" and _may_be_none(node, last):
         with node.ignore_type():
             node[last] = None
@@ -254,6 +260,12 @@ def _errors_of(path: Path) -> Iterator[None]:
         raise ConfigError(f"--config={errors.in_file(path, error, name=str(path))}") from error
 
 
+def _is_of_pairs(hint: Any) -> bool:
+    """Whether a field holds pairs of name and value, each of which is set by its name."""
+    element = _element(hint)
+    return typing.get_origin(element) is tuple and typing.get_args(element)[:1] == (str,)
+
+
 def _element(hint: Any) -> Any:
     """The type of the parts of a tuple; None for anything else."""
     arguments = typing.get_args(hint)
@@ -316,15 +328,20 @@ def _parse(text: str, node: Any, key: str) -> Any:
         return text
     if kind is bool and text.lower() in ("true", "false"):
         return text.lower() == "true"
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # no literal of Python
-        return text
+    value = _literal(text)
     if kind is int and isinstance(value, float) and value.is_integer():
         return int(value)
     if kind is tuple:
         return tuple(value) if isinstance(value, (tuple, list)) else (value,)
     return value
+
+
+def _literal(text: str) -> Any:
+    """What a text stands for in Python; the text itself where that is nothing."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return text
 
 
 def _moved_path(config_view: Any, path: str) -> str:

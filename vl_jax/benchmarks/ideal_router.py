@@ -30,12 +30,12 @@ from jaxtyping import Array, Float, Int
 from vl_jax.batch import TEXT, VISION
 from vl_jax.moe import routing
 from vl_jax.moe.assignment import RoutingContext
+from vl_jax.moe.checks.decisions import dense
+from vl_jax.moe.checks.subject import NO_SHARED
 from vl_jax.moe.config import BalanceConfig, ExecutionConfig, GateConfig
 from vl_jax.moe.conformance import small_config
-from vl_jax.moe.decisions import dense
 from vl_jax.moe.layer import DynamicMoE
 from vl_jax.moe.routing import MoEConfig
-from vl_jax.moe.subject import NO_SHARED
 
 _RATE = 5e-3  # of Adam
 

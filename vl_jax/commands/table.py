@@ -69,8 +69,7 @@ COMMANDS = {
     ),
     "conformance": Command(
         "Check a routing scheme of one's own: gradients, equivariance, masking, causality, kernels, devices.",
-        "conformance experiments/my_router.py:my_router",
-        "the scheme is checked in a small layer of fixed shape, and no experiment is read",
+        "conformance experiments/my_router.py:my_router --config.model.moe.options.push=0.3",
     ),
     "benchmark": Command(
         "Time a training step or decoding (beside transformers), routed experts (beside other ways), or an "

@@ -19,7 +19,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from vl_jax.kernels.activation import FUNCTIONS, Kind
-from vl_jax.moe.layer import DynamicMoE, MoEOutput
+from vl_jax.moe.layer import DynamicMoE, MoEOutput, first_logits, handed_on, of_layer
 from vl_jax.moe.routing import MoEConfig, RoutingContext, State
 from vl_jax.moe.stacks import Stack
 from vl_jax.nn import attention, packed
@@ -174,6 +174,14 @@ def feed_forward(x: Float[Array, "*batch D"], config: BlockConfig) -> Float[Arra
     return Linear(config.embed_dim, ("mlp", "embed"), use_bias=True, name="fc2")(hidden)
 
 
+@struct.dataclass
+class BlockInputs:
+    """What belongs to one block and is not a parameter; stacked over blocks outside the scan."""
+
+    routing: State  # state of the routing scheme; empty for a dense block
+    number: Leaf  # i32[] of the block among all
+
+
 class Block(nn.Module):
     """One block; ``keep`` returns its output once more, for a scan to stack."""
 
@@ -184,25 +192,30 @@ class Block(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "B T D"],
-        state: State,
+        carried: tuple[jax.Array, jax.Array | None],
+        state: BlockInputs,
         mask: Bool[Array, "B #T T"] | None,
         context: RoutingContext | None,
         bias: Float[Array, "1 N T T"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B T D"] | None, MoEOutput | None]]:
-        c = self.config
+    ) -> tuple[tuple[jax.Array, jax.Array | None], tuple[Float[Array, "B T D"] | None, MoEOutput | None]]:
+        """Takes and returns x [B T D] and the router logits that are handed on, if anyone asks for them."""
+        (x, previous), c = carried, self.config
+        if context is not None:
+            context = of_layer(context, previous, state.number, c.num_layers)
         norm1, norm2 = (LayerNorm(c.norm_epsilon, name=name) for name in ("norm1", "norm2"))
         attend = Attention(c.num_heads, c.qkv_bias, c.key_bias, name="attention")
         if c.norms_follow:
             x = norm1(x + attend(x, mask=mask, bias=bias))
-            y, routed = self._feed_forward(x, state, context)
+            y, routed = self._feed_forward(x, state.routing, context)
             x = norm2(x + y)
         else:
             x = x + attend(norm1(x), mask=mask, bias=bias)
-            y, routed = self._feed_forward(norm2(x), state, context)
+            y, routed = self._feed_forward(norm2(x), state.routing, context)
             x = x + y
         x = constrain(x, "batch", None, None)
-        return x, (x if self.keep else None, routed)
+        if routed is not None:
+            previous, routed = handed_on(routed)
+        return (x, previous), (x if self.keep else None, routed)
 
     def _feed_forward(
         self, x: Float[Array, "B T D"], state: State, context: RoutingContext | None
@@ -267,6 +280,7 @@ def run_blocks(
     if through is not None:
         return _one_by_one(x, mask, config, through=through, numbers=numbers, remat=remat, owner=owner)
     hidden, routed, first_sparse = {0: x}, [], 0
+    carried = x, first_logits(config.moe, x.shape[:2])
     for run in config.runs:
         stack = nn.scan(
             packed.layer_of(Block, owner, run.name, remat=remat),
@@ -281,12 +295,13 @@ def run_blocks(
         first_sparse = own.stop
         run_context = context if run.sparse else None
         blocks = stack(config, run.sparse, bool(states), name=run.name)
-        x, (kept, here) = blocks(x, state, mask, run_context, bias)
+        inputs = BlockInputs(state, jnp.array(run.layers, jnp.int32))
+        carried, (kept, here) = blocks(carried, inputs, mask, run_context, bias)
         routed += [here] * run.sparse
         if kept is not None:
             hidden |= {layer + 1: kept[i] for i, layer in enumerate(run.layers) if layer + 1 in numbers}
     together = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *routed) if routed else None
-    return x, tuple(hidden[i] for i in numbers), together
+    return carried[0], tuple(hidden[i] for i in numbers), together
 
 
 def _one_by_one(
@@ -306,7 +321,10 @@ def _one_by_one(
     def block(number: int, x: jax.Array) -> jax.Array:
         layer = packed.layer_of(Block, owner, run.name, remat=remat)(config, parent=None)
         params = jax.tree.map(lambda leaf: leaf[number], owner.variables["params"][run.name])
-        x, _ = layer.apply({"params": params}, x, {}, mask, None)  # pyright: ignore[reportAssignmentType]
+        state = BlockInputs({}, jnp.int32(number))
+        (x, _), _ = layer.apply(  # pyright: ignore[reportAssignmentType]
+            {"params": params}, (x, None), state, mask, None
+        )
         hidden[number + 1] = x
         return x
 

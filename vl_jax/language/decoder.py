@@ -25,7 +25,7 @@ from vl_jax.fusion.gate import CrossModalGate, CrossModalGateConfig, SkippingGat
 from vl_jax.kernels.activation import SWIGLU, Activation
 from vl_jax.language.gqa import GQA, GQAConfig
 from vl_jax.language.mla import MLA, MLAConfig
-from vl_jax.moe.layer import DynamicMoE, MoEOutput
+from vl_jax.moe.layer import DynamicMoE, MoEOutput, first_logits, handed_on, of_layer
 from vl_jax.moe.routing import MoEConfig, RoutingContext, State
 from vl_jax.nn import packed
 from vl_jax.nn.cache import Cache
@@ -125,6 +125,7 @@ class LayerState:
     routing: State  # state of the routing scheme; empty for a dense layer
     cached: Leaf | None  # what the cache keeps for this layer, unless it is empty
     window: Leaf | None  # i32[] tokens the layer looks back on, 0: all
+    number: Leaf  # i32[] of the layer among all
     looks: Leaf | None = None  # f32[B] logits of the rows that are to look; None: nobody decides for a row
 
 
@@ -137,9 +138,10 @@ class DecoderLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], state: LayerState, context: LayerContext
-    ) -> tuple[Float[Array, "B T D"], tuple[Leaf | None, MoEOutput | None, Decided | None]]:
-        c = self.config
+        self, carried: tuple[jax.Array, jax.Array | None], state: LayerState, context: LayerContext
+    ) -> tuple[tuple[jax.Array, jax.Array | None], tuple[Leaf | None, MoEOutput | None, Decided | None]]:
+        """Takes and returns x [B T D] and the router logits that are handed on, if anyone asks for them."""
+        (x, previous), c = carried, self.config
         x, decided = self._look(x, state, context)
         mask, length = context.mask, context.length
         if state.window is not None:
@@ -157,8 +159,11 @@ class DecoderLayer(nn.Module):
         if self.moe is None:
             y = GatedMLP(c.mlp_dim, c.activation, c.mlp_bias, name="mlp")(normed)
         else:
-            y, routed = DynamicMoE(self.moe, name="moe")(normed, context.routing, state.routing)
-        return constrain(x + y, "batch", None, None), (None if length is None else kept, routed, decided)
+            where = of_layer(context.routing, previous, state.number, c.num_layers)
+            y, routed = DynamicMoE(self.moe, name="moe")(normed, where, state.routing)
+            previous, routed = handed_on(routed)
+        x = constrain(x + y, "batch", None, None)
+        return (x, previous), (None if length is None else kept, routed, decided)
 
     def _look(
         self, x: jax.Array, state: LayerState, context: LayerContext
@@ -259,6 +264,7 @@ class Decoder(nn.Module):
         runs = self.config.runs
         cached = [None] * len(runs) if cache is None or cache.empty else cache.runs
         kept, routed, decided, first_sparse = [], [], [], 0
+        carried = x, first_logits(self.moe if self.config.sparse_layers else None, x.shape[:2])
         for run, stack, before in zip(runs, self.stacks, cached, strict=True):
             layers = slice(run.layers[0], run.layers[-1] + 1)
             sparse = slice(first_sparse, first_sparse + len(run.layers) * run.sparse)
@@ -266,15 +272,16 @@ class Decoder(nn.Module):
                 routing=jax.tree.map(lambda a, s=sparse: a[s], routing_state) if run.sparse else {},
                 cached=before,
                 window=None if windows is None else windows[layers],
+                number=jnp.array(run.layers, jnp.int32),
                 looks=None if looks is None else looks.T[layers],
             )
-            x, (kept_here, routed_here, decided_here) = stack(x, state, context)
+            carried, (kept_here, routed_here, decided_here) = stack(carried, state, context)
             kept.append(kept_here)
             decided += [] if decided_here is None else [decided_here]
             routed += [routed_here] * run.sparse
             first_sparse = sparse.stop
         stacked = (_stacked(trees) if trees else None for trees in (routed, decided))
-        return self.norm(x), next(stacked), tuple(kept), next(stacked)
+        return self.norm(carried[0]), next(stacked), tuple(kept), next(stacked)
 
 
 def _stacked(trees: list[Any]) -> Any:

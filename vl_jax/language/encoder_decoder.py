@@ -32,7 +32,7 @@ from vl_jax.batch import TEXT
 from vl_jax.kernels.activation import Activation
 from vl_jax.language.biased_attention import BiasedAttention, offset_bias, position_bias
 from vl_jax.language.decoder import REMAT_POLICIES, LayerRun
-from vl_jax.moe.layer import DynamicMoE, MoEOutput
+from vl_jax.moe.layer import DynamicMoE, MoEOutput, first_logits, handed_on, of_layer
 from vl_jax.moe.routing import MoEConfig, RoutingContext, State
 from vl_jax.nn import cache as cache_lib
 from vl_jax.nn import packed
@@ -120,6 +120,7 @@ class BlockState:
 
     routing: State  # state of the routing scheme; empty for a dense layer
     cached: Leaf | None  # keys and values of the tokens before, unless there are none
+    number: Leaf  # i32[] of the layer in its stack
 
 
 class CrossBlock(nn.Module):
@@ -127,12 +128,18 @@ class CrossBlock(nn.Module):
 
     config: EncoderDecoderConfig
     moe: MoEConfig | None
+    depth: int  # layers of its stack
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], state: BlockState, projected: Leaf | None, context: BlockContext
-    ) -> tuple[Float[Array, "B T D"], tuple[Leaf | None, MoEOutput | None]]:
-        c, source, routed = self.config, context.source, None
+        self,
+        carried: tuple[jax.Array, jax.Array | None],
+        state: BlockState,
+        projected: Leaf | None,
+        context: BlockContext,
+    ) -> tuple[tuple[jax.Array, jax.Array | None], tuple[Leaf | None, MoEOutput | None]]:
+        """Takes and returns x [B T D] and the router logits that are handed on, if anyone asks for them."""
+        (x, previous), c, source, routed = carried, self.config, context.source, None
         normed = RMSNorm(c.norm_epsilon, name="attention_norm")(x)
         attend = BiasedAttention(c.num_heads, c.head_dim, name="attention")
         mixed, kept = attend(normed, mask=context.mask, bias=context.bias, cached=state.cached)
@@ -146,8 +153,11 @@ class CrossBlock(nn.Module):
         if self.moe is None:
             y = GatedMLP(c.mlp_dim, c.activation, name="mlp")(normed)
         else:
-            y, routed = DynamicMoE(self.moe, name="moe")(normed, context.routing, state.routing)
-        return constrain(x + y, "batch", None, None), (kept if context.keep else None, routed)
+            where = of_layer(context.routing, previous, state.number, self.depth)
+            y, routed = DynamicMoE(self.moe, name="moe")(normed, where, state.routing)
+            previous, routed = handed_on(routed)
+        x = constrain(x + y, "batch", None, None)
+        return (x, previous), (kept if context.keep else None, routed)
 
 
 class BlockStack(nn.Module):
@@ -187,15 +197,18 @@ class BlockStack(nn.Module):
         before = [None] * len(self.layers.runs) if cache is None or cache.empty else cache.runs
         crossed = [None] * len(before) if source is None or source.projected is None else source.projected
         kept, routed, first_sparse = [], [], 0
+        sparse = any(run.sparse for run in self.layers.runs)
+        carried = x, first_logits(self.moe if sparse else None, x.shape[:2])
         for run, cached, projected in zip(self.layers.runs, before, crossed, strict=True):
             own = slice(first_sparse, first_sparse + len(run.layers) * run.sparse)
             first_sparse = own.stop
             state = jax.tree.map(lambda a, s=own: a[s], routing_state) if run.sparse else {}
-            x, (kept_here, routed_here) = self._run(run)(x, BlockState(state, cached), projected, context)
+            before_run = BlockState(state, cached, jnp.array(run.layers, jnp.int32))
+            carried, (kept_here, routed_here) = self._run(run)(carried, before_run, projected, context)
             kept.append(kept_here)
             routed += [routed_here] * run.sparse
         stacked = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *routed) if routed else None
-        return RMSNorm(c.norm_epsilon, name="norm")(x), stacked, tuple(kept)
+        return RMSNorm(c.norm_epsilon, name="norm")(carried[0]), stacked, tuple(kept)
 
     def _bias(self, table: jax.Array, length: int, cache: Cache | None) -> jax.Array:
         options = {"max_distance": self.config.max_distance, "bidirectional": not self.causal}
@@ -218,7 +231,8 @@ class BlockStack(nn.Module):
             length=len(run.layers),
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        return scanned(self.config, self.moe if run.sparse else None, name=run.name)
+        depth = sum(len(run.layers) for run in self.layers.runs)
+        return scanned(self.config, self.moe if run.sparse else None, depth, name=run.name)
 
 
 @struct.dataclass

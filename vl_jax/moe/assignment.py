@@ -8,6 +8,7 @@ Merge         a group has a mean of experts    experts' parameters are averaged,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Int
 
+from vl_jax.batch import MODALITIES
 from vl_jax.params import Leaf
 
 # The name of the axis over routing groups, for schemes and losses that sum over all of them.
@@ -62,17 +64,52 @@ Assignment = Choice | Soft | Merge
 
 @struct.dataclass
 class RoutingContext:
-    """What a scheme may look at besides the logits, for one group of T tokens."""
+    """What a scheme may look at besides the logits, for one group of T tokens in one layer.
 
-    valid: Leaf  # bool[T] False on padding
-    modality: Leaf  # i32[T]
-    tokens: Leaf | None = None  # i32[T] token ids
-    positions: Leaf | None = None  # i32[T] position in the sample
-    x: Leaf | None = None  # [T D] what the router reads
-    rng: Leaf | None = None  # key of the group; None in evaluation: no noise
-    routes: Leaf | None = None  # i32[T K] the experts to take whatever their scores, E: none; see ``best``
-    excluded: Leaf | None = None  # bool[T E] experts that a token may not take; see ``best``
-    content: Leaf | None = None  # u32 a number of what is in the group, for noise where there are no tokens
+    Attributes:
+      valid: bool[T], False on padding, which must choose nothing.
+      modality: i32[T], what each token is: an index into ``modalities``.
+      tokens: i32[T] token ids; None in encoders of pictures and sounds.
+      positions: i32[T], the position in the sample.
+      x: [T D], what the router reads.
+      rng: a key of the group, in training, for a scheme that declares ``rng=True``; None in evaluation and
+        generation: no noise then.
+      routes: i32[T K], experts to take whatever their scores, E for none; ``best`` sees to it.
+      excluded: bool[T E], experts that a token may not take; ``best`` passes them over.
+      content: u32, a number of what is in the group, for noise where there are no tokens.
+      previous: f32[T N], the logits of the sparse layer before, zeros in the first one; only for a scheme
+        with ``previous=True``.
+      params: the scheme's own parameters of this layer, f32, by the names that ``Scheme.params`` gives.
+      layer: i32[], the number of this layer among all of its stack, from 0; scanned layers have it too.
+      depth: how many layers the stack has, dense ones counted.
+      modalities: the names of the modalities; ``len(context.modalities)`` is their number.
+    """
+
+    valid: Leaf
+    modality: Leaf
+    tokens: Leaf | None = None
+    positions: Leaf | None = None
+    x: Leaf | None = None
+    rng: Leaf | None = None
+    routes: Leaf | None = None
+    excluded: Leaf | None = None
+    content: Leaf | None = None
+    previous: Leaf | None = None
+    params: Leaf | None = None
+    layer: Leaf | None = None
+    depth: int = struct.field(pytree_node=False, default=1)
+    modalities: tuple[str, ...] = struct.field(pytree_node=False, default=MODALITIES)
+
+
+# What all groups of a layer have in common: it has no axis over groups.
+SHARED = ("params", "layer")
+
+
+def by_group(function: Callable[..., Any], array: jax.Array, context: RoutingContext) -> Any:
+    """``function(array [T *], context of one group)`` for every group of ``array`` [G T *], stacked."""
+    shared = {name: getattr(context, name) for name in SHARED}
+    own: Any = context.replace(**dict.fromkeys(SHARED))  # pyright: ignore[reportAttributeAccessIssue]
+    return jax.vmap(lambda a, where: function(a, where.replace(**shared)), axis_name=GROUPS)(array, own)
 
 
 @struct.dataclass

@@ -20,13 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from vl_jax.kernels.expert_weights import ExpertWeights
-from vl_jax.moe import decisions, dispatch, exchange, noise, routing
+from vl_jax.moe import dispatch, exchange, noise, routing, simple
 from vl_jax.moe.assignment import Assignment, RoutingStats, TokenChoice
+from vl_jax.moe.checks import decisions
+from vl_jax.moe.checks.decisions import GROUPS, LENGTH, Waived
+from vl_jax.moe.checks.subject import NO_SHARED, Subject, same
 from vl_jax.moe.config import CapacityConfig
-from vl_jax.moe.decisions import GROUPS, LENGTH, Waived
-from vl_jax.moe.layer import router_logits, statistics
+from vl_jax.moe.layer import ROUTER, completed, logits_of, statistics
 from vl_jax.moe.routing import MoEConfig
-from vl_jax.moe.subject import NO_SHARED, Subject, same
 from vl_jax.sharding import MeshConfig, constrain, make_mesh, use_mesh
 
 KERNELS = ("reference", "blocked", "pallas", "triton")  # the last two are interpreted on a CPU
@@ -72,21 +73,23 @@ def _router(config: MoEConfig, noisy: bool) -> Callable[..., tuple]:
     """Everything of a layer but its experts; under a mesh it is traced again."""
 
     def objective(router: Any, x: Any, state: Any, context: Any, balance: Any) -> tuple[jax.Array, tuple]:
-        logits = router_logits(x, router["router"], router.get("router_bias"))
         keys = noise.group_keys(jax.random.key(0), context) if noisy else None
-        context = context.replace(x=x, rng=keys)
+        context = completed(context, x, router, config, keys=keys)
+        logits = logits_of(x, router, context, config)
         assignment, losses = routing.route(logits, context, state, config)
-        kept, dropped = dispatch.apply_capacity(assignment, context.valid, config)
+        matrices = simple.of_matrices(config)
+        own = simple.chosen_matrices(assignment, config)
+        kept, dropped = dispatch.apply_capacity(own, context.valid, matrices)
         stats = statistics(logits, assignment, dropped, context=context, config=config)
-        weights = decisions.dense(kept, context, config.num_experts)
-        total = jnp.sum(weights * decisions.random_probe(config))
+        weights = decisions.dense(kept, context, matrices.num_experts)
+        total = jnp.sum(weights * decisions.random_probe(matrices))
         for name, loss in losses.items():
             total += balance * loss if name == BALANCE else loss
         return total, (assignment, kept, weights, losses, stats)
 
     @jax.jit
     def run(params: Any, state: Any, x: Any, context: Any, balance: Any) -> tuple:
-        router = {name: params[name] for name in ("router", "router_bias") if name in params}
+        router = {name: params[name] for name in ROUTER if name in params}
         given = {name: value for name, value in state.items() if name == routing.ROUTES}
         own = {name: value for name, value in state.items() if name not in given}
         x, context, given = jax.tree.map(lambda a: constrain(a, "batch"), (x, context, given))
@@ -101,7 +104,8 @@ def mixed(subject: Subject, assignment: Assignment, config: MoEConfig) -> tuple[
     """(the experts' output, gradients of x, of the weights of an assignment and of the experts)."""
     names = (field.name for field in dataclasses.fields(ExpertWeights))
     weights = ExpertWeights(**{name: subject.params[name] for name in names if name in subject.params})
-    return jax.device_get(_experts(_of_experts(config))(subject.x, assignment, weights))
+    matrices = simple.of_matrices(config)
+    return jax.device_get(_experts(_of_experts(matrices))(subject.x, assignment, weights))
 
 
 def _of_experts(config: MoEConfig) -> MoEConfig:
@@ -163,10 +167,12 @@ def capacity(subject: Subject) -> None:
     found = routed(subject, config)
     _kernels_agree(subject, found.kept)
     if isinstance(found.kept, TokenChoice):
-        used = found.kept.experts < config.num_experts
-        slots = GROUPS * config.num_experts * (config.capacity_of(LENGTH) or 0)
+        matrices = simple.of_matrices(config)
+        used = found.kept.experts < matrices.num_experts
+        slots = GROUPS * matrices.num_experts * (matrices.capacity_of(LENGTH) or 0)
         assert used.sum() <= slots, f"{used.sum()} choices have a slot, but there are {slots}"
-        kept = found.stats.load.sum() - found.stats.dropped.sum()
+        load = found.stats.load.sum(axis=0)[: matrices.num_experts]
+        kept = load.sum() - found.stats.dropped.sum()
         assert kept == used.sum(), f"{used.sum()} choices have a slot, and {kept} are counted"
 
 

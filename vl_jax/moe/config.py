@@ -21,6 +21,24 @@ class SharedExpertsConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SimpleExpertsConfig:
+    """The last of the routed experts, which multiply by no matrix; see ``moe.simple``."""
+
+    zero: int = 0  # give nothing
+    copy: int = 0  # give the token itself
+    constant: int = 0  # give a learned vector, mixed with the token
+
+    def __post_init__(self):
+        if min(dataclasses.astuple(self)) < 0:
+            raise ValueError(f"zero={self.zero}, copy={self.copy}, constant={self.constant} must be >= 0")
+
+    @property
+    def num(self) -> int:
+        """How many there are."""
+        return self.zero + self.copy + self.constant
+
+
+@dataclasses.dataclass(frozen=True)
 class GateConfig:
     """How much a chosen expert's output weighs."""
 

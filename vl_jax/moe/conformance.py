@@ -17,10 +17,13 @@ import jax
 import numpy as np
 
 from vl_jax.batch import MODALITIES
-from vl_jax.moe import comparisons, decisions, properties, routing
-from vl_jax.moe.decisions import GROUPS, LENGTH, Router, Waived, make_inputs
-from vl_jax.moe.routing import MoEConfig
-from vl_jax.moe.subject import NO_SHARED, TOLERANCE, Subject, distance, finite, make_subject, same
+from vl_jax.moe import comparisons, routing
+from vl_jax.moe.checks import properties
+from vl_jax.moe.checks.advice import ADVICE
+from vl_jax.moe.checks.decisions import GROUPS, LENGTH, Broken, Router, Waived, hold, make_inputs, sound
+from vl_jax.moe.checks.subject import NO_SHARED, TOLERANCE, Subject, distance, finite, make_subject, same
+from vl_jax.moe.layer import OWN
+from vl_jax.moe.routing import Malformed, MoEConfig
 from vl_jax.runtime import errors
 
 
@@ -32,9 +35,20 @@ class Result:
     passed: bool | None  # None: waived
     detail: str = ""
 
+    @property
+    def cause(self) -> str:
+        """What is likely wrong with a scheme that breaks the property."""
+        return ADVICE[self.property][0]
+
+    @property
+    def remedy(self) -> str:
+        """What to do about it."""
+        return ADVICE[self.property][1]
+
     def __str__(self) -> str:
         verdict = {True: "passed", False: "FAILED", None: "waived"}[self.passed]
-        return f"{verdict}  {self.property}" + (f": {self.detail}" if self.detail else "")
+        text = f"{verdict}  {self.property}" + (f": {self.detail}" if self.detail else "")
+        return text if self.passed is not False else f"{text}; likely: {self.cause}; remedy: {self.remedy}"
 
 
 def small_config(scheme: str) -> MoEConfig:
@@ -71,11 +85,38 @@ def check(
     """
     config = dataclasses.replace(config or small_config(scheme), scheme=scheme, shared=NO_SHARED)
     subjects: list[Subject] = []
-    first = _verdict("it runs", lambda: subjects.append(make_subject(config)))
+    first = _verdict("it runs", lambda: subjects.append(_runs(config)))
     if not subjects:
         return [first]
     properties = (*PROPERTIES, *comparisons.COMPARISONS) if properties is None else properties
-    return [first, *(_verdict(name, functools.partial(verify, *subjects)) for name, verify in properties)]
+    results = [first]
+    for name, verify in properties:
+        found = _verdict(name, functools.partial(verify, *subjects))
+        if found.passed is not False or all(
+            r.passed is not False or r.property != found.property for r in results
+        ):
+            results.append(found)  # what fails in several checks is told once
+    return results
+
+
+def _runs(config: MoEConfig) -> Subject:
+    """The subject, or what keeps the scheme from running at all, by its name."""
+    try:
+        return make_subject(config)
+    except Malformed as error:
+        raise Broken("shapes and dtypes are right", str(error)) from error
+    except Exception as error:
+        if isinstance(error, KeyError):
+            entries = ", ".join(routing.init_state(config)) or "nothing"
+            raise Broken("it runs", f"KeyError: {error}; the state has: {entries}") from error
+        try:
+            make_subject(config, with_key=True)
+        except Exception:
+            raise error from None
+        raise Broken(
+            "noise as declared",
+            "it runs where there is a key, and fails in evaluation, where context.rng is None",
+        ) from error
 
 
 def _verdict(name: str, verify: Callable[[], None]) -> Result:
@@ -84,6 +125,7 @@ def _verdict(name: str, verify: Callable[[], None]) -> Result:
     except Waived as reason:
         return Result(name, None, str(reason))
     except Exception as error:  # whatever a scheme does wrong is a finding
+        name = error.broken if isinstance(error, Broken) else name
         kind = "" if isinstance(error, (AssertionError, ValueError)) else f"{type(error).__name__}: "
         place = errors.place_of(error)  # in the file of the scheme
         where = f"{errors.shown(place[0])}:{place[1]}: " if place else ""
@@ -94,7 +136,7 @@ def _verdict(name: str, verify: Callable[[], None]) -> Result:
 def well_formed(subject: Subject) -> None:
     """Ids are in range and differ, weights finite and not negative, and unused or masked ones zero."""
     output, c = subject.run(), subject.config
-    decisions.sound(output.assignment, output.layer.losses, subject.context.valid, c)
+    sound(output.assignment, output.layer.losses, subject.context.valid, c)
 
 
 def state_keeps_shape(subject: Subject) -> None:
@@ -102,7 +144,8 @@ def state_keeps_shape(subject: Subject) -> None:
     after = subject.run().state
     shapes = [jax.tree.map(lambda a: (a.shape, str(a.dtype)), s) for s in (subject.state, after)]
     assert shapes[0] == shapes[1], f"the state was {shapes[0]}, after an update it is {shapes[1]}"
-    finite("the state after an update", after)
+    fine = all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
+    hold("the state stays finite", fine, "the state after an update is not finite")
 
 
 def finite_gradients(subject: Subject) -> None:
@@ -110,6 +153,16 @@ def finite_gradients(subject: Subject) -> None:
     for factor in (1.0, 1e4, 0.0):
         output = subject.run(x=np.float32(factor) * subject.x)
         finite(f"a gradient with the input times {factor:g}", output.gradients)
+
+
+def parameters_learn(subject: Subject) -> None:
+    """Every parameter of the router, and of the scheme's own, has a gradient."""
+    config, gradients = subject.config, subject.run().gradients[0]
+    if not routing.scheme_of(config).params(subject.x.shape[-1], config):
+        raise Waived("it has no parameters of its own")
+    for name, leaf in gradients[OWN].items():
+        what = f"the scheme's own parameter {name!r} has no gradient: it cannot learn"
+        assert np.abs(leaf).max() > 1e-9, what
 
 
 def equivariance(subject: Subject) -> None:
@@ -132,8 +185,8 @@ def equivariance(subject: Subject) -> None:
 
 def padding_changes_nothing(subject: Subject) -> None:
     """What stands on padding reaches no output, loss, statistic or gradient of a parameter."""
-    valid, (x, other) = subject.context.valid, make_inputs(1)
-    mixed = jax.tree.map(lambda a, b: np.where(valid, a, b), subject.context, other)
+    valid, (x, other) = subject.context.valid, make_inputs(1, subject.config)
+    mixed = jax.tree.map(lambda a, b: _either(valid, a, b), subject.context, other)
     before = subject.run()
     x = np.where(valid[..., None], subject.x, 5 * x)
     after = subject.run(x=x, context=dataclasses.replace(mixed, valid=valid))
@@ -147,6 +200,12 @@ def padding_changes_nothing(subject: Subject) -> None:
         same(f"{what} depends on padding:", a, b)
 
 
+def _either(first: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """``a`` for the tokens that are ``first``, ``b`` for the others, whatever each token has."""
+    first = np.broadcast_to(first, a.shape[:2])
+    return np.where(first[..., None] if a.ndim > 2 else first, a, b)
+
+
 def only_padding(subject: Subject) -> None:
     """A batch of nothing but padding gives zeros, and finite losses, statistics and gradients."""
     context = dataclasses.replace(subject.context, valid=np.zeros_like(subject.context.valid))
@@ -154,6 +213,10 @@ def only_padding(subject: Subject) -> None:
     assert not output.y.any(), "the output is not zero"
     finite("a loss, statistic or gradient", (output.layer, output.gradients))
     finite("the state after an update", output.state)
+    one = np.arange(GROUPS)[:, None] == 0
+    output = subject.run(context=dataclasses.replace(context, valid=subject.context.valid & ~one))
+    assert not output.y[0].any(), "the output of a row of padding is not zero"
+    finite("with one row of padding, a loss, statistic or gradient", (output.layer, output.gradients))
 
 
 def causality(subject: Subject) -> None:
@@ -162,8 +225,10 @@ def causality(subject: Subject) -> None:
     later = np.arange(LENGTH) >= cut
     before, changed = subject.run(), False
     for seed in range(1, 4):
-        x, other = make_inputs(seed)
+        x, other = make_inputs(seed, subject.config)
         x, context = np.where(later[:, None], 3 * x, subject.x), subject.context
+        if context.previous is not None:
+            context = dataclasses.replace(context, previous=_either(later, other.previous, context.previous))
         if not scheme.rng:  # noise follows token ids
             context = dataclasses.replace(context, tokens=np.where(later, other.tokens, context.tokens))
         if seed == 3 and not scheme.rng:  # that there are any must not matter either
@@ -189,13 +254,14 @@ def statistics_add_up(subject: Subject) -> None:
 
 
 def _of_router(verify: Callable[[Router], None]) -> Verify:
-    return lambda subject: verify(Router(subject.config, subject.state))
+    return lambda subject: verify(Router(subject.config, subject.state, subject.params.get(OWN, {})))
 
 
 PROPERTIES: tuple[tuple[str, Verify], ...] = (
     ("ids in range, weights finite, padding unused", well_formed),
     ("state keeps its shapes", state_keeps_shape),
     ("gradients are finite", finite_gradients),
+    ("its parameters learn", parameters_learn),
     ("permuted tokens, permuted outputs", equivariance),
     ("padding changes nothing", padding_changes_nothing),
     ("nothing but padding is zero", only_padding),

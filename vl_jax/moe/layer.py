@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,11 +12,14 @@ from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from vl_jax.kernels.expert_weights import ExpertWeights
-from vl_jax.moe import balance, dispatch, exchange, noise, routing
-from vl_jax.moe.assignment import Merge
+from vl_jax.moe import balance, dispatch, exchange, noise, routing, simple
+from vl_jax.moe.assignment import Merge, by_group
 from vl_jax.moe.routing import MoEConfig, RoutingContext, RoutingStats, State
 from vl_jax.nn.layers import GatedMLP, Linear, fan_in, named
 from vl_jax.params import Leaf
+
+OWN = "scheme"  # where a layer keeps the parameters of its scheme
+ROUTER = ("router", "router_bias", OWN)  # all of its parameters that decide, as far as it has them
 
 
 @struct.dataclass
@@ -22,6 +28,40 @@ class MoEOutput:
 
     stats: RoutingStats
     losses: Leaf  # dict of scalars, already weighted
+    logits: Leaf | None = (
+        None  # [B T N], for a scheme that reads those of the layer before; see ``handed_on``
+    )
+
+
+def of_layer(
+    context: RoutingContext, previous: jax.Array | None, layer: jax.Array | int, depth: int
+) -> RoutingContext:
+    """The context of one layer.
+
+    Args:
+      previous: what ``handed_on`` gave for the sparse layer before.
+      layer: its number among the ``depth`` layers of its stack.
+    """
+    return context.replace(  # pyright: ignore[reportAttributeAccessIssue]
+        previous=previous, layer=layer, depth=depth
+    )
+
+
+def first_logits(config: MoEConfig | None, tokens: tuple[int, ...]) -> jax.Array | None:
+    """What the first sparse layer finds as the logits of the one before: zeros; None: nobody asks for them.
+
+    Args:
+      tokens: the shape [B T] of the tokens.
+    """
+    scheme = None if config is None else routing.scheme_of(config)
+    if config is None or scheme is None or not scheme.previous:
+        return None
+    return jnp.zeros((*tokens, scheme.columns(config)), jnp.float32)
+
+
+def handed_on(output: MoEOutput) -> tuple[jax.Array | None, MoEOutput]:
+    """(the logits for the next sparse layer if its scheme asks for them, what is kept of this one)."""
+    return output.logits, output.replace(logits=None)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class DynamicMoE(nn.Module):
@@ -34,11 +74,10 @@ class DynamicMoE(nn.Module):
         self, x: Float[Array, "B T D"], context: RoutingContext, state: State
     ) -> tuple[Float[Array, "B T D"], MoEOutput]:
         c = self.config
-        logits = router_logits(x, *self._router(x.shape[-1]))
-        context = context.replace(x=x)  # pyright: ignore[reportAttributeAccessIssue]
-        if self.has_rng("routing"):
-            keys = noise.group_keys(self.make_rng("routing"), context)
-            context = context.replace(rng=keys)  # pyright: ignore[reportAttributeAccessIssue]
+        keys = noise.group_keys(self.make_rng("routing"), context) if self.has_rng("routing") else None
+        params = self._router(x.shape[-1])
+        context = completed(context, x, params, c, keys=keys)
+        logits = logits_of(x, params, context, c)
         assignment, losses = routing.route(logits, context, state, c)
         self.sow("intermediates", "logits", logits)
         self.sow("intermediates", "scores", routing.probabilities(logits, context, c))
@@ -47,6 +86,8 @@ class DynamicMoE(nn.Module):
         self.sow("intermediates", "modality", context.modality)
         weights = jax.tree.map(lambda w: w.astype(x.dtype), self._experts(x.shape[-1]))
         y, stats = sparse_mlp(x, logits, assignment, weights, context=context, config=c)
+        if c.simple.num:
+            y = y + simple.SimpleExperts(c, name="simple")(x, assignment)
         self.sow("intermediates", "routed", y)
         if c.shared_width:
             shared = GatedMLP(c.shared_width, c.activation, name="shared")(x)
@@ -54,18 +95,26 @@ class DynamicMoE(nn.Module):
                 gate = Linear(1, ("embed", None), name="shared_gate")(x)
                 shared = jax.nn.sigmoid(gate) * shared
             y = y + shared
-        return y, MoEOutput(stats=stats, losses=losses)
+        wanted = logits if routing.scheme_of(c).previous else None
+        return y, MoEOutput(stats=stats, losses=losses, logits=wanted)
 
-    def _router(self, width: int) -> tuple[jax.Array, jax.Array | None]:
-        columns = routing.scheme_of(self.config).columns(self.config)
-        kernel = self.param("router", named(fan_in(), "embed", None, decay=True), (width, columns))
-        if not self.config.router_bias:
-            return kernel, None
-        return kernel, self.param("router_bias", named(nn.initializers.zeros, None), (kernel.shape[1],))
+    def _router(self, width: int) -> dict[str, Any]:
+        """The parameters of the linear router, unless the scheme has logits of its own, and the scheme's."""
+        scheme, result = routing.scheme_of(self.config), {}
+        columns = scheme.columns(self.config)
+        if scheme.logits is None:
+            init = named(fan_in(), "embed", None, decay=True)
+            result["router"] = self.param("router", init, (width, columns))
+            if self.config.router_bias:
+                zeros = named(nn.initializers.zeros, None)
+                result["router_bias"] = self.param("router_bias", zeros, (columns,))
+        if scheme.params(width, self.config):
+            result[OWN] = SchemeParams(self.config, width, name=OWN)()
+        return result
 
     def _experts(self, width: int) -> ExpertWeights:
         c, zeros = self.config, nn.initializers.zeros
-        experts, inputs, hidden = c.num_experts, c.activation.inputs, c.expert_dim
+        experts, inputs, hidden = c.num_experts - c.simple.num, c.activation.inputs, c.expert_dim
         init = fan_in(in_axis=1, batch_axis=(0,))
         init_in = named(init, "experts", "embed", None, "mlp", inputs=(1,), outputs=(3,))
         w_in = self.param("w_in", init_in, (experts, width, inputs, hidden))
@@ -77,6 +126,73 @@ class DynamicMoE(nn.Module):
         return ExpertWeights(
             w_in, w_out, b_in, self.param("b_out", named(zeros, "experts", None), (experts, width))
         )
+
+
+class SchemeParams(nn.Module):
+    """The parameters of a scheme's own, by name."""
+
+    config: MoEConfig
+    width: int  # of the model
+
+    @nn.compact
+    def __call__(self) -> dict[str, jax.Array]:
+        wanted = routing.scheme_of(self.config).params(self.width, self.config)
+        return {
+            name: self.param(name, named(p.init, *p.names, decay=p.decay), p.shape)
+            for name, p in wanted.items()
+        }
+
+
+def completed(
+    context: RoutingContext,
+    x: Float[Array, "B T D"],
+    params: Mapping[str, Any],
+    config: MoEConfig,
+    *,
+    keys: jax.Array | None = None,
+) -> RoutingContext:
+    """The context with what the layer knows: its input, its scheme's parameters, keys, which layer it is.
+
+    Args:
+      params: of the router, as ``logits_of`` takes them.
+    """
+    scheme, previous = routing.scheme_of(config), None
+    if scheme.previous:
+        shape = (*x.shape[:2], scheme.columns(config))
+        previous = jnp.zeros(shape, jnp.float32) if context.previous is None else context.previous
+    own = {name: value.astype(jnp.float32) for name, value in params.get(OWN, {}).items()}
+    return context.replace(  # pyright: ignore[reportAttributeAccessIssue]
+        x=x,
+        rng=keys,
+        params=own,
+        previous=previous,
+        layer=jnp.int32(0) if context.layer is None else context.layer,
+    )
+
+
+def logits_of(
+    x: Float[Array, "B T D"], params: Mapping[str, Any], context: RoutingContext, config: MoEConfig
+) -> Float[Array, "B T N"]:
+    """The logits of every token: those of the linear router, or the scheme's own.
+
+    Args:
+      params: ``router`` and, with a bias, ``router_bias``; ``OWN`` are the scheme's.
+      context: as ``completed`` returns it.
+
+    Raises:
+      ValueError: the scheme's own logits have another shape.
+    """
+    own = routing.scheme_of(config).logits
+    if own is None:
+        return router_logits(x, params["router"], params.get("router_bias"))
+    logits = by_group(lambda x, where: own(x, where, config), x.astype(jnp.float32), context)
+    expected = (*x.shape[:2], routing.scheme_of(config).columns(config))
+    if logits.shape != expected:
+        raise ValueError(
+            f"scheme={config.scheme!r}: Scheme.logits gave {list(logits.shape[1:])} for a group, expected "
+            f"{list(expected[1:])}: tokens, and as many columns as Scheme.columns says"
+        )
+    return logits.astype(jnp.float32)
 
 
 def router_logits(
@@ -98,9 +214,11 @@ def sparse_mlp(
     config: MoEConfig,
 ) -> tuple[Float[Array, "B T D"], RoutingStats]:
     """The routed experts as a pure function; every row of the batch is one routing group."""
-    kept, dropped = dispatch.apply_capacity(assignment, context.valid, config)
+    matrices = simple.of_matrices(config)
+    own = simple.chosen_matrices(assignment, config)
+    kept, dropped = dispatch.apply_capacity(own, context.valid, matrices)
     stats = statistics(logits, assignment, dropped, context=context, config=config)
-    y = exchange.apply_experts(x, kept, weights, config)
+    y = exchange.apply_experts(x, kept, weights, matrices)
     if isinstance(assignment, Merge):  # no weight of its own keeps padding out
         y = jnp.where(context.valid[..., None], y, 0)
     return y, jax.lax.stop_gradient(stats)
@@ -117,7 +235,8 @@ def statistics(
     """What a layer counts, and what its scheme measures, summed over groups."""
     scheme, measured = routing.scheme_of(config), {}
     if scheme.measure is not None:
-        by_group = jax.vmap(lambda z, where: scheme.measure(z, where, config))(logits, context)  # pyright: ignore
-        measured = jax.tree.map(lambda a: jnp.sum(a, axis=0), by_group)
+        measure = scheme.measure
+        found = by_group(lambda z, where: measure(z, where, config), logits, context)
+        measured = jax.tree.map(lambda a: jnp.sum(a, axis=0), found)
     scores = routing.probabilities(logits, context, config)
     return balance.count(assignment, dropped, scores, context, measured)

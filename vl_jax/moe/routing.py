@@ -17,18 +17,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import field
 from fractions import Fraction
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from vl_jax import parts
 from vl_jax.kernels.activation import SWIGLU, Activation
 from vl_jax.moe import assignment as assignment_lib
+from vl_jax.moe import scheme as scheme_lib
 from vl_jax.moe import slots
 from vl_jax.moe.assignment import (
     GROUPS,
@@ -42,7 +43,9 @@ from vl_jax.moe.assignment import (
     State,
     TokenChoice,
     balanced_routes,
+    by_group,
 )
+from vl_jax.moe.choosing import MASKED, best, gates_of, of_columns
 from vl_jax.moe.config import (
     BalanceConfig,
     CapacityConfig,
@@ -50,7 +53,9 @@ from vl_jax.moe.config import (
     ExpertGroupsConfig,
     GateConfig,
     SharedExpertsConfig,
+    SimpleExpertsConfig,
 )
+from vl_jax.moe.scheme import Option, Param, Scheme
 from vl_jax.moe.specialise import drawn as drawing
 
 __all__ = [
@@ -63,8 +68,10 @@ __all__ = [
     "Assignment",
     "ExpertChoice",
     "Losses",
+    "Malformed",
     "Merge",
     "MoEConfig",
+    "Param",
     "RoutingContext",
     "RoutingStats",
     "Scheme",
@@ -109,7 +116,7 @@ SCHEMES = {
 # chosen.
 # Their logits are ``MASKED`` and ``best`` passes them over; what a scheme still chooses of them is taken out
 # of its assignment.
-EXCLUDED, MASKED = "excluded", -1e9
+EXCLUDED = "excluded"
 # Another one: i32[G T K], routes that tokens are to take, such as those of an earlier pass (*replay*; of a
 # rollout, when it is trained on: R3, arXiv 2510.11370). Gates and losses are of the scores of this pass.
 ROUTES = "routes"
@@ -117,9 +124,32 @@ ROUTES = "routes"
 TOWARDS = "towards"
 
 
+class Malformed(ValueError):
+    """What a scheme returned is no assignment, or has the wrong shapes."""
+
+
 @dataclasses.dataclass(frozen=True)
 class MoEConfig:
-    """One sparse layer: router, routed experts, shared experts, and how tokens move."""
+    """One sparse layer: router, routed experts, shared experts, and how tokens move.
+
+    Attributes:
+      scheme: one of ``SCHEMES``, or ``path/to/file.py:name``.
+      num_experts: E, the routed experts.
+      top_k: K, how many of them a token takes; the mean that is aimed for, where that varies.
+      expert_dim: the hidden width of one routed expert.
+      shared: experts that every token takes, beside the routed ones.
+      simple: how many of the routed experts, the last ones, multiply by no matrix: zero, copy, constant.
+      gates: how much a chosen expert's output weighs.
+      groups: experts in groups, of which a token may use a few.
+      router_bias: whether the linear router has a learned bias.
+      expert_bias: whether both projections of every routed expert have biases.
+      activation: of the experts.
+      balance: losses and biases that keep load even, and logits small.
+      limit: the most tokens that an expert takes.
+      execution: exchange and kernel, which the machine decides; the model stays the same.
+      options: pairs of name and value, the scheme's own; ``option`` reads one. On the command line one is
+        set by its name, ``--config.model.moe.options.k_max=3``.
+    """
 
     MOVED: ClassVar[Mapping[str, str]] = {
         "num_shared": "shared.num",
@@ -143,20 +173,21 @@ class MoEConfig:
         "kernel": "execution.kernel",
     }
 
-    scheme: str = "top_k"  # one of SCHEMES, or "path/to/file.py:name"
+    scheme: str = "top_k"
     num_experts: int = 64
     top_k: int = 6
-    expert_dim: int = 1408  # hidden width of one routed expert
-    shared: SharedExpertsConfig = field(default_factory=SharedExpertsConfig)  # beside the routed ones
-    gates: GateConfig = field(default_factory=GateConfig)  # weights of the chosen experts
-    groups: ExpertGroupsConfig = field(default_factory=ExpertGroupsConfig)  # which limit a token's choice
-    router_bias: bool = False  # a learned bias of the logits
-    expert_bias: bool = False  # biases of both projections of every routed expert
+    expert_dim: int = 1408
+    shared: SharedExpertsConfig = field(default_factory=SharedExpertsConfig)
+    simple: SimpleExpertsConfig = field(default_factory=SimpleExpertsConfig, kw_only=True)
+    gates: GateConfig = field(default_factory=GateConfig)
+    groups: ExpertGroupsConfig = field(default_factory=ExpertGroupsConfig)
+    router_bias: bool = False
+    expert_bias: bool = False
     activation: Activation = SWIGLU
-    balance: BalanceConfig = field(default_factory=BalanceConfig)  # losses and biases of the router
-    limit: CapacityConfig = field(default_factory=CapacityConfig)  # of the tokens that an expert takes
-    execution: ExecutionConfig = field(default_factory=ExecutionConfig)  # what the machine decides
-    options: tuple[tuple[str, float], ...] = ()  # numbers of the scheme's own; see its ``defaults``
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+    limit: CapacityConfig = field(default_factory=CapacityConfig)
+    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
+    options: tuple[tuple[str, Option], ...] = ()
 
     def __post_init__(self):
         named, groups = f"(scheme={self.scheme!r})", self.groups
@@ -164,6 +195,10 @@ class MoEConfig:
             raise ValueError(f"top_k={self.top_k} must be from 1 to num_experts={self.num_experts} {named}")
         if self.expert_dim < 1:
             raise ValueError(f"expert_dim={self.expert_dim} must be >= 1")
+        if self.simple.num >= self.num_experts:
+            raise ValueError(
+                f"simple has {self.simple.num} of num_experts={self.num_experts} experts; it must leave one"
+            )
         if self.num_experts % groups.num:
             raise ValueError(
                 f"groups.num={groups.num} must divide num_experts={self.num_experts} into equal groups"
@@ -179,12 +214,13 @@ class MoEConfig:
                 "dropless layer has no number of them"
             )
         scheme, given = scheme_of(self), [name for name, _ in self.options]
-        for name in given:
+        for name, value in self.options:
             if name not in scheme.defaults:
                 known = scheme.defaults or ("none",)
                 raise ValueError(f"scheme={self.scheme!r} has no option {name!r}; {parts.near(name, known)}")
             if given.count(name) > 1:
                 raise ValueError(f"options name {name!r} more than once")
+            scheme_lib.as_option(value, scheme.defaults[name], f"scheme={self.scheme!r}: options.{name}")
         if self.balance.forced and not scheme.replays:
             raise ValueError(f"balance.forced=True: scheme={self.scheme!r} takes no routes that are given")
         scheme.validate(self)
@@ -202,9 +238,16 @@ class MoEConfig:
             return None
         return slots.as_fraction(self.limit.factor) * self.top_k / self.num_experts
 
-    def option(self, name: str) -> float:
-        """The value of one of the scheme's own numbers, or its default."""
-        return dict(self.options).get(name, scheme_of(self).defaults[name])
+    def option(self, name: str) -> Any:
+        """The value of one of the scheme's own options, or its default, whose type it has.
+
+        Raises:
+          KeyError: the scheme has no such option.
+        """
+        defaults = scheme_of(self).defaults
+        if name not in defaults:
+            raise KeyError(f"scheme={self.scheme!r} has no option {name!r}; {parts.near(name, defaults)}")
+        return scheme_lib.as_option(dict(self.options).get(name, defaults[name]), defaults[name], name)
 
     @property
     def group_size(self) -> int:
@@ -220,35 +263,6 @@ class MoEConfig:
     @property
     def is_dropless(self) -> bool:
         return self.limit.factor is None and self.limit.slots is None
-
-
-def softmax_scores(logits: Float[Array, "*G N"], config: MoEConfig) -> Float[Array, "*G E"]:
-    """Probabilities of the experts: the softmax over the first E columns."""
-    return jax.nn.softmax(logits[..., : config.num_experts], axis=-1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Scheme:
-    """A routing scheme: a function, and what the library has to know about it."""
-
-    route: Callable[[Any, RoutingContext, State, MoEConfig], tuple[Assignment, Losses]]
-    init_state: Callable[[MoEConfig], State] = lambda config: {}
-    update_state: Callable[[State, RoutingStats, MoEConfig], State] = lambda state, stats, config: state
-    causal: bool = True  # a token's experts depend on no later token
-    equivariant: bool = True  # permuting the tokens of a group permutes their experts
-    defaults: Mapping[str, float] = field(default_factory=dict)  # options and their values
-    columns: Callable[[MoEConfig], int] = lambda config: config.num_experts  # width N of the logits
-    # Probabilities of the experts, for statistics.
-    scores: Callable[[Any, MoEConfig], Any] = softmax_scores
-    # The same of one group, [T E], where they depend on what a token is and not on its logits alone.
-    scores_of_group: Callable[[Any, RoutingContext, MoEConfig], Any] | None = None
-    # What ``update_state`` needs besides load: scalars and vectors by name, added up over groups.
-    measure: Callable[[Any, RoutingContext, MoEConfig], dict[str, Any]] | None = None
-    validate: Callable[[MoEConfig], None] = lambda config: None  # raises ValueError
-    rng: bool = False  # whether it routes differently in training, where it is given ``context.rng``
-    replays: bool = False  # whether it takes given routes: it chooses by ``best`` and weighs by ``gates_of``
-    by_expert: bool = True  # the first E columns of the logits are those of the experts
-    tokens: bool = False  # whether it needs ``context.tokens``, which encoders of pictures do not have
 
 
 def scheme_of(config: MoEConfig) -> Scheme:
@@ -305,9 +319,10 @@ def route(
     """Routes every group on its own; losses are the means over groups.
 
     Raises:
-      ValueError: what the scheme returns is no assignment, or has the wrong shapes; there are routes in the
-        state, and the scheme takes none, or they are of other tokens; experts are excluded of another number
-        or for other tokens, or of single tokens where the scheme gives all of them the same.
+      Malformed: what the scheme returns is no assignment, or has the wrong shapes.
+      ValueError: there are routes in the state, and the scheme takes none, or they are of other tokens;
+        experts are excluded of another number or for other tokens, or of single tokens where the scheme gives
+        all of them the same.
     """
     scheme, length = scheme_of(config), logits.shape[1]
     routes, state = state.get(ROUTES), {name: value for name, value in state.items() if name != ROUTES}
@@ -326,7 +341,7 @@ def route(
         try:
             assignment_lib.check(result, length=length, num_experts=config.num_experts)
         except ValueError as error:
-            raise ValueError(f"scheme={config.scheme!r}: {error}") from None
+            raise Malformed(f"scheme={config.scheme!r}: {error}") from None
         return result
 
     logits, given, drawn = logits.astype(jnp.float32), state.get(EXCLUDED), {}
@@ -337,7 +352,7 @@ def route(
         drawn = {TOWARDS: drawing.drawn_loss(scores, towards, context.valid)}
     state = {name: value for name, value in state.items() if name not in (EXCLUDED, TOWARDS)}
     if given is None:
-        assignment, losses = jax.vmap(one_group, axis_name=GROUPS)(logits, context)
+        assignment, losses = by_group(one_group, logits, context)
         return assignment, {name: jnp.mean(value) for name, value in losses.items()} | drawn
     try:
         excluded = drawing.of_tokens(given, shape, "excluded experts")
@@ -345,8 +360,8 @@ def route(
         raise ValueError(f"scheme={config.scheme!r}: {error}") from None
     context = context.replace(excluded=excluded)  # pyright: ignore[reportAttributeAccessIssue]
     if scheme.by_expert:
-        logits = jnp.where(_of_columns(excluded, logits), MASKED, logits)
-    assignment, losses = jax.vmap(one_group, axis_name=GROUPS)(logits, context)
+        logits = jnp.where(of_columns(excluded, logits), MASKED, logits)
+    assignment, losses = by_group(one_group, logits, context)
     try:
         assignment = assignment_lib.without(assignment, excluded, shared=given.shape[1] == 1)
     except ValueError as error:
@@ -361,34 +376,8 @@ def probabilities(
     scheme = scheme_of(config)
     if scheme.scores_of_group is None:
         return scheme.scores(logits, config)
-    return jax.vmap(lambda z, where: scheme.scores_of_group(z, where, config))(logits, context)  # pyright: ignore
-
-
-def _of_columns(excluded: Bool[Array, "*G E"], values: Float[Array, "*G N"]) -> Bool[Array, "*G N"]:
-    """Columns after those of the experts are never excluded."""
-    others = values.shape[-1] - excluded.shape[-1]
-    return jnp.concatenate([excluded, jnp.zeros((*excluded.shape[:-1], others), bool)], axis=-1)
-
-
-def best(choice: Float[Array, "T N"], count: int, context: RoutingContext) -> Int[Array, "T K"]:
-    """The ``count`` experts of highest selection score; or the given routes, if there are any.
-
-    An excluded expert has no score; where too few are left, the ids past them are N: unused.
-    """
-    if context.routes is not None:
-        return context.routes
-    if context.excluded is None:
-        return jax.lax.top_k(choice, count)[1]
-    excluded = _of_columns(context.excluded, choice)
-    experts = jax.lax.top_k(jnp.where(excluded, -jnp.inf, choice), count)[1]
-    return jnp.where(jnp.take_along_axis(excluded, experts, axis=-1), choice.shape[-1], experts)
-
-
-def gates_of(
-    scores: Float[Array, "T N"], experts: Int[Array, "T K"], *, unused: float = 0.0
-) -> Float[Array, "T K"]:
-    """The score of every chosen expert, and ``unused`` for ids past the last."""
-    return jnp.take_along_axis(scores, experts, axis=-1, mode="fill", fill_value=unused)
+    of_group = scheme.scores_of_group
+    return by_group(lambda z, where: of_group(z, where, config), logits, context)
 
 
 def choose(

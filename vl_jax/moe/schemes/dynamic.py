@@ -171,7 +171,7 @@ def _code_bits(config: MoEConfig) -> int:
 
 def _limit(config: MoEConfig) -> int:
     """The most experts of a token."""
-    return min(int(config.option("limit")) or config.num_experts, config.num_experts)
+    return min(config.option("limit") or config.num_experts, config.num_experts)
 
 
 def _positive(gates: Float[Array, "T E"], context: RoutingContext, config: MoEConfig) -> TokenChoice:
@@ -184,7 +184,7 @@ def _positive(gates: Float[Array, "T E"], context: RoutingContext, config: MoECo
 
 def _validate_null(config: MoEConfig) -> None:
     if config.option("count") < 1:
-        raise ValueError(f"scheme={config.scheme!r}: count={config.option('count'):g} must be >= 1")
+        raise ValueError(f"scheme={config.scheme!r}: count={config.option('count')} must be >= 1")
     if config.balance.scope == "step":
         raise ValueError(f"scheme={config.scheme!r}: balance.scope='step' knows no load of null experts")
 
@@ -194,12 +194,12 @@ def _validate_code(config: MoEConfig) -> None:
         raise ValueError(f"scheme={config.scheme!r}: num_experts={config.num_experts} must be a power of two")
 
 
-TOP_P = Scheme(top_p, defaults={"threshold": 0.4, "entropy_weight": 1e-4, "limit": 0.0}, replays=True)
+TOP_P = Scheme(top_p, defaults={"threshold": 0.4, "entropy_weight": 1e-4, "limit": 0}, replays=True)
 REMOE = Scheme(
     remoe,
     init_l1,
     update_l1,
-    defaults={"initial_l1": 1e-8, "l1_rate": 1.2, "limit": 0.0},
+    defaults={"initial_l1": 1e-8, "l1_rate": 1.2, "limit": 0},
     scores=lambda logits, config: shares(jax.nn.relu(logits)),
     replays=True,
 )
@@ -207,22 +207,22 @@ EXPERT_THRESHOLD = Scheme(
     expert_threshold,
     init_threshold,
     update_threshold,
-    defaults={"decay": 0.99, "limit": 0.0},
+    defaults={"decay": 0.99, "limit": 0},
     scores=lambda logits, config: shares(scores_of(logits, config, "softmax")),
     measure=measure_cutoff,
     replays=True,
 )
 NULL_EXPERTS = Scheme(
     null_experts,
-    defaults={"count": 4.0, "null_weight": 0.75},
-    columns=lambda config: config.num_experts + int(config.option("count")),
+    defaults={"count": 4, "null_weight": 0.75},
+    columns=lambda config: config.num_experts + config.option("count"),
     scores=lambda logits, config: jax.nn.softmax(logits, axis=-1)[..., : config.num_experts],
     validate=_validate_null,
     replays=True,
 )
 DSELECT_K = Scheme(
     dselect_k,
-    defaults={"gamma": 1.0, "entropy_weight": 1e-3, "limit": 0.0},
+    defaults={"gamma": 1.0, "entropy_weight": 1e-3, "limit": 0},
     columns=lambda config: config.top_k * (_code_bits(config) + 1),
     scores=_dselect_scores,
     validate=_validate_code,

@@ -102,7 +102,7 @@ EXPERT_CHOICE = Scheme(expert_choice, causal=False, validate=_validate)
 MODALITY_EXPERT_CHOICE = Scheme(
     modality_expert_choice,
     causal=False,
-    defaults={"vision_experts": 0.0},
+    defaults={"vision_experts": 0},
     scores_of_group=_own_scores,
     validate=_validate_split,
 )

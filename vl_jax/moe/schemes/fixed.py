@@ -82,7 +82,7 @@ def modality_of_experts(config: MoEConfig) -> Int[Array, " E"]:
 
 def num_text(config: MoEConfig) -> int:
     """How many experts serve text: the first ones."""
-    return config.num_experts - (int(config.option("vision_experts")) or config.num_experts // 2)
+    return config.num_experts - (config.option("vision_experts") or config.num_experts // 2)
 
 
 def validate_split(config: MoEConfig, *, at_least: int | None = None) -> None:
@@ -98,7 +98,7 @@ def validate_split(config: MoEConfig, *, at_least: int | None = None) -> None:
 HASH = Scheme(hash_tokens, scores_of_group=_hash_scores, tokens=True, replays=True)
 MODALITY_TOP_K = Scheme(
     modality_top_k,
-    defaults={"vision_experts": 0.0},
+    defaults={"vision_experts": 0},
     scores_of_group=_own_scores,
     validate=validate_split,
     replays=True,

@@ -19,7 +19,7 @@ def soft_moe(
     The router has E * ``slots`` columns, one for every slot. The paper normalises tokens and columns to
     length one; here tokens come from an RMSNorm, and columns are as they are.
     """
-    slots, valid = int(config.option("slots")), context.valid[:, None]
+    slots, valid = config.option("slots"), context.valid[:, None]
     if context.excluded is not None:
         logits = jnp.where(jnp.repeat(context.excluded, slots, axis=-1), MASKED, logits)
     dispatch = jax.nn.softmax(jnp.where(valid, logits, jnp.finfo(logits.dtype).min), axis=0)
@@ -52,14 +52,14 @@ def _validate(config: MoEConfig) -> None:
 def _validate_soft(config: MoEConfig) -> None:
     _validate(config)
     if config.option("slots") < 1:
-        raise ValueError(f"scheme={config.scheme!r}: slots={config.option('slots'):g} must be >= 1")
+        raise ValueError(f"scheme={config.scheme!r}: slots={config.option('slots')} must be >= 1")
 
 
 SOFT_MOE = Scheme(
     soft_moe,
     causal=False,
-    defaults={"slots": 1.0},
-    columns=lambda config: config.num_experts * int(config.option("slots")),
+    defaults={"slots": 1},
+    columns=lambda config: config.num_experts * config.option("slots"),
     scores=_slot_scores,
     validate=_validate_soft,
     by_expert=False,

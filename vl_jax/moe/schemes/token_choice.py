@@ -130,7 +130,7 @@ def sinkhorn(
     scores = scores_of(logits, config, "softmax")
     choice = logits
     if context.rng is not None:
-        choice = sinkhorn_plan(logits, context.valid, iterations=int(config.option("iterations")))
+        choice = sinkhorn_plan(logits, context.valid, iterations=config.option("iterations"))
     experts = best(jax.lax.stop_gradient(choice), config.top_k, context)
     gates = gates_of(scores, experts)
     return choose(experts, gates, context, config), losses_lib.z_loss(logits, context, config)
@@ -290,7 +290,7 @@ V_MOE = Scheme(
 SINKHORN = Scheme(
     sinkhorn,
     causal=False,
-    defaults={"iterations": 16.0},
+    defaults={"iterations": 16},
     scores=_softmax_shares,
     rng=True,
     replays=True,

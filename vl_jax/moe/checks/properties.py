@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -14,12 +15,24 @@ import numpy as np
 
 from vl_jax.batch import MODALITIES
 from vl_jax.moe import balance, routing
-from vl_jax.moe.assignment import RoutingContext, TokenChoice
-from vl_jax.moe.decisions import GROUPS, LENGTH, Decision, Router, Waived, random_probe, sound
+from vl_jax.moe.assignment import RoutingContext, TokenChoice, by_group
+from vl_jax.moe.checks.decisions import (
+    GROUPS,
+    LENGTH,
+    Broken,
+    Decision,
+    Router,
+    Waived,
+    hold,
+    in_layer,
+    random_probe,
+    sound,
+)
 from vl_jax.moe.layer import statistics
 
 UPDATES = 400  # enough for a bias that moves by a thousandth to count
 MANY_KEYS = 16  # little noise seldom moves a choice
+TRACES = "two fresh traces agree"
 SMALL, LARGE = 2e-5, 0.05  # moves of logits: float32 tells the small one, 16 bits do not
 
 
@@ -64,24 +77,33 @@ def decides_by_its_input(router: Router) -> None:
     config, scheme = router.config, routing.scheme_of(router.config)
     logits, context = router.inputs(0)
     once, again = router.decide(logits, context), router.decide(logits, context)
-    _equal("one input gives two decisions:", again, once)
+    with named("one input, one decision"):
+        _equal("one input gives two decisions:", again, once)
     longer = router.traced_anew()(*router.inputs(0, length=LENGTH + 4))  # more padding, to compile once
     if not np.allclose(longer.weights[:, :LENGTH], once.weights, atol=1e-5):
         anew = router.traced_anew()(logits, context)
-        _equal("traced again, it decides otherwise (a global, numpy's random, the time?):", anew, once)
+        with named(TRACES):
+            _equal("traced again, it decides otherwise (a global, numpy's random, the time?):", anew, once)
         raise AssertionError("a row is routed otherwise if there is more padding after it")
     for name, loss in once.losses.items():
         same = np.allclose(longer.losses[name], loss, rtol=1e-4, atol=1e-6)
         assert same, f"loss {name!r} differs when it is traced again, with more padding"
-    _equal_states("init_state called twice", routing.init_state(config), routing.init_state(config))
+    with named(TRACES):
+        _equal_states("init_state called twice", routing.init_state(config), routing.init_state(config))
 
     def leaves_alone(logits: jax.Array, context: RoutingContext) -> None:
         given = dict(state := router.state)
         scheme.route(logits, context, given, config)
         changed = [n for n in given.keys() | state.keys() if given.get(n) is not state.get(n)]
-        assert not changed, f"route writes to its state ({', '.join(changed)}); that is for update_state"
+        hold(
+            "route leaves its state alone",
+            not changed,
+            f"route writes to its state ({', '.join(changed)}); that is for update_state",
+        )
 
-    jax.eval_shape(jax.vmap(leaves_alone, axis_name=routing.GROUPS), logits, context)
+    jax.eval_shape(
+        lambda z, where: by_group(leaves_alone, z, in_layer(where, router.params)), logits, context
+    )
     single = jax.tree.map(lambda a: a[:1, :1], (logits, context))  # as in decoding
     router.trace(*single)
 
@@ -191,7 +213,8 @@ def every_expert_is_reached(router: Router) -> None:
         return
     state = _updated(router)
     for name, leaf in state.items():
-        assert np.isfinite(leaf).all(), f"after {UPDATES} updates {name!r} of the state is not finite"
+        what = f"after {UPDATES} updates {name!r} of the state is not finite"
+        hold("the state stays finite", np.isfinite(leaf).all(), what)
     after = [router.decide(*pair, state) for pair in _pool(router)]
     _reached(after, f" after {UPDATES} updates of the state")
     loads = (np.sum([d.chosen for d in found], axis=(0, 1, 2)) for found in (decided, after))
@@ -224,6 +247,7 @@ def _updated(router: Router) -> dict[str, np.ndarray]:
     def run(state: Any, pool: Any) -> Any:
         def step(state: Any, number: jax.Array) -> tuple[Any, Any]:
             logits, context = jax.tree.map(lambda a: a[number], pool)
+            context = in_layer(context, router.params)
             assignment, _ = routing.route(logits, context, state, config)
             dropped = jnp.zeros((*context.valid.shape, 1), bool)
             stats = statistics(logits, assignment, dropped, context=context, config=config)
@@ -231,14 +255,18 @@ def _updated(router: Router) -> dict[str, np.ndarray]:
 
         return jax.lax.scan(step, state, jnp.arange(UPDATES) % size)
 
-    state, stats = jax.device_get(run(router.state, pool))
+    try:
+        state, stats = jax.device_get(run(router.state, pool))
+    except TypeError as error:
+        raise Waived(f"the state does not keep its shapes: {str(error).splitlines()[0]}") from None
     once, again = (
         jax.jit(functools.partial(routing.update_state, config=config))(
             router.state, jax.tree.map(lambda a: a[0], stats)
         )
         for _ in range(2)
     )
-    _equal_states("update_state, traced twice,", once, again)
+    with named(TRACES):
+        _equal_states("update_state, traced twice,", once, again)
     return state
 
 
@@ -247,6 +275,8 @@ def noise_as_declared(router: Router) -> None:
     scheme, (logits, context) = routing.scheme_of(router.config), router.inputs(0)
     keys = [jax.random.split(jax.random.key(seed), GROUPS) for seed in range(MANY_KEYS)]
     quiet = router.decide(logits, context)
+    if not np.allclose(router.traced_anew()(logits, context).weights, quiet.weights, atol=1e-5):
+        raise Waived("traced again, it decides otherwise without any key")
     with_keys = [(logits, dataclasses.replace(context, rng=key)) for key in (*keys, keys[0])]
     decide = router.traced_anew()
     noisy = [decide(*pair) for pair in with_keys]
@@ -260,6 +290,54 @@ def noise_as_declared(router: Router) -> None:
     assert same, "in training, a row is routed otherwise among other rows"
     for found in noisy:
         sound(found.assignment, found.losses, context.valid, router.config, what=", in training")
+
+
+def passes_over_excluded(router: Router) -> None:
+    """A token that is denied an expert takes the next best one, whatever the state says for the expert."""
+    logits, context = router.inputs(0)
+    number, top_k = router.config.num_experts, router.config.top_k
+    denied = _denied(router, np.ones(number, bool), router.state)
+    assert not denied.weights.any(), "all experts are excluded, and tokens get something from one"
+    found = [router.decide(*router.inputs(seed)) for seed in range(3)]
+    if not isinstance(denied.assignment, TokenChoice) or any(
+        (d.chosen.sum(axis=-1)[context.valid] != min(top_k, number)).any() for d in found
+    ):
+        return  # their number varies with the token
+    for push in (0.0, 2.0, -2.0) if router.state else (0.0,):
+        for expert in range(min(number, 8)):
+            state = {name: _pushed(leaf, expert, push) for name, leaf in router.state.items()}
+            before = router.decide(logits, context, state).chosen
+            after = _denied(router, np.arange(number) == expert, state).chosen
+            lost = (after.sum(axis=-1) < min(top_k, number - 1)) & context.valid & before[..., expert]
+            assert not lost.any(), (
+                f"of {lost.sum()} tokens that may not take expert {expert}, none takes the next best instead"
+            )
+
+
+def _denied(router: Router, excluded: np.ndarray, state: dict[str, Any]) -> Decision:
+    """What is decided where some experts are excluded for all tokens."""
+    logits, context = router.inputs(0)
+    found = router.decide(logits, context, {**state, routing.EXCLUDED: excluded[None, None]})
+    sound(found.assignment, found.losses, context.valid, router.config, what=", with excluded experts")
+    assert not found.weights[..., excluded].any(), "a token gets something from an excluded expert"
+    return found
+
+
+def _pushed(leaf: Any, expert: int, push: float) -> Any:
+    """A part of a state in which the number of one expert is changed, if it has one for each."""
+    leaf = np.array(leaf)
+    if leaf.ndim and np.issubdtype(leaf.dtype, np.floating) and leaf.shape[-1] > expert:
+        leaf[..., expert] += np.float32(push)
+    return leaf
+
+
+@contextlib.contextmanager
+def named(broken: str) -> Iterator[None]:
+    """Gives a property's own name to what does not hold inside."""
+    try:
+        yield
+    except AssertionError as error:
+        raise Broken(broken, str(error)) from None
 
 
 def _equal(what: str, found: Decision, expected: Decision) -> None:
@@ -285,4 +363,5 @@ PROPERTIES: tuple[tuple[str, Callable[[Router], None]], ...] = (
     ("scores are float32", float32_decides),
     ("every expert is reached", every_expert_is_reached),
     ("noise as declared", noise_as_declared),
+    ("excluded experts are passed over", passes_over_excluded),
 )

@@ -22,10 +22,26 @@ from vl_jax.moe.assignment import Assignment, ExpertChoice, RoutingContext, Soft
 from vl_jax.moe.routing import MoEConfig
 
 GROUPS, LENGTH, WIDTH = 4, 8, 8
+PADDING = "padding chooses nothing"
 
 
 class Waived(Exception):
     """Why a property is not asked of this scheme, or cannot be checked here."""
+
+
+class Broken(AssertionError):
+    """What a scheme breaks: a property by its own name, where a check looks at several."""
+
+    def __init__(self, broken: str, detail: str):
+        """Takes the name of the property, for which ``advice`` has an entry, and what was found."""
+        super().__init__(detail)
+        self.broken = broken
+
+
+def hold(broken: str, holds: Any, detail: str) -> None:
+    """Raises ``Broken`` unless it holds."""
+    if not holds:
+        raise Broken(broken, detail)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +69,7 @@ class Router:
 
     config: MoEConfig
     state: Any
+    params: Any  # of the scheme's own, by name
 
     def decide(
         self,
@@ -73,20 +90,26 @@ class Router:
         probe = random_probe(self.config) if probe is None else probe
         cotangents = np.float32(not of_losses) * probe, np.float32(of_losses)
         state = self.state if state is None else state
-        return Decision(*jax.device_get(_compiled(self.config)(logits, context, state, cotangents)))
+        return Decision(
+            *jax.device_get(_compiled(self.config)(logits, context, state, self.params, cotangents))
+        )
 
     def traced_anew(self) -> Callable[[np.ndarray, RoutingContext], Decision]:
         """As ``decide``, without gradients; in training, if the context has keys."""
         traced = jax.jit(functools.partial(_decide, config=self.config))
-        return lambda logits, context: Decision(*jax.device_get(traced(logits, context, self.state)))
+        return lambda logits, context: Decision(
+            *jax.device_get(traced(logits, context, self.state, self.params))
+        )
 
     def trace(self, logits: np.ndarray, context: RoutingContext) -> None:
         """Runs the scheme on shapes alone."""
-        jax.eval_shape(functools.partial(_decide, config=self.config), logits, context, self.state)
+        jax.eval_shape(
+            functools.partial(_decide, config=self.config), logits, context, self.state, self.params
+        )
 
     def inputs(self, seed: int, *, length: int = LENGTH) -> tuple[np.ndarray, RoutingContext]:
         """Random logits, and rows of different lengths for them."""
-        x, context = make_inputs(seed)
+        x, context = make_inputs(seed, self.config)
         columns = routing.scheme_of(self.config).columns(self.config)
         logits = np.random.default_rng(seed).standard_normal((GROUPS, LENGTH, columns), np.float32)
         context = dataclasses.replace(context, x=x)
@@ -96,8 +119,17 @@ class Router:
         )
 
 
-def make_inputs(seed: int) -> tuple[np.ndarray, RoutingContext]:
+def in_layer(context: RoutingContext, params: Any) -> RoutingContext:
+    """The context as the first layer hands it on, with the parameters of the scheme's own."""
+    return dataclasses.replace(context, params=params, layer=jnp.int32(0))
+
+
+def make_inputs(seed: int, config: MoEConfig) -> tuple[np.ndarray, RoutingContext]:
     """(x, context): random rows of different lengths, of text and pictures."""
+    scheme, previous = routing.scheme_of(config), None
+    if scheme.previous:
+        shape = (GROUPS, LENGTH, scheme.columns(config))
+        previous = np.random.default_rng((seed, 1)).standard_normal(shape, np.float32)
     random = np.random.default_rng(seed)
     index = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (GROUPS, LENGTH))
     lengths = np.array([LENGTH, LENGTH, LENGTH - 2, LENGTH - 3])
@@ -106,6 +138,7 @@ def make_inputs(seed: int) -> tuple[np.ndarray, RoutingContext]:
         modality=(index % 3 == 0).astype(np.int32),
         tokens=random.integers(0, 1000, index.shape).astype(np.int32),
         positions=index,
+        previous=previous,
     )
     return random.standard_normal((GROUPS, LENGTH, WIDTH), np.float32), context
 
@@ -128,8 +161,16 @@ def _compiled(config: MoEConfig) -> Callable[..., tuple]:
 
 
 def _decide(
-    logits: jax.Array, context: RoutingContext, state: Any, cotangents: Any = None, *, config: MoEConfig
+    logits: jax.Array,
+    context: RoutingContext,
+    state: Any,
+    params: Any,
+    cotangents: Any = None,
+    *,
+    config: MoEConfig,
 ) -> tuple:
+    context = in_layer(context, params)
+
     def parts(logits: jax.Array) -> tuple:
         assignment, losses = routing.route(logits, context, state, config)
         weights = dense(assignment, context, config.num_experts)
@@ -154,31 +195,41 @@ def sound(
     """Ids are in range and differ, weights are finite and not negative, and padding has none.
 
     Raises:
-      AssertionError: what is not so; one line.
+      Broken: what is not so; one line.
     """
     scheme = f"scheme={config.scheme!r}{what}"
     for name, leaf in {**vars(assignment), **losses}.items():
-        assert np.isfinite(leaf).all(), f"{scheme}: {name} is not finite"
+        hold("weights and losses are finite", np.isfinite(leaf).all(), f"{scheme}: {name} is not finite")
     if isinstance(assignment, TokenChoice):
         experts, gates, unused = assignment.experts, assignment.gates, config.num_experts
         _in_range(experts, unused, f"{scheme}: expert ids", f" ({unused}: unused)")
-        assert (experts[~valid] == unused).all(), f"{scheme}: padding chooses an expert"
-        assert not gates[experts == unused].any(), f"{scheme}: an unused choice has a gate"
-        times = np.sum(experts[..., None] == np.arange(unused), axis=2)
-        assert times.max() <= 1, f"{scheme}: a token names the same expert {times.max()} times"
+        hold(PADDING, (experts[~valid] == unused).all(), f"{scheme}: padding chooses an expert")
+        hold(
+            "unused choices weigh nothing",
+            not gates[experts == unused].any(),
+            f"{scheme}: an unused choice has a gate",
+        )
+        times = np.sum(experts[..., None] == np.arange(unused), axis=2).max()
+        hold("ids distinct per token", times <= 1, f"{scheme}: a token names the same expert {times} times")
     elif isinstance(assignment, ExpertChoice):
         _in_range(assignment.tokens, valid.shape[1] - 1, f"{scheme}: token indices", "")
         masked = ~np.take_along_axis(valid[:, None], assignment.tokens, axis=2)
-        assert not assignment.gates[masked].any(), f"{scheme}: an expert takes padding"
+        hold(PADDING, not assignment.gates[masked].any(), f"{scheme}: an expert takes padding")
     elif isinstance(assignment, Soft):
         kept = assignment.dispatch[~valid], assignment.combine[~valid]
-        assert not any(k.any() for k in kept), f"{scheme}: padding has weights"
+        hold(PADDING, not any(k.any() for k in kept), f"{scheme}: padding has weights")
     for name, leaf in vars(assignment).items():
-        assert np.issubdtype(leaf.dtype, np.integer) or (leaf >= 0).all(), (
-            f"{scheme}: {name} go down to {leaf.min():.2g}; an expert weighs 0 or more"
+        hold(
+            "weights are not negative",
+            np.issubdtype(leaf.dtype, np.integer) or (leaf >= 0).all(),
+            f"{scheme}: {name} go down to {leaf.min():.2g}; an expert weighs 0 or more",
         )
 
 
 def _in_range(ids: np.ndarray, last: int, what: str, note: str) -> None:
     lowest, highest = ids.min(), ids.max()
-    assert lowest >= 0 and highest <= last, f"{what} from {lowest} to {highest}, must be 0 to {last}{note}"
+    hold(
+        "ids in range",
+        lowest >= 0 and highest <= last,
+        f"{what} from {lowest} to {highest}, must be 0 to {last}{note}",
+    )

@@ -14,9 +14,9 @@ import numpy as np
 
 from vl_jax.moe import routing
 from vl_jax.moe.assignment import Assignment, RoutingContext
+from vl_jax.moe.checks.decisions import make_inputs
 from vl_jax.moe.config import SharedExpertsConfig
-from vl_jax.moe.decisions import make_inputs
-from vl_jax.moe.layer import DynamicMoE, MoEOutput
+from vl_jax.moe.layer import DynamicMoE, MoEOutput, handed_on
 from vl_jax.moe.routing import MoEConfig
 
 NO_SHARED = SharedExpertsConfig(num=0)
@@ -67,7 +67,7 @@ def _compiled(config: MoEConfig, noisy: bool) -> Callable[..., tuple]:
             {"params": params}, x, context, state, rngs=rngs, mutable=["intermediates"]
         )
         total = jnp.sum(jnp.sin(y)) + sum(output.losses.values())
-        return total, (y, kept["intermediates"]["assignment"][0], output)
+        return total, (y, kept["intermediates"]["assignment"][0], handed_on(output)[1])
 
     @jax.jit
     def run(params: Any, state: Any, x: Any, context: Any) -> tuple:
@@ -79,11 +79,16 @@ def _compiled(config: MoEConfig, noisy: bool) -> Callable[..., tuple]:
     return run
 
 
-def make_subject(config: MoEConfig) -> Subject:
-    """A layer with random parameters, its initial state, and inputs for it."""
-    random, (x, context), state = np.random.default_rng(0), make_inputs(0), routing.init_state(config)
+def make_subject(config: MoEConfig, *, with_key: bool = False) -> Subject:
+    """A layer with random parameters, its initial state, and inputs for it.
+
+    Args:
+      with_key: whether the layer is tried as in training, with a key for noise.
+    """
+    random, (x, context), state = np.random.default_rng(0), make_inputs(0, config), routing.init_state(config)
     layer = DynamicMoE(config)
-    shapes = jax.eval_shape(layer.init, jax.random.key(0), x, context, state)["params"]
+    keys = {name: jax.random.key(0) for name in ("params", *(("routing",) if with_key else ()))}
+    shapes = jax.eval_shape(layer.init, keys, x, context, state)["params"]
     params = jax.tree.map(lambda p: 0.5 * random.standard_normal(p.shape, np.float32), nn.meta.unbox(shapes))
     return Subject(config, params, state, x, context)
 

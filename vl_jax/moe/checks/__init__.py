@@ -1,0 +1,1 @@
+"""What conformance looks at: a scheme in a small layer, its decisions, and what must hold of them."""
