@@ -178,6 +178,35 @@ def test_only_the_newest_steps_are_kept(tmp_path):
     assert sorted(int(f.name) for f in tmp_path.iterdir() if f.name.isdigit()) == [3, 4, 5]
 
 
+def test_every_nth_step_stays_beside_the_newest_and_the_best(tmp_path):
+    write(tmp_path, 1, 2, 3, 4, 5, 6, 7, 8, keep=2, every=3, others=lambda: {1})
+    assert sorted(int(f.name) for f in tmp_path.iterdir() if f.name.isdigit()) == [1, 3, 6, 7, 8]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_arrays_come_back_in_another_dtype_once_they_are_checked(tmp_path, dtype):
+    def other(value):
+        return jax.tree.map(lambda x: x.astype(dtype) if x.dtype == jnp.float32 else x, value)
+
+    write(tmp_path, 3)
+    wanted, state = other(tree(0, 8)), jax.tree.map(lambda x: x.astype(jnp.float32), training(0, 8)["moment"])
+    step, params, found, _ = read(tmp_path, 8, wanted, {"step": training(0, 8)["step"], "moment": state})
+    assert step == 3
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(other(tree(3, 8))), strict=True):
+        assert a.dtype == dtype and a.sharding.is_equivalent_to(b.sharding, a.ndim)
+        np.testing.assert_array_equal(a, b)
+    for a, b in zip(jax.tree.leaves(found["moment"]), jax.tree.leaves(training(3)["moment"]), strict=True):
+        assert a.dtype == jnp.float32
+        np.testing.assert_array_equal(a, b.astype(jnp.float32))
+
+
+def test_a_leaf_of_another_kind_is_refused(tmp_path):
+    write(tmp_path, 3)
+    wanted = {**tree(0), "scale": jnp.zeros(8, jnp.int32)}
+    with pytest.raises(OtherTreeError, match="scale is float32 in the checkpoint, int32 in the model"):
+        read(tmp_path, wanted=wanted)
+
+
 @pytest.mark.parametrize("item", ["params", "training"])
 def test_a_damaged_step_is_noticed_and_the_one_before_is_used(tmp_path, item):
     write(tmp_path, 3, 7)

@@ -1,4 +1,4 @@
-"""Conversions that several workers share: the same files, whoever writes which, and whatever interrupts them."""
+"""Conversions that several workers share: the same files, whoever writes which, whatever interrupts them."""
 
 from __future__ import annotations
 
@@ -9,36 +9,24 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import mounts
 import pytest
 
 from vl_jax.data.sources.build import ScenesConfig, open_source
 from vl_jax.data.tools import convert as convert_lib
-from vl_jax.data.tools.convert import Report, Share, Unfinished, convert
-from vl_jax.runtime import folders
+from vl_jax.data.tools.convert import WHOLE, Report, Share, Unfinished, convert
+from vl_jax.runtime.storage import folders
 
 pytest.importorskip("array_record")
 CONFIG = ScenesConfig("s", num_examples=7)
 
 
-def converted(target: Path, share: Share = Share(), **options) -> Report | Unfinished:
+def converted(target: Path, share: Share = WHOLE, **options) -> Report | Unfinished:
     return convert(CONFIG, open_source(CONFIG), target, per_file=2, share=share, **options)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
-
-
-def refuse(monkeypatch, error: int) -> None:
-    """From now on folders cannot be renamed, as where a bucket is mounted; files can."""
-    for name in ("rename", "replace"):
-        original = getattr(os, name)
-
-        def renamed(source, target, *rest, original=original, **more):
-            if os.path.isdir(source):
-                raise OSError(error, os.strerror(error), str(source))
-            return original(source, target, *rest, **more)
-
-        monkeypatch.setattr(os, name, renamed)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +76,7 @@ def test_workers_may_end_at_the_same_time(tmp_path, alone):
 
 @pytest.mark.parametrize("error", [errno.ENOSYS, errno.EXDEV, errno.EMFILE])
 def test_a_folder_that_cannot_be_renamed_is_moved_file_by_file(tmp_path, alone, monkeypatch, error):
-    refuse(monkeypatch, error)
+    mounts.refuse(monkeypatch, error)
     assert not folders.can_be_renamed(tmp_path) and not list(tmp_path.iterdir())
     assert converted(tmp_path / "out") == alone[0]
     assert contents(tmp_path / "out") == alone[1] and os.listdir(tmp_path) == ["out"]
@@ -96,7 +84,7 @@ def test_a_folder_that_cannot_be_renamed_is_moved_file_by_file(tmp_path, alone, 
 
 @pytest.mark.parametrize("moved", [0, 1, 3, 7])
 def test_a_move_that_was_interrupted_is_finished(tmp_path, alone, monkeypatch, moved):
-    refuse(monkeypatch, errno.ENOSYS)
+    mounts.refuse(monkeypatch, errno.ENOSYS)
     replace, left = os.replace, [moved]
 
     def dies(source, target):

@@ -359,7 +359,7 @@ def restore(
     if overrides:
         experiment = config_lib.replace(experiment, overrides)
     layout = plan(experiment)
-    checkpointer = Checkpointer(workdir / CHECKPOINTS)
+    checkpointer = Checkpointer(workdir / CHECKPOINTS, read_only=True)
     try:
         restored = saved.restore(checkpointer, layout, experiment.stages, before=before)
     finally:

@@ -17,13 +17,11 @@ from vl_jax.data.encode import make_encoder
 from vl_jax.data.sources.array_records import ENDING, ArrayRecordConfig
 from vl_jax.data.stream import packed
 from vl_jax.data.tools import long_text
-from vl_jax.data.tools.convert import REPORT, Share, Split, Unfinished, convert
+from vl_jax.data.tools.convert import REPORT, WHOLE, Share, Split, Unfinished, convert
 from vl_jax.experiment import Experiment, model_spec
 
 
-def run(
-    experiment: Experiment, name: str, target: Path, share: Share = Share()
-) -> ArrayRecordConfig | None:
+def run(experiment: Experiment, name: str, target: Path, share: Share = WHOLE) -> ArrayRecordConfig | None:
     """Converts a source, prints the report, and gives the config that takes the source's place.
 
     Args:

@@ -16,10 +16,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from vl_jax.runtime.checksums import checksums, earlier_checksums, not_finite
 
 LEAVES, SEAL, EARLIER = "leaves", "seal", "checksums"
+_MOST_TOLD = 12  # leaves that a message about another tree names
 _KINDS = {"params": "another model", "training": "another optimiser or routing scheme"}
 Shape = tuple[int, ...]
 
@@ -68,10 +70,33 @@ def differences(item: str, found: Mapping[str, Shape | None], wanted: Any) -> st
     ]
     if not lines:
         return ""
+    told = _first(lines, "; ", most=_MOST_TOLD)
     return (
-        f"{_KINDS[item]}: {_first(lines, '; ')}; {len(have)} leaves found, {len(need)} expected; go on with "
+        f"{_KINDS[item]}: {told}; {len(have)} leaves found, {len(need)} expected; go on with "
         "the options the run began with, or begin another run with --config.init"
     )
+
+
+def as_stored(item: str, record: Mapping[str, Any], wanted: Any) -> Any:
+    """The abstract tree with the dtypes that the leaves of an item have in the checkpoint.
+
+    Raises:
+      ValueError: a leaf is of another kind there, such as whole numbers in place of floating-point ones.
+    """
+    if LEAVES not in record:
+        return wanted
+    dtypes = {plain(name): jnp.dtype(dtype) for name, (dtype, *_) in record[LEAVES][item].items()}
+
+    def stored(path: Any, leaf: Any) -> Any:
+        name = plain(jax.tree_util.keystr(path))
+        found = dtypes.get(name, leaf.dtype)
+        if found == leaf.dtype:
+            return leaf
+        if not all(jnp.issubdtype(dtype, jnp.floating) for dtype in (found, leaf.dtype)):
+            raise ValueError(f"{name} is {found} in the checkpoint, {leaf.dtype} in the model")
+        return jax.ShapeDtypeStruct(leaf.shape, found, sharding=leaf.sharding)
+
+    return jax.tree_util.tree_map_with_path(stored, wanted)
 
 
 def damage(item: str, record: Mapping[str, Any], tree: Any, *, whole: bool = True) -> str:
@@ -113,6 +138,6 @@ def _described(tree: Any) -> dict[str, list[Any]]:
     return {name: [str(x.dtype), list(x.shape), sums[name]] for name, x in _named(tree).items()}
 
 
-def _first(lines: list[str], between: str) -> str:
-    more = f" (and {len(lines) - 3} more)" if len(lines) > 3 else ""
-    return between.join(lines[:3]) + more
+def _first(lines: list[str], between: str, *, most: int = 3) -> str:
+    more = f" (and {len(lines) - most} more)" if len(lines) > most else ""
+    return between.join(lines[:most]) + more

@@ -55,6 +55,7 @@ class LoopConfig:
     churn: bool = False  # among them: how many choices of a fixed batch the step changed (see ``probe``)
     checkpoint_every: int = 500
     keep_checkpoints: int = 3  # the newest ones
+    keep_every: int = 0  # besides, those of steps that are a multiple of it; 0: none
     best: BestConfig = BestConfig()  # those that stay besides
     evaluate_every: int = 0  # and as a stage ends; 0: only as the run ends
     guard: GuardConfig = GuardConfig()  # which updates are skipped
@@ -65,6 +66,8 @@ class LoopConfig:
             raise ValueError(
                 f"evaluate_every={self.evaluate_every} must be >= 0; 0 evaluates at the end only"
             )
+        if self.keep_every < 0:
+            raise ValueError(f"keep_every={self.keep_every} must be >= 0; 0 keeps no other checkpoints")
         if self.best.keep and not self.evaluate_every:
             raise ValueError(f"best.keep={self.best.keep} needs evaluate_every > 0, for scores to choose by")
         for name in ("log_every", "routing_every", "checkpoint_every", "keep_checkpoints"):
@@ -206,7 +209,9 @@ def course(
     """
     stages = tuple(program.stage for program in made)
     best = Best(config.best, workdir)
-    checkpointer = Checkpointer(workdir / CHECKPOINTS, keep=config.keep_checkpoints, others=best.steps)
+    checkpointer = Checkpointer(
+        workdir / CHECKPOINTS, keep=config.keep_checkpoints, every=config.keep_every, others=best.steps
+    )
     try:
         restored = saved.restore(checkpointer, layout, stages, mend=True)
         if restored is None:

@@ -30,7 +30,7 @@ from vl_jax.data.sample import BadSample, Sample, Source
 from vl_jax.data.sources import array_records
 from vl_jax.data.sources.build import SourceConfig, stamp_of
 from vl_jax.data.sources.merged import MergedSource
-from vl_jax.runtime import folders
+from vl_jax.runtime.storage import folders
 
 Split = Callable[[Sample], list[Sample]]
 
@@ -98,6 +98,9 @@ class Share:
         return cls(int(found[1]), int(found[2]))
 
 
+WHOLE = Share()
+
+
 def convert(
     config: SourceConfig,
     source: Source,
@@ -108,7 +111,7 @@ def convert(
     split: Split | None = None,
     merge_turns: int = 1,
     orientation: Orientation = "shown",
-    share: Share = Share(),
+    share: Share = WHOLE,
     progress: Callable[[int, int], None] = lambda done, total: None,
     comparing: Callable[[int, int], None] = lambda done, total: None,
 ) -> Report | Unfinished:
@@ -156,7 +159,9 @@ def convert(
     return _finished(target, config, facts)
 
 
-def _conclude(folder: Path, target: Path, accounts: list[Path], facts: dict[str, Any], *, merged: int) -> None:
+def _conclude(
+    folder: Path, target: Path, accounts: list[Path], facts: dict[str, Any], *, merged: int
+) -> None:
     """Makes the folder of all parts; several workers may do so at once."""
     if not (folder / REPORT).is_file():
         try:
