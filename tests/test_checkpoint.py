@@ -17,9 +17,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from vl_jax import checkpoint
-from vl_jax.checkpoint import Checkpointer, CheckpointError, OtherTreeError
+from vl_jax.checkpoint import Checkpointer, CheckpointError, NotFiniteError, OtherTreeError
 from vl_jax.runtime import lazy_array
-from vl_jax.runtime.checksums import checksums, earlier_checksums, not_finite
+from vl_jax.runtime.checksums import checksums, earlier_checksums, examined, not_finite
 from vl_jax.runtime.lazy_array import LazyArray
 from vl_jax.sharding import MeshConfig, make_mesh
 
@@ -306,6 +306,9 @@ def test_parameters_that_are_not_finite_never_become_the_newest_step(tmp_path):
     assert str(error.value) == (
         "step 7 is not saved: parameters are not finite: scale; the newest checkpoint is of step 3"
     )
+    state = {**training(7), "step": jnp.float32(jnp.inf)}
+    with pytest.raises(NotFiniteError, match="the training state is not finite: step; the newest"):
+        checkpointer.save(7, params=tree(7), training=state, record={})
     lazy = Checkpointer(tmp_path, lazy=True)  # as earlier versions would have written it
     lazy.save(7, params=lazily(bad), training=lazily(training(7)), record={"at": {"step": 7}})
     lazy.close()
@@ -398,6 +401,20 @@ def test_leaves_that_are_not_finite_are_named_wherever_they_are():
     value = {"a": jnp.array([1.0, jnp.inf]), "b": jnp.arange(3), "c": jnp.array(jnp.nan, jnp.bfloat16)}
     spread = jax.device_put(np.array([1.0] * 7 + [np.nan], np.float32), sharding(8, "fsdp"))
     assert not_finite(value | {"d": spread, "e": spread.at[7].set(0)}) == ["['a']", "['c']", "['d']"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float8_e4m3fn", "int32"])
+@pytest.mark.parametrize("devices", [1, 8])
+def test_one_pass_finds_checksums_and_what_is_not_finite(dtype, devices):
+    random = np.random.default_rng(1)
+    for trial, size in enumerate((8, 64, 70_000)):
+        array = random.standard_normal(size, np.float32).astype(jnp.dtype(dtype))
+        if trial and dtype != "int32":
+            array[random.integers(size)] = [np.nan, np.inf, -np.inf][random.integers(3)]
+        value = {"a": jax.device_put(array, sharding(devices, "fsdp")), "b": jnp.zeros(())}
+        sums, bad = examined(value)
+        assert sums == checksums(value) and bad == not_finite(value)
+        assert bad == ["['a']"] * (not np.isfinite(array.astype(np.float32)).all())
 
 
 @pytest.mark.slow

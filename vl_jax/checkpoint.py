@@ -35,6 +35,7 @@ from vl_jax.runtime.checkpoint_record import (
     LEAVES,
     as_stored,
     damage,
+    described,
     differences,
     infinite,
     is_sound,
@@ -56,6 +57,10 @@ logger = logging.getLogger(__name__)
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used or written; the message says which and why, in one line."""
+
+
+class NotFiniteError(CheckpointError):
+    """A state that is not saved because it holds an infinite number or none."""
 
 
 class OtherTreeError(CheckpointError):
@@ -125,13 +130,14 @@ class Checkpointer:
         Arrays are copied before this returns, lazy ones are read until everything is on disk.
 
         Raises:
-          CheckpointError: this step or the one before could not be written, or a parameter is not finite.
+          CheckpointError: this step or the one before could not be written, or an array is not finite.
         """
         self.wait()
         trees = {"params": params, "training": training}
-        if not self._lazy and (problem := infinite(params)):
-            raise CheckpointError(f"step {step} is not saved: {problem}; {self._newest()}")
-        record = sealed(step, record, trees)
+        leaves, problem = described(trees)
+        if problem and not self._lazy:
+            raise NotFiniteError(f"step {step} is not saved: {problem}; {self._newest()}")
+        record = sealed(step, {**record, **leaves})
         item = ocp.args.PyTreeSave if self._lazy else ocp.args.StandardSave
         args = ocp.args.Composite(
             **{name: item(jax.tree.map(_at_once, tree)) for name, tree in trees.items()},

@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 
 from vl_jax import sharding
 from vl_jax.batch import Batch, without
-from vl_jax.checkpoint import CHECKPOINTS, Checkpointer, CheckpointError
+from vl_jax.checkpoint import CHECKPOINTS, Checkpointer, CheckpointError, NotFiniteError
 from vl_jax.layout import Layout, Variables, put_batch
 from vl_jax.metrics import MetricsWriter
 from vl_jax.train import saved
@@ -363,13 +363,13 @@ def _save(run: Session, state: TrainState, position: Position) -> Position:
     if run.writer is not None:
         run.writer.flush()  # The log is never behind a checkpoint.
     training, record = saved.to_saved(state)
-    if wrong := saved.not_finite({"params": state.params, **training}):
-        raise CheckpointError(
-            f"{wrong[0]} is not finite at step {step} ({len(wrong)} such arrays): this state is not saved, "
-            "the checkpoints before it stay; set a lower learning rate, or mend what the model computes"
-        )
     record = {"position": dataclasses.asdict(position), **record}
-    run.checkpointer.save(step, params=state.params, training=training, record=record)
+    try:
+        run.checkpointer.save(step, params=state.params, training=training, record=record)
+    except NotFiniteError as error:
+        raise CheckpointError(
+            f"{error}; set a lower learning rate, or mend what the model computes"
+        ) from None
     return position
 
 
