@@ -44,7 +44,7 @@ from vl_jax.runtime.checkpoint_record import (
 )
 from vl_jax.runtime.lazy_array import LazyArray
 from vl_jax.runtime.lazy_storage import lazy_handler
-from vl_jax.runtime.storage import buckets, commit
+from vl_jax.runtime.storage import buckets, commit, mirror
 
 CHECKPOINTS = "checkpoints"  # the folder of a run or a conversion that holds them
 DAMAGED = "damaged"  # below it, the steps that were set aside
@@ -148,6 +148,7 @@ class Checkpointer:
         if jax.process_count() == 1 and self._free() < needed:
             raise self._not_saved(step, needed)
         self._writing = step, needed
+        mirror.push_above(self._folder)  # a log in a bucket is never behind a checkpoint
         with self._told():
             written = self._manager.save(step, args=args)
         if not written:

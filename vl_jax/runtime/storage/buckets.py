@@ -10,6 +10,7 @@ that read data need no word of it. Checkpoints have no copy: storage reads and w
 
 from __future__ import annotations
 
+import datetime
 import fnmatch
 import functools
 import hashlib
@@ -17,7 +18,7 @@ import importlib
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,19 @@ def copy_of(place: str) -> Path:
     return folder.resolve()
 
 
+def root_of(root: str) -> Path:
+    """The folder that files of data are looked for from: itself or, of one in a bucket, its copy."""
+    place = address(root)
+    return Path(root) if place is None else copy_of(place)
+
+
+def file_in(root: str, name: str) -> Path:
+    """A file of data below a root, brought here if the root is in a bucket; it need not exist."""
+    file = root_of(root) / name
+    bring_one(file)
+    return file
+
+
 def mark(folder: Path, place: str) -> None:
     """Makes a folder that stands for one in a bucket."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -90,9 +104,20 @@ def here(path: str | Path) -> Path:
     if place is None:
         return Path(path)
     folder = copy_of(place)
-    if not bring(folder, inventory(place)):
+    if not bring(folder, inventory(place)) + set_apart(folder):
         raise ValueError(f"{place}: no such folder, or nothing is in it")
     return folder
+
+
+def set_apart(folder: Path) -> list[Path]:
+    """Makes, in a copy, the empty folders that stand for those in the bucket which are not copied."""
+    found = []
+    for name in APART:
+        files, path = reached(f"{origin(folder)}/{name}")
+        if files.isdir(path):
+            (folder / name).mkdir(exist_ok=True)
+            found.append(folder / name)
+    return found
 
 
 def origin(path: Path) -> str | None:
@@ -129,14 +154,19 @@ def inventory(place: str, *, apart: Iterable[str] = APART) -> dict[str, tuple[in
     found = {}
     for name, facts in files.find(path, detail=True).items():
         relative = name.removeprefix(path).lstrip("/")
-        if facts.get("type") == "file" and relative and not {*relative.split("/")[:-1], ""} & {*apart}:
+        inside = name.startswith(f"{path}/") and facts.get("type") == "file"
+        if inside and relative and not {*relative.split("/")[:-1]} & {*apart}:
             found[relative] = (int(facts["size"]), _changed(facts))
     return found
 
 
 def _changed(facts: dict[str, Any]) -> float:
-    when = next((facts[key] for key in ("LastModified", "mtime", "updated", "created") if facts.get(key)), 0)
-    return float(when.timestamp()) if hasattr(when, "timestamp") else 0.0
+    when = next(
+        (facts[key] for key in ("LastModified", "updated", "mtime", "created") if facts.get(key)), None
+    )
+    if isinstance(when, str):
+        when = datetime.datetime.fromisoformat(when)
+    return float(int(when.timestamp() if isinstance(when, datetime.datetime) else when or 0))
 
 
 def bring(folder: Path, wanted: dict[str, tuple[int, float]]) -> list[Path]:
@@ -180,12 +210,40 @@ def _fetch(place: str, target: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def matching(root: str, pattern: str) -> Iterator[Path]:
-    """Copies of the files below an address whose relative path fits a pattern, as ``Path.glob`` has it."""
-    folder, steps = copy_of(address(root) or root), pattern.split("/")
-    found = inventory(address(root) or root, apart=())
-    fitting = {name: state for name, state in found.items() if _fits(name.split("/"), steps)}
-    yield from sorted(bring(folder, fitting))
+def content(place: str) -> bytes:
+    """What an object holds.
+
+    Raises:
+      FileNotFoundError: there is none.
+    """
+    files, path = reached(place)
+    return files.cat_file(path)
+
+
+def send(content: bytes, place: str) -> None:
+    """Writes an object: the old one is there, or the new one, and never a part of it."""
+    files, path = reached(place)
+    files.pipe_file(path, content)
+
+
+def delete(place: str) -> None:
+    """Removes an object.
+
+    Raises:
+      FileNotFoundError: there is none.
+    """
+    files, path = reached(place)
+    files.rm_file(path)
+
+
+def matching(root: str, pattern: str) -> list[Path]:
+    """Copies of the files below an address whose relative path fits a pattern, by their names."""
+    folder, steps = root_of(root), pattern.split("/")
+    start = next((n for n, step in enumerate(steps) if any(mark in step for mark in "*?[")), len(steps) - 1)
+    inside = "/".join(steps[:start])
+    found = inventory(f"{origin(folder)}/{inside}".rstrip("/"), apart=())
+    names = {f"{inside}/{name}".lstrip("/"): state for name, state in found.items()}
+    return sorted(bring(folder, {n: s for n, s in names.items() if _fits(n.split("/"), steps)}))
 
 
 def _fits(names: list[str], steps: list[str]) -> bool:

@@ -49,7 +49,7 @@ def by_file(folder: Any, *, read_only: bool) -> bool:
 def _mark(folder: Any) -> None:
     """Marks the folder; the steps in it were renamed before they came here, and are whole."""
     folder.mkdir(parents=True, exist_ok=True)
-    for step in folder.iterdir():
+    for step in _inside(folder):
         if step.name.isdecimal() and step.is_dir():
             for part in (*(part for part in step.iterdir() if part.is_dir()), step):
                 (part / COMMITTED).write_text("renamed before\n")
@@ -66,9 +66,16 @@ def unfinished(folder: Any, *, by_a_file: bool) -> list[Any]:
     """The folders of steps that are not whole."""
     found = list(folder.glob("*.orbax-checkpoint-tmp*"))
     if by_a_file:
-        steps = (step for step in folder.iterdir() if step.name.isdecimal())
+        steps = (step for step in _inside(folder) if step.name.isdecimal())
         found += [step for step in steps if step.is_dir() and not (step / COMMITTED).exists()]
     return found
+
+
+def _inside(folder: Any) -> list[Any]:
+    try:
+        return list(folder.iterdir())
+    except FileNotFoundError:  # in a bucket, what is empty is not there
+        return []
 
 
 def is_whole(step: Any, *, by_a_file: bool) -> bool:
