@@ -6,9 +6,20 @@ orbax has others, ``teach`` says so instead of writing to a folder called ``s3:`
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 _S3 = "s3://"
+
+
+def _server() -> dict[str, str]:
+    """Another server than Amazon's, where the variables that all of Amazon's tools read name one."""
+    names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+    address = next((os.environ[name] for name in names if os.environ.get(name)), None)
+    if address is None:
+        return {}
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+    return {"endpoint": address.rstrip("/"), "aws_region": region}
 
 
 def teach() -> None:
@@ -40,7 +51,7 @@ def teach() -> None:
         if not path.startswith(_S3):
             return store(path)
         bucket, _, inside = path.removeprefix(_S3).partition("/")
-        return {"driver": "s3", "bucket": bucket, "path": inside}
+        return {"driver": "s3", "bucket": bucket, "path": inside, **_server()}
 
     def normalised(path: str) -> str:
         found = normal(path)
