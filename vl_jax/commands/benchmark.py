@@ -12,7 +12,18 @@ from vl_jax.schema import ConfigError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument(
-        "name", choices=("step", "decode", "routing", "loader", "packing", "gate", "quantize", "windows")
+        "name",
+        choices=(
+            "step",
+            "decode",
+            "routing",
+            "loader",
+            "packing",
+            "gate",
+            "quantize",
+            "windows",
+            "checkpoint",
+        ),
     )
     parser.add_argument("--config", metavar="FILE[:ARG]", help="with loader and packing: experiment file")
     parser.add_argument("--json", type=Path, help="file for the figures")
@@ -42,6 +53,10 @@ def run(arguments: argparse.Namespace) -> None:
         from vl_jax.benchmarks import routing
 
         routing.run(**options)
+    elif arguments.name == "checkpoint":
+        from vl_jax.benchmarks import checkpoint
+
+        checkpoint.run(**options)
     elif arguments.name == "gate":
         from vl_jax.benchmarks import gate
 

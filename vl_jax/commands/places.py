@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from vl_jax.runtime.storage import buckets
+from vl_jax.runtime.storage import buckets, mirror
 
 _RUNS = ("workdir",)  # options that name the folder of a run
 _READ = ("model", "source")  # those that name what is only read
@@ -41,6 +41,4 @@ def brought(arguments: argparse.Namespace, lead: Callable[[], bool] = lambda: Tr
 
 
 def _brought(place: str, stack: contextlib.ExitStack, lead: Callable[[], bool]) -> Path:
-    from vl_jax.runtime.storage import mirror
-
-    return stack.enter_context(mirror.mirrored(place, lead=lead()))
+    return stack.enter_context(mirror.folder_of(place, lead=lead()))

@@ -168,6 +168,17 @@ def mirrored(place: str, *, lead: bool = True) -> Iterator[Path]:
         shutil.rmtree(outer, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def folder_of(path: object, *, lead: bool = True) -> Iterator[Path]:
+    """The folder of a run as it can be worked with here; see ``mirrored`` if it is in a bucket."""
+    place = buckets.address(path)
+    if place is None:
+        yield Path(str(path))
+        return
+    with mirrored(place, lead=lead) as folder:
+        yield folder
+
+
 def _keep_sending(mirror: Mirror, done: threading.Event) -> None:
     told = False
     while not done.wait(EVERY_S):
