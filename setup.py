@@ -76,6 +76,7 @@ EXTRAS = {
     "audio": ["soundfile>=0.13.1"],
     "medical": MEDICAL,
     "parquet": ["pyarrow>=25"],
+    "cloud": ["gcsfs>=2026.9", "s3fs>=2026.9"],
     "benchmark": ["torch>=2.9", "transformers>=5.0"],
     "gpu": ["jax[cuda13]>=0.10.2,<0.13"],
     "tpu": ["jax[tpu]>=0.10.2,<0.13"],

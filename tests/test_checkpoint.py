@@ -17,9 +17,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from vl_jax import checkpoint
-from vl_jax.checkpoint import Checkpointer, CheckpointError, OtherTreeError
+from vl_jax.checkpoint import Checkpointer, CheckpointError, NotFiniteError, OtherTreeError
 from vl_jax.runtime import lazy_array
-from vl_jax.runtime.checksums import checksums, earlier_checksums, not_finite
+from vl_jax.runtime.checksums import checksums, earlier_checksums, examined, not_finite
 from vl_jax.runtime.lazy_array import LazyArray
 from vl_jax.sharding import MeshConfig, make_mesh
 
@@ -178,6 +178,35 @@ def test_only_the_newest_steps_are_kept(tmp_path):
     assert sorted(int(f.name) for f in tmp_path.iterdir() if f.name.isdigit()) == [3, 4, 5]
 
 
+def test_every_nth_step_stays_beside_the_newest_and_the_best(tmp_path):
+    write(tmp_path, 1, 2, 3, 4, 5, 6, 7, 8, keep=2, every=3, others=lambda: {1})
+    assert sorted(int(f.name) for f in tmp_path.iterdir() if f.name.isdigit()) == [1, 3, 6, 7, 8]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_arrays_come_back_in_another_dtype_once_they_are_checked(tmp_path, dtype):
+    def other(value):
+        return jax.tree.map(lambda x: x.astype(dtype) if x.dtype == jnp.float32 else x, value)
+
+    write(tmp_path, 3)
+    wanted, state = other(tree(0, 8)), jax.tree.map(lambda x: x.astype(jnp.float32), training(0, 8)["moment"])
+    step, params, found, _ = read(tmp_path, 8, wanted, {"step": training(0, 8)["step"], "moment": state})
+    assert step == 3
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(other(tree(3, 8))), strict=True):
+        assert a.dtype == dtype and a.sharding.is_equivalent_to(b.sharding, a.ndim)
+        np.testing.assert_array_equal(a, b)
+    for a, b in zip(jax.tree.leaves(found["moment"]), jax.tree.leaves(training(3)["moment"]), strict=True):
+        assert a.dtype == jnp.float32
+        np.testing.assert_array_equal(a, b.astype(jnp.float32))
+
+
+def test_a_leaf_of_another_kind_is_refused(tmp_path):
+    write(tmp_path, 3)
+    wanted = {**tree(0), "scale": jnp.zeros(8, jnp.int32)}
+    with pytest.raises(OtherTreeError, match="scale is float32 in the checkpoint, int32 in the model"):
+        read(tmp_path, wanted=wanted)
+
+
 @pytest.mark.parametrize("item", ["params", "training"])
 def test_a_damaged_step_is_noticed_and_the_one_before_is_used(tmp_path, item):
     write(tmp_path, 3, 7)
@@ -277,6 +306,9 @@ def test_parameters_that_are_not_finite_never_become_the_newest_step(tmp_path):
     assert str(error.value) == (
         "step 7 is not saved: parameters are not finite: scale; the newest checkpoint is of step 3"
     )
+    state = {**training(7), "step": jnp.float32(jnp.inf)}
+    with pytest.raises(NotFiniteError, match="the training state is not finite: step; the newest"):
+        checkpointer.save(7, params=tree(7), training=state, record={})
     lazy = Checkpointer(tmp_path, lazy=True)  # as earlier versions would have written it
     lazy.save(7, params=lazily(bad), training=lazily(training(7)), record={"at": {"step": 7}})
     lazy.close()
@@ -369,6 +401,20 @@ def test_leaves_that_are_not_finite_are_named_wherever_they_are():
     value = {"a": jnp.array([1.0, jnp.inf]), "b": jnp.arange(3), "c": jnp.array(jnp.nan, jnp.bfloat16)}
     spread = jax.device_put(np.array([1.0] * 7 + [np.nan], np.float32), sharding(8, "fsdp"))
     assert not_finite(value | {"d": spread, "e": spread.at[7].set(0)}) == ["['a']", "['c']", "['d']"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float8_e4m3fn", "int32"])
+@pytest.mark.parametrize("devices", [1, 8])
+def test_one_pass_finds_checksums_and_what_is_not_finite(dtype, devices):
+    random = np.random.default_rng(1)
+    for trial, size in enumerate((8, 64, 70_000)):
+        array = random.standard_normal(size, np.float32).astype(jnp.dtype(dtype))
+        if trial and dtype != "int32":
+            array[random.integers(size)] = [np.nan, np.inf, -np.inf][random.integers(3)]
+        value = {"a": jax.device_put(array, sharding(devices, "fsdp")), "b": jnp.zeros(())}
+        sums, bad = examined(value)
+        assert sums == checksums(value) and bad == not_finite(value)
+        assert bad == ["['a']"] * (not np.isfinite(array.astype(np.float32)).all())
 
 
 @pytest.mark.slow

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vl_jax.runtime.checkpoint_record import not_finite
 from vl_jax.train.guard import BEHIND, SKIPPED_FILE, Guard, GuardConfig, UpdatesSkipped, guarded
 from vl_jax.train.hooks import Moment
-from vl_jax.train.saved import not_finite
 from vl_jax.train.stages import Stage
 from vl_jax.train.step import GRADIENT_NORMS, TrainState, gradient_names, gradient_norms
 

@@ -8,6 +8,9 @@
 A byte flipped on disk is restored silently by the storage layer, and a damaged step is still listed. So every
 leaf has a checksum that does not depend on sharding, the record has one of its own (the seal), and restoring
 falls back to the newest sound step. Saving is checked too: what says that it saved has.
+
+A folder of a run whose workdir is in a bucket is there too: see ``runtime.storage``. How a step becomes whole
+where folders cannot be renamed is there too.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
@@ -27,9 +31,20 @@ from jax.experimental import multihost_utils
 
 from vl_jax import params as params_lib
 from vl_jax.runtime import late_writes
-from vl_jax.runtime.checkpoint_record import LEAVES, damage, differences, infinite, is_sound, sealed, shapes
+from vl_jax.runtime.checkpoint_record import (
+    LEAVES,
+    as_stored,
+    damage,
+    described,
+    differences,
+    infinite,
+    is_sound,
+    sealed,
+    shapes,
+)
 from vl_jax.runtime.lazy_array import LazyArray
 from vl_jax.runtime.lazy_storage import lazy_handler
+from vl_jax.runtime.storage import buckets, commit, mirror
 
 CHECKPOINTS = "checkpoints"  # the folder of a run or a conversion that holds them
 DAMAGED = "damaged"  # below it, the steps that were set aside
@@ -44,6 +59,10 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used or written; the message says which and why, in one line."""
 
 
+class NotFiniteError(CheckpointError):
+    """A state that is not saved because it holds an infinite number or none."""
+
+
 class OtherTreeError(CheckpointError):
     """A sound checkpoint that holds other leaves than are asked for; an older one would not help."""
 
@@ -53,11 +72,13 @@ class _Retention:
     """Which steps stay when a new one is written; orbax asks."""
 
     newest: int
+    every: int  # of steps, those that are a multiple of it; 0: none
     others: Callable[[], Collection[int]]
 
     def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
         steps = [checkpoint.step for checkpoint in checkpoints]
         kept = {*sorted(steps)[-self.newest :], *self.others()}
+        kept |= {step for step in steps if self.every and step % self.every == 0}
         return [step in kept for step in steps]
 
 
@@ -69,25 +90,31 @@ class Checkpointer:
         folder: Path,
         *,
         keep: int = 3,
+        every: int = 0,
         others: Callable[[], Collection[int]] = tuple,
         lazy: bool = False,
+        read_only: bool = False,
     ):
         """Opens or makes the folder.
 
         Args:
           keep: newest steps that stay.
+          every: steps that are a multiple of it stay besides; 0: none do.
           others: gives the steps that stay besides.
           lazy: takes and gives back trees of ``LazyArray``, of which memory then holds pieces only. Their
             values may be infinite: nothing has computed them here.
+          read_only: nothing will be saved, so nothing is tried out in the folder.
         """
         late_writes.hide()
-        policy: Any = _Retention(keep, others)
+        policy: Any = _Retention(keep, every, others)
         options = ocp.CheckpointManagerOptions(preservation_policy=policy, create=True)
         if jax.process_count() == 1:
             options.async_options = ocp.options.AsyncOptions(timeout_secs=_NO_BOUND)
         handler = lazy_handler if lazy else ocp.StandardCheckpointHandler
         handlers = {"params": handler(), "training": handler(), "record": ocp.JsonCheckpointHandler()}
-        self._lazy, self._folder = lazy, folder.absolute()
+        self._lazy, self._folder = lazy, buckets.beyond(folder)
+        self._by_file = commit.by_file(self._folder, read_only=read_only)
+        options.temporary_path_class = commit.path_class(self._by_file)
         self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
         self._writing: tuple[int, int] | None = None  # step and bytes of what is on its way to disk
         logging.getLogger("absl").addFilter(self._says_more)
@@ -103,13 +130,14 @@ class Checkpointer:
         Arrays are copied before this returns, lazy ones are read until everything is on disk.
 
         Raises:
-          CheckpointError: this step or the one before could not be written, or a parameter is not finite.
+          CheckpointError: this step or the one before could not be written, or an array is not finite.
         """
         self.wait()
         trees = {"params": params, "training": training}
-        if not self._lazy and (problem := infinite(params)):
-            raise CheckpointError(f"step {step} is not saved: {problem}; {self._newest()}")
-        record = sealed(step, record, trees)
+        leaves, problem = described(trees)
+        if problem and not self._lazy:
+            raise NotFiniteError(f"step {step} is not saved: {problem}; {self._newest()}")
+        record = sealed(step, {**record, **leaves})
         item = ocp.args.PyTreeSave if self._lazy else ocp.args.StandardSave
         args = ocp.args.Composite(
             **{name: item(jax.tree.map(_at_once, tree)) for name, tree in trees.items()},
@@ -117,9 +145,10 @@ class Checkpointer:
         )
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
         # Of several processes each may have a disk of its own, for its part.
-        if jax.process_count() == 1 and shutil.disk_usage(self._folder).free < needed:
+        if jax.process_count() == 1 and self._free() < needed:
             raise self._not_saved(step, needed)
         self._writing = step, needed
+        mirror.push_above(self._folder)  # a log in a bucket is never behind a checkpoint
         with self._told():
             written = self._manager.save(step, args=args)
         if not written:
@@ -137,8 +166,9 @@ class Checkpointer:
         """
         with self._told():
             self._manager.wait_until_finished()
-            if self._writing is not None:
-                (self._folder / str(self._writing[0]) / "record").stat()
+            step = None if self._writing is None else self._folder / str(self._writing[0])
+            if step is not None and not commit.is_whole(step, by_a_file=self._by_file):
+                raise FileNotFoundError(f"{step} is not whole")
         self._writing = None
 
     def close(self) -> None:
@@ -170,7 +200,8 @@ class Checkpointer:
         """The newest step that reads back soundly, as (step, params, training, record); None without steps.
 
         Args:
-          params: abstract parameters with shardings; or what gives them from the record of a step.
+          params: abstract parameters with shardings; or what gives them from the record of a step. Floating
+            leaves may be of another dtype than those saved, and become so once they are checked.
           training_of: from the record of a step to the abstract tree of its training state.
           before: only steps before this one.
           mend: sets the damaged steps aside, so that the run can write them again, and removes what was
@@ -263,7 +294,10 @@ class Checkpointer:
             if not is_sound(step, record):
                 raise CheckpointError(f"the record of step {step} differs from its checksum")
             trees = {item: tree for item, tree in wanted(step, record).items() if tree}
-            args = {item: self._target(tree, whole=whole) for item, tree in trees.items()}
+            stored = {
+                item: tree if self._lazy else _stored_as(item, record, tree) for item, tree in trees.items()
+            }
+            args = {item: self._target(tree, whole=whole) for item, tree in stored.items()}
             restored = self._manager.restore(step, args=ocp.args.Composite(**args))
             problem = ""
         except OtherTreeError:
@@ -273,7 +307,11 @@ class Checkpointer:
         except Exception as error:  # storage raises many kinds; each means "this step cannot be read"
             problem = _cause(error)
         problem = _agreed(problem) or _agreed(self._damage(record, {i: restored[i] for i in trees}, whole))
-        return problem or (restored["params"], restored["training"] if "training" in trees else {}, record)
+        if problem:
+            return problem
+        if not self._lazy:
+            restored = {item: _cast(restored[item], tree) for item, tree in trees.items()}
+        return restored["params"], restored["training"] if "training" in trees else {}, record
 
     def _damage(self, record: Mapping[str, Any], trees: Mapping[str, Any], whole: bool) -> str:
         try:  # lazy arrays are read here
@@ -294,7 +332,7 @@ class Checkpointer:
         if jax.process_index() == 0:
             for step, place in places.items():
                 place.parent.mkdir(exist_ok=True)
-                (self._folder / str(step)).rename(place)
+                commit.move(self._folder / str(step), place)
             self._remove_partial()
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("damaged checkpoints are set aside")
@@ -303,8 +341,8 @@ class Checkpointer:
 
     def _remove_partial(self) -> None:
         """Removes what was half written; several processes may do so at once."""
-        for partial in self._folder.glob("*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(partial, ignore_errors=True)
+        for partial in commit.unfinished(self._folder, by_a_file=self._by_file):
+            commit.remove(partial)
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
@@ -321,12 +359,17 @@ class Checkpointer:
             raise self._not_saved(step, needed, _cause(error)) from error
 
     def _not_saved(self, step: int, needed: int, cause: str = "") -> CheckpointError:
-        free = shutil.disk_usage(self._folder).free
+        free = self._free()
         remedy = "make room" if free < needed else "put this right"
+        room = "" if math.isinf(free) else f", {_size(free)} are free"
         return CheckpointError(
-            f"step {step} is not saved in {self._folder}: it needs {_size(needed)}, {_size(free)} are free; "
+            f"step {step} is not saved in {self._folder}: it needs {_size(needed)}{room}; "
             f"{self._newest()}; {remedy} and run again{f' ({cause})' if cause else ''}"
         )
+
+    def _free(self) -> float:
+        """Bytes that are free; a bucket has no bound."""
+        return shutil.disk_usage(self._folder).free if isinstance(self._folder, Path) else math.inf
 
     def _says_more(self, record: logging.LogRecord) -> bool:
         """Whether orbax logs something else than an exception, which it raises besides."""
@@ -352,6 +395,27 @@ def _at_once(x: Any) -> Any:
     if not isinstance(x, jax.Array) or x.nbytes >= _SMALL or jax.process_count() > 1:
         return x
     return x.addressable_data(0) if x.is_fully_replicated else x
+
+
+def _stored_as(item: str, record: Mapping[str, Any], wanted: Any) -> Any:
+    try:
+        return as_stored(item, record, wanted)
+    except ValueError as error:
+        raise OtherTreeError(f"{item}: {error}") from None
+
+
+def _cast(tree: Any, wanted: Any) -> Any:
+    """The tree in the dtypes wanted, one array after the other; one that is replaced is let go."""
+
+    def cast(x: jax.Array, like: Any) -> jax.Array:
+        if x.dtype == like.dtype:
+            return x
+        made = jax.jit(lambda x: x.astype(like.dtype), out_shardings=like.sharding)(x)
+        jax.block_until_ready(made)
+        x.delete()
+        return made
+
+    return jax.tree.map(cast, tree, wanted)
 
 
 def _cause(error: Exception) -> str:

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 
 import vl_jax
 from vl_jax import parts
+from vl_jax.commands import places
 from vl_jax.commands.parsing import OneLineParser, command_parser, options_of
 from vl_jax.commands.table import COMMANDS
 from vl_jax.runtime import errors
@@ -50,18 +51,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _light(arguments: argparse.Namespace) -> int:
     """Runs a command that computes nothing: jax is not even imported."""
-    arguments.run(arguments)
+    with places.brought(arguments):
+        arguments.run(arguments)
     return 0
 
 
 def _compute(arguments: argparse.Namespace) -> int:
     """Runs a command with devices and caches set up."""
+    import jax
+
     from vl_jax.runtime import start
     from vl_jax.train.loop import Stopped
 
     start.set_up()
     try:
-        arguments.run(arguments)
+        with places.brought(arguments, lambda: jax.process_index() == 0):
+            arguments.run(arguments)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return 128 + stopped.number

@@ -27,6 +27,7 @@ from vl_jax.layout import Layout, ModelConfig, Variables, init_variables, plan_l
 from vl_jax.model import VisionLanguageConfig
 from vl_jax.moe.specialise.growing import GrowthConfig
 from vl_jax.runtime import errors
+from vl_jax.runtime.storage import buckets
 from vl_jax.schema import ConfigError, Open
 from vl_jax.sharding import MeshConfig
 from vl_jax.train import initial, loop, saved
@@ -110,7 +111,7 @@ def resolve(experiment: Experiment) -> Experiment:
     if not experiment.init:
         parts.find(experiment.model, experiment.init_parts)
         return experiment
-    folder, ours, data = Path(experiment.init), experiment.model, experiment.data
+    folder, ours, data = buckets.here(experiment.init), experiment.model, experiment.data
     if not folder.is_dir():
         raise ValueError(f"config.init={experiment.init}: no such folder")
     if initial.find(folder) is not None:
@@ -125,7 +126,7 @@ def resolve(experiment: Experiment) -> Experiment:
     published = pretrained.read_published(folder)
     model = run_as(published.config, ours)
     if not data.tokenizer:
-        data = dataclasses.replace(data, tokenizer=str(folder))
+        data = dataclasses.replace(data, tokenizer=buckets.address(experiment.init) or str(folder))
     way = data.tiling.orientation
     if data.tiling == TilingConfig(orientation=way) and (tiling := published.tiling) is not None:
         data = dataclasses.replace(data, tiling=dataclasses.replace(tiling, orientation=way))
@@ -211,7 +212,7 @@ def first_weights(experiment: Experiment, layout: Layout) -> Variables:
 
 def _whole_weights(experiment: Experiment, layout: Layout) -> Variables:
     """Parameters and routing state of ``init``, or fresh ones."""
-    folder = Path(experiment.init)
+    folder = buckets.here(experiment.init)
     origin = initial.find(folder) if experiment.init else None
     if experiment.init and origin is None:  # no model that is published has collections
         if experiment.init_experts is not None:

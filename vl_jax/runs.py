@@ -46,6 +46,7 @@ from vl_jax.layout import Layout, rows_here
 from vl_jax.report.results import read_result
 from vl_jax.report.run import write_report
 from vl_jax.runtime import allocator, disk, lock, trace
+from vl_jax.runtime.storage import buckets
 from vl_jax.runtime.version import commit
 from vl_jax.train import initial, lockstep, loop, resume, saved, signals
 from vl_jax.train.evaluation import EvaluationHook
@@ -359,7 +360,7 @@ def restore(
     if overrides:
         experiment = config_lib.replace(experiment, overrides)
     layout = plan(experiment)
-    checkpointer = Checkpointer(workdir / CHECKPOINTS)
+    checkpointer = Checkpointer(workdir / CHECKPOINTS, read_only=True)
     try:
         restored = saved.restore(checkpointer, layout, experiment.stages, before=before)
     finally:
@@ -400,7 +401,7 @@ def _published_origin(workdir: Path) -> Path:
     while folder.resolve() not in seen:
         seen.add(folder.resolve())
         experiment = read_run(folder)
-        begun = Path(experiment.init)
+        begun = buckets.here(experiment.init)
         if not experiment.init:
             kind = type(experiment.model).__name__
             raise ValueError(

@@ -16,6 +16,8 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from vl_jax import config, runs
 from vl_jax.api import sitting
 from vl_jax.api.part import load_heads
@@ -23,6 +25,7 @@ from vl_jax.api.run import Run
 from vl_jax.experiment import Experiment, read_run
 from vl_jax.joint import JointConfig
 from vl_jax.runtime import errors, start
+from vl_jax.runtime.storage import buckets, mirror
 
 
 def load_experiment(file: str | PathLike[str], overrides: Mapping[str, Any] | None = None) -> Experiment:
@@ -51,21 +54,21 @@ def train(
 
     Args:
       experiment: the experiment itself, or what ``load_experiment`` takes.
+      workdir: the folder, which may be in a bucket: ``gs://...`` or ``s3://...``.
       overrides: as for ``load_experiment``.
 
     Raises:
       UserError: the configuration does not fit the machine, the data, or an earlier run of the folder.
     """
     start.set_up()
-    folder = Path(workdir)
     if isinstance(experiment, Experiment):
         with errors.told():
             chosen = config.replace(experiment, _pairs(overrides)) if overrides else experiment
     else:
         chosen = load_experiment(experiment, overrides)
-    with errors.told():
+    with errors.told(), mirror.folder_of(workdir, lead=jax.process_index() == 0) as folder:
         runs.run(chosen, folder)
-    return load_run(folder)
+    return load_run(workdir)
 
 
 def load_run(workdir: str | PathLike[str], *, heads: str | Sequence[str] = ()) -> Run:
@@ -78,7 +81,9 @@ def load_run(workdir: str | PathLike[str], *, heads: str | Sequence[str] = ()) -
       UserError: the folder holds no run, no checkpoint that can be used, or no such head.
     """
     start.set_up()
-    folder, names = Path(workdir), (heads,) if isinstance(heads, str) else tuple(heads)
+    names = (heads,) if isinstance(heads, str) else tuple(heads)
+    with errors.told():
+        folder = buckets.here(str(workdir))
     with errors.told():
         if names and isinstance(read_run(folder).model, JointConfig):
             return load_heads(folder, names)

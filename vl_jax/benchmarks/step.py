@@ -288,17 +288,13 @@ def table(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _our_model(case: Case, folder: Path) -> tuple[Any, Any, Any]:
-    """(layout, parameters, routing state), written to the folder for the other side."""
-    os.environ["JAX_PLATFORMS"] = "cpu"
+def text_model(case: Case) -> tuple[Any, Any, Any]:
+    """(layout, parameters, routing state) of a case, on one device."""
     import jax
 
-    from vl_jax import params as params_lib
-    from vl_jax.interop import rules
-    from vl_jax.interop.folder import write_folder
-    from vl_jax.interop.language import language_rules, language_stacks, read_language
+    from vl_jax.interop.language import read_language
     from vl_jax.layout import init_params, plan_layout
-    from vl_jax.model import LANGUAGE, VisionLanguageConfig
+    from vl_jax.model import VisionLanguageConfig
     from vl_jax.moe import stacks
     from vl_jax.sharding import MeshConfig, make_mesh
 
@@ -312,7 +308,20 @@ def _our_model(case: Case, folder: Path) -> tuple[Any, Any, Any]:
     config = VisionLanguageConfig(encoder=None, language=decoder, moe=moe)
     example = config.smallest_batch(1)
     layout = plan_layout(config, example, make_mesh(MeshConfig(), devices=jax.devices()[:1]))
-    params, state = init_params(layout, example, seed=0), stacks.init_state(config.stacks)
+    return layout, init_params(layout, example, seed=0), stacks.init_state(config.stacks)
+
+
+def _our_model(case: Case, folder: Path) -> tuple[Any, Any, Any]:
+    """``text_model``, written to the folder for the other side."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    from vl_jax import params as params_lib
+    from vl_jax.interop import rules
+    from vl_jax.interop.folder import write_folder
+    from vl_jax.interop.language import language_rules, language_stacks
+    from vl_jax.model import LANGUAGE
+
+    layout, params, state = text_model(case)
+    decoder = layout.model.config.language
     of_decoder = state.get(LANGUAGE, {})
     tree = {**params, **({"routing": of_decoder} if of_decoder else {})}
     shapes = {path: tuple(leaf.shape) for path, leaf in params_lib.flatten(tree).items()}

@@ -21,7 +21,18 @@ SIZES = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument(
-        "name", choices=("step", "decode", "routing", "loader", "packing", "gate", "quantize", "windows")
+        "name",
+        choices=(
+            "step",
+            "decode",
+            "routing",
+            "loader",
+            "packing",
+            "gate",
+            "quantize",
+            "windows",
+            "checkpoint",
+        ),
     )
     parser.add_argument("--config", metavar="FILE[:ARG]", help="with loader and packing: experiment file")
     parser.add_argument("--json", type=Path, help="file for the figures")
@@ -53,6 +64,10 @@ def run(arguments: argparse.Namespace) -> None:
     options = {"repeats": arguments.repeats, "json_file": arguments.json}
     if arguments.name == "routing":
         _routing(arguments, sizes)
+    elif arguments.name == "checkpoint":
+        from vl_jax.benchmarks import checkpoint
+
+        checkpoint.run(**options)
     elif arguments.name == "gate":
         from vl_jax.benchmarks import gate
 

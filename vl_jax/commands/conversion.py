@@ -17,12 +17,16 @@ from vl_jax.data.encode import make_encoder
 from vl_jax.data.sources.array_records import ENDING, ArrayRecordConfig
 from vl_jax.data.stream import packed
 from vl_jax.data.tools import long_text
-from vl_jax.data.tools.convert import REPORT, Split, convert
+from vl_jax.data.tools.convert import REPORT, WHOLE, Share, Split, Unfinished, convert
 from vl_jax.experiment import Experiment, model_spec
 
 
-def run(experiment: Experiment, name: str, target: Path) -> ArrayRecordConfig:
+def run(experiment: Experiment, name: str, target: Path, share: Share = WHOLE) -> ArrayRecordConfig | None:
     """Converts a source, prints the report, and gives the config that takes the source's place.
+
+    Args:
+      share: of this worker, where several convert the source together; None comes back while files of others
+        are missing.
 
     Raises:
       ValueError: there is no such source, it cannot be read, the folder holds something else, or no record
@@ -41,9 +45,13 @@ def run(experiment: Experiment, name: str, target: Path) -> ArrayRecordConfig:
             split=_splitter(experiment) if data.conversation.long_text == "split" else None,
             merge_turns=data.conversation.merge_turns,
             orientation=data.tiling.orientation,
+            share=share,
             progress=bars[-1],
             comparing=bars[0],
         )
+    if isinstance(report, Unfinished):
+        console.print(f"{target}: {report}", markup=False, highlight=False, soft_wrap=True)
+        return None
     console.print(
         f"{target}: {report}; listed in {target / REPORT}", markup=False, highlight=False, soft_wrap=True
     )

@@ -13,10 +13,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
     parser.add_argument("--source", required=True, help="name in config.data.sources or .evaluation")
     parser.add_argument("--to", dest="target", required=True, type=Path, help="folder; appears when complete")
+    parser.add_argument(
+        "--shard", metavar="I/N", default="0/1", help="the share of this worker of several, from 0/N on"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Converts, and prints what was left out."""
     from vl_jax.commands import conversion
+    from vl_jax.data.tools.convert import Share
 
-    conversion.run(load_experiment(arguments), arguments.source, arguments.target)
+    share = Share.parse(arguments.shard)
+    conversion.run(load_experiment(arguments), arguments.source, arguments.target, share)

@@ -18,6 +18,7 @@ from PIL import Image as PilImage
 
 from vl_jax.data.levels import LevelsError
 from vl_jax.data.picture import Orientation, PictureFrame, decode, decode_reduced, read_frame
+from vl_jax.runtime.storage import buckets
 
 IMAGE_PLACEHOLDER = "<image>"
 DEFAULT_MAX_PIXELS = 64_000_000
@@ -335,6 +336,7 @@ def path_in(folder: Path, name: str, where: str, *, kind: str) -> Path:
         rule = "name it relative to that folder, or set root of the source to a folder that has it"
         how = " by a link" if os.path.islink(os.path.join(folder, name)) else ""
         raise BadSample("outside_root", f"{where}: {name!r} leaves the {kind} folder {folder}{how}: {rule}")
+    buckets.bring_one(Path(path))
     return Path(path)
 
 

@@ -43,6 +43,7 @@ from vl_jax.model import LANGUAGE
 from vl_jax.moe import stacks
 from vl_jax.runtime import json_text
 from vl_jax.runtime.lazy_array import LazyArray
+from vl_jax.runtime.storage import folders
 
 PUBLISHED, TENSORS = "published", "tensors.json"
 _ITEMS = 1 << 20  # items that are compared at a time
@@ -81,7 +82,7 @@ def _to_checkpoint(source: Path, target: Path) -> None:
         with _no_word_of_merging():
             checkpointer.save(0, params=tree, training=_training(state), record={"dtypes": dtypes})
             checkpointer.close()
-        partial.rename(target)
+        folders.move(partial, target, last=TENSORS)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -154,7 +155,7 @@ def _to_published(source: Path, target: Path) -> None:
     published, stored = _read_tensors(source)
     params = _shapes(published)
     training = _training(params.pop(ROUTING, {}))
-    checkpointer = Checkpointer(source / CHECKPOINTS, lazy=True)
+    checkpointer = Checkpointer(source / CHECKPOINTS, lazy=True, read_only=True)
     try:
         restored = checkpointer.restore(params=params, training_of=lambda _: training)
     finally:

@@ -22,6 +22,7 @@ import numpy as np
 
 from vl_jax.interop.safetensors import Entry, TensorFile, WeightsError, open_file, write_file
 from vl_jax.runtime import json_text
+from vl_jax.runtime.storage import folders
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -151,7 +152,7 @@ def write_folder(
             shutil.copyfile(file, partial / file.name)
         _write_json(partial / CONFIG, config)
         _write_shards(partial, _split(entries, shard_bytes), iter(arrays))
-        partial.rename(folder)
+        folders.move(partial, folder, last=CONFIG)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

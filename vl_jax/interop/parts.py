@@ -27,6 +27,7 @@ from vl_jax.interop.safetensors import WeightsError
 from vl_jax.joint import JointConfig
 from vl_jax.layout import Layout, Variables
 from vl_jax.model import ENCODER, VisionLanguageConfig
+from vl_jax.runtime.storage import buckets
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ def find(model: Any, named: Sequence[tuple[str, str]]) -> tuple[PublishedPart, .
     """
     known, found = places(model), []
     for path, name in named:
-        where, folder = f"config.init_parts: {path!r}", Path(name)
+        where, folder = f"config.init_parts: {path!r}", buckets.here(name)
         if path not in known:
             raise ValueError(f"{where} is no part of the model; there are: {', '.join(known) or 'none'}")
         if any(path == part.path for part in found):

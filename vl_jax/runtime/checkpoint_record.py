@@ -12,26 +12,35 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from vl_jax.runtime.checksums import checksums, earlier_checksums, not_finite
+from vl_jax.runtime import checksums as checksums_lib
+from vl_jax.runtime.checksums import checksums, earlier_checksums, examined
 
 LEAVES, SEAL, EARLIER = "leaves", "seal", "checksums"
+_MOST_TOLD = 12  # leaves that a message about another tree names
 _KINDS = {"params": "another model", "training": "another optimiser or routing scheme"}
+_NAMES = {"params": "parameters are", "training": "the training state is"}
 Shape = tuple[int, ...]
 
 
-def sealed(step: int, record: Mapping[str, Any], trees: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """A record as it comes back from JSON, with the checksum of the step and of all the rest of it.
+def described(trees: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """What a record says of the leaves of the items, and which of them are not finite; empty if all are."""
+    leaves, problem = {}, ""
+    for item, tree in trees.items():
+        sums, infinite_ = examined(tree)
+        leaves[item] = {name: [str(x.dtype), list(x.shape), sums[name]] for name, x in _named(tree).items()}
+        problem = problem or _infinite(item, map(plain, infinite_))
+    return {LEAVES: leaves}, problem
 
-    Args:
-      trees: by item; None: the record has their leaves already.
-    """
-    leaves = {} if trees is None else {LEAVES: {item: _described(tree) for item, tree in trees.items()}}
-    rest = json.loads(json.dumps({k: v for k, v in {**record, **leaves}.items() if k != SEAL}))
+
+def sealed(step: int, record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record as it comes back from JSON, with the checksum of the step and of all the rest of it."""
+    rest = json.loads(json.dumps({k: v for k, v in record.items() if k != SEAL}))
     text = json.dumps([step, rest], sort_keys=True)
     return {**rest, SEAL: hashlib.sha256(text.encode()).hexdigest()}
 
@@ -68,10 +77,33 @@ def differences(item: str, found: Mapping[str, Shape | None], wanted: Any) -> st
     ]
     if not lines:
         return ""
+    told = _first(lines, "; ", most=_MOST_TOLD)
     return (
-        f"{_KINDS[item]}: {_first(lines, '; ')}; {len(have)} leaves found, {len(need)} expected; go on with "
+        f"{_KINDS[item]}: {told}; {len(have)} leaves found, {len(need)} expected; go on with "
         "the options the run began with, or begin another run with --config.init"
     )
+
+
+def as_stored(item: str, record: Mapping[str, Any], wanted: Any) -> Any:
+    """The abstract tree with the dtypes that the leaves of an item have in the checkpoint.
+
+    Raises:
+      ValueError: a leaf is of another kind there, such as whole numbers in place of floating-point ones.
+    """
+    if LEAVES not in record:
+        return wanted
+    dtypes = {plain(name): jnp.dtype(dtype) for name, (dtype, *_) in record[LEAVES][item].items()}
+
+    def stored(path: Any, leaf: Any) -> Any:
+        name = plain(jax.tree_util.keystr(path))
+        found = dtypes.get(name, leaf.dtype)
+        if found == leaf.dtype:
+            return leaf
+        if not all(jnp.issubdtype(dtype, jnp.floating) for dtype in (found, leaf.dtype)):
+            raise ValueError(f"{name} is {found} in the checkpoint, {leaf.dtype} in the model")
+        return jax.ShapeDtypeStruct(leaf.shape, found, sharding=leaf.sharding)
+
+    return jax.tree_util.tree_map_with_path(stored, wanted)
 
 
 def damage(item: str, record: Mapping[str, Any], tree: Any, *, whole: bool = True) -> str:
@@ -94,8 +126,12 @@ def damage(item: str, record: Mapping[str, Any], tree: Any, *, whole: bool = Tru
 
 def infinite(params: Any) -> str:
     """Which parameters are not finite; empty if all are."""
-    bad = [plain(name) for name in not_finite(params)]
-    return f"parameters are not finite: {_first(bad, ', ')}" if bad else ""
+    return _infinite("params", not_finite(params))
+
+
+def not_finite(tree: Any) -> list[str]:
+    """Paths of the leaves of a tree that hold an infinite number or none."""
+    return [plain(name) for name in checksums_lib.not_finite(tree)]
 
 
 def plain(name: str) -> str:
@@ -108,11 +144,11 @@ def _named(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path): leaf for path, leaf in found}
 
 
-def _described(tree: Any) -> dict[str, list[Any]]:
-    sums = checksums(tree)
-    return {name: [str(x.dtype), list(x.shape), sums[name]] for name, x in _named(tree).items()}
+def _infinite(item: str, paths: Iterable[str]) -> str:
+    found = _first(list(paths), ", ")
+    return f"{_NAMES[item]} not finite: {found}" if found else ""
 
 
-def _first(lines: list[str], between: str) -> str:
-    more = f" (and {len(lines) - 3} more)" if len(lines) > 3 else ""
-    return between.join(lines[:3]) + more
+def _first(lines: list[str], between: str, *, most: int = 3) -> str:
+    more = f" (and {len(lines) - most} more)" if len(lines) > most else ""
+    return between.join(lines[:most]) + more

@@ -9,13 +9,15 @@ every bit into every other, so changes of several elements cancel by chance alon
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, UInt32
+from jaxtyping import Array, Bool, UInt32
 
 from vl_jax.runtime.lazy_array import LazyArray
 
@@ -23,6 +25,9 @@ GOLDEN = 0x9E3779B9
 # (shift to the right, factor) in turn.
 _ROUNDS = ((16, 0x85EBCA6B), (13, 0xC2B2AE35))
 _LAST_SHIFT = 16
+# Bits of a number's exponent: all are set if and only if it is infinite or none.
+_EXPONENTS = {"float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00}
+_THREADS = min(8, os.cpu_count() or 1)
 _BLOCK = 1 << 16  # elements the host works on at a time: they stay in the cache
 _INDEX = np.arange(_BLOCK, dtype=np.uint32) * np.uint32(GOLDEN)
 
@@ -35,12 +40,30 @@ def checksums(tree: Any) -> Sums:
 
     Leaves are of 1, 2 or 4 bytes an element, those in host memory of 8 as well.
     """
-    return _of_leaves(tree, _stirred_on_host, _stirred_on_devices)
+    return examined(tree)[0]
+
+
+def examined(tree: Any) -> tuple[Sums, list[str]]:
+    """The checksums of a tree, and what ``not_finite`` says of it, in one pass over memory."""
+    leaves = _named(tree)
+    here, others = _split(leaves)
+    with ThreadPoolExecutor(_THREADS) as pool:  # numpy lets others work meanwhile
+        found = dict(zip(here, pool.map(_stirred_on_host, here.values()), strict=True))
+    if others:
+        sums, fine = jax.device_get(_stirred_on_devices(list(others.values())))
+        found |= {name: (int(v), bool(f)) for name, v, f in zip(others, sums, fine, strict=True)}
+    return {name: found[name][0] for name in leaves}, [name for name in leaves if not found[name][1]]
 
 
 def earlier_checksums(tree: Any) -> Sums:
     """The checksums that earlier versions wrote: an even number of sign flips does not change them."""
-    return _of_leaves(tree, _weighted_on_host, _weighted_on_devices)
+    # Compiled for a CPU, a sum holds all its terms: the host has a way of its own.
+    here, others = _split(_named(tree))
+    sums = {name: _weighted_on_host(array) for name, array in here.items()}
+    if others:
+        values = jax.device_get(_weighted_on_devices(list(others.values())))
+        sums |= {name: int(v) for name, v in zip(others, values, strict=True)}
+    return sums
 
 
 def not_finite(tree: Any) -> list[str]:
@@ -79,18 +102,6 @@ def _whole_on_host(x: Any) -> bool:
     return x.is_fully_replicated and all(device.platform == "cpu" for device in x.devices())
 
 
-def _of_leaves(
-    tree: Any, on_host: Callable[[LazyArray], int], on_devices: Callable[[list[jax.Array]], jax.Array]
-) -> Sums:
-    # Compiled for a CPU, a sum holds all its terms: the host has a way of its own.
-    here, others = _split(_named(tree))
-    sums = {name: on_host(array) for name, array in here.items()}
-    if others:
-        values = jax.device_get(on_devices(list(others.values())))
-        sums |= {name: int(v) for name, v in zip(others, values, strict=True)}
-    return sums
-
-
 def _bits(x: jax.Array) -> Bits:
     if x.dtype == jnp.bool_:
         return x.astype(jnp.uint32)
@@ -108,24 +119,35 @@ def _times_index(shape: tuple[int, ...], factor: int) -> Bits:
 
 
 @jax.jit
-def _stirred_on_devices(leaves: list[jax.Array]) -> UInt32[Array, " n"]:
+def _stirred_on_devices(leaves: list[jax.Array]) -> tuple[UInt32[Array, " n"], Bool[Array, " n"]]:
     def one(x: jax.Array) -> UInt32[Array, ""]:
         mixed = _bits(x) + _times_index(x.shape, GOLDEN)
         for shift, factor in _ROUNDS:
             mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(factor)
         return jnp.sum(mixed ^ (mixed >> _LAST_SHIFT), dtype=jnp.uint32)
 
-    return jnp.stack([one(x) for x in leaves])
+    def is_finite(x: jax.Array) -> Bool[Array, ""]:
+        return jnp.isfinite(x).all() if jnp.issubdtype(x.dtype, jnp.floating) else jnp.bool_(True)
+
+    return jnp.stack([one(x) for x in leaves]), jnp.stack([is_finite(x) for x in leaves])
 
 
-def _stirred_on_host(array: LazyArray) -> int:
-    total = offset = 0
+def _stirred_on_host(array: LazyArray) -> tuple[int, bool]:
+    """The checksum, and whether all elements are finite."""
+    total, offset, finite = 0, 0, True
     mixed, shifted = np.empty(_BLOCK, np.uint32), np.empty(_BLOCK, np.uint32)
+    exponent = _EXPONENTS.get(array.dtype.name)
+    floating = exponent is None and jnp.issubdtype(array.dtype, jnp.floating)
     for index in array.pieces():
-        words = array[index].reshape(-1).view(f"u{min(array.dtype.itemsize, 4)}")
+        piece = array[index]
+        if floating:
+            finite = finite and bool(np.isfinite(piece).all())
+        words = piece.reshape(-1).view(f"u{min(array.dtype.itemsize, 4)}")
         for start in range(0, words.size, _BLOCK):
             block = words[start : start + _BLOCK]
             x, t = mixed[: block.size], shifted[: block.size]
+            if exponent is not None and finite and block.size:
+                finite = int(np.bitwise_and(block, block.dtype.type(exponent), out=t).max()) != exponent
             np.add(_INDEX[: block.size], np.uint32(offset * GOLDEN % 2**32), out=x)
             np.add(x, block, out=x)
             for shift, factor in _ROUNDS:
@@ -134,7 +156,7 @@ def _stirred_on_host(array: LazyArray) -> int:
             np.bitwise_xor(x, np.right_shift(x, np.uint32(_LAST_SHIFT), out=t), out=x)
             total += int(x.sum(dtype=np.uint32))
             offset += block.size
-    return total % 2**32
+    return total % 2**32, finite
 
 
 @jax.jit

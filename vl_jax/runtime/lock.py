@@ -15,8 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vl_jax.runtime import disk
+from vl_jax.runtime.storage import mirror
+from vl_jax.runtime.storage.mirror import LOCK_FILE
 
-LOCK_FILE = "run.lock"  # who holds the lock, in words; the file stays
 _WITHOUT_LOCKS = (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL)  # what such file systems answer
 _log = logging.getLogger(__name__)
 
@@ -29,10 +30,11 @@ class InUse(ValueError):
 def held(workdir: Path) -> Iterator[None]:
     """Holds the lock of a folder, which is made if it is absent, and goes again if an error left it empty.
 
-    On a file system without locks it holds nothing and warns.
+    On a file system without locks it holds nothing and warns. Of a folder that stands for one in a bucket,
+    that one is held as well.
 
     Raises:
-      InUse: another process holds it.
+      InUse, Held: another process holds it.
       OSError: the disk is full.
     """
     workdir.mkdir(parents=True, exist_ok=True)
@@ -56,7 +58,8 @@ def held(workdir: Path) -> Iterator[None]:
         with disk.naming(path, needed=len(holder)):
             file.write(holder)
         try:
-            yield
+            with mirror.held(workdir):
+                yield
         except BaseException:
             _remove_if_empty(workdir)
             raise

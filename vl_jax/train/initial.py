@@ -166,7 +166,7 @@ def _read(
     origin: Origin, layout: Layout, *, chosen: Callable[[str], bool] = lambda path: True
 ) -> Iterator[tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]]:
     """Step, leaves by path, adapters by path and record of a checkpoint; leaves are read while it is open."""
-    checkpointer = Checkpointer(origin.checkpoints, lazy=True)
+    checkpointer = Checkpointer(origin.checkpoints, lazy=True, read_only=True)
     try:
         found = checkpointer.restore_stored(_PARTS, only=origin.step, chosen=chosen)
         if found is None:

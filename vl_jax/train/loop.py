@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 
 from vl_jax import sharding
 from vl_jax.batch import Batch, without
-from vl_jax.checkpoint import CHECKPOINTS, Checkpointer, CheckpointError
+from vl_jax.checkpoint import CHECKPOINTS, Checkpointer, CheckpointError, NotFiniteError
 from vl_jax.layout import Layout, Variables, put_batch
 from vl_jax.metrics import MetricsWriter
 from vl_jax.train import saved
@@ -55,6 +55,7 @@ class LoopConfig:
     churn: bool = False  # among them: how many choices of a fixed batch the step changed (see ``probe``)
     checkpoint_every: int = 500
     keep_checkpoints: int = 3  # the newest ones
+    keep_every: int = 0  # besides, those of steps that are a multiple of it; 0: none
     best: BestConfig = BestConfig()  # those that stay besides
     evaluate_every: int = 0  # and as a stage ends; 0: only as the run ends
     guard: GuardConfig = GuardConfig()  # which updates are skipped
@@ -65,6 +66,8 @@ class LoopConfig:
             raise ValueError(
                 f"evaluate_every={self.evaluate_every} must be >= 0; 0 evaluates at the end only"
             )
+        if self.keep_every < 0:
+            raise ValueError(f"keep_every={self.keep_every} must be >= 0; 0 keeps no other checkpoints")
         if self.best.keep and not self.evaluate_every:
             raise ValueError(f"best.keep={self.best.keep} needs evaluate_every > 0, for scores to choose by")
         for name in ("log_every", "routing_every", "checkpoint_every", "keep_checkpoints"):
@@ -206,7 +209,9 @@ def course(
     """
     stages = tuple(program.stage for program in made)
     best = Best(config.best, workdir)
-    checkpointer = Checkpointer(workdir / CHECKPOINTS, keep=config.keep_checkpoints, others=best.steps)
+    checkpointer = Checkpointer(
+        workdir / CHECKPOINTS, keep=config.keep_checkpoints, every=config.keep_every, others=best.steps
+    )
     try:
         restored = saved.restore(checkpointer, layout, stages, mend=True)
         if restored is None:
@@ -358,13 +363,13 @@ def _save(run: Session, state: TrainState, position: Position) -> Position:
     if run.writer is not None:
         run.writer.flush()  # The log is never behind a checkpoint.
     training, record = saved.to_saved(state)
-    if wrong := saved.not_finite({"params": state.params, **training}):
-        raise CheckpointError(
-            f"{wrong[0]} is not finite at step {step} ({len(wrong)} such arrays): this state is not saved, "
-            "the checkpoints before it stay; set a lower learning rate, or mend what the model computes"
-        )
     record = {"position": dataclasses.asdict(position), **record}
-    run.checkpointer.save(step, params=state.params, training=training, record=record)
+    try:
+        run.checkpointer.save(step, params=state.params, training=training, record=record)
+    except NotFiniteError as error:
+        raise CheckpointError(
+            f"{error}; set a lower learning rate, or mend what the model computes"
+        ) from None
     return position
 
 

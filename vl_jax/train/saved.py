@@ -147,17 +147,3 @@ def restore(
 def stage_at(stages: tuple[Stage, ...], position: Position) -> Stage:
     """The stage whose state a checkpoint holds; that of a finished run is the last."""
     return stages[min(position.stage, len(stages) - 1)]
-
-
-def not_finite(tree: Any) -> list[str]:
-    """Paths of the leaves of a tree of arrays that hold an infinite number or none."""
-    named, _ = jax.tree_util.tree_flatten_with_path(tree)
-    leaves = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in named}
-    floats = {path: leaf for path, leaf in leaves.items() if jnp.issubdtype(leaf.dtype, jnp.inexact)}
-    finite = jax.device_get(_are_finite(list(floats.values()))) if floats else ()
-    return [path for path, fine in zip(floats, finite, strict=True) if not fine]
-
-
-@jax.jit
-def _are_finite(leaves: list[jax.Array]) -> jax.Array:
-    return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves])

@@ -10,6 +10,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from vl_jax.data.sample import DEFAULT_MAX_PIXELS
+from vl_jax.runtime.storage import buckets
 
 
 def check_fields(
@@ -34,10 +35,13 @@ def file_and_folder(root: str, file: str, folder: str, name: str) -> tuple[Path,
     Raises:
       ValueError: there is no such file.
     """
-    place = Path(root) / file
+    base = buckets.root_of(root)
+    place = base / file
+    if buckets.is_bucket(root):
+        buckets.matching(root, file)
     if not place.is_file():
         raise ValueError(f"source {name!r}: no such file {place}; {_from_where(root)}")
-    return place, (Path(root) / folder if folder else place.parent).resolve()
+    return place, (base / folder if folder else place.parent).resolve()
 
 
 def find_files(root: str, pattern: str, name: str) -> list[Path]:
@@ -47,7 +51,9 @@ def find_files(root: str, pattern: str, name: str) -> list[Path]:
       ValueError: there is none.
     """
     whole = Path(root) / pattern
-    if any(mark in pattern for mark in "*?["):
+    if buckets.is_bucket(root):
+        found = buckets.matching(root, pattern)
+    elif any(mark in pattern for mark in "*?["):
         base = Path(whole.anchor) if whole.is_absolute() else Path(root)
         found = sorted(f for f in base.glob(str(whole.relative_to(base))) if f.is_file())
     else:

@@ -15,6 +15,7 @@ from typing import Any
 
 from vl_jax.data.text.chat_template import SPECIAL, TOKENIZER, ChatTemplate, read_object, token_text
 from vl_jax.data.text.tokenizer import Tokenizer
+from vl_jax.runtime.storage import buckets
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 # The configs of the language model inside another model's.
@@ -60,7 +61,8 @@ def stops_of_data(path: str, tokenizer: Tokenizer) -> tuple[int, ...]:
     Raises:
       ValueError: as ``read_stops``.
     """
-    named = read_stops(path, tokenizer.added, None).tokens if path and Path(path).is_dir() else ()
+    folder = buckets.here(path)
+    named = read_stops(folder, tokenizer.added, None).tokens if path and folder.is_dir() else ()
     return tuple(dict.fromkeys((tokenizer.eos, *named)))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Protocol, runtime_checkable
 
 from vl_jax.data.picture import Orientation
@@ -29,6 +28,7 @@ from vl_jax.data.sources.synthesis.boards import SyntheticBoardsConfig
 from vl_jax.data.sources.synthesis.scenes import SyntheticScenesConfig
 from vl_jax.data.sources.tfds import TfdsConfig
 from vl_jax.data.sources.webdataset import WebDatasetConfig
+from vl_jax.runtime.storage import buckets
 from vl_jax.schema import Open
 
 __all__ = [
@@ -148,7 +148,8 @@ class BestPairsConfig:
         Raises:
           ValueError: it cannot be read, or its scores cannot; one line naming the file.
         """
-        return BestPairs(self.source.open(root, orientation=orientation), Path(root) / self.scores, self.drop)
+        scores = buckets.file_in(root, self.scores)
+        return BestPairs(self.source.open(root, orientation=orientation), scores, self.drop)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from vl_jax.data.files.shards import Places, check_fields
@@ -18,6 +17,7 @@ from vl_jax.data.images.audio import AudioConfig
 from vl_jax.data.picture import Orientation
 from vl_jax.data.sample import DEFAULT_MAX_PIXELS, Sample
 from vl_jax.data.sources.llava import LlavaConfig, LlavaSource, read_json
+from vl_jax.runtime.storage import buckets
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class MetaSource:
     """
 
     def __init__(self, config: MetaConfig, *, root: str = ".", orientation: Orientation = "shown"):
-        self._file = Path(root) / config.file
+        self._file = buckets.file_in(root, config.file)
         if not self._file.is_file():
             raise ValueError(f"source {config.name!r}: no such file {self._file}")
         entries = read_json(self._file)
@@ -101,6 +101,6 @@ class MetaSource:
 
 def _is_inside(root: str, path: Any) -> bool:
     try:
-        return (Path(root) / path).resolve().is_relative_to(Path(root).resolve())
+        return (buckets.root_of(root) / path).resolve().is_relative_to(buckets.root_of(root).resolve())
     except (TypeError, ValueError, OSError, RuntimeError):  # no path, or none that the system knows
         return False

@@ -23,6 +23,7 @@ from vl_jax.data.files.shards import Places, check_fields, find_files, temporary
 from vl_jax.data.picture import Orientation
 from vl_jax.data.sample import DEFAULT_MAX_PIXELS, BadSample, EncodedImage, Sample
 from vl_jax.data.sources.conversation import parse
+from vl_jax.runtime.storage import buckets
 
 _IMAGES = ("image", "images")
 _KEPT_GROUPS = 4  # row groups that stay in memory
@@ -64,7 +65,7 @@ class ParquetSource:
         self._groups = groups
         counts = [self._opened[f].metadata.row_group(g).num_rows for f, g in groups]
         self._places = Places(counts)
-        self._unpacked = Path(root) / config.unpacked if config.unpacked else None
+        self._unpacked = buckets.root_of(root) / config.unpacked if config.unpacked else None
         kept = None if config.unpacked else _KEPT_GROUPS  # what is mapped takes no memory
         self._rows = functools.lru_cache(kept)(self._read_group)
 

@@ -33,6 +33,7 @@ from vl_jax.data.sample import (
 )
 from vl_jax.data.sources.conversation import parse
 from vl_jax.data.text.grounding import SPECIAL, write_boxes
+from vl_jax.runtime.storage import buckets
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,9 @@ class TfdsSource:
 
         self._config = config
         self._orientation: Orientation = orientation
-        folder = Path(root) / config.root
+        folder = (
+            buckets.here(f"{root}/{config.root}") if buckets.is_bucket(root) else Path(root) / config.root
+        )
         self._where = f"{folder}, {config.dataset}, {config.split}"
         decoders = {config.image: tfds.decode.SkipDecoding()} if config.image else None
         try:

@@ -20,6 +20,7 @@ import tokenizers
 from vl_jax.data.sample import IMAGE_PLACEHOLDER
 from vl_jax.data.text import patterns
 from vl_jax.runtime import json_text
+from vl_jax.runtime.storage import buckets
 
 BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
@@ -237,7 +238,7 @@ def load_tokenizer(path: str = "", *, reads: Reads = "dialogue") -> Tokenizer:
     Raises:
       ValueError: the file is missing, malformed, or lacks a special token.
     """
-    file = Path(path) if path else _SHIPPED
+    file = buckets.here(path) if path else _SHIPPED
     if file.is_dir():
         return load_published_tokenizer(file) if reads == "dialogue" else _load_for_texts(file)
     if not file.is_file():

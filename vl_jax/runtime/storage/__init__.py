@@ -1,0 +1,1 @@
+"""Where files are: folders that cannot be renamed, buckets, and the copies of them here."""
