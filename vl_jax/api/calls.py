@@ -56,7 +56,7 @@ def train(
     Raises:
       UserError: the configuration does not fit the machine, the data, or an earlier run of the folder.
     """
-    start.set_up()
+    start.set_up(joins=True)
     folder = Path(workdir)
     if isinstance(experiment, Experiment):
         with errors.told():
@@ -104,7 +104,7 @@ def evaluate(
     Raises:
       UserError: there is no such run or task, or an override concerns what was trained.
     """
-    start.set_up()
+    start.set_up(joins=True)
     folder = run.workdir if isinstance(run, Run) else Path(run)
     names = (tasks,) if isinstance(tasks, str) else tuple(tasks)
     with errors.told():
