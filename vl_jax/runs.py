@@ -48,9 +48,10 @@ from vl_jax.report.run import write_report
 from vl_jax.runtime import allocator, disk, lock, trace
 from vl_jax.runtime.hosts.joined import joined
 from vl_jax.runtime.version import commit
-from vl_jax.train import agreement, initial, lockstep, loop, resume, saved, signals
+from vl_jax.train import initial, lockstep, loop, resume, saved, signals
 from vl_jax.train.evaluation import EvaluationHook
 from vl_jax.train.hooks import Hook
+from vl_jax.train.hosts import agreement
 from vl_jax.train.probe import Probe
 from vl_jax.train.program import Program, programs
 from vl_jax.train.stages import Stage

@@ -29,9 +29,7 @@ class WatchdogConfig:
     warn_after: float = 900.0  # then the stacks of all threads are written to logs/stacks.txt
     end_after: float = 3600.0  # then the run ends, with exit status 124
     compile_allowance: float = 3600.0  # more of both for whatever may have to be compiled first
-    silent_after: float = (
-        100.0  # of several hosts, one without a sign of life for so long ends the run of all
-    )
+    silent_after: float = 100.0  # of several hosts: all end where one gives no sign of life for so long
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -135,8 +133,8 @@ class Watchdog:
         if config.end_after and still > config.end_after:
             where = self._dump(task)
             line = (
-                f"nothing has moved for {_seconds(still, task)} ({task.name}){self._behind()}; the run ends, run "
-                f"again to resume; {where} (config.loop.watchdog.end_after={config.end_after:g})"
+                f"nothing has moved for {_seconds(still, task)} ({task.name}){self._behind()}; the run ends, "
+                f"run again to resume; {where} (config.loop.watchdog.end_after={config.end_after:g})"
             )
             log.say(f"error: {line}")
             if self._hosts is not None:

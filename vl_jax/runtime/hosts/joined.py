@@ -69,11 +69,11 @@ class Hosts:
                     int(path.rpartition("/")[2]): text for path, text in store.key_value_dir_get(key + "/")
                 }
                 time.sleep(0 if len(said) == self.count else 0.05)
-            found = [said.get(number) for number in range(self.count)]
+            found: list[Any] = [said.get(number) for number in range(self.count)]
             store.key_value_set(f"{key}.all", json.dumps(found))
         if absent := [self.names[number] for number, text in enumerate(found) if text is None]:
             raise Missing(f"{', '.join(absent[:8])}: not come to {name!r} within {within:g} s")
-        return found
+        return list(found)
 
     def same(self, name: str, facts: Mapping[str, Any], remedy: str) -> None:
         """Makes sure that facts, by their path, are the same in every process.
@@ -122,7 +122,7 @@ class Hosts:
         self.pulse.let_go()
 
     def lost(self) -> bool:
-        """Whether another process is found to be gone, waiting until that would be known; then this one ends."""
+        """Waits until it would be known that another process is gone, of which this one then ends."""
         return self.pulse.wait_for_news()
 
     def part(self) -> None:

@@ -9,30 +9,32 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import TextIO
 
-_handler: logging.FileHandler | None = None
+_file: TextIO | None = None
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 def begin(logs: Path, number: int) -> None:
-    """From now on this process writes to a file of its number too; a folder that cannot be written is left."""
-    global _handler
-    if _handler is not None:
+    """From now on this process writes to a file of its number too; if that cannot be, it goes on without."""
+    global _file
+    if _file is not None:
         return
     try:
         logs.mkdir(parents=True, exist_ok=True)
-        _handler = logging.FileHandler(logs / f"{number}.log", encoding="utf-8")
+        _file = (logs / f"{number}.log").open("a", encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         logging.getLogger(__name__).warning("this host has no log file: %s", error)
         return
-    _handler.setFormatter(logging.Formatter(_FORMAT))
+    handler = logging.StreamHandler(_file)
+    handler.setFormatter(logging.Formatter(_FORMAT))
     root, old = logging.getLogger(), sys.stderr
-    root.addHandler(_handler)
+    root.addHandler(handler)
     screen = os.fdopen(os.dup(2), "w", buffering=1, encoding="utf-8", errors="backslashreplace")
     for handler in root.handlers:
         if isinstance(handler, logging.StreamHandler) and handler.stream is old:
             handler.setStream(screen)
-    os.dup2(_handler.stream.fileno(), 2)
+    os.dup2(_file.fileno(), 2)
     sys.stderr = screen
 
 
@@ -44,11 +46,11 @@ def say(line: str) -> None:
 
 def write(text: str) -> None:
     """Writes to the file alone, if there is one."""
-    if _handler is not None:
-        _handler.stream.write(text + "\n")
-        _handler.flush()
+    if _file is not None:
+        _file.write(text + "\n")
+        _file.flush()
 
 
 def where() -> str:
     """Where the file is, for the end of a message."""
-    return f"; see {_handler.baseFilename}" if _handler is not None else ""
+    return f"; see {_file.name}" if _file is not None else ""

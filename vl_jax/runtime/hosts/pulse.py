@@ -3,8 +3,8 @@
     every process   writes its count of moves, and what it does; reads whether anybody told of an end
     the first       reads all of them, and tells of an end where one has not changed for too long
 
-A process that was killed, one that was stopped, and one whose machine is gone look the same: its count stands.
-One that is alive and stuck goes on counting, but makes no moves: ``behind`` names it.
+A process that was killed, one that was stopped and one whose machine is gone look the same: its count stands
+still. One that is alive and stuck goes on counting, but makes no moves: ``behind`` names it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LOST = 75  # exit status where another process is gone or stands still; as EX_TE
 
 
 @dataclasses.dataclass
-class _Seen:
+class _Sign:
     """The last sign of a process, and when it changed."""
 
     sign: str = ""
@@ -114,8 +114,8 @@ class Pulse:
         return {int(path.rpartition("/")[2]): sign for path, sign in self._store.key_value_dir_get(_PULSES)}
 
     def _beat(self) -> None:
-        """Writes the signs of this process, and reads what is told; each may hang where the first is stopped."""
-        beats, seen = 0, {number: _Seen() for number in range(len(self._names))}
+        """Writes the signs of this process and reads what is told, which hangs where the first is stopped."""
+        beats, seen = 0, {number: _Sign() for number in range(len(self._names))}
         looked = time.monotonic()
         while not self._stop.wait(self._pause):
             beats += 1
@@ -134,11 +134,11 @@ class Pulse:
                 slept, looked = now - looked > max(self.silent_after / 2, 5 * self._pause), now
                 self._look(seen, signs, now, slept=slept)
 
-    def _look(self, seen: dict[int, _Seen], signs: dict[int, str], now: float, *, slept: bool) -> None:
+    def _look(self, seen: dict[int, _Sign], signs: dict[int, str], now: float, *, slept: bool) -> None:
         """Tells of the end where a process has given no sign for too long."""
         for number, sign in signs.items():
             if sign != seen[number].sign:
-                seen[number] = _Seen(sign, now)
+                seen[number] = _Sign(sign, now)
         if slept:  # This process was suspended, and has not looked at the others.
             for one in seen.values():
                 one.at = now

@@ -17,13 +17,14 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from vl_jax.runtime.hosts.cluster import Cluster
 
 _BEAT = 1.0  # seconds between two words to those who wait
 _GLANCE = 0.3
+_LATE = 3.0
 _LONGEST = 1 << 20  # bytes of a line
 
 Hello = dict[str, Any]
@@ -98,11 +99,14 @@ def _receive(cluster: Cluster, mine: Hello, until: float, within: float) -> list
                     problem = _contradiction(cluster, hello, known)
                     known.setdefault(hello["number"], (hello, line))
         hellos = [known[number][0] for number in sorted(known)]
-        problem = problem or _difference(cluster, hellos)
-        kind = "missing" if len(known) < cluster.count else "refused"
+        problem = problem or _difference(hellos)
+        kind = "missing" if problem and time.monotonic() > until else "refused"
+        told = {kind: problem} if problem else {"hellos": hellos}
         for _, line in known.values():
             if line is not None:
-                line.say(**({kind: problem} if problem else {"hellos": hellos}))
+                line.say(**told)
+        if kind == "missing":  # Whoever has just come hears it too.
+            _tell_late(server, told)
     if problem:
         raise (Missing if kind == "missing" else ValueError)(problem)
     return hellos
@@ -145,22 +149,31 @@ def _absent(cluster: Cluster, missing: Sequence[int], within: float, where: str 
     more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
     verb = "has" if len(missing) == 1 else "have"
     return (
-        f"{names}{more} of {cluster.count} {verb} not come within {within:g} s{where}: start the same command "
-        f"on every host ({cluster.source} says how many there are; --join-within sets the seconds)"
+        f"{names}{more} of {cluster.count} {verb} not come within {within:g} s{where}: start the same "
+        f"command on every host ({cluster.source} says how many there are; --join-within sets the seconds)"
     )
 
 
 def _contradiction(cluster: Cluster, hello: Hello, known: Mapping[int, tuple[Hello, Any]]) -> str:
     who = f"process {hello['number']} (host {hello['host']}, pid {hello['process']})"
     if hello["count"] != cluster.count:
-        return f"{who} was told that there are {hello['count']} processes, process 0 that there are {cluster.count}"
+        return f"{who} was told of {hello['count']} processes, process 0 of {cluster.count}"
     if hello["number"] in known:
         other = known[hello["number"]][0]
-        return f"{who} came, and so did one on host {other['host']}, pid {other['process']}, with the same number"
+        place = f"host {other['host']}, pid {other['process']}"
+        return f"{who} has the number of another process ({place}); end the one that is left from before"
     return ""
 
 
-def _difference(cluster: Cluster, hellos: Sequence[Hello]) -> str:
+def _tell_late(server: socket.socket, told: dict[str, Any]) -> None:
+    until = time.monotonic() + _LATE
+    while time.monotonic() < until:
+        with contextlib.suppress(OSError), contextlib.closing(_Line(server.accept()[0])) as line:
+            line.say(**told)
+            line.hear(_GLANCE)  # What it has sent would else take the answer with it.
+
+
+def _difference(hellos: Sequence[Hello]) -> str:
     """The first fact that differs; empty if none does."""
     names = [f"process {hello['number']} (host {hello['host']})" for hello in hellos]
     for fact in hellos[0]["facts"]:
@@ -171,7 +184,7 @@ def _difference(cluster: Cluster, hellos: Sequence[Hello]) -> str:
 
 
 @contextlib.contextmanager
-def _listening(cluster: Cluster, until: float):
+def _listening(cluster: Cluster, until: float) -> Iterator[socket.socket]:
     """The port of the first process, which an earlier run may still be leaving."""
     port, both = int(cluster.address.rsplit(":", 1)[1]), socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both else socket.AF_INET

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vl_jax.data.sample import Source
-from vl_jax.data.sources.identity import identity
+from vl_jax.data.stream.identity import identity
 from vl_jax.runtime import lock
 from vl_jax.runtime.hosts import log
 from vl_jax.runtime.hosts.joined import COMPARING, Hosts
@@ -59,7 +59,7 @@ def on_folder(hosts: Hosts, workdir: Path) -> None:
     blind = [name for name, text in zip(hosts.names, seen, strict=True) if not json.loads(text)]
     if blind:
         raise ValueError(
-            f"--workdir={workdir}: {', '.join(blind[:8])} sees another folder than {hosts.names[0]}; give one "
-            "that all hosts share"
+            f"--workdir={workdir}: {', '.join(blind[:8])} sees another folder than {hosts.names[0]}; give "
+            "one that all hosts share"
         )
     log.begin(workdir / LOGS, hosts.number)
