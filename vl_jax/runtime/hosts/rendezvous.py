@@ -79,6 +79,7 @@ def _receive(cluster: Cluster, mine: Hello, until: float, within: float) -> list
     """The first process: collects all, and tells all how it ended."""
     came: queue.Queue[tuple[Hello, _Line]] = queue.Queue()
     known: dict[int, tuple[Hello, _Line | None]] = {0: (mine, None)}
+    lines: list[_Line] = []
     problem, spoken = "", 0.0
     with _listening(cluster, until) as server, contextlib.ExitStack() as stack:
         while not problem and len(known) < cluster.count:
@@ -96,15 +97,15 @@ def _receive(cluster: Cluster, mine: Hello, until: float, within: float) -> list
             with contextlib.suppress(queue.Empty):
                 while not problem:
                     hello, line = came.get_nowait()
+                    lines.append(line)
                     problem = _contradiction(cluster, hello, known)
                     known.setdefault(hello["number"], (hello, line))
         hellos = [known[number][0] for number in sorted(known)]
         problem = problem or _difference(hellos)
         kind = "missing" if problem and time.monotonic() > until else "refused"
         told = {kind: problem} if problem else {"hellos": hellos}
-        for _, line in known.values():
-            if line is not None:
-                line.say(**told)
+        for line in lines:
+            line.say(**told)
         if kind == "missing":  # Whoever has just come hears it too.
             _tell_late(server, told)
     if problem:
@@ -121,8 +122,8 @@ def _visit(cluster: Cluster, mine: Hello, until: float, within: float) -> list[H
         try:
             with contextlib.closing(_Line(socket.create_connection((host, int(port)), timeout=5.0))) as line:
                 line.say(**mine)
-                while time.monotonic() < until:
-                    heard = line.hear(min(5 * _BEAT, max(_GLANCE, until - time.monotonic())))
+                while time.monotonic() < until + _LATE:  # The first may have begun a little later.
+                    heard = line.hear(5 * _BEAT)
                     if "hellos" in heard:
                         return heard["hellos"]
                     if problem := heard.get("missing"):
