@@ -49,6 +49,7 @@ class Harm:
     clock_jumps: bool = False  # the time of day is another one, by years, again and again
     stop_worker: int = 0  # SIGSTOP to the process that reads data, after so many batches; 0: there is none
     devices: int = 1  # and what belongs to no harm: how many devices, and which process this is of how many
+    options: tuple[str, ...] = ()  # more overrides
     address: str = ""
     processes: int = 1
     number: int = 0
@@ -66,7 +67,7 @@ def run(workdir: str, cache: str, output: Connection, harm: Harm) -> None:
         _limit(harm)
     if harm.clock_jumps:
         _let_jump(random.Random(harm.seed))
-    options = [f"--config={EXPERIMENT}", f"--workdir={workdir}"]
+    options = [f"--config={EXPERIMENT}", f"--workdir={workdir}", *harm.options]
     if harm.stop_worker:
         _stop_worker(harm.stop_worker)
         options += [f"--config.{path}" for path in _IMPATIENT]
