@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
+        _tell_hosts("interrupted", 130)
         return 130
     except BrokenPipeError:  # the reader of the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -88,9 +89,17 @@ def _failed(error: Exception) -> int:
     line = _unforeseen(error) if text is None else text
     status = LOST if isinstance(error, Missing) else 1 if text is None else 2
     log.say(f"error: {line}")
-    if hosts is not None:
-        hosts.fail(line, status)
+    _tell_hosts(line, status)
     return status
+
+
+def _tell_hosts(line: str, status: int) -> None:
+    """Tells the other hosts, if there are any, why this one ends."""
+    if _has_hosts():
+        from vl_jax.runtime.hosts.joined import joined
+
+        if (hosts := joined()) is not None:
+            hosts.fail(line, status)
 
 
 def _unforeseen(error: Exception) -> str:

@@ -9,6 +9,7 @@ still. One that is alive and stuck goes on counting, but makes no moves: ``behin
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import threading
@@ -75,10 +76,8 @@ class Pulse:
 
     def behind(self) -> str:
         """The process that has moved least, in words; empty if that is not known."""
-        try:
-            signs = self._signs()
-        except Exception:  # the store is gone too
-            return ""
+        signs: dict[int, str] = {}
+        self._try(lambda: signs.update(self._signs()))
         moves = {number: json.loads(sign)[1:] for number, sign in signs.items()}
         if len({count for count, _ in moves.values()}) < 2:
             return ""
@@ -88,23 +87,33 @@ class Pulse:
     def tell(self, line: str, status: int) -> None:
         """Tells all processes that the run ends, and why."""
         self._told.set()
-        try:
-            self._store.key_value_set(f"{_ENDS}{self._number}", json.dumps([line, status]), True)
-        except Exception:  # Nobody is there to be told.
-            self._stop.set()
+        end = json.dumps([line, status])
+        self._try(lambda: self._store.key_value_set(f"{_ENDS}{self._number}", end, True))
 
     def let_go(self) -> None:
         """Before this process ends: notes that it does; the first waits a moment until the others have."""
         self._stop.set()
         until = time.monotonic() + 4 * self._pause
-        try:
+
+        def leave() -> None:
             self._store.key_value_set(f"{_GONE}{self._number}", "", True)
             while not self._number and time.monotonic() < until:
                 if len(self._store.key_value_dir_get(_GONE)) == len(self._names):
                     return
                 time.sleep(0.1)
-        except Exception:  # They have gone already.
-            return
+
+        self._try(leave)
+
+    def _try(self, work: Callable[[], None]) -> None:
+        """Does something with the store, unless it takes too long: where the first is stopped, for ever."""
+
+        def do() -> None:
+            with contextlib.suppress(Exception):  # Nobody is there any more.
+                work()
+
+        thread = threading.Thread(target=do, name="pulse", daemon=True)
+        thread.start()
+        thread.join(5 * self._pause)
 
     def wait_for_news(self) -> bool:
         """Waits until the end of another process would be known; it ends this one too."""
