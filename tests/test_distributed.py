@@ -89,7 +89,7 @@ def output_of(workdir: Path, rank: int) -> Path:
 
 
 def wait(processes: list[subprocess.Popen]) -> list[int]:
-    end = time.monotonic() + 300
+    end = time.monotonic() + 900
     try:
         return [process.wait(max(1.0, end - time.monotonic())) for process in processes]
     except subprocess.TimeoutExpired:
@@ -132,7 +132,7 @@ def test_one_that_stands_still_one_that_differs_and_one_that_is_not_there_are_na
     reaches(processes, workdir, 5)
     processes[1].send_signal(signal.SIGSTOP)
     try:
-        assert processes[0].wait(300) == LOST
+        assert processes[0].wait(900) == LOST
     finally:
         for process in processes:
             process.kill()
