@@ -1,6 +1,6 @@
 """The smallest run that has everything a kill can hurt: two stages, experts, checkpoints, an evaluation.
 
-The folder of its pictures stands in ``VL_JAX_CHAOS_DATA``; see ``test_chaos.py``.
+The folder of its pictures stands in ``VL_JAX_CHAOS_DATA``; see ``chaos.py``.
 """
 
 import os
@@ -51,8 +51,8 @@ def get_config():
                 tiling=TilingConfig(tile_size=8, views="global"),
             ),
             stages=(
-                Stage("first", steps=8, batch_size=4, objective=Heads(), trainable=("label/.*",)),
-                Stage("second", steps=12, batch_size=4, objective=Heads()),
+                Stage("first", steps=8, batch_size=8, objective=Heads(), trainable=("label/.*",)),
+                Stage("second", steps=12, batch_size=8, objective=Heads()),
             ),
             loop=LoopConfig(
                 log_every=1,
@@ -61,6 +61,6 @@ def get_config():
                 evaluate_every=5,
                 best=BestConfig(keep=1, score="held_out/loss", order="lowest"),
             ),
-            evaluation=EvaluationConfig(task=Labels(), batch_size=4),
+            evaluation=EvaluationConfig(task=Labels(), batch_size=8),
         )
     )

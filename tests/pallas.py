@@ -6,6 +6,7 @@ import dataclasses
 import fcntl
 import importlib.util
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -43,7 +44,14 @@ def one_at_a_time() -> Iterator[None]:
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("compiling for a TPU needs libtpu: pip install libtpu")
     with open(Path(tempfile.gettempdir()) / "vl_jax_libtpu.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        until = time.monotonic() + 3600  # as long as all the others may take
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                assert time.monotonic() < until, f"{lock.name} is held by another process"
+                time.sleep(0.2)
         yield
 
 

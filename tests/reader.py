@@ -157,7 +157,7 @@ class Reader:
                         and not thread.daemon
                         and thread.name[:7] == "Thread-"
                     ):
-                        thread.join()
+                        thread.join(600)
 
 
 def added(words: Sequence[str]) -> list[str]:

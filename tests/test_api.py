@@ -231,7 +231,7 @@ def test_a_notebook_trains_predicts_and_evaluates(tmp_path):
     # Some notebooks run a cell in a thread that is not the first, most where a loop runs already.
     thread = threading.Thread(target=lambda: asyncio.run(cell()))
     thread.start()
-    thread.join()
+    thread.join(600)
     assert found["run"].step == 4 and isinstance(found["answer"]["answer"], str)
     assert found["scores"]["count"] == 2 and found["run"].results["heldout"]["scores"]["count"] == 2
     with pytest.raises(vl_jax.UserError, match="the model answers a question"):

@@ -107,7 +107,7 @@ def attempt(folder: Path) -> tuple[int | None, list[str]]:
 def attempt_elsewhere(folder: Path) -> tuple[int | None, list[str]]:
     """``attempt`` in a process that ends: reads that storage abandons may complain at any later time."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(attempt, folder).result()
+        return pool.submit(attempt, folder).result(timeout=600)
 
 
 def largest_file(folder: Path) -> Path:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from vl_jax.train import signals, watchdog
+from vl_jax.train import signals
 from vl_jax.train.clock import Pace
 from vl_jax.train.watchdog import EXIT_STATUS, STACKS_FILE, Watchdog, WatchdogConfig
 
@@ -97,7 +97,7 @@ def test_a_watch_warns_with_stacks_and_then_ends(tmp_path, monkeypatch, caplog, 
         watch.rest()  # in place of the end of the process
         ended.set()
 
-    monkeypatch.setattr(watchdog.os, "_exit", end)
+    monkeypatch.setattr(os, "_exit", end)
     config = WatchdogConfig(warn_after=0.1, end_after=0.4, compile_allowance=30.0)
     with Watchdog(config, tmp_path / "logs") as watch:
         watch.alive("compiling", compiles=True)

@@ -107,6 +107,7 @@ def measure(source: Path, target: Path) -> int:
     result = subprocess.run(
         [sys.executable, "-c", MEASURED, str(source), str(target)],
         env={**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"},
+        timeout=1800,
         capture_output=True,
         text=True,
         check=True,

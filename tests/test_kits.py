@@ -546,7 +546,7 @@ def run_kit(folder: Path, *options: str) -> dict[str, list[dict[str, Any]]]:
 @needs_kit
 @pytest.mark.slow
 def test_the_real_lmms_eval_runs_a_run(tmp_path):
-    if subprocess.run([PYTHON, "-c", "import lmms_eval"], capture_output=True).returncode:
+    if subprocess.run([PYTHON, "-c", "import lmms_eval"], capture_output=True, timeout=600).returncode:
         pytest.skip(f"lmms_eval is not installed in the environment of {PYTHON}")
     documents = write_task(tmp_path)
     wanted = {"data.max_tiles": 2, "data.max_tokens": 128}

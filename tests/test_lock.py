@@ -45,7 +45,7 @@ def test_a_killed_process_leaves_no_lock(tmp_path):
             with lock.held(tmp_path):
                 pass
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.wait(60)
     time.sleep(0.01)
     with lock.held(tmp_path):
         pass

@@ -65,7 +65,9 @@ def test_words_are_those_of_the_program_in_java(tmp_path):
     file.write_text("\n".join(SENTENCES))
     jar = Path(tokenizer.__file__).parent / tokenizer.STANFORD_CORENLP_3_4_1_JAR
     program = ["edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase", str(file)]
-    printed = subprocess.run(["java", "-cp", str(jar), *program], capture_output=True, check=True).stdout
+    printed = subprocess.run(
+        ["java", "-cp", str(jar), *program], capture_output=True, check=True, timeout=600
+    ).stdout
     for text, line in zip(SENTENCES, printed.decode().splitlines(), strict=True):
         assert ptb_words(text) == [w for w in line.split() if w not in tokenizer.PUNCTUATIONS]
 

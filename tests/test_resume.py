@@ -164,14 +164,14 @@ def interrupt(workdir: Path, *, step: int, number: int, delay: float = 0.0, conf
             if lines and lines[-1]["step"] >= step:
                 time.sleep(delay)
                 process.send_signal(number)
-                return process.wait()
+                return process.wait(600)
             time.sleep(0.005)
         return process.returncode
 
 
 def finish(workdir: Path, config: str = TINY) -> None:
     with launch(workdir, config) as process:
-        assert process.wait() == 0, output_of(workdir).read_text(encoding="utf-8")
+        assert process.wait(600) == 0, output_of(workdir).read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

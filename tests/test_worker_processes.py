@@ -166,7 +166,7 @@ def test_a_panic_in_the_data_thread_is_one_line():
 def test_a_panic_in_a_worker_is_one_line():
     pool = Processes(Panics, 1, room=1 << 16)
     with pytest.raises(DataFailure, match="^in a data worker: Panic: called `Option::unwrap"):
-        pool.submit(["task"]).result()
+        pool.submit(["task"]).result(timeout=600)
     pool.close()
 
 
@@ -203,7 +203,10 @@ def test_workers_do_not_load_jax():
     heavy = "jax", "flax", "grain", "ml_collections"
     code = f"import sys, vl_jax.data.stream.readers; print([m for m in {heavy} if m in sys.modules])"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    assert subprocess.check_output([sys.executable, "-c", code], env=environment, text=True) == "[]\n"
+    assert (
+        subprocess.check_output([sys.executable, "-c", code], env=environment, text=True, timeout=600)
+        == "[]\n"
+    )
 
 
 @pytest.mark.parametrize("room", [0, 6_000, 1 << 20])

@@ -85,7 +85,7 @@ def _assemble(ptx: str, file: Path) -> str:
     for name in ("ptxas", "ptxas-blackwell"):
         program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
         command = [program, "-v", f"--gpu-name={architecture[1]}", file, "-o", file.with_suffix(".cubin")]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
         if done.returncode == 0:
             return done.stderr + done.stdout
     raise AssertionError(done.stderr)

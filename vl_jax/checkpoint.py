@@ -184,9 +184,8 @@ class Checkpointer:
                 self._manager.close()
             self._remove_partial()
             raise
-        else:
+        else:  # Where saving failed, threads of orbax may say so once more, later.
             self._manager.close()
-        finally:
             logging.getLogger("absl").removeFilter(self._says_more)
 
     def restore(

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 import vl_jax
 from vl_jax import parts
 from vl_jax.commands import places
-from vl_jax.commands.parsing import OneLineParser, command_parser, options_of
+from vl_jax.commands.parsing import OneLineParser, command_parser, options_of, told_of_hosts
 from vl_jax.commands.table import COMMANDS
 from vl_jax.runtime import errors
 
@@ -25,7 +25,10 @@ _NUMBER = re.compile(r"-\.?\d")  # what begins so is a value, not an option
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0, 2 for a user's mistake, 1 for a fault of the package."""
+    """Runs one command; returns the exit status: 0, 2 for a user's mistake, 1 for a fault of the package.
+
+    Of several processes that compute together, one that fails tells the others.
+    """
     given = list(sys.argv[1:] if argv is None else argv)
     if not given:
         _parser().print_help()
@@ -37,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
+        _tell_hosts("interrupted", 130)
         return 130
     except BrokenPipeError:  # the reader of the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -44,9 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if arguments.traceback:
             raise
-        text = errors.one_line(error)
-        print(f"error: {_unforeseen(error) if text is None else text}", file=sys.stderr)
-        return 1 if text is None else 2
+        return _failed(error)
 
 
 def _light(arguments: argparse.Namespace) -> int:
@@ -61,16 +63,48 @@ def _compute(arguments: argparse.Namespace) -> int:
     import jax
 
     from vl_jax.runtime import start
+    from vl_jax.runtime.hosts.joined import joined
     from vl_jax.train.loop import Stopped
 
-    start.set_up()
+    start.set_up(told_of_hosts(arguments), joins=COMMANDS[arguments.command].joins)
+    status, hosts = 0, joined()
     try:
         with places.brought(arguments, lambda: jax.process_index() == 0):
             arguments.run(arguments)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
-        return 128 + stopped.number
-    return 0
+        status = 128 + stopped.number
+    if hosts is not None:
+        hosts.part()
+    return status
+
+
+def _failed(error: Exception) -> int:
+    """Says what went wrong, to the other hosts too; returns the exit status."""
+    from vl_jax.runtime.hosts import log
+    from vl_jax.runtime.hosts.joined import joined
+    from vl_jax.runtime.hosts.pulse import LOST
+    from vl_jax.runtime.hosts.rendezvous import Missing
+
+    text, hosts = errors.one_line(error), joined()
+    if hosts is not None:
+        log.write("".join(traceback.format_exception(error)))
+        if text is None:  # It may be how the end of another process looks from here.
+            hosts.lost()
+    line = _unforeseen(error) if text is None else text
+    status = LOST if isinstance(error, Missing) else 1 if text is None else 2
+    log.say(f"error: {line}")
+    _tell_hosts(line, status)
+    return status
+
+
+def _tell_hosts(line: str, status: int) -> None:
+    """Tells the other hosts, if there are any, why this one ends."""
+    if _has_hosts():
+        from vl_jax.runtime.hosts.joined import joined
+
+        if (hosts := joined()) is not None:
+            hosts.fail(line, status)
 
 
 def _unforeseen(error: Exception) -> str:
@@ -78,8 +112,6 @@ def _unforeseen(error: Exception) -> str:
     lines = "".join(traceback.format_exception(error))
     with tempfile.NamedTemporaryFile("w", prefix="vl_jax_", suffix=".txt", delete=False) as file:
         file.write(lines)
-    if os.environ.get("VL_JAX_DISTRIBUTED"):  # the files of a host may go with it; its output stays
-        print(lines, file=sys.stderr)
     return f"{errors.described(error)}; this is a fault of vl_jax, please report it with {file.name}"
 
 
@@ -109,11 +141,21 @@ def run() -> None:
     from vl_jax.data.stream.background import DATA_THREAD
 
     status = main()
+    if _has_hosts():  # what is left of jax would wait for the others
+        from vl_jax.runtime.hosts.joined import end_at_once
+
+        end_at_once(status)
     if any(thread.name.startswith(DATA_THREAD) for thread in threading.enumerate()):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
+
+
+def _has_hosts() -> bool:
+    """Whether this process has joined others."""
+    module = sys.modules.get("vl_jax.runtime.hosts.joined")
+    return module is not None and module.joined() is not None
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:

@@ -46,11 +46,13 @@ from vl_jax.layout import Layout, rows_here
 from vl_jax.report.results import read_result
 from vl_jax.report.run import write_report
 from vl_jax.runtime import allocator, disk, lock, trace
+from vl_jax.runtime.hosts.joined import joined
 from vl_jax.runtime.storage import buckets
 from vl_jax.runtime.version import commit
 from vl_jax.train import initial, lockstep, loop, resume, saved, signals
 from vl_jax.train.evaluation import EvaluationHook
 from vl_jax.train.hooks import Hook
+from vl_jax.train.hosts import agreement
 from vl_jax.train.probe import Probe
 from vl_jax.train.program import Program, programs
 from vl_jax.train.stages import Stage
@@ -75,8 +77,8 @@ def run(experiment: Experiment, workdir: Path, *, profile: str = "") -> dict[str
     start, experiment = time.time(), resolve(experiment)
     total = sum(stage.steps for stage in experiment.stages)
     steps = trace.steps_of(profile, total) if profile else None
-    _open_data(experiment)
-    with signals.noted() as stop, _launched(experiment, workdir, start) as launched:
+    _open_data(experiment, workdir)
+    with signals.noted(joined()) as stop, _launched(experiment, workdir, start) as launched:
         made = programs(launched.layout, experiment.stages, seed=experiment.seed)
         with trace.traced(steps, workdir) as hooks:
             state = loop.drive(launched.course(made, stop, hooks=hooks))
@@ -100,7 +102,7 @@ def run_together(experiments: Sequence[Experiment], workdirs: Sequence[Path]) ->
     start, first = time.time(), resolve(experiments[0])
     if any(dataclasses.replace(other, seed=experiments[0].seed) != experiments[0] for other in experiments):
         raise ValueError("runs that train together may differ in their seed and in nothing else")
-    _open_data(first)
+    _open_data(first, workdirs[0])
     layout, reasons = plan(first), dict[int, Exception | None]()
     with signals.noted() as stop, contextlib.ExitStack() as stack:
         launched: dict[int, _Launched] = {}
@@ -128,12 +130,18 @@ def run_together(experiments: Sequence[Experiment], workdirs: Sequence[Path]) ->
     return [reasons[number] for number in range(len(experiments))]
 
 
-def _open_data(experiment: Experiment) -> None:
-    """Opens every source, so that one that cannot be read ends a run before it has a folder."""
-    data = experiment.data
+def _open_data(experiment: Experiment, workdir: Path) -> None:
+    """Opens every source, so that one that cannot be read ends a run before it has a folder.
+
+    Several hosts make sure that they have the same experiment and the same data.
+    """
+    data, hosts = experiment.data, joined()
+    if hosts is not None:
+        agreement.on_configuration(hosts, workdir, json.loads(schema.to_json(experiment)))
     sources = {source.name: opened(data, source) for source in data.sources}
-    for source in data.evaluation:
-        opened(data, source)
+    held_out = {source.name: opened(data, source) for source in data.evaluation}
+    if hosts is not None:
+        agreement.on_data(hosts, workdir, held_out | sources)
     if jax.process_index() == 0 and (warning := resolution_warning(sources, data.tiling)):
         logger.warning(warning)
 
@@ -143,9 +151,12 @@ def _launched(
     experiment: Experiment, workdir: Path, start: float, layout: Layout | None = None
 ) -> Iterator[_Launched]:
     """A run of a resolved experiment, about to begin in a folder of its own, which is watched meanwhile."""
-    process = jax.process_index()
-    watchdog = Watchdog(experiment.loop.watchdog, workdir / loop.LOGS, process=process)
-    with contextlib.nullcontext() if process else lock.held(workdir), watchdog:
+    hosts = joined()
+    follows = hosts is not None and hosts.number > 0  # the first process holds the folder
+    watchdog = Watchdog(experiment.loop.watchdog, workdir / loop.LOGS, hosts=hosts)
+    with contextlib.nullcontext() if follows else lock.held(workdir), watchdog:
+        if hosts is not None:
+            agreement.on_folder(hosts, workdir)
         layout = plan(experiment) if layout is None else layout
         _claim(experiment, workdir)
         yield _Launched(experiment, workdir, layout, start, watchdog.alive)

@@ -24,11 +24,13 @@ from vl_jax.checkpoint import CHECKPOINTS
 from vl_jax.experiment import Experiment
 from vl_jax.runtime import errors
 from vl_jax.runtime.lock import InUse
+from vl_jax.runtime.start import DISTRIBUTED
 from vl_jax.train import signals
 from vl_jax.train.loop import LOGS, Stopped
 
 logger = logging.getLogger(__name__)
 
+_SAVING = 600.0  # seconds that a run may take to save when it is asked to stop
 _POLL = 0.2  # seconds between two looks at the processes
 OUTPUT_FILE = "output.txt"  # what a run in a process of its own printed
 
@@ -164,15 +166,24 @@ def _at_once(jobs: Sequence[Job], parallel: int, stop: Callable[[], int | None])
         for _, process in running:
             process.terminate()
         for _, process in running:
-            process.wait()
+            _wait_for(process)
     return failed
+
+
+def _wait_for(process: subprocess.Popen) -> None:
+    """Waits until a run has saved; one that stands still is killed."""
+    try:
+        process.wait(_SAVING)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait(_SAVING)
 
 
 def _begin(job: Job) -> subprocess.Popen:
     (job.folder / LOGS).mkdir(parents=True, exist_ok=True)
     (job.folder / state.FAILED_FILE).unlink(missing_ok=True)
     # A GPU whose memory one process has taken whole has none for the next.
-    environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
+    environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ, DISTRIBUTED: "0"}
     with (job.folder / LOGS / OUTPUT_FILE).open("w", encoding="utf-8") as output:
         return subprocess.Popen(job.command, stdout=output, stderr=subprocess.STDOUT, env=environment)
 

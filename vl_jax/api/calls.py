@@ -60,7 +60,7 @@ def train(
     Raises:
       UserError: the configuration does not fit the machine, the data, or an earlier run of the folder.
     """
-    start.set_up()
+    start.set_up(joins=True)
     if isinstance(experiment, Experiment):
         with errors.told():
             chosen = config.replace(experiment, _pairs(overrides)) if overrides else experiment
@@ -109,7 +109,7 @@ def evaluate(
     Raises:
       UserError: there is no such run or task, or an override concerns what was trained.
     """
-    start.set_up()
+    start.set_up(joins=True)
     folder = run.workdir if isinstance(run, Run) else Path(run)
     names = (tasks,) if isinstance(tasks, str) else tuple(tasks)
     with errors.told():

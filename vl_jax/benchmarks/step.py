@@ -173,7 +173,8 @@ class Side:
 
     def __exit__(self, *_: object) -> None:
         self._process.terminate()
-        self._process.join()
+        self._process.join(10)
+        self._process.kill()
 
     def do(self, action: str) -> tuple[Any, float, float]:
         """(value, CPU seconds, wall seconds) of an action.

@@ -13,6 +13,7 @@ class Command:
     example: str  # what stands after the name of the program
     no_overrides: str = ""  # why it takes no ``--config.a.b=value``; empty: it takes them
     light: bool = False  # it computes nothing, and needs no devices
+    joins: bool = False  # it computes together with the other processes of a job
 
 
 _FINISHED = "it reads what a run wrote, which does not change any more"
@@ -21,6 +22,7 @@ COMMANDS = {
     "train": Command(
         "Train the stages of an experiment, evaluate, write report.html; resumes the run of the folder.",
         "train --config=experiments/quickstart.py --workdir=runs/quickstart --config.seed=1",
+        joins=True,
     ),
     "new": Command(
         "Copy an experiment of the package to a file of your own, to change it there.",
@@ -40,10 +42,12 @@ COMMANDS = {
     "sweep": Command(
         "Train every variant that the sweeps of an experiment file name, or an ablation; compare them.",
         "sweep --config=experiments/quickstart.py --sweep=scheme --workdir=runs/schemes",
+        joins=True,
     ),
     "evaluate": Command(
         "Answer held-out questions with the newest checkpoint of a run or a published one; print the scores.",
         "evaluate --workdir=runs/quickstart --task=heldout --config.evaluation.limit=100",
+        joins=True,
     ),
     "report": Command(
         "Write the page of a run, of several or of an ablation anew; judge what was declared.",

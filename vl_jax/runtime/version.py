@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 from pathlib import Path
 
@@ -28,3 +29,11 @@ def commit() -> str:
     if name is None or git("ls-files", "--error-unmatch", "__init__.py") is None:
         return ""
     return name + ("+" if git("status", "--porcelain", "--untracked-files=no", ".") else "")
+
+
+def digest() -> str:
+    """A few characters that differ where files of the package do."""
+    found = hashlib.sha256()
+    for path in sorted(_PACKAGE.rglob("*.py")):
+        found.update(path.relative_to(_PACKAGE).as_posix().encode() + b"\0" + path.read_bytes())
+    return found.hexdigest()[:12]

@@ -21,13 +21,13 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from vl_jax import sharding
 from vl_jax.batch import Batch, without
 from vl_jax.checkpoint import CHECKPOINTS, Checkpointer, CheckpointError, NotFiniteError
 from vl_jax.layout import Layout, Variables, put_batch
 from vl_jax.metrics import MetricsWriter
+from vl_jax.runtime.hosts.joined import joined
 from vl_jax.train import saved
 from vl_jax.train.best import Best, BestConfig
 from vl_jax.train.clock import Clock
@@ -337,16 +337,9 @@ def _step(
 
 
 def _asked_to_stop(run: Session, step: int) -> int | None:
-    """Number of the signal that asks to stop here, if any.
-
-    Several processes have to stop after the same step; they agree about it at the steps that are logged.
-    """
-    number = run.stop() or 0
-    if jax.process_count() > 1:
-        if step % run.config.log_every:
-            return None
-        number = int(np.max(multihost_utils.process_allgather(np.int32(number))))
-    return number or None
+    """Number of the signal that asks to stop here, if any; on several hosts all stop after the same step."""
+    hosts = joined()
+    return run.stop() if hosts is None else hosts.asked_to_stop(step)
 
 
 def _save(run: Session, state: TrainState, position: Position) -> Position:

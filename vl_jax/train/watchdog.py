@@ -6,13 +6,13 @@ import contextlib
 import dataclasses
 import faulthandler
 import logging
-import multiprocessing
-import os
-import sys
 import threading
 import time
 from pathlib import Path
 from typing import TextIO
+
+from vl_jax.runtime.hosts import log
+from vl_jax.runtime.hosts.joined import Hosts, end_at_once
 
 logger = logging.getLogger(__name__)
 
@@ -29,11 +29,14 @@ class WatchdogConfig:
     warn_after: float = 900.0  # then the stacks of all threads are written to logs/stacks.txt
     end_after: float = 3600.0  # then the run ends, with exit status 124
     compile_allowance: float = 3600.0  # more of both for whatever may have to be compiled first
+    silent_after: float = 100.0  # of several hosts: all end where one gives no sign of life for so long
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             if getattr(self, field.name) < 0:
                 raise ValueError(f"{field.name}={getattr(self, field.name)} must be >= 0; 0 is no bound")
+        if self.silent_after < 1:
+            raise ValueError(f"silent_after={self.silent_after} must be >= 1: signs of life come in between")
         if 0 < self.end_after < self.warn_after:
             raise ValueError(
                 f"end_after={self.end_after} is below warn_after={self.warn_after}: nobody would see why"
@@ -57,12 +60,13 @@ class Watchdog:
     which needs no lock.
     """
 
-    def __init__(self, config: WatchdogConfig, logs: Path, *, process: int = 0):
+    def __init__(self, config: WatchdogConfig, logs: Path, *, hosts: Hosts | None = None):
         """Takes the folder of its file, which is made when it is needed.
 
         Args:
-          process: number of this process of the run; all but the first have a file of their own.
+          hosts: of a run on several; all processes but the first have a file of their own.
         """
+        process, self._hosts = hosts.number if hosts else 0, hosts
         self._config = config
         self._path = logs / (f"{process}.{STACKS_FILE}" if process else STACKS_FILE)
         self._task: _Task | None = None
@@ -70,6 +74,8 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
+        if self._hosts is not None:
+            self._hosts.pulse.silent_after = self._config.silent_after
         if self._config.warn_after or self._config.end_after:
             self._thread.start()
         return self
@@ -77,7 +83,7 @@ class Watchdog:
     def __exit__(self, *_: object) -> None:
         self._done.set()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(_MOST_BETWEEN_LOOKS)
 
     def alive(self, task: str, *, compiles: bool = False) -> None:
         """Says that the run has moved, and what it does next.
@@ -87,6 +93,8 @@ class Watchdog:
         """
         allowance = self._config.compile_allowance if compiles else 0.0
         self._task = _Task(task, time.monotonic(), allowance)
+        if self._hosts is not None:
+            self._hosts.pulse.move(task)
 
     def rest(self) -> None:
         """Says that nothing is to be watched for now."""
@@ -124,19 +132,24 @@ class Watchdog:
         config = self._config
         if config.end_after and still > config.end_after:
             where = self._dump(task)
-            print(
-                f"error: nothing has moved for {_seconds(still, task)} ({task.name}); the run ends, run "
-                f"again to resume; {where} (config.loop.watchdog.end_after={config.end_after:g})",
-                file=sys.stderr,
-                flush=True,
+            line = (
+                f"nothing has moved for {_seconds(still, task)} ({task.name}){self._behind()}; the run ends, "
+                f"run again to resume; {where} (config.loop.watchdog.end_after={config.end_after:g})"
             )
-            for child in multiprocessing.active_children():  # one that is stopped would stay for ever
-                child.kill()
-            os._exit(EXIT_STATUS)
+            log.say(f"error: {line}")
+            if self._hosts is not None:
+                self._hosts.fail(line, EXIT_STATUS)
+            end_at_once(EXIT_STATUS)
         if config.warn_after and still > config.warn_after and not task.warned:
             task.warned = True
             where = self._dump(task)
-            logger.warning("nothing has moved for %s (%s); %s", _seconds(still, task), task.name, where)
+            name = task.name + self._behind()
+            logger.warning("nothing has moved for %s (%s); %s", _seconds(still, task), name, where)
+
+    def _behind(self) -> str:
+        """Of several hosts, the one that the others wait for."""
+        found = self._hosts.pulse.behind() if self._hosts is not None else ""
+        return f"; {found}" if found else ""
 
     def _open(self) -> TextIO | None:
         """The file of stacks, at its end; None where it cannot be written."""

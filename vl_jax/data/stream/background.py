@@ -15,6 +15,7 @@ from vl_jax.data.reasons import in_words
 T = TypeVar("T")
 _MAX_BAD_RUN = 2000
 DATA_THREAD = "data"  # what the names of threads begin with that read data
+_GLANCE = 5.0  # seconds between looks at whether the thread is there
 _PATIENCE = 30.0  # seconds that a thread which is told to stop may take
 _log = logging.getLogger(__name__)
 
@@ -50,11 +51,20 @@ class Background(Generic[T]):
         Raises:
           DataFailure: what it raised is no ``Exception``, such as the panic of a tokenizer.
         """
-        item = self._queue.get()
+        item = self._next()
         if isinstance(item, Exception):
             self._queue.put(item)  # Whoever asks again is told again.
             raise item
         return item
+
+    def _next(self) -> T | Exception:
+        """Waits as long as the thread lives; how long that may be is the watchdog's."""
+        while True:
+            try:
+                return self._queue.get(timeout=_GLANCE)
+            except queue.Empty:
+                if not self._thread.is_alive() and self._queue.empty():
+                    return DataFailure("the thread that reads data has ended without a word")
 
     def stop(self) -> None:
         """Ends the work and waits for it; a thread that is stuck is left alone after a while."""

@@ -97,7 +97,7 @@ class Processes(Generic[Task]):
             worker.end()
 
     def _do(self, tasks: Sequence[Task]) -> list[Example | BadSample]:
-        worker = self._free.get()
+        worker = self._free.get_nowait()  # There are as many as threads.
         try:
             return worker.do(tasks)
         finally:
@@ -155,7 +155,7 @@ class _Worker:
         self._process.join(timeout=5)
         if self._process.is_alive():
             self._process.kill()
-            self._process.join()
+            self._process.join(timeout=_PATIENCE)
         self._forget_name()
         self._memory.close()
 

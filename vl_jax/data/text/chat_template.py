@@ -203,7 +203,7 @@ class _Process:
         child, self._child = self._child, None
         if child is not None:
             child.kill()
-            child.communicate()
+            child.communicate(timeout=WAIT_SECONDS)
 
 
 _PROCESS = _Process()

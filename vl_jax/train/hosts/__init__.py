@@ -1,0 +1,1 @@
+"""What several hosts that train together have to do beside what one does."""
