@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Converts, and prints what was left out."""
-    from vl_jax.commands import conversion
+    from vl_jax.api import conversion
     from vl_jax.data.tools.convert import Share
 
     share = Share.parse(arguments.shard)
