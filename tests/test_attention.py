@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vl_jax.kernels import aot
 from vl_jax.nn import attention, chunked, masks
 
 
@@ -152,3 +155,20 @@ def test_memory_of_a_gradient_grows_with_the_length():
 
     for causal in (True, False):
         assert temporaries(8192, causal) <= 2 * 1.2 * temporaries(4096, causal)
+
+
+@pytest.mark.tpu_aot
+def test_memory_of_a_gradient_on_a_tpu_grows_with_the_length_up_to_16k():
+    def temporaries(length):
+        shape = jax.ShapeDtypeStruct((1, length, 2, 128), jnp.bfloat16)
+        ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
+
+        def loss(q, k, v, ids):
+            mixed = attention.attend(q, k, v, mask=masks.PackedMask(ids, ids), scale=0.3, causal=True)
+            return jnp.sum(mixed.astype(jnp.float32) ** 2)
+
+        cost = aot.measure("v5e", lambda _: jax.grad(loss, argnums=(0, 1, 2)), shape, shape, shape, ids)
+        return cost.temporaries
+
+    found = [temporaries(length) for length in (4096, 8192, 16_384)]
+    assert all(after <= 2 * 1.2 * before for before, after in itertools.pairwise(found)), found
