@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vl_jax.kernels import aot
 from vl_jax.nn import attention, chunked, masks
 
 
@@ -152,3 +153,21 @@ def test_memory_of_a_gradient_grows_with_the_length():
 
     for causal in (True, False):
         assert temporaries(8192, causal) <= 2 * 1.2 * temporaries(4096, causal)
+
+
+@pytest.mark.tpu_aot
+def test_memory_of_a_gradient_on_a_tpu_grows_with_the_length_up_to_16k():
+    place = jax.sharding.SingleDeviceSharding(aot.devices("v5e")[0])
+
+    def temporaries(length):
+        shape = jax.ShapeDtypeStruct((1, length, 2, 128), jnp.bfloat16, sharding=place)
+        ids = jax.ShapeDtypeStruct((1, length), jnp.int32, sharding=place)
+
+        def loss(q, k, v, ids):
+            mixed = attention.attend(q, k, v, mask=masks.PackedMask(ids, ids), scale=0.3, causal=True)
+            return jnp.sum(mixed.astype(jnp.float32) ** 2)
+
+        lowered = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(shape, shape, shape, ids)
+        return aot.compile_absent(lowered, quick=True).memory_analysis().temp_size_in_bytes
+
+    assert temporaries(16_384) <= (2 * 1.2) ** 2 * temporaries(4096)

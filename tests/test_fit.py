@@ -6,14 +6,20 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from vl_jax import experiment, sharding
 from vl_jax.cli import main
 from vl_jax.fit import chips, program_text, rehearsal, search
 from vl_jax.fit import experiment as fit_experiment
 from vl_jax.fit.chips import GIB
+from vl_jax.kernels import aot
+from vl_jax.nn.embedding import look_up
+from vl_jax.nn.layers import as_used
 from vl_jax.report import fit as page
 from vl_jax.schema import ConfigError
 from vl_jax.train.program import Program
@@ -242,3 +248,24 @@ def test_the_quickstart_fits_eight_chips_and_says_what_travels(quickstart):
         assert {"fsdp", "expert"} <= {axis for item in found.collectives for axis in item.axes}
     assert not [f for f in found.findings if f.is_fault], found.findings
     assert np.isfinite(found.estimate.seconds) and 0 < found.estimate.mfu <= 1
+
+
+@pytest.mark.tpu_aot
+def test_no_device_of_a_tpu_sums_the_gradient_of_the_table_whole():
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=8), aot.devices("v5e:2x4"))
+    places = [NamedSharding(mesh, spec) for spec in (P(None, "fsdp"), P("fsdp"))]
+    table = jax.ShapeDtypeStruct((32_768, 1280), jnp.float32, sharding=places[0])
+    tokens = jax.ShapeDtypeStruct((8, 64), jnp.int32, sharding=places[1])
+
+    def step(table, tokens):
+        def loss(table):
+            return jnp.sum(look_up(as_used(table, jnp.bfloat16, "vocab", "embed"), tokens) ** 2)
+
+        gradient = jax.grad(loss)(table)
+        return table - gradient, jnp.sum(gradient**2)
+
+    with sharding.use_mesh(mesh):
+        compiled = aot.compile_absent(jax.jit(step, donate_argnums=0).lower(table, tokens), quick=True)
+    found = program_text.collectives(compiled.as_text(), mesh)
+    large = {(item.kind, item.dtypes) for item in found if item.size > rehearsal.LARGE}
+    assert large == {("all-gather", ("bf16",)), ("reduce-scatter", ("bf16",))}

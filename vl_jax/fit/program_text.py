@@ -13,6 +13,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -100,17 +101,19 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
     """All collectives of a program; one that is spread over several fusions counts once."""
     program = computations(text)
     often, groups_of = runs(program), _groups_by_axes(mesh)
-    found, channels = [], set[str]()
+    found, seen = [], set[tuple[Any, ...]]()
     for name, lines in program.items():
         for line in lines:
             given = received(line)
             if given is None or name not in often:
                 continue
-            channel = re.search(r"channel_id=\d+", line)
-            if channel and channel[0] in channels:
-                continue
-            channels |= {channel[0]} if channel else set()
             kind, arrays = given
+            channel = re.search(r"channel_id=\d+", line)
+            # All that ``shard_map`` asks for may have one channel: a collective is told by its arrays too.
+            known = (channel and channel[0], kind, *arrays)
+            if channel and known in seen:
+                continue
+            seen.add(known)
             size = size_of(arrays)
             if not size:
                 continue

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import math
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
@@ -25,7 +28,7 @@ def look_up(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Arra
 
     def local(table: jax.Array, tokens: jax.Array) -> jax.Array:
         if width:
-            table = jax.lax.all_gather(table, width, axis=1, tiled=True)
+            table = _whole(table, width)
         if not words:
             return table[tokens]
         own = tokens - jax.lax.axis_index(words) * table.shape[0]
@@ -37,3 +40,18 @@ def look_up(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Arra
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(rows or None), check_vma=False)(
         table, tokens
     )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _whole(table: jax.Array, width: tuple[str, ...]) -> jax.Array:
+    return jax.lax.all_gather(table, width, axis=1, tiled=True)
+
+
+def _scattered(width: tuple[str, ...], _: None, grad: jax.Array) -> tuple[jax.Array]:
+    # Cut before the sum: the compiler for TPUs sums whole what it would have to cut along the last axis.
+    parts = math.prod(jax.lax.axis_size(axis) for axis in width)
+    by_part = grad.reshape(grad.shape[0], parts, -1).swapaxes(0, 1)
+    return (jax.lax.psum_scatter(by_part, width, scatter_dimension=0),)
+
+
+_whole.defvjp(lambda table, width: (_whole(table, width), None), _scattered)
