@@ -58,6 +58,19 @@ def results(config, assignment, x, w_in, w_out):
         ("token choice", {}),
         ("expert choice", {}),
         ("token choice", {"execution": ExecutionConfig("all_to_all"), "limit": ROOM}),
+        pytest.param(
+            "token choice",
+            {"execution": ExecutionConfig("all_to_all", kernel="pallas"), "limit": ROOM},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "token choice",
+            {"execution": ExecutionConfig("ragged", kernel="pallas", chunks=2, slices=2)},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "token choice", {"execution": ExecutionConfig("all_gather", buffer=1.0)}, marks=pytest.mark.slow
+        ),
         ("token choice", {"execution": ExecutionConfig("ring")}),
         pytest.param("expert choice", {"execution": ExecutionConfig("ring")}, marks=pytest.mark.slow),
         ("token choice", {"execution": ExecutionConfig("ragged")}),
@@ -69,6 +82,9 @@ def results(config, assignment, x, w_in, w_out):
         "token choice",
         "expert choice",
         "all to all",
+        "all to all, kernel",
+        "ragged, kernel, chunks, slices",
+        "all gather, tight",
         "ring",
         "ring, by experts",
         "ragged",
@@ -131,6 +147,41 @@ def test_an_exchange_that_does_not_fit_the_scheme_is_named():
         pytest.raises(ValueError, match="for tokens that choose; scheme='expert_choice' gives ExpertChoice"),
     ):
         exchange.apply_experts(x, assignments()["expert choice"], ExpertWeights(w_in, w_out), config)
+
+
+@pytest.mark.parametrize("kernel", ["auto", "blocked", "pallas", "triton", "reference"])
+def test_all_to_all_computes_with_the_kernel_that_is_asked_for(kernel):
+    x, w_in, w_out = weights()
+    execution = ExecutionConfig("all_to_all", kernel=kernel)
+    config = dataclasses.replace(CONFIG, execution=execution, limit=ROOM)
+    with sharding.use_mesh(make_mesh(MeshConfig(1, 1, 4, 2))):
+        layer = functools.partial(exchange.apply_experts, config=config)
+        program = str(jax.make_jaxpr(layer)(x, assignments()["token choice"], ExpertWeights(w_in, w_out)))
+    assert ("pallas_call" in program) == (kernel in ("pallas", "triton"))
+    assert ("blocked_mlp" in program or "sequential_vmap" in program) == (kernel == "blocked")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"buffer": 0.5}, "buffer=0.5 must be >= 1 and finite"),
+        ({"exchange": "ragged", "chunks": 0}, "chunks=0 must be >= 1"),
+        ({"slices": 2}, "exchange='all_gather' takes no chunks=None and slices=2; 'ragged' does"),
+    ],
+)
+def test_rooms_that_cannot_be_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        ExecutionConfig(**options)
+
+
+def test_slices_that_do_not_divide_the_devices_are_named():
+    x, w_in, w_out = weights()
+    config = dataclasses.replace(CONFIG, execution=ExecutionConfig("ragged", slices=3))
+    with (
+        sharding.use_mesh(make_mesh(MeshConfig(1, 1, 4, 2))),
+        pytest.raises(ValueError, match="execution.slices=3 does not divide mesh axis expert=4"),
+    ):
+        exchange.apply_experts(x, assignments()["token choice"], ExpertWeights(w_in, w_out), config)
 
 
 def test_a_ring_of_many_shards_is_refused(monkeypatch):

@@ -128,7 +128,7 @@ def _exchanges(number: int, devices: int, *, slices: int) -> dict[str, Execution
       number: of shards that experts are cut into.
     """
     found: dict[str, ExecutionConfig | str] = {}
-    kinds = [(kind, {"exchange": kind}) for kind in EXCHANGES]
+    kinds: list[tuple[str, dict[str, Any]]] = [(kind, {"exchange": kind}) for kind in EXCHANGES]
     if slices > 1:
         kinds.append((f"ragged, {slices} slices", {"exchange": "ragged", "slices": slices}))
     for name, options in kinds:

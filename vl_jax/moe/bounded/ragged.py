@@ -121,7 +121,8 @@ def apply_experts(
     """
     experts, gates = windows.by_expert(assignment, traffic.num_experts)
     hop = route(traffic, activation=activation, kernel=kernel, axis=axis)
-    return travel(hop, x.reshape(-1, x.shape[-1]), experts, gates, weights).reshape(x.shape)
+    y: Any = travel(hop, x.reshape(-1, x.shape[-1]), experts, gates, weights)
+    return y.reshape(x.shape)
 
 
 def route(traffic: Traffic, *, activation: Activation, kernel: str, axis: str) -> Hop:

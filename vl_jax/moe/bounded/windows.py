@@ -67,7 +67,8 @@ def apply_experts(
     if how.room < (most := assignment.experts.shape[-1]):
         raise ValueError(f"room={how.room} is less than for the {most} choices of one token")
     experts, gates = by_expert(assignment, weights.w_in.shape[0])
-    return walk(how, x.reshape(-1, x.shape[-1]), experts, gates, weights).reshape(x.shape)
+    y: Any = walk(how, x.reshape(-1, x.shape[-1]), experts, gates, weights)
+    return y.reshape(x.shape)
 
 
 def by_expert(
