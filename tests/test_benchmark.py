@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+from vl_jax.benchmarks import checkpoint as checkpoint_benchmark
 from vl_jax.benchmarks import step as step_benchmark
 
 TINY = {
@@ -67,3 +68,13 @@ def test_figures_are_printed_and_written(name, tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert step_benchmark.UNITS[name] in printed
     assert ("ours / transformers" in printed) == (step_benchmark.THEIRS in result["measured"])
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_checkpoints_divides_what_holds_up_by_the_step(tmp_path, capsys):
+    case = step_benchmark.Case(model=TINY, rows=2, length=8)
+    result = checkpoint_benchmark.run(repeats=1, json_file=tmp_path / "found.json", case=case)
+    assert json.loads((tmp_path / "found.json").read_text())["parameters"] == result["parameters"]
+    medians = {name: clocks["wall"]["median"] for name, clocks in result["measured"].items()}
+    assert result["share_of_a_step"]["wall"] == medians["held up"] / medians["step"]
+    assert "a save holds up" in capsys.readouterr().out

@@ -15,10 +15,10 @@ from collections.abc import Iterable, Sequence
 
 import vl_jax
 from vl_jax import parts
-from vl_jax.commands import places
 from vl_jax.commands.parsing import OneLineParser, command_parser, options_of, told_of_hosts
 from vl_jax.commands.table import COMMANDS
 from vl_jax.runtime import errors
+from vl_jax.runtime.storage import arguments as storage_arguments
 
 EXAMPLE = "python -m vl_jax train --config=quickstart --workdir=runs/quickstart"
 _NUMBER = re.compile(r"-\.?\d")  # what begins so is a value, not an option
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _light(arguments: argparse.Namespace) -> int:
     """Runs a command that computes nothing: jax is not even imported."""
-    with places.brought(arguments):
+    with storage_arguments.brought(arguments):
         arguments.run(arguments)
     return 0
 
@@ -69,7 +69,7 @@ def _compute(arguments: argparse.Namespace) -> int:
     start.set_up(told_of_hosts(arguments), joins=COMMANDS[arguments.command].joins)
     status, hosts = 0, joined()
     try:
-        with places.brought(arguments, lambda: jax.process_index() == 0):
+        with storage_arguments.brought(arguments, lambda: jax.process_index() == 0):
             arguments.run(arguments)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)

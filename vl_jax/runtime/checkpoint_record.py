@@ -96,7 +96,7 @@ def as_stored(item: str, record: Mapping[str, Any], wanted: Any) -> Any:
 
     def stored(path: Any, leaf: Any) -> Any:
         name = plain(jax.tree_util.keystr(path))
-        found = dtypes.get(name, leaf.dtype)
+        found: Any = dtypes.get(name, leaf.dtype)
         if found == leaf.dtype:
             return leaf
         if not all(jnp.issubdtype(dtype, jnp.floating) for dtype in (found, leaf.dtype)):

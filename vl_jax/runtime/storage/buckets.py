@@ -51,10 +51,11 @@ def filesystem(kind: str) -> Any:
     try:
         importlib.import_module(_PACKAGES[kind])
         import fsspec
+        from fsspec.config import conf
     except ImportError as error:
         raise ValueError(f"{kind}:// needs the package {error.name}: pip install 'vl_jax[cloud]'") from None
     for name in ("gs", "gcs", "s3"):
-        fsspec.config.conf[name] = {**fsspec.config.conf.get(name, {}), "use_listings_cache": False}
+        conf[name] = {**conf.get(name, {}), "use_listings_cache": False}
     return fsspec.filesystem(kind)
 
 
