@@ -142,17 +142,15 @@ def test_eight_devices_train_the_parameters_of_a_scheme_as_one_does(scheme):
 def test_parameters_of_a_scheme_are_trained_saved_and_read_again(tmp_path):
     wanted = {"model.moe.scheme": MLP, "model.moe.options.hidden": 4, "stages.first.steps": 4}
     experiment = str(Path(__file__).with_name("tiny_experiment.py"))
-    whole = vl_jax.train(experiment, tmp_path / "whole", {**wanted, "stages.second.steps": 4})
-    vl_jax.train(experiment, tmp_path / "halves", {**wanted, "stages.second.steps": 1})
-    resumed = vl_jax.train(experiment, tmp_path / "halves", {**wanted, "stages.second.steps": 4})
-    read = vl_jax.load_run(tmp_path / "halves")
-    paths = dict(params_lib.flatten(read.params))
-    own = {path for path in paths if f"/moe/{OWN}/" in path}
-    assert {path.rpartition("/")[2] for path in own} == {"w_in", "w_out"}
-    start = params_lib.flatten(vl_jax.load_run(tmp_path / "whole").params)
+    first = vl_jax.train(experiment, tmp_path / "run", {**wanted, "stages.second.steps": 1})
+    resumed = vl_jax.train(experiment, tmp_path / "run", {**wanted, "stages.second.steps": 4})
+    read = params_lib.flatten(vl_jax.load_run(tmp_path / "run").params)
+    before, after = (params_lib.flatten(run.params) for run in (first, resumed))
+    own = {path for path in read if f"/moe/{OWN}/" in path}
+    assert {path.rpartition("/")[2] for path in own} == {"w_in", "w_out"} and first.step < resumed.step
     for path in own:
-        np.testing.assert_array_equal(paths[path], start[path])
-    assert whole.step == resumed.step
+        np.testing.assert_array_equal(read[path], after[path])
+        assert not np.array_equal(before[path], after[path])
 
 
 @pytest.mark.parametrize("cls", [Scheme, RoutingContext, MoEConfig, Param])

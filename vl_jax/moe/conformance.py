@@ -35,20 +35,13 @@ class Result:
     passed: bool | None  # None: waived
     detail: str = ""
 
-    @property
-    def cause(self) -> str:
-        """What is likely wrong with a scheme that breaks the property."""
-        return ADVICE[self.property][0]
-
-    @property
-    def remedy(self) -> str:
-        """What to do about it."""
-        return ADVICE[self.property][1]
-
     def __str__(self) -> str:
         verdict = {True: "passed", False: "FAILED", None: "waived"}[self.passed]
         text = f"{verdict}  {self.property}" + (f": {self.detail}" if self.detail else "")
-        return text if self.passed is not False else f"{text}; likely: {self.cause}; remedy: {self.remedy}"
+        if self.passed is not False:
+            return text
+        cause, remedy = ADVICE[self.property]
+        return f"{text}; likely: {cause}; remedy: {remedy}"
 
 
 def small_config(scheme: str) -> MoEConfig:
@@ -227,7 +220,7 @@ def causality(subject: Subject) -> None:
     for seed in range(1, 4):
         x, other = make_inputs(seed, subject.config)
         x, context = np.where(later[:, None], 3 * x, subject.x), subject.context
-        if context.previous is not None:
+        if context.previous is not None and other.previous is not None:
             context = dataclasses.replace(context, previous=_either(later, other.previous, context.previous))
         if not scheme.rng:  # noise follows token ids
             context = dataclasses.replace(context, tokens=np.where(later, other.tokens, context.tokens))
