@@ -123,7 +123,8 @@ def final_params(workdir: Path) -> list[np.ndarray]:
     restored = checkpointer.restore_stored(("step",))
     checkpointer.close()
     assert restored is not None and restored[0] == STEPS
-    return [np.asarray(x[...]) for x in jax.tree.leaves(restored[1])]
+    leaves = jax.tree.leaves(restored[1])
+    return [np.concatenate([np.asarray(x[i]).reshape(-1) for i in x.pieces()]) for x in leaves]
 
 
 def end_of(workdir: Path) -> dict:

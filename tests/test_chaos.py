@@ -53,5 +53,6 @@ def test_a_run_that_moves_from_mesh_to_mesh_ends_with_the_same_parameters(tmp_pa
         strikes.check(workdir, "kill", *running.ends())
     strikes.finish(workdir, processes=2, devices=4)
     whole, moved = chaos.final_params(tmp_path / "whole"), chaos.final_params(workdir)
+    print("largest difference", max(np.abs(a - b).max() for a, b in zip(whole, moved, strict=True)))
     for a, b in zip(whole, moved, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
