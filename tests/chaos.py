@@ -245,7 +245,8 @@ class Chaos:
             if kind == "stop one of two" and place == victim:
                 pair[place].send(signal.SIGKILL)
             ends[place] = pair[place].ends()
-            self.check(workdir, kind, *ends[place])
+        for end in ends.values():
+            self.check(workdir, kind, *end)
         if kind in ("kill one of two", "stop one of two") and ends[1 - victim][0] != 0:
             status, said = ends[1 - victim]
             assert status == LOST and f"process {victim} " in said.splitlines()[-1], said
