@@ -95,12 +95,14 @@ class Running:
             time.sleep(0.01)
 
 
-def together(workdir: Path, cache: Path, *, processes: int = 2, devices: int = 1) -> list[Running]:
+def together(
+    workdir: Path, cache: Path, *, processes: int = 2, devices: int = 1, options: tuple[str, ...] = ()
+) -> list[Running]:
     """Processes that train one run."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
-    harm = Harm(devices=devices, address=address, processes=processes)
+    harm = Harm(devices=devices, address=address, processes=processes, options=options)
     return [Running(workdir, cache, dataclasses.replace(harm, number=n)) for n in range(processes)]
 
 
@@ -123,7 +125,8 @@ def final_params(workdir: Path) -> list[np.ndarray]:
     restored = checkpointer.restore_stored(("step",))
     checkpointer.close()
     assert restored is not None and restored[0] == STEPS
-    return [np.asarray(x[...]) for x in jax.tree.leaves(restored[1])]
+    leaves = jax.tree.leaves(restored[1])
+    return [np.concatenate([np.asarray(x[i]).reshape(-1) for i in x.pieces()]) for x in leaves]
 
 
 def end_of(workdir: Path) -> dict:
@@ -242,7 +245,8 @@ class Chaos:
             if kind == "stop one of two" and place == victim:
                 pair[place].send(signal.SIGKILL)
             ends[place] = pair[place].ends()
-            self.check(workdir, kind, *ends[place])
+        for end in ends.values():
+            self.check(workdir, kind, *end)
         if kind in ("kill one of two", "stop one of two") and ends[1 - victim][0] != 0:
             status, said = ends[1 - victim]
             assert status == LOST and f"process {victim} " in said.splitlines()[-1], said
@@ -280,12 +284,14 @@ class Chaos:
             assert saved_steps(workdir)[-1] == int(saved[1]) and "state is saved" in said
         check_left(workdir)
 
-    def finish(self, workdir: Path, *, processes: int = 1, devices: int = 1) -> None:
+    def finish(
+        self, workdir: Path, *, processes: int = 1, devices: int = 1, options: tuple[str, ...] = ()
+    ) -> None:
         """Launches the run until it is done; nothing happens to it."""
         if processes == 1:
-            launched = [Running(workdir, self.cache, Harm(devices=devices))]
+            launched = [Running(workdir, self.cache, Harm(devices=devices, options=options))]
         else:
-            launched = together(workdir, self.cache, processes=processes, devices=devices)
+            launched = together(workdir, self.cache, processes=processes, devices=devices, options=options)
         ends = [running.ends() for running in launched]
         assert all(status == 0 for status, _ in ends), ends
         self.counts["checkpoints set aside"] += len([*workdir.glob(f"{CHECKPOINTS}/{DAMAGED}/*")])

@@ -18,12 +18,13 @@ LACKING = (
     "needs Google Cloud",
     "needs Docker",
     "needs SLURM",
+    "needs two hosts",
     "needs libtpu",
     "takes minutes",
     "needs a kit",
 )
 # Of a line that needs these, the part that is a command of ours is run all the same.
-ELSEWHERE = LACKING[:4]
+ELSEWHERE = LACKING[:4]  # not two hosts: the command would wait for the other one
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _FILE = re.compile(r"# (add to )?(\w+\.py)\n")
 _INSIDE = re.compile(r"""(?:eval "\$|source <)\((.*?)\)""")  # what a shell runs to read its own output

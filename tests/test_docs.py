@@ -52,6 +52,7 @@ LACKING = {
     "needs Google Cloud": 11,
     "needs Docker": 2,
     "needs SLURM": 1,
+    "needs two hosts": 1,
     "needs libtpu": 5,
     "takes minutes": 8,
     "needs a kit": 10,

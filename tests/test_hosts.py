@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -320,7 +320,14 @@ def test_who_does_not_come_to_a_comparison_is_named_to_all():
 def pulses(store: Store, count: int, silent_after: float) -> Iterator[tuple[list[Pulse], dict]]:
     left: dict[int, tuple[str, int]] = {}
     names = [f"process {n}" for n in range(count)]
-    made = [Pulse(store, n, names, lambda *why, n=n: left.setdefault(n, why)) for n in range(count)]
+
+    def leaving(number: int) -> Callable[[str, int], None]:
+        def leave(line: str, status: int) -> None:
+            left.setdefault(number, (line, status))
+
+        return leave
+
+    made = [Pulse(store, n, names, leaving(n)) for n in range(count)]
     for pulse in made:
         pulse.silent_after = silent_after
         pulse.start()

@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 
@@ -157,16 +158,15 @@ class Program:
             adapters = jax.jit(init, out_shardings=_shardings(self.adapters))(key)
         trained, _ = split_trained(params, adapters, self.trainable)
         moments = jax.jit(self.optimizer.init, out_shardings=_shardings(self.abstract_optimizer))(trained)
-        step, routing, collections, load, fusing = jax.device_put(
-            (
-                jnp.zeros((), jnp.int32),
-                variables.routing,
-                dict(variables.collections),
-                stacks.init_load(layout.model.config.stacks),
-                self.first_fusing(),
-            ),
-            layout.replicated,
+        rest = (
+            jnp.zeros((), jnp.int32),
+            variables.routing,
+            dict(variables.collections),
+            stacks.init_load(layout.model.config.stacks),
+            self.first_fusing(),
         )
+        placed = jax.tree.map(functools.partial(_placed, sharding=layout.replicated), rest)
+        step, routing, collections, load, fusing = placed
         return TrainState(step, params, moments, routing, adapters, collections, load, fusing)
 
     def _in_int8(self, params: Any) -> Any:
@@ -265,6 +265,19 @@ def _stacked(layout: Layout, adapters: Iterable[str]) -> set[str]:
     """The parameters, and the adapters of such, whose first axis counts layers."""
     found = {path for path, placement in layout.placements.items() if placement.names[:1] == ("layers",)}
     return found | {path for path in adapters if path.rpartition("/")[0] in found}
+
+
+def _placed(x: ArrayLike, sharding: jax.sharding.Sharding) -> jax.Array:
+    """``jax.device_put``, also where several processes have one device each.
+
+    There its result holds, with jax 0.10.2, the whole array in place of the shard, and cannot be saved.
+    """
+    if isinstance(x, jax.Array) and x.sharding.is_equivalent_to(sharding, x.ndim):
+        return x
+    if sharding.is_fully_addressable:
+        return jax.device_put(x, sharding)
+    value = np.asarray(x)
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
 def _shardings(tree: Any) -> Any:
