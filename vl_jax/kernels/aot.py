@@ -93,7 +93,7 @@ def measure(
 
 
 # XLA's EFFORT_O1: a program is cut over devices all the same, but what is left becomes slower code.
-_QUICK = {"optimization_level": 19}
+_QUICK: Any = {"optimization_level": 19}  # jax declares texts alone, and takes numbers
 
 
 def compile_absent(lowered: jax.stages.Lowered, *, quick: bool = False) -> jax.stages.Compiled:

@@ -58,9 +58,9 @@ class Matched:
         kind_of = {value: i for i, kind in enumerate(kinds) for value in kind.second}
         self._partners: list[list[int]] = [[] for _ in kinds]
         for index in range(len(second)):
-            kind = kind_of.get(_label(second, index, labels[1]))
-            if kind is not None:
-                self._partners[kind].append(index)
+            value = _label(second, index, labels[1])
+            if value in kind_of:
+                self._partners[kind_of[value]].append(index)
         empty = next((kind for kind, found in zip(kinds, self._partners, strict=True) if not found), None)
         if empty is not None:
             raise ValueError(
