@@ -227,10 +227,14 @@ def _placements(layout: Layout) -> list[Remark]:
 
 
 def _travels(moved: Sequence[Collective], layout: Layout) -> list[Remark]:
-    """Collectives that carry more than they must: weights in float32, all experts, whole gradients."""
-    found = []
+    """Collectives that carry more than they must: weights in float32, all experts, whole gradients.
+
+    What is said of one array is said once, with the bytes of a step; less than ``LARGE`` is nothing to look at.
+    """
+    found: dict[tuple[str, str, str], int] = {}  # bytes by what, of which array, and the remedy
     weights = [
-        (path, _kind(leaf.shape), _kind(leaf.shape[1:]), layout.placements[path])
+        # A loop over layers moves a matrix of a stack at a time; of a matrix alone it moves no single row.
+        (path, _kind(leaf.shape), _kind(leaf.shape[leaf.ndim > 2 :]), layout.placements[path])
         for path, leaf in params_lib.flatten(layout.params).items()
         if leaf.size * leaf.dtype.itemsize >= LARGE
     ]
@@ -243,18 +247,19 @@ def _travels(moved: Sequence[Collective], layout: Layout) -> list[Remark]:
         if placement is None:
             continue
         carried = item.size * item.times
+        said = []
         if item.kind == "all-gather" and dtype == "bfloat16" and "f32" in item.dtypes:
-            text = "gathered in float32, used in bfloat16"
-            found.append(Remark(text, path, "cast before the gather", carried))
+            said.append(("gathered in float32, used in bfloat16", path, "cast before the gather"))
         if item.kind == "all-gather" and "experts" in placement.names and layout.mesh.shape["expert"] > 1:
             if "expert" in item.axes:
-                text = "all experts gathered on every device"
-                found.append(Remark(text, path, "choose another exchange", carried))
+                said.append(("all experts gathered on every device", path, "choose another exchange"))
         if item.kind == "all-reduce" and any(part is not None for part in placement.spec):
             if not set(item.axes) <= {"data"}:
-                text = "gradient summed whole on every device"
-                found.append(Remark(text, path, "scatter the sum to where the moments live", carried))
-    return found
+                remedy = "scatter the sum to where the moments live"
+                said.append(("gradient summed whole on every device", path, remedy))
+        for key in said:
+            found[key] = found.get(key, 0) + carried
+    return [Remark(*key, carried) for key, carried in found.items() if carried >= LARGE]
 
 
 def _kind(shape: Sequence[int]) -> tuple[int, ...]:
