@@ -229,7 +229,7 @@ def _placements(layout: Layout) -> list[Remark]:
 def _travels(moved: Sequence[Collective], layout: Layout) -> list[Remark]:
     """Collectives that carry more than they must: weights in float32, all experts, whole gradients.
 
-    What is said of one array is said once, with the bytes of a step; less than ``LARGE`` is nothing to look at.
+    What is said of one array is said once, with the bytes of a step, if these are at least ``LARGE``.
     """
     found: dict[tuple[str, str, str], int] = {}  # bytes by what, of which array, and the remedy
     weights = [

@@ -8,11 +8,13 @@ knows of a Pallas kernel what the kernel's cost estimate says, and counts the bo
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -110,7 +112,22 @@ def compile_absent(lowered: jax.stages.Lowered, *, quick: bool = False) -> jax.s
 
 def text_of(compiled: jax.stages.Compiled) -> str | None:
     """The program; None where jax cannot show it: jax 0.10, with asynchronous parts."""
+    with _unheard():  # Where it fails, the compiler prints its whole stack first.
+        try:
+            return compiled.as_text()
+        except jax.errors.JaxRuntimeError:
+            return None
+
+
+@contextlib.contextmanager
+def _unheard() -> Iterator[None]:
+    """While it lasts, nothing is written to the standard error of the process, by native code neither."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
-        return compiled.as_text()
-    except jax.errors.JaxRuntimeError:
-        return None
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
