@@ -53,7 +53,7 @@ LACKING = {
     "needs Docker": 2,
     "needs SLURM": 1,
     "needs two hosts": 1,
-    "needs libtpu": 5,
+    "needs libtpu": 6,
     "takes minutes": 8,
     "needs a kit": 10,
 }

@@ -46,7 +46,7 @@ def moe(scheme: str, experts: int, **options) -> MoEConfig:
 @functools.cache
 def made(config: MoEConfig, seed: int):
     """Random parameters of a layer, below ``stack/moe``, and its state."""
-    x, context = make_inputs(seed)
+    x, context = make_inputs(seed, config)
     state = routing.init_state(config)
     shapes = jax.eval_shape(DynamicMoE(config).init, jax.random.key(0), x, context, state)["params"]
     random = np.random.default_rng(seed)
@@ -81,7 +81,7 @@ def grown(scheme: str, given: GrowthConfig, seed: int, **options):
 def test_a_grown_layer_says_what_it_said_while_nobody_may_take_what_is_new(scheme, given):
     for seed in range(3):
         small, params, state, large, longer, larger = grown(scheme, given, seed)
-        x, context = make_inputs(seed)
+        x, context = make_inputs(seed, small)
         closed = {**larger, routing.EXCLUDED: (jnp.arange(NEW) >= OLD)[None, None]}
         before, after = said(small, params, state, x, context), said(large, longer, closed, x, context)
         np.testing.assert_array_equal(after, before)

@@ -4,9 +4,7 @@ Both have 12 blocks: Swin-T, and ViT-S with patches of 16 pixels, which cost the
 of Swin grows with the area of the picture, that of ViT in part with its square, so one figure for "cheaper"
 says little: there is one for every size.
 
-Operations are those that XLA counts in the program for one picture. It counts a loop over layers once, so
-programs are counted whose loops run once, and what a layer adds is taken as often as the model has it. Times
-are of one picture forward, in turns.
+Operations are those of the products, for one picture. Times are of one picture forward, in turns.
 """
 
 from __future__ import annotations
@@ -25,6 +23,7 @@ import numpy as np
 from vl_jax.benchmarks.step import machine, spread
 from vl_jax.encoders.swin import SwinConfig
 from vl_jax.encoders.vit import ViTConfig
+from vl_jax.fit import flops
 from vl_jax.report.figure import to_svg
 from vl_jax.report.loglog import LogLogPanel, Trace, panels
 
@@ -77,9 +76,9 @@ def _measure(side: int, case: Curves, repeats: int) -> dict[str, Any]:
     """Operations of both for one size, their times, and Swin's as ratios to ViT's."""
     swin = dataclasses.replace(case.swin, image_size=side)
     vit = dataclasses.replace(case.vit, image_size=side)
-    flops = {SWIN: _swin_flops(swin), VIT: _vit_flops(vit)}
-    found: dict[str, Any] = {name: {"flops": number} for name, number in flops.items()}
-    found["ratio"] = {"flops": flops[SWIN] / flops[VIT]}
+    operations = {SWIN: counted(swin), VIT: counted(vit)}
+    found: dict[str, Any] = {name: {"flops": number} for name, number in operations.items()}
+    found["ratio"] = {"flops": operations[SWIN] / operations[VIT]}
     if side not in case.timed:
         return found
     programs = {SWIN: _program(swin), VIT: _program(vit)}
@@ -116,28 +115,11 @@ def _timed(program: Callable[[], Any]) -> tuple[float, float]:
 
 
 def counted(config: Any) -> float:
-    """Operations of the forward pass on one picture, as XLA counts them in the program it is given."""
+    """Operations of the products of the forward pass on one picture, see ``fit.flops``."""
     module = config.build(np.float32)
     pixels = jax.ShapeDtypeStruct((1, *config.input_shape), np.uint8)
     variables = nn.meta.unbox(jax.eval_shape(lambda x: module.init(jax.random.key(0), x), pixels))
-    costs: Any = jax.jit(module.apply).lower(variables, pixels).cost_analysis()
-    return float(costs["flops"])
-
-
-def _vit_flops(config: ViTConfig) -> float:
-    none, one = (counted(dataclasses.replace(config, num_layers=n)) for n in (0, 1))
-    return none + config.num_layers * (one - none)
-
-
-def _swin_flops(config: SwinConfig) -> float:
-    """Loops over one pair of blocks, and over a third one; what this adds is a block's."""
-    least = tuple(min(blocks, 2) for blocks in config.stage_blocks)
-    total = base = counted(dataclasses.replace(config, stage_blocks=least))
-    for stage, blocks in enumerate(config.stage_blocks):
-        if blocks > 2:
-            more = tuple(n + (i == stage) for i, n in enumerate(least))
-            total += (blocks - 2) * (counted(dataclasses.replace(config, stage_blocks=more)) - base)
-    return total
+    return flops.count(jax.make_jaxpr(module.apply)(variables, pixels).jaxpr)
 
 
 def table(result: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import threading
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
@@ -68,8 +69,8 @@ def _from_where(root: str) -> str:
 
 
 def temporary_name(file: Path) -> Path:
-    """What a file is called until it is whole; no other process uses the name, on whatever host."""
-    return file.with_name(f"{file.name}.{platform.node()}.{os.getpid()}.tmp")
+    """What a file is called until it is whole; no other thread uses the name, on whatever host."""
+    return file.with_name(f"{file.name}.{platform.node()}.{os.getpid()}.{threading.get_ident()}.tmp")
 
 
 class Places:
