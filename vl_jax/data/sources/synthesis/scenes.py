@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import random
 from collections.abc import Sequence
@@ -222,18 +223,28 @@ class View:
         return self.config.image_size, self.config.image_size
 
     @functools.cached_property
-    def _made(self) -> tuple[World, tuple[str, ...]]:
-        return make_world(self.config, self._rng("world"))
+    def _made(self) -> tuple[World, tuple[str, ...], Int[np.ndarray, "h w"]]:
+        """The world, colours of its objects, and what pixels show; objects that none shows are left out."""
+        world, colours = make_world(self.config, self._rng("world"))
+        shown = layers.cover(world)
+        seen = np.bincount(shown.ravel(), minlength=len(colours) + 1)[1:] > 0
+        if not seen.all():  # in small pictures, where one may lie between pixels or behind others
+            hidden = {id(thing) for thing, is_seen in zip(world.objects, seen, strict=True) if not is_seen}
+            things = tuple(thing for thing in world.things if id(thing) not in hidden)
+            world = dataclasses.replace(world, things=things)
+            colours = tuple(itertools.compress(colours, seen))
+            shown = layers.cover(world)
+        return world, colours, shown
 
     @property
     def world(self) -> World:
         """What is where."""
         return self._made[0]
 
-    @functools.cached_property
+    @property
     def shown(self) -> Int[np.ndarray, "h w"]:
         """The object that each pixel shows, counted from 1; 0 is the ground."""
-        return layers.cover(self.world)
+        return self._made[2]
 
     @functools.cached_property
     def corners(self) -> tuple[tuple[float, float, float, float], ...]:
