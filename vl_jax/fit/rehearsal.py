@@ -248,7 +248,9 @@ def _travels(moved: Sequence[Collective], layout: Layout) -> list[Remark]:
             continue
         carried = item.size * item.times
         said = []
-        if item.kind == "all-gather" and dtype == "bfloat16" and "f32" in item.dtypes:
+        # Routers and norms are used in float32 whatever the model's dtype.
+        narrow = dtype == "bfloat16" and (placement.role.is_matrix or "vocab" in placement.names)
+        if item.kind == "all-gather" and narrow and "f32" in item.dtypes:
             said.append(("gathered in float32, used in bfloat16", path, "cast before the gather"))
         if item.kind == "all-gather" and "experts" in placement.names and layout.mesh.shape["expert"] > 1:
             if "expert" in item.axes:
