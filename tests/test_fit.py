@@ -199,7 +199,7 @@ def _found(**changes):
     memory = rehearsal.DeviceMemory(2 * GIB, 4 * GIB, 0, GIB, 3 * GIB, 16 * GIB)
     estimate = rehearsal.StepBound(1e12, 0.01, 0.02, 0.005, 0.02, 0.25)
     mesh = {"data": 2, "fsdp": 4}
-    base = rehearsal.Rehearsal("sft", "v5e:2x4", 1, 8, mesh, 16, memory, [], None, estimate, 3.0)
+    base = rehearsal.Rehearsal("sft", "v5e:2x4", 1, 8, mesh, 16, memory, [], None, estimate, 3.0, True)
     return dataclasses.replace(base, **changes)
 
 
@@ -210,6 +210,15 @@ def test_what_does_not_fit_comes_last_and_the_faster_first():
     refused = _found(refusal="needs 20 GiB, a device has 16 GiB")
     ranked = [r for _, r in search.rank([(setting, r) for r in (large, slow, refused, _found())])]
     assert ranked[:2] == [_found(), slow] and not large.fits and not refused.fits
+
+
+def test_a_program_compiled_with_less_effort_is_close_to_the_limit_before_it_is_past_it():
+    memory = _found().memory  # 10 of 16 GiB, 3 of them temporaries
+    near = dataclasses.replace(memory, temporaries=7 * GIB)
+    assert not _found(thorough=False).is_close and _found(thorough=False, memory=near).is_close
+    assert not _found(memory=near).is_close  # what was compiled is what runs
+    past = dataclasses.replace(memory, temporaries=20 * GIB)
+    assert not _found(thorough=False, memory=past).is_close and not _found(memory=past).fits
 
 
 def test_a_rehearsal_is_written_as_text_json_and_page():

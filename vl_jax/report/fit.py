@@ -91,12 +91,13 @@ def tables_of(found: Rehearsal) -> list[tuple[str, TextTable]]:
 
 def _memory(found: Rehearsal) -> TextTable:
     memory = found.memory
+    counted = "the compiler's" if found.thorough else "the compiler's, with less effort than for a run"
     lines = (
         ("parameters", memory.parameters, "exact"),
         ("optimiser", memory.optimizer, "exact"),
         ("adapters, collections, routing", memory.others, "exact"),
         ("batch", memory.batch, "exact"),
-        ("activations and temporaries", memory.temporaries, "the compiler's"),
+        ("activations and temporaries", memory.temporaries, counted),
         ("all at once", memory.total, ""),
         ("a device has", memory.limit, "as the compiler may use it"),
     )
