@@ -20,7 +20,10 @@ BOUNDED = {"blocking_key_value_get": 2, "blocking_key_value_get_bytes": 2, "wait
 ELSEWHERE = {
     ("vl_jax/checkpoint.py", "self._manager.wait_until_finished"): "orbax's own bound, and the watchdog",
     ("vl_jax/checkpoint.py", "self.wait"): "as above",
+    ("tests/test_buckets.py", "checkpointer.wait"): "as above",
     ("tests/test_collections.py", "checkpointer.wait"): "as above",
+    ("tests/test_renames.py", "checkpointer.wait"): "as above",
+    ("tests/test_renames.py", "checkpointer._manager.wait_until_finished"): "as above",
     ("vl_jax/train/loop.py", "run.checkpointer.wait"): "as above",
     ("vl_jax/data/stream/packed.py", "next_plan.result"): "the watchdog",
     ("vl_jax/data/stream/workers.py", "future.result"): "the watchdog",

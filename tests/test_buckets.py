@@ -66,7 +66,7 @@ def gs() -> Iterator[dict[str, str]]:
         yield nobody | {"STORAGE_EMULATOR_HOST": address, "TENSORSTORE_GCS_HTTP_URL": address}
     finally:
         process.kill()
-        process.wait()
+        process.wait(timeout=30)
 
 
 @pytest.fixture(scope="module", params=["s3", "gs"])

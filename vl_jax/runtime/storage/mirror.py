@@ -155,7 +155,7 @@ def mirrored(place: str, *, lead: bool = True) -> Iterator[Path]:
             yield folder
         finally:
             done.set()
-            thread.join()
+            thread.join(timeout=EVERY_S)  # what it sends now is sent again below
             _MIRRORS.remove(mirror)
             try:
                 mirror.push()

@@ -51,7 +51,7 @@ def held(place: str) -> Iterator[None]:
         yield
     finally:
         done.set()
-        thread.join()
+        thread.join(timeout=RENEWED_S)
         with contextlib.suppress(Exception):
             if (_read(place) or {}).get("token") == mine["token"]:
                 buckets.delete(place)
