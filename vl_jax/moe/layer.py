@@ -138,7 +138,7 @@ class SchemeParams(nn.Module):
     def __call__(self) -> dict[str, jax.Array]:
         wanted = routing.scheme_of(self.config).params(self.width, self.config)
         return {
-            name: self.param(name, named(p.init, *p.names, decay=p.decay), p.shape)
+            name: self.param(name, named(p.begin, *p.names, decay=p.decay), p.shape)
             for name, p in wanted.items()
         }
 

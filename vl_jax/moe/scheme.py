@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import field
 from typing import Any
 
+import flax.linen as nn
 import jax
 from jaxtyping import Array, Float
 
@@ -15,8 +16,6 @@ from vl_jax.nn.layers import Init, fan_in
 
 MoEConfig = Any  # the one of ``routing``, which knows schemes and is not known here
 Option = bool | int | float | str  # what an option of a scheme may be
-
-
 _KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
 
 
@@ -49,13 +48,14 @@ class Param:
       shape: sizes of its dimensions; () is a single number.
       names: the logical name of every dimension, by which the mesh cuts it: ``embed``, ``experts``, ``mlp``,
         ``heads``, ``vocab``, or None, which keeps it whole.
-      init: the initialiser, ``jax.nn.initializers``' or one like them: ``init(key, shape, dtype)``.
+      init: the initialiser, ``jax.nn.initializers``' or one like them: ``init(key, shape, dtype)``. None: for
+        a matrix random values by its fan-in, for a vector or a single number zeros.
       decay: whether weight decay draws it to zero.
     """
 
     shape: tuple[int, ...]
     names: tuple[str | None, ...]
-    init: Init = field(default_factory=fan_in)
+    init: Init | None = None
     decay: bool = True
 
     def __post_init__(self):
@@ -63,6 +63,12 @@ class Param:
             raise ValueError(
                 f"Param names={self.names} must name every dimension of shape={self.shape} (None: kept whole)"
             )
+
+    @property
+    def begin(self) -> Init:
+        """The initialiser."""
+        default = fan_in() if len(self.shape) > 1 else nn.initializers.zeros
+        return default if self.init is None else self.init
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
