@@ -42,8 +42,16 @@ TILES = Listed("label", ("free", "crack", "fray") * 200, "tile")
 SERIES = Listed("fault", ("normal", "ball", "race", None, "other"), "series")
 
 
-def matched(first=TILES, second=SERIES, agreement=1.0, seed=0):
-    return Matched(first, second, labels=("label", "fault"), kinds=KINDS, agreement=agreement, seed=seed)
+def matched(first=TILES, second=SERIES, agreement=1.0, seed=0, partners=1):
+    return Matched(
+        first,
+        second,
+        labels=("label", "fault"),
+        kinds=KINDS,
+        agreement=agreement,
+        seed=seed,
+        partners=partners,
+    )
 
 
 def of_one_kind(sample: Sample) -> bool:
@@ -65,6 +73,15 @@ def test_the_partner_follows_from_seed_and_sample_alone():
     assert ids != [matched(agreement=0.5, seed=1)[i].id for i in range(600)]
     some = dataclasses.replace(TILES, values=TILES.values[:7])
     assert [matched(some, agreement=0.5)[i].id for i in range(7)] == ids[:7]
+
+
+def test_a_sample_comes_with_several_partners_by_turns():
+    found = matched(agreement=0.5, partners=3)
+    assert len(found) == 1800 and found[0].media["tile"]() == found[1200].media["tile"]()
+    assert [found[i].id for i in range(600)] == [matched(agreement=0.5)[i].id for i in range(600)]
+    assert len({found[0].id, found[600].id, found[1200].id}) > 1 or found[3].id != found[603].id
+    with pytest.raises(IndexError, match="pair 1800 of 1800"):
+        found[1800]
 
 
 def test_a_row_takes_the_text_that_there_is_and_no_two():
@@ -93,6 +110,7 @@ def test_impossible_pairs_are_refused_in_one_line():
     for change, rule in (
         ({"agreement": 1.1}, "agreement=1.1"),
         ({"kinds": ()}, "0 kinds"),
+        ({"partners": 0}, "partners=0"),
         ({"kinds": (*KINDS, SameKind(("new",), ("ball",)))}, "second 'ball' is of two kinds"),
     ):
         with pytest.raises(ValueError, match=rule):

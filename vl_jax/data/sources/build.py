@@ -162,13 +162,14 @@ class MatchedConfig:
     labels: tuple[str, str]  # of the first and the second source, which say of which kind a sample is
     kinds: tuple[SameKind, ...]  # labels of both that mean the same
     agreement: float = 1.0  # how often the two are of one kind
+    partners: int = 1  # how often a sample of the first comes, each time with another partner
     seed: int = 0  # who is whose partner
 
     def __post_init__(self):
-        if not 0 <= self.agreement <= 1 or not self.kinds:
+        if not 0 <= self.agreement <= 1 or not self.kinds or self.partners < 1:
             raise ValueError(
-                f"agreement={self.agreement}, {len(self.kinds)} kinds of source {self.name!r}: must be in "
-                "[0, 1], and one kind at least"
+                f"agreement={self.agreement}, {len(self.kinds)} kinds, partners={self.partners} of source "
+                f"{self.name!r}: must be in [0, 1], and at least one kind and one partner"
             )
         for side in ("first", "second"):
             values = [value for kind in self.kinds for value in getattr(kind, side)]
@@ -179,9 +180,8 @@ class MatchedConfig:
     def open(self, root: str, *, orientation: Orientation = "shown") -> Matched:
         """The source; raises as the two in it do, and where one kind has no partner."""
         opened = (source.open(root, orientation=orientation) for source in (self.first, self.second))
-        return Matched(
-            *opened, labels=self.labels, kinds=self.kinds, agreement=self.agreement, seed=self.seed
-        )
+        options = {"agreement": self.agreement, "partners": self.partners, "seed": self.seed}
+        return Matched(*opened, labels=self.labels, kinds=self.kinds, **options)
 
 
 SourceConfig = Annotated[_Known | InDomainConfig | BestPairsConfig | MatchedConfig | OwnSourceConfig, _OWN]

@@ -27,10 +27,10 @@ class SameKind:
 
 
 class Matched:
-    """Every sample of the first source, with the inputs of a sample of the second.
+    """Every sample of the first source, with the inputs of a sample of the second, or with several by turns.
 
-    Labels are those of both; where both have one of a name, it is that of the first. The partner of a sample
-    follows from the seed and its id, so it is the same in every epoch. A sample of the first source that
+    Labels are those of both; where both have one of a name, it is that of the first. The partners of a sample
+    follow from the seed and its id, so they are the same in every epoch. A sample of the first source that
     cannot be read, or is of no kind, stays bad; such of the second are nobody's partner.
     """
 
@@ -42,19 +42,21 @@ class Matched:
         labels: tuple[str, str],
         kinds: tuple[SameKind, ...],
         agreement: float,
+        partners: int = 1,
         seed: int,
     ):
         """Reads the label of every sample of the second source.
 
         Args:
           labels: the label of each source that says of which kind a sample is.
+          partners: how often a sample of the first source comes, each time with another partner.
 
         Raises:
           ValueError: the second source has no sample of a kind.
         """
         self._first, self._second = first, second
         self._label, self._kinds = labels[0], kinds
-        self._agreement, self._seed = agreement, seed
+        self._agreement, self._turns, self._seed = agreement, partners, seed
         kind_of = {value: i for i, kind in enumerate(kinds) for value in kind.second}
         self._partners: list[list[int]] = [[] for _ in kinds]
         for index in range(len(second)):
@@ -70,7 +72,7 @@ class Matched:
         self.strays: Sequence[Strays] = (*getattr(first, "strays", ()), *getattr(second, "strays", ()))
 
     def __len__(self) -> int:
-        return len(self._first)
+        return len(self._first) * self._turns
 
     def __repr__(self) -> str:
         return f"Matched({self._first!r}, {self._second!r}, agreement {self._agreement:g})"
@@ -79,15 +81,19 @@ class Matched:
         """The sample of a record of the first source and its partner's.
 
         Raises:
+          IndexError: there is none of that index.
           BadSample: one of them cannot be read, or the first is of no kind.
         """
-        sample = self._first[index]
+        if not 0 <= index < len(self):
+            raise IndexError(f"pair {index} of {len(self)}")
+        turn, place = divmod(index, len(self._first))
+        sample = self._first[place]
         value = str(sample.labels.get(self._label))
         own = next((i for i, kind in enumerate(self._kinds) if value in kind.first), None)
         if own is None:
             message = f"sample {sample.id}: {self._label}={value!r} is of no kind that can be matched"
             raise BadSample("unknown_label", message)
-        draw = random.Random(f"{self._seed}/{sample.id}")
+        draw = random.Random(f"{self._seed}/{turn}/{sample.id}")
         others = [i for i in range(len(self._kinds)) if i != own]
         kind = own if draw.random() < self._agreement or not others else draw.choice(others)
         return _together(sample, self._second[draw.choice(self._partners[kind])])
