@@ -245,6 +245,11 @@ def test_rows_without_a_label_count_for_nothing():
     assert metrics["accuracy"] == 1 and KINDS.decode(np.array(prediction[1])) == "green"
 
 
+def test_an_objective_of_a_head_that_is_not_there_names_those_that_are():
+    with pytest.raises(ValueError, match=r"objective.heads=\('label',\): no head 'label'; the model has: kind"):
+        results(joint(), Heads())
+
+
 def test_every_patch_of_every_picture_is_routed_once():
     counted = results(joint(), Heads(("kind",)))[2]["image"]
     np.testing.assert_array_equal(counted.tokens, [[0, ROWS * 4]])
