@@ -89,13 +89,24 @@ def _failed(error: Exception) -> int:
     text, hosts = errors.one_line(error), joined()
     if hosts is not None:
         log.write("".join(traceback.format_exception(error)))
-        if text is None:  # It may be how the end of another process looks from here.
+        if text is None or _is_of_devices(error):  # It may be how the end of another process looks from here.
             hosts.lost()
     line = _unforeseen(error) if text is None else text
     status = LOST if isinstance(error, Missing) else 1 if text is None else 2
     log.say(f"error: {line}")
     _tell_hosts(line, status)
     return status
+
+
+def _is_of_devices(error: BaseException | None) -> bool:
+    """Whether it began with an error of the runtime, such as a collective that nobody answers."""
+    import jax
+
+    while error is not None:
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _tell_hosts(line: str, status: int) -> None:
