@@ -19,7 +19,16 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from vl_jax.kernels.activation import FUNCTIONS, Kind
-from vl_jax.moe.layer import DynamicMoE, MoEOutput, first_logits, handed_on, of_layer
+from vl_jax.moe.layer import (
+    Carried,
+    DynamicMoE,
+    MoEOutput,
+    carried_apart,
+    carry,
+    first_logits,
+    handed_on,
+    of_layer,
+)
 from vl_jax.moe.routing import MoEConfig, RoutingContext, State
 from vl_jax.moe.stacks import Stack
 from vl_jax.nn import attention, packed
@@ -192,14 +201,14 @@ class Block(nn.Module):
     @nn.compact
     def __call__(
         self,
-        carried: tuple[jax.Array, jax.Array | None],
+        carried: Carried,
         state: BlockInputs,
         mask: Bool[Array, "B #T T"] | None,
         context: RoutingContext | None,
         bias: Float[Array, "1 N T T"] | None = None,
-    ) -> tuple[tuple[jax.Array, jax.Array | None], tuple[Float[Array, "B T D"] | None, MoEOutput | None]]:
-        """Takes and returns x [B T D] and the router logits that are handed on, if anyone asks for them."""
-        (x, previous), c = carried, self.config
+    ) -> tuple[Carried, tuple[Float[Array, "B T D"] | None, MoEOutput | None]]:
+        """Takes and returns x [B T D], with the router logits that are handed on if anyone asks for them."""
+        (x, previous), c = carried_apart(carried), self.config
         if context is not None:
             context = of_layer(context, previous, state.number, c.num_layers)
         norm1, norm2 = (LayerNorm(c.norm_epsilon, name=name) for name in ("norm1", "norm2"))
@@ -215,7 +224,7 @@ class Block(nn.Module):
         x = constrain(x, "batch", None, None)
         if routed is not None:
             previous, routed = handed_on(routed)
-        return (x, previous), (x if self.keep else None, routed)
+        return carry(x, previous), (x if self.keep else None, routed)
 
     def _feed_forward(
         self, x: Float[Array, "B T D"], state: State, context: RoutingContext | None
@@ -280,7 +289,7 @@ def run_blocks(
     if through is not None:
         return _one_by_one(x, mask, config, through=through, numbers=numbers, remat=remat, owner=owner)
     hidden, routed, first_sparse = {0: x}, [], 0
-    carried = x, first_logits(config.moe, x.shape[:2])
+    carried = carry(x, first_logits(config.moe, x.shape[:2]))
     for run in config.runs:
         stack = nn.scan(
             packed.layer_of(Block, owner, run.name, remat=remat),
@@ -301,7 +310,7 @@ def run_blocks(
         if kept is not None:
             hidden |= {layer + 1: kept[i] for i, layer in enumerate(run.layers) if layer + 1 in numbers}
     together = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *routed) if routed else None
-    return carried[0], tuple(hidden[i] for i in numbers), together
+    return carried_apart(carried)[0], tuple(hidden[i] for i in numbers), together
 
 
 def _one_by_one(
@@ -322,9 +331,7 @@ def _one_by_one(
         layer = packed.layer_of(Block, owner, run.name, remat=remat)(config, parent=None)
         params = jax.tree.map(lambda leaf: leaf[number], owner.variables["params"][run.name])
         state = BlockInputs({}, jnp.int32(number))
-        (x, _), _ = layer.apply(  # pyright: ignore[reportAssignmentType]
-            {"params": params}, (x, None), state, mask, None
-        )
+        x, _ = layer.apply({"params": params}, x, state, mask, None)  # pyright: ignore[reportAssignmentType]
         hidden[number + 1] = x
         return x
 

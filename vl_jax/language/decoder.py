@@ -25,7 +25,16 @@ from vl_jax.fusion.gate import CrossModalGate, CrossModalGateConfig, SkippingGat
 from vl_jax.kernels.activation import SWIGLU, Activation
 from vl_jax.language.gqa import GQA, GQAConfig
 from vl_jax.language.mla import MLA, MLAConfig
-from vl_jax.moe.layer import DynamicMoE, MoEOutput, first_logits, handed_on, of_layer
+from vl_jax.moe.layer import (
+    Carried,
+    DynamicMoE,
+    MoEOutput,
+    carried_apart,
+    carry,
+    first_logits,
+    handed_on,
+    of_layer,
+)
 from vl_jax.moe.routing import MoEConfig, RoutingContext, State
 from vl_jax.nn import packed
 from vl_jax.nn.cache import Cache
@@ -138,10 +147,10 @@ class DecoderLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, carried: tuple[jax.Array, jax.Array | None], state: LayerState, context: LayerContext
-    ) -> tuple[tuple[jax.Array, jax.Array | None], tuple[Leaf | None, MoEOutput | None, Decided | None]]:
-        """Takes and returns x [B T D] and the router logits that are handed on, if anyone asks for them."""
-        (x, previous), c = carried, self.config
+        self, carried: Carried, state: LayerState, context: LayerContext
+    ) -> tuple[Carried, tuple[Leaf | None, MoEOutput | None, Decided | None]]:
+        """Takes and returns x [B T D], with the router logits that are handed on if anyone asks for them."""
+        (x, previous), c = carried_apart(carried), self.config
         x, decided = self._look(x, state, context)
         mask, length = context.mask, context.length
         if state.window is not None:
@@ -163,7 +172,7 @@ class DecoderLayer(nn.Module):
             y, routed = DynamicMoE(self.moe, name="moe")(normed, where, state.routing)
             previous, routed = handed_on(routed)
         x = constrain(x + y, "batch", None, None)
-        return (x, previous), (None if length is None else kept, routed, decided)
+        return carry(x, previous), (None if length is None else kept, routed, decided)
 
     def _look(
         self, x: jax.Array, state: LayerState, context: LayerContext
@@ -264,7 +273,7 @@ class Decoder(nn.Module):
         runs = self.config.runs
         cached = [None] * len(runs) if cache is None or cache.empty else cache.runs
         kept, routed, decided, first_sparse = [], [], [], 0
-        carried = x, first_logits(self.moe if self.config.sparse_layers else None, x.shape[:2])
+        carried = carry(x, first_logits(self.moe if self.config.sparse_layers else None, x.shape[:2]))
         for run, stack, before in zip(runs, self.stacks, cached, strict=True):
             layers = slice(run.layers[0], run.layers[-1] + 1)
             sparse = slice(first_sparse, first_sparse + len(run.layers) * run.sparse)
@@ -281,7 +290,7 @@ class Decoder(nn.Module):
             routed += [routed_here] * run.sparse
             first_sparse = sparse.stop
         stacked = (_stacked(trees) if trees else None for trees in (routed, decided))
-        return self.norm(carried[0]), next(stacked), tuple(kept), next(stacked)
+        return self.norm(carried_apart(carried)[0]), next(stacked), tuple(kept), next(stacked)
 
 
 def _stacked(trees: list[Any]) -> Any:

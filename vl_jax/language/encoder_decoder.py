@@ -32,7 +32,16 @@ from vl_jax.batch import TEXT
 from vl_jax.kernels.activation import Activation
 from vl_jax.language.biased_attention import BiasedAttention, offset_bias, position_bias
 from vl_jax.language.decoder import REMAT_POLICIES, LayerRun
-from vl_jax.moe.layer import DynamicMoE, MoEOutput, first_logits, handed_on, of_layer
+from vl_jax.moe.layer import (
+    Carried,
+    DynamicMoE,
+    MoEOutput,
+    carried_apart,
+    carry,
+    first_logits,
+    handed_on,
+    of_layer,
+)
 from vl_jax.moe.routing import MoEConfig, RoutingContext, State
 from vl_jax.nn import cache as cache_lib
 from vl_jax.nn import packed
@@ -133,13 +142,13 @@ class CrossBlock(nn.Module):
     @nn.compact
     def __call__(
         self,
-        carried: tuple[jax.Array, jax.Array | None],
+        carried: Carried,
         state: BlockState,
         projected: Leaf | None,
         context: BlockContext,
-    ) -> tuple[tuple[jax.Array, jax.Array | None], tuple[Leaf | None, MoEOutput | None]]:
-        """Takes and returns x [B T D] and the router logits that are handed on, if anyone asks for them."""
-        (x, previous), c, source, routed = carried, self.config, context.source, None
+    ) -> tuple[Carried, tuple[Leaf | None, MoEOutput | None]]:
+        """Takes and returns x [B T D], with the router logits that are handed on if anyone asks for them."""
+        (x, previous), c, source, routed = carried_apart(carried), self.config, context.source, None
         normed = RMSNorm(c.norm_epsilon, name="attention_norm")(x)
         attend = BiasedAttention(c.num_heads, c.head_dim, name="attention")
         mixed, kept = attend(normed, mask=context.mask, bias=context.bias, cached=state.cached)
@@ -157,7 +166,7 @@ class CrossBlock(nn.Module):
             y, routed = DynamicMoE(self.moe, name="moe")(normed, where, state.routing)
             previous, routed = handed_on(routed)
         x = constrain(x + y, "batch", None, None)
-        return (x, previous), (kept if context.keep else None, routed)
+        return carry(x, previous), (kept if context.keep else None, routed)
 
 
 class BlockStack(nn.Module):
@@ -198,7 +207,7 @@ class BlockStack(nn.Module):
         crossed = [None] * len(before) if source is None or source.projected is None else source.projected
         kept, routed, first_sparse = [], [], 0
         sparse = any(run.sparse for run in self.layers.runs)
-        carried = x, first_logits(self.moe if sparse else None, x.shape[:2])
+        carried = carry(x, first_logits(self.moe if sparse else None, x.shape[:2]))
         for run, cached, projected in zip(self.layers.runs, before, crossed, strict=True):
             own = slice(first_sparse, first_sparse + len(run.layers) * run.sparse)
             first_sparse = own.stop
@@ -208,7 +217,7 @@ class BlockStack(nn.Module):
             kept.append(kept_here)
             routed += [routed_here] * run.sparse
         stacked = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *routed) if routed else None
-        return RMSNorm(c.norm_epsilon, name="norm")(carried[0]), stacked, tuple(kept)
+        return RMSNorm(c.norm_epsilon, name="norm")(carried_apart(carried)[0]), stacked, tuple(kept)
 
     def _bias(self, table: jax.Array, length: int, cache: Cache | None) -> jax.Array:
         options = {"max_distance": self.config.max_distance, "bidirectional": not self.causal}

@@ -59,6 +59,19 @@ def first_logits(config: MoEConfig | None, tokens: tuple[int, ...]) -> jax.Array
     return jnp.zeros((*tokens, scheme.columns(config)), jnp.float32)
 
 
+Carried = jax.Array | tuple[jax.Array, jax.Array]
+
+
+def carry(x: Float[Array, "B T D"], previous: Float[Array, "B T N"] | None) -> Carried:
+    """What a layer of a loop gives the next one: x, with the logits of the last router if somebody asks."""
+    return x if previous is None else (x, previous)
+
+
+def carried_apart(carried: Carried) -> tuple[jax.Array, jax.Array | None]:
+    """x [B T D] and the router logits, if there are any."""
+    return carried if isinstance(carried, tuple) else (carried, None)
+
+
 def handed_on(output: MoEOutput) -> tuple[jax.Array | None, MoEOutput]:
     """(the logits for the next sparse layer if its scheme asks for them, what is kept of this one)."""
     return output.logits, output.replace(logits=None)  # pyright: ignore[reportAttributeAccessIssue]
