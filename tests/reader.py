@@ -164,7 +164,7 @@ def added(words: Sequence[str]) -> list[str]:
     """The flags that make a command small."""
     more = [f for name, flags in OPTIONS.items() if tuple(words[: len(name)]) == name for f in flags]
     found = cli._parse(list(words))
-    if getattr(found, "config", None) is None or words[:2] in (("inspect", "config"), ("inspect", "params")):
+    if not getattr(found, "config", None) or words[:2] in (("inspect", "config"), ("inspect", "params")):
         return more
     experiment = config.load(found.config, found.overrides)
     return more + [f"--config.{path}={value}" for path, value in smaller(experiment).items()]
