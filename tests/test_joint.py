@@ -246,7 +246,7 @@ def test_rows_without_a_label_count_for_nothing():
 
 
 def test_an_objective_of_a_head_that_is_not_there_names_those_that_are():
-    with pytest.raises(ValueError, match=r"objective.heads=\('label',\): no head 'label'; the model has: kind"):
+    with pytest.raises(ValueError, match=r"heads=\('label',\): no head 'label'; the model has: kind"):
         results(joint(), Heads())
 
 
