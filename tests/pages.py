@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LACKING = (
     "needs the network",
     "needs Google Cloud",
+    "needs a bucket",
     "needs Docker",
     "needs SLURM",
     "needs two hosts",

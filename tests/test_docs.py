@@ -49,7 +49,8 @@ NOTEBOOKS = sorted((ROOT / "docs/notebooks").glob("*.ipynb"))
 # Commands that the tests cannot run, by what is lacking.
 LACKING = {
     "needs the network": 18,
-    "needs Google Cloud": 11,
+    "needs Google Cloud": 10,
+    "needs a bucket": 1,
     "needs Docker": 2,
     "needs SLURM": 1,
     "needs two hosts": 1,
