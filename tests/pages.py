@@ -16,10 +16,10 @@ ROOT = Path(__file__).resolve().parent.parent
 LACKING = (
     "needs the network",
     "needs Google Cloud",
-    "needs a bucket",
     "needs Docker",
     "needs SLURM",
     "needs two hosts",
+    "needs a bucket",
     "needs libtpu",
     "takes minutes",
     "needs a kit",
