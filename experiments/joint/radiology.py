@@ -12,7 +12,6 @@ which fits eight times out of ten. Not for clinical use.
 
 import dataclasses
 import json
-import random
 from pathlib import Path
 
 from vl_jax import config
@@ -21,6 +20,8 @@ from vl_jax.data.config import DataConfig
 from vl_jax.data.images.augment import AugmentationConfig
 from vl_jax.data.images.tiling import TilingConfig
 from vl_jax.data.sample import DEFAULT_MAX_PIXELS, TEXT, Sample, Turn, image_in
+from vl_jax.data.sources.build import WrittenConfig
+from vl_jax.data.sources.filters.written import Wording
 from vl_jax.data.sources.recorded.arrays import RecordedArraysConfig
 from vl_jax.encoders.resnet import ResNetConfig
 from vl_jax.encoders.text import TextEncoderConfig
@@ -40,10 +41,10 @@ from vl_jax.train.stages import Stage
 TOKENS = 40
 AGREEMENT = 0.8  # how often what is dictated fits the picture
 AUROC = "test: auroc"
-DICTATED = {
-    "0": ("lungs are clear", "no consolidation", "normal heart and lungs", "clear on both sides"),
-    "1": ("opacity in the lower lobe", "patchy consolidation", "hazy on the right", "infiltrates"),
-}
+DICTATED = (
+    Wording("0", ("lungs are clear", "no consolidation", "normal heart and lungs", "clear on both sides")),
+    Wording("1", ("opacity in the lower lobe", "patchy consolidation", "hazy on the right", "infiltrates")),
+)
 _HEAD, _FUSION = "model.heads.label.stream", "model.fusion"
 
 
@@ -78,38 +79,6 @@ class Questions:
         turn = Turn("<image>\n", question.removeprefix("<image>\n"), kind=TEXT)
         labels = {"label": answer, "organ": record["organ"]}
         return Sample(record["id"], (turn,), (picture,), labels=labels)
-
-
-@dataclasses.dataclass(frozen=True)
-class DictatedConfig:
-    """Radiographs with a line that is written for them."""
-
-    name: str
-    pictures: RecordedArraysConfig
-    agreement: float = AGREEMENT
-    seed: int = 0
-
-    def open(self, root, *, orientation="shown"):
-        """The samples."""
-        return Dictated(self, self.pictures.open(root, orientation=orientation))
-
-
-class Dictated:
-    """The samples of a source of radiographs, a line beside each."""
-
-    def __init__(self, source, pictures):
-        self.source, self.pictures, self.files = source, pictures, pictures.files
-
-    def __len__(self):
-        return len(self.pictures)
-
-    def __getitem__(self, index):
-        sample = self.pictures[index]
-        draw = random.Random(f"{self.source.seed}/{sample.id}")
-        truth = str(sample.labels["label"])
-        told = truth if draw.random() < self.source.agreement else {"0": "1", "1": "0"}[truth]
-        turn = Turn(sample.turns[0].question, draw.choice(DICTATED[told]), kind=TEXT)
-        return dataclasses.replace(sample, turns=(turn,))
 
 
 def ablation_dictation():
@@ -154,7 +123,7 @@ def answers():
 def dictated():
     """Pneumonia or not, from a small radiograph and a line."""
     sources = tuple(
-        DictatedConfig(
+        WrittenConfig(
             split,
             RecordedArraysConfig(
                 "pictures",
@@ -162,6 +131,9 @@ def dictated():
                 inputs=f"{split}_images",
                 classes=f"{split}_labels",
             ),
+            "label",
+            DICTATED,
+            AGREEMENT,
         )
         for split in ("train", "test")
     )

@@ -22,7 +22,7 @@ from vl_jax.ablation.plan import Ablation, Arm, Claim
 from vl_jax.data.config import DataConfig
 from vl_jax.data.images.audio import AudioConfig
 from vl_jax.data.images.tiling import TilingConfig
-from vl_jax.data.sample import TEXT, Turn
+from vl_jax.data.sources.filters.written import Wording, Written
 from vl_jax.data.sources.recorded.walks import RecordedWalksConfig
 from vl_jax.encoders.series.recurrent import RecurrentConfig
 from vl_jax.encoders.sound.spectrogram import SpectrogramConfig
@@ -48,10 +48,12 @@ AGREEMENT = 0.7  # how often a sound, and a line, fit what is seen
 AUROC, ALARMS = "held_out: auroc", "held_out: false_alarms_95"
 # Only 01, 02, 04, 07 and 12 have more than a few normal frames, so every fold has at least one of them.
 FOLDS = (("01", "03", "08"), ("02", "05", "09"), ("04", "06", "10"), ("07", "11", "12"))
-LINES = {
-    "normal": ("people walk by", "two of them talk", "a few students pass", "nothing to report"),
-    "abnormal": ("somebody rides here", "a cart on the path", "watch out, wheels", "that one is fast"),
-}
+LINES = (
+    Wording("normal", ("people walk by", "two of them talk", "a few students pass", "nothing to report")),
+    Wording(
+        "abnormal", ("somebody rides here", "a cart on the path", "watch out, wheels", "that one is fast")
+    ),
+)
 AUDIO = AudioConfig(sample_rate=RATE, window_ms=32, hop_ms=16, num_bands=32, max_seconds=SECONDS)
 
 
@@ -67,11 +69,15 @@ class HeardConfig:
 
     def open(self, root, *, orientation="shown"):
         """The samples."""
-        return Heard(self, self.walks.open(root, orientation=orientation))
+        heard = Heard(self, self.walks.open(root, orientation=orientation))
+        if "line" not in self.given:
+            return heard
+        options = {"agreement": self.agreement, "seed": self.seed}
+        return Written(heard, label="event", wordings=LINES, **options)
 
 
 class Heard:
-    """The samples of a source of clips; what is heard and said fits them at a rate, each by itself."""
+    """The samples of a source of clips, a sound beside each that fits at a rate."""
 
     def __init__(self, source, walks):
         self.source, self.walks, self.files = source, walks, walks.files
@@ -81,19 +87,13 @@ class Heard:
 
     def __getitem__(self, index):
         sample = self.walks[index]
-        draw = random.Random(f"{self.source.seed}/{sample.id}")
-        heard, said = (self._told(sample.labels["event"], draw) for _ in range(2))
-        line, seed = draw.choice(LINES[said]), draw.randrange(2**32)
-        media = {**sample.media, "sound": functools.partial(made_up, heard, seed)}
-        return dataclasses.replace(
-            sample,
-            turns=(Turn("", line if "line" in self.source.given else "", kind=TEXT),),
-            media={name: media[name] for name in self.source.given if name in media},
-        )
-
-    def _told(self, event, draw):
-        other = {"normal": "abnormal", "abnormal": "normal"}[event]
-        return event if draw.random() < self.source.agreement else other
+        draw = random.Random(f"sound/{self.source.seed}/{sample.id}")
+        event, fits = sample.labels["event"], draw.random() < self.source.agreement
+        heard = event if fits else {"normal": "abnormal", "abnormal": "normal"}[event]
+        sound = functools.partial(made_up, heard, draw.randrange(2**32))
+        media = {**sample.media, "sound": sound}
+        kept = {name: media[name] for name in self.source.given if name in media}
+        return dataclasses.replace(sample, media=kept)
 
 
 def made_up(event, seed):

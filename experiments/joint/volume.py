@@ -10,14 +10,12 @@ ten, in one of several wordings; so this shows that both are read, and nothing a
 the network alone, on the official split. Not for clinical use.
 """
 
-import dataclasses
-import random
-
 from vl_jax import config
 from vl_jax.ablation.plan import Ablation, Arm, Claim
 from vl_jax.data.config import DataConfig
 from vl_jax.data.images.tiling import TilingConfig
-from vl_jax.data.sample import TEXT, Turn
+from vl_jax.data.sources.build import WrittenConfig
+from vl_jax.data.sources.filters.written import Wording
 from vl_jax.data.sources.recorded.arrays import RecordedArraysConfig
 from vl_jax.encoders.text import TextEncoderConfig
 from vl_jax.encoders.video.resnet3d import VideoResNetConfig
@@ -36,51 +34,26 @@ from vl_jax.train.stages import Stage
 SIDE, TOKENS = 32, 32
 AGREEMENT = 0.8  # how often a record fits what is found
 AUROC = "test: auroc"
-WRITTEN = {
-    "0": (
-        "routine check, no complaints",
-        "scan for kidney stones, hormones normal",
-        "back pain after a fall, blood pressure normal",
-        "follow-up of an old fracture, feels well",
+WORDINGS = (
+    Wording(
+        "0",
+        (
+            "routine check, no complaints",
+            "scan for kidney stones, hormones normal",
+            "back pain after a fall, blood pressure normal",
+            "follow-up of an old fracture, feels well",
+        ),
     ),
-    "1": (
-        "high blood pressure that drugs do not lower",
-        "low potassium, tired, high aldosterone",
-        "spells of sweating and a racing heart",
-        "weight gain, round face, high cortisol",
+    Wording(
+        "1",
+        (
+            "high blood pressure that drugs do not lower",
+            "low potassium, tired, high aldosterone",
+            "spells of sweating and a racing heart",
+            "weight gain, round face, high cortisol",
+        ),
     ),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class PatientsConfig:
-    """Shapes with a record that is written for them."""
-
-    name: str
-    shapes: RecordedArraysConfig
-    agreement: float = AGREEMENT
-    seed: int = 0
-
-    def open(self, root, *, orientation="shown"):
-        """The samples."""
-        return Patients(self, self.shapes.open(root, orientation=orientation))
-
-
-class Patients:
-    """The samples of a source of shapes, a sentence beside each."""
-
-    def __init__(self, source, shapes):
-        self.source, self.shapes, self.files = source, shapes, shapes.files
-
-    def __len__(self):
-        return len(self.shapes)
-
-    def __getitem__(self, index):
-        sample = self.shapes[index]
-        draw = random.Random(f"{self.source.seed}/{sample.id}")
-        truth = str(sample.labels["label"])
-        told = truth if draw.random() < self.source.agreement else {"0": "1", "1": "0"}[truth]
-        return dataclasses.replace(sample, turns=(Turn("", draw.choice(WRITTEN[told]), kind=TEXT),))
+)
 
 
 def ablation_volume():
@@ -176,4 +149,4 @@ def _patients(split):
         medium="shape",
         pool=64 // SIDE,
     )
-    return PatientsConfig(split, shapes)
+    return WrittenConfig(split, shapes, "label", WORDINGS, AGREEMENT)

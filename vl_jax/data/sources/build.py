@@ -13,6 +13,7 @@ from vl_jax.data.sources.coco import CocoConfig
 from vl_jax.data.sources.exams.questions import ExamConfig
 from vl_jax.data.sources.filters.best_pairs import BestPairs
 from vl_jax.data.sources.filters.matched import Matched, SameKind
+from vl_jax.data.sources.filters.written import Wording, Written
 from vl_jax.data.sources.in_domain import InDomain
 from vl_jax.data.sources.label_studio.source import LabelStudioConfig
 from vl_jax.data.sources.llava import LlavaConfig
@@ -60,6 +61,7 @@ __all__ = [
     "TfdsConfig",
     "Turn",
     "WebDatasetConfig",
+    "WrittenConfig",
     "open_source",
     "stamp_of",
 ]
@@ -184,7 +186,36 @@ class MatchedConfig:
         return Matched(*opened, labels=self.labels, kinds=self.kinds, **options)
 
 
-SourceConfig = Annotated[_Known | InDomainConfig | BestPairsConfig | MatchedConfig | OwnSourceConfig, _OWN]
+@dataclasses.dataclass(frozen=True)
+class WrittenConfig:
+    """A source with texts written for its samples, which fit at a stated rate; see ``filters.written``."""
+
+    name: str
+    source: Annotated[_Known | OwnSourceConfig, _OWN]
+    label: str  # by which a text fits
+    wordings: tuple[Wording, ...]
+    agreement: float = 1.0  # how often it does
+    seed: int = 0  # which text a sample has
+
+    def __post_init__(self):
+        labels = [wording.label for wording in self.wordings]
+        if not 0 <= self.agreement <= 1 or len(set(labels)) < max(len(labels), 2):
+            raise ValueError(
+                f"agreement={self.agreement}, wordings of {labels} of source {self.name!r}: must be in "
+                "[0, 1], and of two labels at least, all different"
+            )
+        if not all(wording.texts for wording in self.wordings):
+            raise ValueError(f"wordings of source {self.name!r}: every label needs a text")
+
+    def open(self, root: str, *, orientation: Orientation = "shown") -> Written:
+        """The source; raises as the one in it."""
+        options = {"agreement": self.agreement, "seed": self.seed}
+        source = self.source.open(root, orientation=orientation)
+        return Written(source, label=self.label, wordings=self.wordings, **options)
+
+
+_Around = InDomainConfig | BestPairsConfig | MatchedConfig | WrittenConfig
+SourceConfig = Annotated[_Known | _Around | OwnSourceConfig, _OWN]
 
 
 def open_source(config: SourceConfig, *, root: str = ".", orientation: Orientation = "shown") -> Source:
