@@ -47,8 +47,11 @@ def examined(tree: Any) -> tuple[Sums, list[str]]:
     """The checksums of a tree, and what ``not_finite`` says of it, in one pass over memory."""
     leaves = _named(tree)
     here, others = _split(leaves)
+    # What is read from disk is read piece by piece, one at a time: there may be no room for several.
+    found = {name: _stirred_on_host(array) for name, array in here.items() if leaves[name] is array}
+    held = {name: array for name, array in here.items() if name not in found}
     with ThreadPoolExecutor(_THREADS) as pool:  # numpy lets others work meanwhile
-        found = dict(zip(here, pool.map(_stirred_on_host, here.values()), strict=True))
+        found |= zip(held, pool.map(_stirred_on_host, held.values()), strict=True)
     if others:
         sums, fine = jax.device_get(_stirred_on_devices(list(others.values())))
         found |= {name: (int(v), bool(f)) for name, v, f in zip(others, sums, fine, strict=True)}
