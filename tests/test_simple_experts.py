@@ -52,7 +52,7 @@ def _mlp(params: Any, x: np.ndarray, expert: int) -> np.ndarray:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("limit", [CapacityConfig(), CapacityConfig(factor=0.75)], ids=["dropless", "slots"])
+@pytest.mark.parametrize("limit", [CapacityConfig(), CapacityConfig(slots=3)], ids=["dropless", "slots"])
 def test_a_layer_with_them_conforms(limit, monkeypatch):
     monkeypatch.setattr(comparisons, "KERNELS", ("reference", "blocked"))
     config = MoEConfig("top_k", 8, 2, 4, simple=SimpleExpertsConfig(1, 2, 1), limit=limit)
