@@ -272,10 +272,11 @@ def _placed(x: ArrayLike, sharding: jax.sharding.Sharding) -> jax.Array:
 
     There its result holds, with jax 0.10.2, the whole array in place of the shard, and cannot be saved.
     """
+    if sharding.is_fully_addressable:
+        # Also what lies there already: under another name of its place, the next step would compile anew.
+        return jax.device_put(x, sharding)
     if isinstance(x, jax.Array) and x.sharding.is_equivalent_to(sharding, x.ndim):
         return x
-    if sharding.is_fully_addressable:
-        return jax.device_put(x, sharding)
     value = np.asarray(x)
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
