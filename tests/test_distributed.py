@@ -136,6 +136,7 @@ def test_one_that_stands_still_one_that_differs_and_one_that_is_not_there_are_na
     finally:
         for process in processes:
             process.kill()
+            process.wait(timeout=30)
     assert last_line(workdir, 0).startswith("error: process 1 (host ")
     assert "no sign of life for 5 s" in last_line(workdir, 0)
     assert read_metrics(workdir / METRICS_FILE)  # a launch resumes it

@@ -21,6 +21,8 @@ from vl_jax.runtime import errors
 from vl_jax.runtime.storage import arguments as storage_arguments
 
 EXAMPLE = "python -m vl_jax train --config=quickstart --workdir=runs/quickstart"
+# How errors of the runtime begin; jax raises some of them as ValueError.
+_STATUS = re.compile(r"(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ")
 _NUMBER = re.compile(r"-\.?\d")  # what begins so is a value, not an option
 
 
@@ -103,7 +105,7 @@ def _is_of_devices(error: BaseException | None) -> bool:
     import jax
 
     while error is not None:
-        if isinstance(error, jax.errors.JaxRuntimeError):
+        if isinstance(error, jax.errors.JaxRuntimeError) or _STATUS.match(str(error)):
             return True
         error = error.__cause__ or error.__context__
     return False
