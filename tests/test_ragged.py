@@ -72,21 +72,33 @@ def weights_of(num_experts: int) -> ExpertWeights:
     return ExpertWeights(*(random.standard_normal(shape, np.float32) for shape in shapes))
 
 
-def results(apply, x, experts, gates, weights):
-    """The output, and gradients of x, gates and weights."""
+def slopes_of(shape) -> np.ndarray:
+    """What the gradient of the output is."""
+    return np.sin(1.0 + np.arange(math.prod(shape), dtype=np.float32)).reshape(shape)
+
+
+def results(apply, x, experts, gates, weights, slopes):
+    """Gradients of x, gates and weights, and the output."""
 
     def loss(x, gates, weights):
         y = apply(x, TokenChoice(experts, gates), weights)
-        return jnp.sum(y * jnp.sin(1.0 + jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)), y
+        return jnp.sum(y * slopes), y
 
     return jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(x, gates, weights)
 
 
-alone = jax.jit(
-    functools.partial(
-        results, functools.partial(dispatch.apply_experts, activation=SWIGLU, kernel="reference")
-    )
+of_one_device = functools.partial(
+    results, functools.partial(dispatch.apply_experts, activation=SWIGLU, kernel="reference")
 )
+alone = jax.jit(of_one_device)
+
+
+@jax.jit
+def shares(x, experts, gates, weights, slopes):
+    """The norm of what the tokens add to each gradient of the weights, were none to cancel another."""
+    single = [array.reshape(-1, 1, 1, array.shape[-1]) for array in (x, experts, gates, slopes)]
+    (_, _, found), _ = jax.vmap(of_one_device, (0, 0, 0, None, 0))(*single[:3], weights, single[3])
+    return jax.tree.map(lambda g: jnp.linalg.norm(jnp.ravel(g)), found)
 
 
 @functools.cache
@@ -97,10 +109,15 @@ def spread(traffic: Traffic, kernel: str = "reference"):
     return jax.jit(functools.partial(results, layer))
 
 
-def same(found, expected):
-    for (path, a), b in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True):
+def same(found, expected, shares):
+    """Equal to 1e-6 of the norm; a sum over tokens, to that of what is summed, for that is rounded."""
+    (x, gates, weights), y = jax.tree.map(np.linalg.norm, expected)
+    sizes = (x, gates, jax.tree.map(max, weights, shares)), y
+    for (path, a), b, size in zip(
+        jax.tree.leaves_with_path(found), jax.tree.leaves(expected), jax.tree.leaves(sizes), strict=True
+    ):
         off = np.linalg.norm(np.asarray(a) - b)
-        assert off <= 1e-6 * np.linalg.norm(b), f"{jax.tree_util.keystr(path)}: {off}"
+        assert off <= 1e-6 * size, f"{jax.tree_util.keystr(path)}: {off}"
 
 
 LOADS = ("even", "one expert", "padding", "one device chooses", "sparse", "twice the same")
@@ -121,8 +138,9 @@ def check(name: str, load: str, seed: int, kernel: str = "reference") -> None:
     top_k = options.get("top_k", case.choices)
     options = {"most_choices": case.choices, **options, "top_k": top_k}
     traffic = Traffic(tokens=case.tokens, num_experts=case.num_experts, shards=8, **options)
-    arguments = (*case.draw(), weights_of(case.num_experts))
-    same(spread(traffic, kernel)(*arguments), alone(*arguments))
+    x, experts, gates = case.draw()
+    arguments = (x, experts, gates, weights_of(case.num_experts), slopes_of(x.shape))
+    same(spread(traffic, kernel)(*arguments), alone(*arguments), shares(*arguments))
 
 
 @pytest.mark.parametrize("load", LOADS)
@@ -158,7 +176,7 @@ def test_no_more_moves_than_must(monkeypatch, load, options):
     case = Case(12, 16, 3, load, 3)
     x, experts, gates = case.draw()
     traffic = Traffic(tokens=12, top_k=3, num_experts=16, shards=8, **options)
-    jax.block_until_ready(spread.__wrapped__(traffic)(x, experts, gates, weights_of(16)))
+    jax.block_until_ready(spread.__wrapped__(traffic)(x, experts, gates, weights_of(16), slopes_of(x.shape)))
     jax.effects_barrier()
     shard = np.where(experts < 16, experts // 2, 8)
     must = sum(len(set(row) - {8}) for row in shard.reshape(-1, 3).tolist())

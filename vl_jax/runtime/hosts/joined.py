@@ -121,9 +121,11 @@ class Hosts:
         self.pulse.tell(f"{self.names[self.number]} ended: {line}", status)
         self.pulse.let_go()
 
-    def lost(self) -> bool:
+    def lost(self) -> None:
         """Waits until it would be known that another process is gone, of which this one then ends."""
-        return self.pulse.wait_for_news()
+        self.pulse.wait_for_news()
+        with self._ending:  # If it is known, this process is about to end; nobody says another reason.
+            return
 
     def part(self) -> None:
         """The end of a command in all processes: none is gone before the last is done."""

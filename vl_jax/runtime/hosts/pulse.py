@@ -115,9 +115,9 @@ class Pulse:
         thread.start()
         thread.join(5 * self._pause)
 
-    def wait_for_news(self) -> bool:
-        """Waits until the end of another process would be known; it ends this one too."""
-        return self._stop.wait(self.silent_after + 4 * self._pause)
+    def wait_for_news(self) -> None:
+        """Waits until the end of another process would be known, or is."""
+        self._stop.wait(self.silent_after + 4 * self._pause)
 
     def _signs(self) -> dict[int, str]:
         return {int(path.rpartition("/")[2]): sign for path, sign in self._store.key_value_dir_get(_PULSES)}
