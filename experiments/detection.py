@@ -8,8 +8,8 @@
 Choices: ``deeppcb`` (six kinds of defect of circuit boards; the picture is the board, its template and how
 far they differ; ``images=N`` trains on N boards, spread over all, ``template=no`` on the board alone),
 ``boards`` (drawn boards with the same defects, for ``deeppcb`` to begin with), ``bccd_cells`` (three kinds of
-cell under the microscope) and ``raccoon``. DeepPCB's authors report a mean average precision of 98.6 at an
-overlap of 0.33, trained on 1,000 boards at 640 pixels.
+cell under the microscope), ``raccoon`` and ``coco256`` (80 kinds of thing in photographs). DeepPCB's authors
+report a mean average precision of 98.6 at an overlap of 0.33, trained on 1,000 boards at 640 pixels.
 """
 
 import dataclasses
@@ -36,6 +36,15 @@ from vl_jax.train.stages import Stage
 DATA = Path("../shared/data")
 DEFECTS = ("mouse bite", "open circuit", "pin hole", "spur", "spurious copper", "short circuit")
 CELLS = ("red blood cell", "white blood cell", "platelet")
+THINGS = tuple(
+    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,"
+    "parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,"
+    "tie,suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,"
+    "tennis racket,bottle,wine glass,cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,"
+    "hot dog,pizza,donut,cake,chair,couch,potted plant,bed,dining table,toilet,tv,laptop,mouse,remote,"
+    "keyboard,cell phone,microwave,oven,toaster,sink,refrigerator,book,clock,vase,scissors,teddy bear,"
+    "hair drier,toothbrush".split(",")
+)
 SOURCE = PlacedConfig("train", "train.json", boxes="boxes")
 
 
@@ -67,7 +76,7 @@ class Thinned:
 
 def get_config(choice: str = "deeppcb"):
     """The experiment of that name, with its options behind commas."""
-    return config.view(config.choose(choice, deeppcb, boards, bccd_cells, raccoon))
+    return config.view(config.choose(choice, deeppcb, boards, bccd_cells, raccoon, coco256))
 
 
 def deeppcb(images: int = 0, template: str = "yes"):
@@ -112,6 +121,12 @@ def raccoon():
     """One animal in photographs."""
     look = AugmentationConfig(crop=0.3, flip_rate=0.5, brightness=0.3, contrast=0.3, saturation=0.3)
     return _experiment("raccoon", ("raccoon",), SOURCE, look, FoundBoxes(), steps=1500, levels=(2, 3))
+
+
+def coco256():
+    """Things in photographs, far too few of each to learn them from nothing."""
+    look = AugmentationConfig(crop=0.3, flip_rate=0.5, brightness=0.3, contrast=0.3, saturation=0.3)
+    return _experiment("coco256", THINGS, SOURCE, look, FoundBoxes(), steps=1500, levels=(1, 2, 3))
 
 
 def _experiment(name, classes, source, augmentation, task, *, steps, images=0, size=320, levels=(1, 2)):
