@@ -19,7 +19,7 @@ from vl_jax.encoders.series.recurrent import Recurrent, RecurrentConfig
 from vl_jax.encoders.series.steps import grouped, pooled
 from vl_jax.encoders.series.tcn import TCNConfig
 from vl_jax.encoders.sound.features import cepstrum, decibels, num_frames, shares
-from vl_jax.encoders.sound.spectrogram import SpectrogramConfig
+from vl_jax.encoders.sound.spectrogram import SpectrogramConfig, over_frames
 
 ROWS = 3
 AUDIO = AudioConfig(8000, window_ms=25, hop_ms=10, num_bands=16, max_seconds=0.16)
@@ -33,6 +33,7 @@ ENCODERS = {
     "tcn_mean": TCNConfig(channels=2, max_length=24, embed_dim=6, num_levels=2, kernel=2, pooling="mean"),
     "levels": SpectrogramConfig(AUDIO, recurrent=SMALL, pooling="last"),
     "cepstra": SpectrogramConfig(AUDIO, coefficients=5, recurrent=RecurrentConfig(6, bidirectional=True)),
+    "of_sounds": SpectrogramConfig(AUDIO, coefficients=5, norm="sound", recurrent=RecurrentConfig(6)),
 }
 STREAMING = ("lstm", "tcn", "tcn_mean", "levels")
 
@@ -95,7 +96,7 @@ def gradient_is_finite(name: str) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["lstm", "tcn", "cepstra"])
+@pytest.mark.parametrize("name", ["lstm", "tcn", "cepstra", "of_sounds"])
 def test_gradients_are_finite_where_rows_are_absent(name):
     assert gradient_is_finite(name)
 
@@ -208,6 +209,20 @@ def test_chunks_say_what_the_whole_says(name):
 def test_what_reads_from_the_end_does_not_stream():
     with pytest.raises(ValueError, match="bidirectional=True reads from the end"):
         ENCODERS["lstm_both"].begin(1)
+    with pytest.raises(ValueError, match="reads to the end first"):
+        ENCODERS["of_sounds"].begin(1)
+
+
+def test_over_a_whole_sound_a_column_has_mean_0_and_all_have_spread_1():
+    x = np.random.default_rng(0).normal(3, 2, size=(2, 9, 4)).astype(np.float32)
+    there = np.array([[True] * 9, [True] * 5 + [False] * 4])
+    found = np.asarray(over_frames(jnp.asarray(x), jnp.asarray(there)))
+    centered = x[1, :5] - x[1, :5].mean(0)
+    np.testing.assert_allclose(found[1, :5], centered / centered.std(), atol=1e-5)
+    assert not found[1, 5:].any()
+    # So it makes no difference how loud all is, and what a microphone adds to the level of each band.
+    other = 3 * jnp.asarray(x) + jnp.arange(4.0)
+    np.testing.assert_allclose(over_frames(other, jnp.asarray(there)), found, atol=1e-5)
 
 
 def test_steps_together_and_one_vector_for_them():

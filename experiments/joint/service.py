@@ -116,7 +116,7 @@ def get_config():
     """The experiment."""
     voice = SpectrogramConfig(
         AudioConfig(num_bands=40, max_seconds=3.2),
-        coefficients=13,
+        norm="sound",
         recurrent=RecurrentConfig(hidden_dim=48, bidirectional=True),
     )
     text = TextEncoderConfig(

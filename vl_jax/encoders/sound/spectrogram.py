@@ -1,14 +1,18 @@
 """Sounds: levels of bands, or their cepstra (MFCC), and long short-term memory over the frames.
 
 wave [B L] -> levels [B T bands] (-> cepstra [B T count]) -> norm -> cells -> tokens [B T H], last or mean
+
+The norm is of each frame, or takes from every band (or coefficient) its mean over the sound, and with it much
+of the voice and of the microphone (Furui 1981, doi 10.1109/TASSP.1981.1163530).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.typing import DTypeLike
@@ -34,6 +38,8 @@ class SpectrogramConfig:
     # How waves, which must have its rate, become levels; longer ones than ``max_seconds`` are cut.
     audio: AudioConfig = AudioConfig(num_bands=64, max_seconds=5.0)
     coefficients: int = 0  # of the cepstrum of a frame; 0: the levels themselves
+    # Of what levels or coefficients are brought to mean 0 and spread 1; that of a whole sound cannot stream.
+    norm: Literal["frame", "sound"] = "frame"
     recurrent: RecurrentConfig = RecurrentConfig(bidirectional=True)
     pooling: Pooling = "mean"
 
@@ -83,7 +89,13 @@ class SpectrogramConfig:
         return -(-(self.audio.window - hop) // hop) * hop
 
     def begin(self, rows: int) -> Listening:
-        """The state before the first chunk; raises as ``RecurrentConfig.begin``."""
+        """The state before the first chunk; raises as ``RecurrentConfig.begin``.
+
+        Raises:
+          ValueError: the norm is over whole sounds.
+        """
+        if self.norm == "sound":
+            raise ValueError('norm="sound" reads to the end first, so nothing can be said before it')
         late = (rows, self.delay)
         return Listening(jnp.zeros(late, jnp.float32), jnp.zeros(late, bool), self.recurrent.begin(rows))
 
@@ -108,7 +120,8 @@ class Spectrogram(nn.Module):
     dtype: jnp.dtype = jnp.dtype(jnp.float32)
 
     def setup(self):
-        self.norm = LayerNorm()
+        if self.config.norm == "frame":
+            self.norm = LayerNorm()
         self.recurrent = Recurrent(self.config.recurrent, self.dtype)
 
     def __call__(
@@ -148,6 +161,16 @@ class Spectrogram(nn.Module):
         found = shares(decibels(wave, c.audio)[:, : there.shape[1]], c.audio)
         if c.coefficients:
             found = cepstrum(found, c.coefficients)
-        tokens, last, carries = self.recurrent(self.norm(found).astype(self.dtype), there, carries)
+        found = self.norm(found) if c.norm == "frame" else over_frames(found, there)
+        tokens, last, carries = self.recurrent(found.astype(self.dtype), there, carries)
         vector = last if c.pooling == "last" else pooled(tokens, there, "mean")
         return Encoded(tokens, vector, mask=there), carries
+
+
+def over_frames(levels: Float[Array, "B T C"], there: Bool[Array, "B T"]) -> Float[Array, "B T C"]:
+    """Every column with mean 0 over the frames that are there, all columns with one spread of 1; 0 elsewhere."""
+    weights = there[..., None].astype(levels.dtype)
+    count = jnp.maximum(jnp.sum(weights, axis=1, keepdims=True), 1.0)
+    centered = (levels - jnp.sum(levels * weights, axis=1, keepdims=True) / count) * weights
+    spread = jnp.sum(jnp.square(centered), axis=(1, 2), keepdims=True) / (count * levels.shape[-1])
+    return centered * jax.lax.rsqrt(spread + 1e-6)
