@@ -155,7 +155,7 @@ def _experiment(network):
             ),
             Stage(
                 "draw",
-                steps=1500,
+                steps=1200,
                 batch_size=32,
                 trainable=("text/.*", "picture/.*"),
                 objective=Denoising(),
