@@ -155,7 +155,7 @@ def _experiment(network):
             ),
             Stage(
                 "draw",
-                steps=1200,
+                steps=800,
                 batch_size=32,
                 trainable=("text/.*", "picture/.*"),
                 objective=Denoising(),

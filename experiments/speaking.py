@@ -115,7 +115,7 @@ def get_config():
         name="speaking",
         model=JointConfig(
             (Tower("text", text, "tokens"), Tower("image", image)),
-            (Speaking(audio=SPOKEN, reduction=4, dim=192, num_layers=4), Classification(WORDS)),
+            (Speaking(audio=SPOKEN, heard=AUDIO, reduction=4, dim=192, num_layers=4), Classification(WORDS)),
         ),
         data=DataConfig(
             root="../shared/data/fsdd_digits",

@@ -131,7 +131,7 @@ def get_config():
             stages=(
                 Stage(
                     "see",
-                    steps=300,
+                    steps=200,
                     batch_size=32,
                     trainable=("image/.*", "label/.*", "words/.*"),
                     objective=Heads(("label", "words")),
@@ -140,8 +140,8 @@ def get_config():
                 ),
                 Stage(
                     "make",
-                    steps=700,
-                    batch_size=48,
+                    steps=400,
+                    batch_size=32,
                     trainable=("text/.*", "picture/.*", "speech/.*"),
                     objective=Denoising(("picture", "speech")),
                     optimizer=rate,
