@@ -140,7 +140,7 @@ def get_config():
                 ),
                 Stage(
                     "make",
-                    steps=400,
+                    steps=300,
                     batch_size=32,
                     trainable=("text/.*", "picture/.*", "speech/.*"),
                     objective=Denoising(("picture", "speech")),
