@@ -16,6 +16,7 @@ from pathlib import Path
 
 from vl_jax import config
 from vl_jax.data.config import DataConfig, LoadingConfig
+from vl_jax.data.images.augment import AugmentationConfig
 from vl_jax.data.images.tiling import TilingConfig
 from vl_jax.data.sample import TEXT, Sample, Turn, image_in
 from vl_jax.encoders.resnet import ResNetConfig
@@ -59,10 +60,11 @@ class GroupsConfig:
     groups: tuple[str, ...]
     held_out: bool = False  # those that are, or the others
     count: int = 0  # samples of a group, which goes round; 0: each emoji once in each language
+    folder: str = ""  # of the data, in the root
 
     def open(self, root, *, orientation="shown"):
         """The samples."""
-        return Groups(self, Path(root).resolve(), orientation)
+        return Groups(self, (Path(root) / self.folder).resolve(), orientation)
 
 
 class Groups:
@@ -138,13 +140,14 @@ def _experiment(network):
             sources=tuple(GroupsConfig(name, (name,)) for name in GROUPS),
             evaluation=(GroupsConfig("new", tuple(GROUPS), held_out=True, count=16),),
             max_tokens=16,
+            augmentation=AugmentationConfig(crop=0.15, flip_rate=0.5),
             tiling=TilingConfig(tile_size=SIZE, views="global"),
             loading=LoadingConfig(cache_mb=64),
         ),
         stages=(
             Stage(
                 "classify",
-                steps=100,
+                steps=300,
                 batch_size=32,
                 trainable=("image/.*", "label/.*"),
                 objective=Heads(),

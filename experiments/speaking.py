@@ -47,10 +47,11 @@ class DigitsConfig:
     name: str
     file: str
     once: bool = False  # one sample of every text
+    folder: str = ""  # of the data, in the root
 
     def open(self, root, *, orientation="shown"):
         """The samples."""
-        return Digits(self, Path(root).resolve())
+        return Digits(self, (Path(root) / self.folder).resolve())
 
 
 class Digits:
@@ -114,7 +115,7 @@ def get_config():
         name="speaking",
         model=JointConfig(
             (Tower("text", text, "tokens"), Tower("image", image)),
-            (Speaking(audio=SPOKEN), Classification(WORDS)),
+            (Speaking(audio=SPOKEN, heard=AUDIO, reduction=4, dim=192, num_layers=4), Classification(WORDS)),
         ),
         data=DataConfig(
             root="../shared/data/fsdd_digits",
@@ -128,7 +129,7 @@ def get_config():
         stages=(
             Stage(
                 "hear",
-                steps=200,
+                steps=300,
                 batch_size=32,
                 trainable=("image/.*", "label/.*"),
                 objective=Heads(),
@@ -136,7 +137,7 @@ def get_config():
             ),
             Stage(
                 "speak",
-                steps=1000,
+                steps=900,
                 batch_size=32,
                 trainable=("text/.*", "speech/.*"),
                 objective=Heads(("speech",)),

@@ -15,6 +15,7 @@ from vl_jax.batch import Given
 from vl_jax.data.config import DataConfig
 from vl_jax.data.images.tiling import TilingConfig
 from vl_jax.data.sample import Sample
+from vl_jax.data.sources.in_domain import DOMAIN
 from vl_jax.encoders.resnet import ResNetConfig
 from vl_jax.encoders.text import TextEncoderConfig
 from vl_jax.evaluate.metrics.copies import nearest_distances
@@ -205,6 +206,11 @@ def test_what_is_drawn_is_a_file(tmp_path):
     assert picture[0, 0].tolist() == [255, 128, 255] and not picture[1:].any()
     assert head.made(said).startswith(b"\x89PNG")
     assert head.read(Sample("a", ())) is None
+    shown = Sample("b", (), (lambda: Image.new("RGB", (2, 2), "red"),), labels={DOMAIN: "drawings"})
+    read = head.read(shown)
+    assert read is not None and read[0, 0].tolist() == [255, 0, 0]
+    of_drawings, of_maps = (dataclasses.replace(head, domain=name) for name in ("drawings", "maps"))
+    assert of_drawings.read(shown) is not None and of_maps.read(shown) is None
 
 
 def test_what_cannot_be_is_said_in_one_line():

@@ -27,6 +27,7 @@ from vl_jax.heads.classification import Classification
 from vl_jax.heads.image.picture_flow import PictureFlow
 from vl_jax.heads.image.unet import UNetConfig
 from vl_jax.heads.speech.speaking import Speaking
+from vl_jax.heads.text.writing import Writing
 from vl_jax.joint import JointConfig, Tower
 from vl_jax.layout import init_variables, plan_layout, put_batch
 from vl_jax.sharding import MeshConfig
@@ -52,8 +53,12 @@ PICTURE = PictureFlow(size=8, network=UNetConfig(dims=(8, 8), num_heads=2), widt
 AUDIO = AudioConfig(sample_rate=8000, window_ms=32, hop_ms=12, num_bands=8)
 SPEECH = Speaking(audio=AUDIO, max_frames=6, steps=4, dim=512, num_layers=4, rounds=2)  # 20 MB
 KIND = Classification(("a", "b"), name="kind", stream="text", field="kind")
-MODEL = JointConfig((Tower("text", TEXT, "tokens"),), (PICTURE, SPEECH, KIND))
-SMALL = dataclasses.replace(MODEL, heads=(PICTURE, dataclasses.replace(SPEECH, dim=8, num_layers=1), KIND))
+WORDS = Writing(stream="text", max_length=6, dim=8, num_layers=1, num_heads=2)
+TASKS = (("draw", "picture"), ("say", "speech"), ("write", "words"))
+MODEL = JointConfig((Tower("text", TEXT, "tokens"),), (PICTURE, SPEECH, WORDS, KIND), tasks=TASKS)
+SMALL = dataclasses.replace(
+    MODEL, heads=(PICTURE, dataclasses.replace(SPEECH, dim=8, num_layers=1), WORDS, KIND)
+)
 
 
 def random_batch(config: JointConfig) -> Batch:
@@ -63,7 +68,10 @@ def random_batch(config: JointConfig) -> Batch:
     here = np.arange(T) < random.integers(2, T + 1, ROWS)[:, None]
     sound = random.random((ROWS, *SPEECH.shape)).astype(np.float32)
     sound[:, 4:] = -1
+    written = random.integers(0, 256, (ROWS, 6)).astype(np.int32)
+    written[:, 3:] = (256, -1, -1)
     labels = {
+        "words": Given(written, np.arange(ROWS) != 2),
         "picture": Given(random.integers(0, 256, (ROWS, 8, 8, 3)).astype(np.uint8), np.arange(ROWS) != 3),
         "speech": Given(sound, np.arange(ROWS) != 5),
         "kind": Given(random.integers(0, 2, ROWS).astype(np.int32), np.ones(ROWS, bool)),
@@ -112,7 +120,7 @@ def assert_same(found, expected) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), found[0], expected[0])
 
 
-ALL = Denoising(("picture", "speech", "kind"))
+ALL = Denoising(("picture", "speech", "words", "kind"))
 
 
 @pytest.mark.slow
@@ -122,7 +130,8 @@ def test_devices_and_micro_batches_change_nothing_and_the_seed_does():
     assert_same(results(ALL, accumulation=4), expected)
     other = results(ALL, seed=1)[1]
     assert other["picture/loss"] != expected[1]["picture/loss"]
-    assert other["speech/loss"] == expected[1]["speech/loss"]
+    for name in ("speech", "words"):
+        assert other[f"{name}/loss"] == expected[1][f"{name}/loss"]
 
 
 @pytest.mark.slow
@@ -134,8 +143,21 @@ def test_a_decoder_learns_the_same_beside_others_as_alone():
         whole[0]["picture"],
         alone[0]["picture"],
     )
-    assert not any(np.any(leaf) for leaf in jax.tree.leaves([alone[0]["speech"], alone[0]["kind"]]))
+    assert not any(
+        np.any(leaf) for leaf in jax.tree.leaves([alone[0][name] for name in ("speech", "words", "kind")])
+    )
     assert "text" in alone[0] and any(np.any(leaf) for leaf in jax.tree.leaves(alone[0]["text"]))
+
+
+def test_tasks_name_heads():
+    assert [MODEL.head_for(task) for task, _ in TASKS] == ["picture", "speech", "words"]
+    assert MODEL.only(["speech", "kind"]).tasks == (("say", "speech"),)
+    with pytest.raises(ValueError, match="task 'kind': the model does none by name"):
+        MODEL.only(["kind"]).head_for("kind")
+    with pytest.raises(ValueError, match="task 'draw' is for head 'dance'; the model has picture, speech"):
+        dataclasses.replace(MODEL, tasks=(("draw", "dance"),))
+    with pytest.raises(ValueError, match="task 'draw': expected a name that no other task has"):
+        dataclasses.replace(MODEL, tasks=(("draw", "picture"), ("draw", "speech")))
 
 
 def test_an_objective_without_noise_is_refused():
@@ -185,7 +207,10 @@ def test_parameters_of_decoders_that_are_not_asked_are_never_read(workdir):
     size = sum(4 * leaf.size for leaf in jax.tree.leaves(vl_jax.load_run(workdir, heads="speech").params))
     assert size > 10_000_000
     assert read_by(lambda: vl_jax.load_run(workdir, heads="speech")) > 0.8 * size
-    assert read_by(lambda: vl_jax.load_run(workdir, heads="picture")) < 0.2 * size
+    for others in ({"heads": "picture"}, {"task": "draw"}, {"task": "write"}):
+        assert read_by(lambda others=others: vl_jax.load_run(workdir, **others)) < 0.2 * size
+    assert read_by(lambda: vl_jax.load_run(workdir, task="say")) > 0.8 * size
+    assert read_by(lambda: vl_jax.predict(workdir, task="write", text="a red circle")) < 0.2 * size
 
 
 @pytest.mark.slow
@@ -195,11 +220,20 @@ def test_the_decoder_that_is_asked_writes_a_file(workdir, tmp_path, capsys):
     ask = ["predict", f"--workdir={workdir}", "--text=a red circle"]
     for name in ("one", "same"):
         assert cli.main([*ask, "--head=picture", f"--save={tmp_path / name}.png"]) == 0
+    assert cli.main([*ask, "--task=draw", f"--save={tmp_path}/by_task.png"]) == 0
+    assert (tmp_path / "by_task.png").read_bytes() == (tmp_path / "one.png").read_bytes()
     assert cli.main([*ask, "--head=picture", "--seed=5", f"--save={tmp_path}/other.png"]) == 0
     one, same, other = ((tmp_path / f"{name}.png").read_bytes() for name in ("one", "same", "other"))
     assert one.startswith(b"\x89PNG") and one == same and one != other
     assert cli.main([*ask, "--head=speech", f"--save={tmp_path}/a.wav"]) == 0
     assert read_header(tmp_path / "a.wav", "here").rate == 8000
     assert "seconds" in capsys.readouterr().out
+    for wrong, line in (
+        (["--task=sing"], "task 'sing': the model does draw, say, write"),
+        (["--task=draw", "--head=speech"], "task 'draw' with heads speech: expected one of the two"),
+    ):
+        assert cli.main([*ask, *wrong]) != 0
+        assert line in capsys.readouterr().err
+    assert set(vl_jax.predict(workdir, task="write", text="a")) == {"words"}
     assert cli.main([*ask, f"--save={tmp_path}/b.wav"]) != 0
     assert "expected one head that makes a file, found picture, speech" in capsys.readouterr().err

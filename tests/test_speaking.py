@@ -133,6 +133,12 @@ def test_a_recording_is_read_and_what_is_spoken_is_a_file(tmp_path):
     sound = read_sound(tmp_path / "a.wav", "here")
     assert sound.rate == 8000 and len(sound.samples) == 7 * 96 + 256 and said["seconds"] == 0.116
     assert HEAD.shown(Spoken(label[:8], np.log(np.float32(8)))).size == (10, 24)
+    # As one sees it that puts silence behind short sounds.
+    heard = dataclasses.replace(AUDIO, min_seconds=0.24)
+    picture = dataclasses.replace(HEAD, heard=heard).shown(Spoken(label[:8], np.log(np.float32(8))))
+    assert picture.size == (20, 24) and not np.asarray(picture)[:, 10:].any()
+    with pytest.raises(ValueError, match="heard.sample_rate=16000 of head 'speech' differs from"):
+        dataclasses.replace(HEAD, heard=AudioConfig())
 
 
 def test_a_wav_file_holds_sixteen_bits():

@@ -62,6 +62,7 @@ class JointConfig:
     heads: tuple[AnyHead, ...]
     fusion: AnyFusion = Apart()
     domains: DomainsConfig | None = None  # which experts of the towers are for which field of application
+    tasks: tuple[tuple[str, str], ...] = ()  # (name, head that does it): what ``predict`` may be asked for
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters stay float32
     remat: bool = False  # keep only the inputs of blocks for the backward pass
 
@@ -97,6 +98,15 @@ class JointConfig:
             # What another fusion makes of the towers is known when the head sees it.
             if isinstance(self.fusion, Apart) and hasattr(head, "check_widths"):
                 head.check_widths({tower.name: _pooled_dim(tower.encoder) for tower in self.towers})  # pyright: ignore[reportAttributeAccessIssue]
+        self._check_tasks()
+
+    def _check_tasks(self) -> None:
+        names, heads = [task for task, _ in self.tasks], [head.name for head in self.heads]
+        for task, head in self.tasks:
+            if not task or names.count(task) > 1:
+                raise ValueError(f"task {task!r}: expected a name that no other task has")
+            if head not in heads:
+                raise ValueError(f"task {task!r} is for head {head!r}; the model has {', '.join(heads)}")
 
     @property
     def stacks(self) -> dict[str, Stack]:
@@ -198,6 +208,17 @@ class JointConfig:
             raise ValueError(f"head {name!r}: the model has {', '.join(found)}")
         return found[name]
 
+    def head_for(self, task: str) -> str:
+        """The name of the head that does a task.
+
+        Raises:
+          ValueError: there is none.
+        """
+        found = dict(self.tasks)
+        if task not in found:
+            raise ValueError(f"task {task!r}: the model does {', '.join(found) or 'none by name'}")
+        return found[task]
+
     def trunk_of(self, head: str) -> tuple[str, ...]:
         """The modules that a head stands on: towers and fusion, as far as they act on what it reads."""
         inputs, towers = self.head(head).inputs, tuple(tower.name for tower in self.towers)
@@ -215,7 +236,8 @@ class JointConfig:
         trunk = {module for name in heads for module in self.trunk_of(name)}
         towers = tuple(tower for tower in self.towers if tower.name in trunk)
         domains = self.domains if any(tower.encoder.stack for tower in towers) else None
-        return dataclasses.replace(self, towers=towers, heads=kept, domains=domains)
+        tasks = tuple((task, head) for task, head in self.tasks if head in heads)
+        return dataclasses.replace(self, towers=towers, heads=kept, domains=domains, tasks=tasks)
 
     def check_data(self, data: DataConfig) -> None:
         """Refuses data of another size than the towers read.

@@ -20,7 +20,7 @@ import jax
 
 from vl_jax import config, runs
 from vl_jax.api import sitting
-from vl_jax.api.part import load_heads
+from vl_jax.api.part import heads_for, load_heads
 from vl_jax.api.run import Run
 from vl_jax.experiment import Experiment, read_run
 from vl_jax.joint import JointConfig
@@ -71,20 +71,23 @@ def train(
     return load_run(workdir)
 
 
-def load_run(workdir: str | PathLike[str], *, heads: str | Sequence[str] = ()) -> Run:
+def load_run(workdir: str | PathLike[str], *, heads: str | Sequence[str] = (), task: str = "") -> Run:
     """Opens the newest sound checkpoint of a run, finished or not.
 
     Args:
       heads: of a joint model, these alone; only they and the towers that they stand on are read. None: all.
+      task: of a joint model, in place of ``heads``: the head that does this task.
 
     Raises:
-      UserError: the folder holds no run, no checkpoint that can be used, or no such head.
+      UserError: the folder holds no run, no checkpoint that can be used, or no such head or task.
     """
     start.set_up()
     names = (heads,) if isinstance(heads, str) else tuple(heads)
     with errors.told():
         folder = buckets.here(str(workdir))
     with errors.told():
+        if task:
+            names = heads_for(read_run(folder).model, folder, task, names)
         if names and isinstance(read_run(folder).model, JointConfig):
             return load_heads(folder, names)
         experiment, layout, state, step = runs.restore(folder)

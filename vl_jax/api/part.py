@@ -30,6 +30,13 @@ def joint_of(model: Any, workdir: Path) -> JointConfig:
     return model
 
 
+def heads_for(model: Any, workdir: Path, task: str, heads: Sequence[str] = ()) -> tuple[str, ...]:
+    """The head that does a task; ``UserError`` if there is none, or if heads are named as well."""
+    if heads:
+        raise UserError(f"task {task!r} with heads {', '.join(heads)}: expected one of the two")
+    return (joint_of(model, workdir).head_for(task),)
+
+
 def load_heads(workdir: Path, names: Sequence[str]) -> Run:
     """Some heads of a run's newest checkpoint, and the towers that they stand on; nothing else is read.
 

@@ -6,6 +6,7 @@ a head of pairs             {"pairs": [{"text": "a small cat", "similarity": 0.8
 a head of boxes             {"boxes": [{"label": "cat", "score": 0.9, "box": [x0, y0, x1, y1]}, ...]}
 a head that draws           {"picture": {"picture": a PNG file in a data URL}}
 a head that speaks          {"speech": {"seconds": 0.5, "sound": a WAV file in a data URL}}
+a head that writes          {"words": "a red circle"}
 any other head              {its name: what its ``decode`` gives}
 
 Boxes are in pixels of the picture.
@@ -28,6 +29,7 @@ from PIL import Image as PilImage
 
 from vl_jax import ask, sharding
 from vl_jax.api.calls import load_run
+from vl_jax.api.part import heads_for
 from vl_jax.api.run import Run
 from vl_jax.batch import TILES, TOKENS, Batch
 from vl_jax.data.images.audio import SoundImage
@@ -59,6 +61,7 @@ def predict(
     candidates: Sequence[str] = (),
     max_new_tokens: int = 32,
     seed: int | None = None,
+    task: str = "",
 ) -> dict[str, Any]:
     """What a run's model says, by head, as values that JSON can hold.
 
@@ -72,16 +75,19 @@ def predict(
         experiment's first held-out source.
       max_new_tokens: of an answer.
       seed: of what a head makes out of noise; None: that of its config.
+      task: in place of ``heads``: the head that does this task of the model's.
 
     Raises:
-      UserError: the folder holds no run, there is no such head, or the model needs something else.
+      UserError: the folder holds no run, there is no such head or task, or the model needs something else.
     """
     start.set_up()
     names = (heads,) if isinstance(heads, str) else tuple(heads)
-    opened = run if isinstance(run, Run) else load_run(run, heads=names)
+    opened = run if isinstance(run, Run) else load_run(run, heads=names, task=task)
     given = _Given(None if image is None else Path(image), None if audio is None else Path(audio), text)
     with errors.told():
         model = opened.layout.model
+        if task:
+            names = heads_for(model.config, opened.workdir, task, names)
         if isinstance(model, Writer):
             return {ANSWER: _answer(opened, given, names, max_new_tokens)}
         if not isinstance(model, Joint):

@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--audio", type=Path, help="file of a sound, with a run that was trained on some")
     parser.add_argument("--text", default="", help="the question, or the text that the model reads")
     parser.add_argument("--head", action="append", default=[], help="name of a head; all")
+    parser.add_argument("--task", default="", help="what to do, by the name of a task; only its head is read")
     parser.add_argument(
         "--candidates",
         type=Path,
@@ -46,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     if arguments.draw is not None and arguments.image is None:
         raise ConfigError("--draw needs --image, on which it draws")
-    opened = load_run(arguments.workdir, heads=arguments.head)
+    opened = load_run(arguments.workdir, heads=arguments.head, task=arguments.task)
     lines = arguments.candidates.read_text(encoding="utf-8").splitlines() if arguments.candidates else []
     found = predict(
         opened,
@@ -57,6 +58,7 @@ def run(arguments: argparse.Namespace) -> None:
         candidates=[line.strip() for line in lines if line.strip()],
         max_new_tokens=arguments.max_new_tokens,
         seed=arguments.seed,
+        task=arguments.task,
     )
     if arguments.save is not None:
         arguments.save.write_bytes(made(opened, found))

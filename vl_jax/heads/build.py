@@ -18,6 +18,7 @@ from vl_jax.heads.levels.tokens import TokenPairs
 from vl_jax.heads.pairs import Pairs
 from vl_jax.heads.segmentation import Segmentation
 from vl_jax.heads.speech.speaking import Speaking
+from vl_jax.heads.text.writing import Writing
 from vl_jax.heads.transcript import Transcript
 from vl_jax.schema import Open
 
@@ -42,7 +43,8 @@ class HeadConfig(Protocol):
 
     One that makes what it says out of noise names its random stream as ``rng`` and has
     ``noised(label, key) -> hint``. ``Denoising`` puts the hint into the batch (see ``batch.hint_of``), and
-    the module is called with it as a second argument; what it returns then goes to ``sums``.
+    the module is called with it as a second argument; what it returns then goes to ``sums``. One that says
+    its label piece by piece, each behind the true ones, has ``led(label) -> hint``: ``Heads`` does the same.
     """
 
     @property
@@ -85,6 +87,7 @@ AnyHead = Annotated[
     | Segmentation
     | Depth
     | Transcript
+    | Writing
     | PictureFlow
     | Speaking
     | HeadConfig,

@@ -161,7 +161,9 @@ def log_mel(samples: Float[np.ndarray, "n"], config: AudioConfig) -> Float[np.nd
     hann, bands = hann_window(window), mel_bands(config)
     spectrum = np.fft.rfft(frames * hann, transform_size(config), axis=1)
     power = np.square(np.abs(spectrum) * (2 / hann.sum()))
-    return 10 * np.log10(np.maximum(bands @ power.T, 1e-20)).astype(np.float32)
+    # The threads of a matrix product would wait busily for the next one, which costs far more than this.
+    found = np.einsum("bf,wf->bw", bands, power)
+    return 10 * np.log10(np.maximum(found, 1e-20)).astype(np.float32)
 
 
 def hann_window(size: int) -> Float[np.ndarray, " size"]:

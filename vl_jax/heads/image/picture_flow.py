@@ -22,6 +22,7 @@ from PIL import Image as PilImage
 
 from vl_jax.batch import Given
 from vl_jax.data.sample import Sample
+from vl_jax.data.sources.in_domain import DOMAIN
 from vl_jax.fusion.streams import Stream, Streams, pool
 from vl_jax.heads import pixels
 from vl_jax.heads.image.dit import DiTConfig
@@ -57,6 +58,7 @@ class PictureFlow:
     guidance: float = 2.0  # 1: as the network says; more: what the condition changes counts more
     dropout: float = 0.1  # share of the training draws without a condition, which guidance needs
     seed: int = 0  # of the noise that a picture is made of, where no other is given
+    domain: str = ""  # pictures of other domains are not learnt from; empty: those of all are
 
     rng: ClassVar[str] = NOISE  # its random stream, see ``HeadConfig``
 
@@ -90,8 +92,8 @@ class PictureFlow:
         return "uint8"
 
     def read(self, sample: Sample) -> np.ndarray | None:
-        """The sample's first picture, squeezed to the size; None if it has none."""
-        if not sample.images:
+        """The sample's first picture, squeezed to the size; None if it has none, or is of another domain."""
+        if not sample.images or (self.domain and sample.labels.get(DOMAIN) != self.domain):
             return None
         picture = sample.images[0]().convert("RGB")
         return np.asarray(picture.resize((self.size, self.size), PilImage.Resampling.BOX))

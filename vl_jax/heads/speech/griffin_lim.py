@@ -51,9 +51,12 @@ def magnitudes(levels: Float[np.ndarray, "frames bands"], config: AudioConfig) -
     Multiplicative updates (Lee and Seung 2001) keep powers from falling below 0.
     """
     power, bands = 10 ** (levels.astype(np.float64) / 10), mel_bands(config).astype(np.float64)
-    found = power @ (bands / np.maximum(bands.sum(axis=1, keepdims=True), 1e-12))
+    # Sums of products by einsum, as in ``log_mel``.
+    found = np.einsum("wb,bf->wf", power, bands / np.maximum(bands.sum(axis=1, keepdims=True), 1e-12))
+    given = np.einsum("wb,bf->wf", power, bands)
     for _ in range(_ROUNDS):
-        found *= (power @ bands) / np.maximum(found @ bands.T @ bands, 1e-30)
+        said = np.einsum("wf,bf->wb", found, bands)
+        found *= given / np.maximum(np.einsum("wb,bf->wf", said, bands), 1e-30)
     return np.sqrt(found)
 
 

@@ -55,6 +55,7 @@ class Speaking:
     stream: str = "text"  # whose tokens are spoken
     field: str = "sound"  # name in ``Sample.media``: samples of one channel at the rate of ``audio``
     audio: AudioConfig = AudioConfig()  # the spectrogram
+    heard: AudioConfig | None = None  # that in which a tower sees what is spoken; None: the same
     max_frames: int = 96  # longer recordings are left out
     steps: int = 48  # frames of the axis on which the spectrogram is said
     reduction: int = 1  # frames that are said at once
@@ -67,6 +68,11 @@ class Speaking:
         if self.steps < 1 or self.reduction < 1 or self.steps % self.reduction:
             raise ValueError(
                 f"steps={self.steps} of head {self.name!r}: not a multiple of reduction={self.reduction}"
+            )
+        if self.heard is not None and self.heard.sample_rate != self.audio.sample_rate:
+            raise ValueError(
+                f"heard.sample_rate={self.heard.sample_rate} of head {self.name!r} differs from "
+                f"audio.sample_rate={self.audio.sample_rate}"
             )
         if min(self.max_frames, self.num_layers, self.rounds) < 1 or self.dim < 2 or self.dim % 2:
             raise ValueError(
@@ -138,8 +144,8 @@ class Speaking:
 
     def shown(self, prediction: Spoken) -> PilImage.Image:
         """The spectrogram of the sound, as a tower of pictures sees it."""
-        levels = log_mel(self.sound(prediction), self.audio)
-        return PilImage.fromarray(to_levels(levels, self.audio)).convert("RGB")
+        heard = self.heard or self.audio
+        return PilImage.fromarray(to_levels(log_mel(self.sound(prediction), heard), heard)).convert("RGB")
 
     def decode(self, prediction: Spoken) -> dict[str, Any]:
         """``seconds``, and ``sound``, a WAV file in a data URL."""

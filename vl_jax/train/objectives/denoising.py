@@ -10,7 +10,6 @@ import jax
 
 from vl_jax.batch import Batch, Given, hint_of
 from vl_jax.train.objectives.heads import Heads
-from vl_jax.train.objectives.objective import Sums
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,10 +22,8 @@ class Denoising(Heads):
 
     heads: tuple[str, ...] = ("picture",)
 
-    def __call__(
-        self, params: Any, state: Any, batch: Batch, *, model: nn.Module, rngs: dict[str, jax.Array] | None
-    ) -> Sums:
-        """The sums of every head.
+    def _hints(self, batch: Batch, model: nn.Module, rngs: dict[str, jax.Array] | None) -> dict[str, Given]:
+        """Those of ``Heads``, and noisy labels.
 
         Raises:
           ValueError: no head learns from noise.
@@ -41,5 +38,4 @@ class Denoising(Heads):
                 hints[hint_of(name)] = Given(noisy, label.present)
         if not hints:
             raise ValueError(f"heads={self.heads}: none learns from noise; train them by Heads")
-        batch = dataclasses.replace(batch, media={**batch.media, **hints})
-        return super().__call__(params, state, batch, model=model, rngs=rngs)
+        return super()._hints(batch, model, rngs) | hints

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vl_jax.batch import Batch
+from vl_jax.batch import Batch, Given, hint_of
 from vl_jax.train.objectives.objective import Sums, apply, beside
 
 
@@ -69,6 +69,8 @@ class Heads:
         self, params: Any, state: Any, batch: Batch, *, model: nn.Module, rngs: dict[str, jax.Array] | None
     ) -> Sums:
         """The sums of every head, and the auxiliary losses of sparse layers."""
+        hints = self._hints(batch, model, rngs)
+        batch = dataclasses.replace(batch, media={**batch.media, **hints})
         output, collections = apply(params, state, batch, model=model, rngs=rngs)
         losses, metrics = {}, {}
         for name in self.heads:
@@ -80,6 +82,17 @@ class Heads:
             metrics |= {f"{name}/{metric}": value for metric, value in found.items()}
         auxiliary, stats, gates = beside(output)
         return Sums(losses, metrics, auxiliary, stats, collections, gates)
+
+    def _hints(self, batch: Batch, model: nn.Module, rngs: dict[str, jax.Array] | None) -> dict[str, Given]:
+        """What heads are told beside their streams: those that say a label piece by piece, the label."""
+        del rngs
+        hints = {}
+        for name in self.heads:
+            head: Any = model.config.head(name)  # pyright: ignore[reportAttributeAccessIssue]
+            if hasattr(head, "led"):
+                label = batch.labels[name]
+                hints[hint_of(name)] = Given(head.led(label), label.present)
+        return hints
 
 
 def _loss(head: str) -> str:
