@@ -127,7 +127,7 @@ class VisionLanguageConfig:
         """The sparse layers of the decoder and of the encoder, as far as they have any."""
         result, runs = {}, tuple((LANGUAGE, run.name, "moe") for run in self.language.runs if run.sparse)
         if runs:
-            result[LANGUAGE] = Stack(self.moe, self.language.sparse_layers, runs)
+            result[LANGUAGE] = Stack(self.moe, self.language.sparse_layers, runs, self.language.activation)
         own = None if self.encoder is None else self.encoder.stack
         if own is not None:
             result[ENCODER] = dataclasses.replace(own, runs=tuple((ENCODER, *run) for run in own.runs))

@@ -83,7 +83,12 @@ class TextToTextConfig:
             ENCODER: (self.moe, self.network.encoder),
         }
         return {
-            name: Stack(moe, of.sparse_layers, tuple((name, r.name, "moe") for r in of.runs if r.sparse))
+            name: Stack(
+                moe,
+                of.sparse_layers,
+                tuple((name, r.name, "moe") for r in of.runs if r.sparse),
+                self.network.activation,
+            )
             for name, (moe, of) in parts.items()
             if of.sparse_layers
         }
