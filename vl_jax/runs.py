@@ -367,6 +367,18 @@ def restore(
     Raises:
       ValueError: the folder holds no run, or no sound checkpoint.
     """
+    experiment, layout, state, position = restore_at(workdir, overrides, before=before, change=change)
+    return experiment, layout, state, position.global_step
+
+
+def restore_at(
+    workdir: Path,
+    overrides: Sequence[tuple[str, str]] = (),
+    *,
+    before: int | None = None,
+    change: Callable[[Experiment], Experiment] = lambda experiment: experiment,
+) -> tuple[Experiment, Layout, TrainState, saved.Position]:
+    """The same as ``restore``, with where the run stands in place of the step."""
     experiment = change(read_run(workdir))
     if overrides:
         experiment = config_lib.replace(experiment, overrides)
@@ -381,7 +393,7 @@ def restore(
         raise ValueError(f"--workdir={workdir} holds no checkpoint{when} yet")
     state, position = restored
     state = Program.of(layout, saved.stage_at(experiment.stages, position)).merge(state)
-    return experiment, layout, state, position.global_step
+    return experiment, layout, state, position
 
 
 def export(workdir: Path, target: Path) -> None:

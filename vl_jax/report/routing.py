@@ -84,7 +84,12 @@ def write_routing(workdir: Path, *, num_batches: int, overrides: Sequence[tuple[
         of_stack = _sections(found, texts, churned)
         sections += [(f"{title}: {name}" if title else name, body) for name, body in of_stack]
     main, *others = parts
-    written = {"step": step, **figures[main], "other_stacks": {name: figures[name] for name in others}}
+    written = {
+        "step": step,
+        "stack": main,
+        **figures[main],
+        "other_stacks": {name: figures[name] for name in others},
+    }
     (workdir / FIGURES_FILE).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     target = workdir / PAGE_FILE
     target.write_text(page(f"{workdir.resolve().name}: routing", lead, sections), encoding="utf-8")

@@ -107,8 +107,9 @@ def _sums(config: MoEConfig, width: int, pieces: int, *, size: float) -> np.ndar
     logits = np.pad(logits, ((0, 0), (0, 0), (0, scheme.columns(config) - logits.shape[-1])))
     context = _context(config, width, random)
     state, found = routing.init_state(config), []
+    route = jax.jit(lambda z, where: routing.route(z, where, state, config)[0])
     for keys in (None, jax.random.split(jax.random.key(0), _GROUPS)) if scheme.rng else (None,):
-        assignment, _ = routing.route(jnp.asarray(logits), context.replace(rng=keys), state, config)
+        assignment = route(logits, context.replace(rng=keys))
         if isinstance(assignment, Merge) and (pieces > 1 or abs(jnp.sum(assignment.weights[0]) - 1) > 1e-5):
             raise ValueError(
                 f"scheme={config.scheme!r} takes a mean of experts: these must be whole copies of the block "
