@@ -32,6 +32,7 @@ from vl_jax.kernels.activation import Activation
 from vl_jax.language.encoder_decoder import EncoderDecoder, EncoderDecoderConfig, SourceView, same_segment
 from vl_jax.moe.config import BalanceConfig, CapacityConfig, SharedExpertsConfig
 from vl_jax.moe.layer import MoEOutput
+from vl_jax.moe.replay import guided
 from vl_jax.moe.routing import MoEConfig
 from vl_jax.moe.stacks import RoutingState, Stack, check_packed
 from vl_jax.nn import cache as cache_lib
@@ -232,6 +233,7 @@ class TextToText(nn.Module):
         """
         batch = jax.tree.map(jnp.asarray, batch)  # a host batch will do
         tokens, segments, by_stack = batch.tokens, batch.segment_ids, {}
+        routing_state = guided(routing_state, batch)
         if seen is None:
             parts = parts_of(batch)
             encoded, by_stack = self._encode(batch, parts.source, routing_state)
