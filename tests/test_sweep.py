@@ -168,10 +168,8 @@ def test_a_sweep_of_seeds_goes_on_after_a_kill_and_its_tests_are_those_of_scipy(
         value = loss[chosen.model.moe.scheme][chosen.seed]
         (folder / "metrics.jsonl").write_text(json.dumps({"step": 2, "loss": value}) + "\n")
 
-    Path(spec).write_text(
-        Path(spec).read_text()
-        + f"def sweep_four():\n    return [{{'model.moe.scheme': s}} for s in {schemes}]\n"
-    )
+    four = f"def sweep_four():\n    return [{{'model.moe.scheme': s}} for s in {schemes}]\n"
+    Path(spec).write_text(Path(spec).read_text() + four)
     monkeypatch.setattr(runs, "run", run)
     folder = tmp_path / "runs"
     command = ["sweep", f"--config={spec}", "--sweep=four", f"--workdir={folder}", "--seeds=8"]
@@ -186,12 +184,8 @@ def test_a_sweep_of_seeds_goes_on_after_a_kill_and_its_tests_are_those_of_scipy(
         scheme = name.partition("=")[2].partition(" ")[0]
         difference = loss[scheme] - loss["top_k"]
         t = stats.ttest_rel(loss[scheme], loss["top_k"])
-        exact = stats.permutation_test(
-            (difference,),
-            lambda x, axis: np.mean(x, axis=axis),
-            permutation_type="samples",
-            n_resamples=np.inf,
-        )
+        options = {"permutation_type": "samples", "n_resamples": np.inf}
+        exact = stats.permutation_test((difference,), lambda x, axis: np.mean(x, axis=axis), **options)
         mean, p, holm = map(float, values[at - 1 : at + 2])
         np.testing.assert_allclose((mean, p), (difference.mean(), exact.pvalue), rtol=1e-6)
         found[scheme] = (p, holm)
