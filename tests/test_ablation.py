@@ -201,7 +201,7 @@ def test_names_of_sweeps_and_ablations(spec, tmp_path, capsys):
         ((), "--sweep is missing: .* has rate, other"),
         (("--sweep=rate,other",), "rate is an ablation, which is run by itself"),
         (("--sweep=speed",), "--sweep=speed: .*file.py has other, rate"),
-        (("--sweep=other", "--seeds=2"), "--seeds=2 is for ablations"),
+        (("--sweep=other", "--seeds=0"), "--seeds=0 must be >= 1"),
         (("--sweep=rate", "--parallel=0"), "--parallel=0 must be >= 1"),
         (("--sweep=rate", "--config.seed=1"), "the seeds are those of the ablation"),
         (("--sweep=rate", "--seeds=0"), "--seeds=0: seeds=0"),

@@ -24,7 +24,7 @@ from vl_jax.encoders.vit import ViTConfig
 from vl_jax.heads.classification import Classification
 from vl_jax.joint import JointConfig, Tower
 from vl_jax.moe import routing
-from vl_jax.moe.checks.decisions import dense
+from vl_jax.moe.assignment import weights_of
 from vl_jax.moe.config import BalanceConfig, SharedExpertsConfig
 from vl_jax.moe.routing import EXCLUDED, TOWARDS, MoEConfig, RoutingContext
 from vl_jax.moe.specialise.domains import Domain, DomainsConfig, with_domains
@@ -109,7 +109,7 @@ def test_tokens_of_a_row_take_nothing_of_closed_experts_by_any_scheme(scheme):
     context = RoutingContext(valid=jnp.ones((3, 5), bool), modality=jnp.zeros((3, 5), int))
     of_layer = jax.tree.map(lambda a: a[0], with_domains({}, TOLD, DOMAINS, STACK, groups=3))
     assignment = routing.route(logits, context, {**routing.init_state(config), **of_layer}, config)[0]
-    weights = dense(assignment, context, 4)
+    weights = weights_of(assignment, context.valid, 4)
     closed = np.broadcast_to(of_layer[EXCLUDED], weights.shape)
     assert not np.any(np.asarray(weights)[closed]) and np.any(np.asarray(weights)[~closed])
 

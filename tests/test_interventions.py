@@ -104,14 +104,6 @@ def test_an_expert_nobody_chooses_can_be_taken_away_without_harm(setting):
     assert np.any(np.abs(found.knockout[:, :3] - found.loss) > 1e-6)
 
 
-def test_a_scheme_without_choices_is_refused(setting):
-    config = tiny.of_text(tiny.config("expert_choice"))
-    params, state = tiny.build(config)
-    layout = tiny.layout_of(config)
-    with pytest.raises(ValueError, match="'expert_choice': its tokens have no choice"):
-        interventions.study(layout, params, state, [tiny.varied_batch(2)], stack="language")
-
-
 @pytest.mark.slow
 def test_the_page_of_a_run_is_written(tmp_path, capsys):
     pytest.importorskip("ml_collections")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -10,7 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
+from vl_jax import params as params_lib
+from vl_jax.evaluate import interventions
+from vl_jax.model import VisionLanguage
 from vl_jax.moe import routing
 from vl_jax.moe.checks import decisions
 from vl_jax.moe.checks.subject import NO_SHARED
@@ -100,3 +105,61 @@ def test_a_knockout_is_the_layer_without_the_experts_rows(scheme):
         assert abs(harm - wanted) <= 1e-5
         harms.append(abs(harm))
     assert max(harms) > 1e-3
+
+
+SIZE = 4  # experts of the model
+
+
+def of_one_layer(scheme: str) -> Any:
+    """A language model of one layer, which is sparse."""
+    top_k = 1 if scheme == "switch" else 2
+    model = tiny.of_text(tiny.config())
+    language = dataclasses.replace(model.language, num_layers=1)
+    return dataclasses.replace(
+        model, language=language, moe=MoEConfig(scheme, SIZE, top_k, 8, shared=NO_SHARED)
+    )
+
+
+def recomputed(expert: int, model: Any, params: Any, state: Any, batch: Any) -> float:
+    """The loss of a model that never had an expert: all of its rows are dropped by hand."""
+    flat, moe = params_lib.flatten(params), model.moe
+    at = "language/moe_layers/moe/"
+    kept = np.arange(SIZE) != expert
+    if moe.scheme == "dselect_k":  # a selector whose expert is gone has no second choice
+        flat[at + "w_out"] = jnp.where(kept[None, :, None, None], flat[at + "w_out"], 0.0)
+    else:
+        columns = np.arange(flat[at + "router"].shape[-1]) % SIZE != expert
+        flat[at + "router"] = flat[at + "router"][..., columns]
+        flat |= {at + name: flat[at + name][:, kept] for name in ("w_in", "w_out")}
+        state = jax.tree.map(lambda a: a[..., kept] if a.ndim > 1 else a, state)
+        changes: dict[str, Any] = {"num_experts": SIZE - 1}
+        if moe.scheme in ("modality_top_k", "modality_expert_choice"):
+            changes["options"] = (("vision_experts", SIZE // 2 - (expert >= SIZE // 2)),)
+            changes["top_k"] = 1 if moe.scheme == "modality_top_k" else moe.top_k
+        if moe.scheme == "expert_choice":  # the others take as many tokens as before
+            changes["limit"] = CapacityConfig(factor=(SIZE - 1) / SIZE)
+        if moe.scheme == "modality_expert_choice":
+            own = SIZE // 2
+            changes["limit"] = CapacityConfig(factor=(own - 1) / own)
+        model = dataclasses.replace(model, moe=dataclasses.replace(moe, **changes))
+    run = jax.jit(functools.partial(interventions.target_losses, model=VisionLanguage(model)))
+    losses = np.asarray(run(params_lib.unflatten(flat), state, batch), np.float64)
+    return float(np.sum(losses * batch.loss_weights) / np.sum(batch.loss_weights))
+
+
+@pytest.mark.parametrize(
+    "scheme", [pytest.param(s, marks=() if s == "expert_choice" else pytest.mark.slow) for s in SCHEMES]
+)
+def test_the_table_of_a_study_is_what_models_without_the_experts_lose(scheme):
+    model = of_one_layer(scheme)
+    if scheme == "modality_top_k":  # of two experts one must be left
+        model = dataclasses.replace(model, moe=dataclasses.replace(model.moe, top_k=1))
+    (params, state), batch = tiny.build(model), tiny.varied_batch(4)
+    found = interventions.study(tiny.layout_of(model), params, state, [batch], stack="language")
+    assert found.load.sum() > 0 and np.isfinite(found.rerouted).all()
+    # Of text tokens the experts for pictures take none, and a hash follows from the number of an expert.
+    experts = {"hash": (SIZE - 1,), "modality_top_k": (0,), "modality_expert_choice": (0,)}
+    for expert in experts.get(scheme, (0, SIZE - 1)):
+        expected = recomputed(expert, model, params, state, batch)
+        assert abs((found.knockout[0, expert] - found.loss) - (expected - found.loss)) <= 1e-5
+    assert np.abs(found.knockout - found.loss).max() > 1e-3

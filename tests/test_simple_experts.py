@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from vl_jax.moe import comparisons, conformance
+from vl_jax.moe.assignment import weights_of
 from vl_jax.moe.checks import decisions
 from vl_jax.moe.checks.subject import NO_SHARED
 from vl_jax.moe.config import CapacityConfig, SimpleExpertsConfig
@@ -35,7 +36,7 @@ def layer(scheme: str, **options: Any) -> tuple[Any, ...]:
 def test_every_expert_gives_what_it_says(scheme):
     config, params, x, context, y, stats, assignment = layer(scheme)
     assert params["w_in"].shape[0] == 3 and params["router"].shape[1] == 8
-    gates = np.asarray(decisions.dense(assignment, context, config.num_experts), np.float64)
+    gates = np.asarray(weights_of(assignment, context.valid, config.num_experts), np.float64)
     outputs = [np.asarray(_mlp(params, x, e)) for e in range(3)] + [0 * x, x, x]
     for vector, shares in zip(params["simple"]["vectors"], params["simple"]["shares"], strict=True):
         logits = x @ np.float64(shares)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
+from scipy import stats
 
 from vl_jax import cli, config, runs, schema, sweep
 from vl_jax.report import charts, comparison
@@ -149,6 +152,51 @@ def test_runs_are_rows_and_seeds_one_of_them(spec, tmp_path, monkeypatch):
         ValueError, match="--columns=speed: no figure is called so; there are held: exact_match"
     ):
         comparison.write_comparison(tmp_path, ["speed"])
+
+
+def test_a_sweep_of_seeds_goes_on_after_a_kill_and_its_tests_are_those_of_scipy(spec, tmp_path, monkeypatch):
+    ran: list[str] = []
+    schemes = ("top_k", "loss_free", "remoe", "expert_choice")
+    loss = {s: 2.0 + 0.1 * n + 0.3 * np.random.default_rng(n).random(8) for n, s in enumerate(schemes)}
+
+    def run(chosen, folder):
+        if len(ran) == 13:  # here the first launch is killed
+            ran.append("")
+            raise KeyboardInterrupt
+        ran.append(folder.name)
+        leave_a_run(chosen, folder)
+        value = loss[chosen.model.moe.scheme][chosen.seed]
+        (folder / "metrics.jsonl").write_text(json.dumps({"step": 2, "loss": value}) + "\n")
+
+    four = f"def sweep_four():\n    return [{{'model.moe.scheme': s}} for s in {schemes}]\n"
+    Path(spec).write_text(Path(spec).read_text() + four)
+    monkeypatch.setattr(runs, "run", run)
+    folder = tmp_path / "runs"
+    command = ["sweep", f"--config={spec}", "--sweep=four", f"--workdir={folder}", "--seeds=8"]
+    assert cli.main(command) == 130 and len(ran) == 14
+    assert cli.main(command) == 0
+    assert len(ran) == 33 and len(set(ran)) == 33  # every run once
+    with (folder / "paired.csv").open(newline="") as file:
+        head, *rows = csv.reader(file)
+    assert head[0] == "less scheme=top_k" and len(rows) == 3
+    at, found = head.index("loss"), {}
+    for name, *values in rows:
+        scheme = name.partition("=")[2].partition(" ")[0]
+        difference = loss[scheme] - loss["top_k"]
+        t = stats.ttest_rel(loss[scheme], loss["top_k"])
+        options = {"permutation_type": "samples", "n_resamples": np.inf}
+        exact = stats.permutation_test((difference,), lambda x, axis: np.mean(x, axis=axis), **options)
+        mean, p, holm = map(float, values[at - 1 : at + 2])
+        np.testing.assert_allclose((mean, p), (difference.mean(), exact.pvalue), rtol=1e-6)
+        found[scheme] = (p, holm)
+        half = np.diff(t.confidence_interval(0.95))[0] / 2
+        page = (folder / "comparison.html").read_text(encoding="utf-8")
+        assert charts.with_error(mean, half) in page and charts.number(p) in page
+    ranked, most = sorted(found.values()), 0.0
+    for place, (p, holm) in enumerate(ranked):
+        most = max(most, min(1.0, p * (3 - place)))
+        assert holm == pytest.approx(most)
+    assert "scheme=expert_choice (not causal)" in page and "remoe (not causal)" not in page
 
 
 def test_figures_of_routing_are_read_off_the_log():

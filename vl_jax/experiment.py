@@ -26,6 +26,7 @@ from vl_jax.language.text_to_text import TextToTextConfig
 from vl_jax.layout import Layout, ModelConfig, Variables, init_variables, plan_layout
 from vl_jax.model import VisionLanguageConfig
 from vl_jax.moe.specialise.growing import GrowthConfig
+from vl_jax.moe.specialise.upcycling import UpcyclingConfig
 from vl_jax.runtime import errors
 from vl_jax.runtime.storage import buckets
 from vl_jax.schema import ConfigError, Open
@@ -61,6 +62,9 @@ class Experiment:
     init_experts: GrowthConfig | None = (
         None  # how experts begin that the run of ``init`` lacks; None: as all else
     )
+    # The checkpoint of ``init`` is dense where the model has experts: they begin as copies of its blocks, so
+    # that the first loss is its loss. None: they begin as all else.
+    init_dense: UpcyclingConfig | None = None
     mesh: MeshConfig = MeshConfig()
     loop: LoopConfig = LoopConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -71,6 +75,9 @@ class Experiment:
             self.model.check_data(self.data)
         if self.init_experts is not None and not self.init:
             raise ValueError("init_experts needs init, the run whose experts there are to be more of")
+        if self.init_dense is not None and (not self.init or self.init_experts is not None):
+            what = "excludes init_experts" if self.init else "needs init, the run whose blocks are copied"
+            raise ValueError(f"init_dense {what}")
         if not self.stages:
             raise ValueError("stages is empty; an experiment needs at least one")
         names = [source.name for source in self.data.sources]
@@ -219,6 +226,10 @@ def _whole_weights(experiment: Experiment, layout: Layout) -> Variables:
             raise ValueError(
                 f"config.init_experts: {folder} is a published checkpoint; experts are added to a run's"
             )
+        if experiment.init_dense is not None:
+            raise ValueError(
+                f"config.init_dense: {folder} is a published checkpoint; `convert` it and begin with that"
+            )
         return Variables(*pretrained.load_params(folder, layout))
     example = example_batch(experiment, sharding.batch_axes(layout.mesh))
     if origin is None:
@@ -242,8 +253,8 @@ def _whole_weights(experiment: Experiment, layout: Layout) -> Variables:
             )
         return saved.stage_at(before.stages, saved.Position(**record["position"])).lora
 
-    options = {"seed": experiment.seed, "growth": experiment.init_experts}
-    return initial.load(origin, layout, example, lora_of=lora_of, **options)
+    begin = {"growth": experiment.init_experts, "upcycling": experiment.init_dense}
+    return initial.load(origin, layout, example, lora_of=lora_of, seed=experiment.seed, **begin)
 
 
 def read_run(workdir: Path) -> Experiment:

@@ -46,6 +46,7 @@ from vl_jax.fusion.towers import only_infers, read_open_rows
 from vl_jax.fusion.weights import ModalityWeights
 from vl_jax.heads.build import AnyHead
 from vl_jax.moe.layer import MoEOutput
+from vl_jax.moe.replay import guided
 from vl_jax.moe.routing import State
 from vl_jax.moe.specialise.domains import DomainsConfig, with_domains
 from vl_jax.moe.stacks import RoutingState, Stack
@@ -318,7 +319,7 @@ class Joint(nn.Module):
         if between and not self.is_initializing():
             streams, routed, read = self._see_in_step(batch), {}, jnp.float32(batch.tokens.shape[0])
         else:
-            streams, routed, read = self._see_apart(batch, routing_state)
+            streams, routed, read = self._see_apart(batch, guided(routing_state, batch))
         if any(map(self.has_rng, getattr(self.config.fusion, "draws", ()))):
             content = content_of_rows(batch, self.config.towers)
             streams = {n: dataclasses.replace(s, content=content) for n, s in streams.items()}

@@ -32,6 +32,7 @@ from vl_jax.fusion.towers import Seen, before_answers, looking, only_infers, rea
 from vl_jax.language.decoder import Decoder, DecoderConfig, LayerContext
 from vl_jax.moe.config import BalanceConfig, GateConfig
 from vl_jax.moe.layer import MoEOutput
+from vl_jax.moe.replay import guided
 from vl_jax.moe.routing import MoEConfig, RoutingContext, State
 from vl_jax.moe.stacks import RoutingState, Stack, check_packed
 from vl_jax.nn import cache as cache_lib
@@ -127,7 +128,7 @@ class VisionLanguageConfig:
         """The sparse layers of the decoder and of the encoder, as far as they have any."""
         result, runs = {}, tuple((LANGUAGE, run.name, "moe") for run in self.language.runs if run.sparse)
         if runs:
-            result[LANGUAGE] = Stack(self.moe, self.language.sparse_layers, runs)
+            result[LANGUAGE] = Stack(self.moe, self.language.sparse_layers, runs, self.language.activation)
         own = None if self.encoder is None else self.encoder.stack
         if own is not None:
             result[ENCODER] = dataclasses.replace(own, runs=tuple((ENCODER, *run) for run in own.runs))
@@ -338,7 +339,7 @@ class VisionLanguage(nn.Module):
           seen: the visual tokens, if ``see`` already ran; the encoder's statistics are then left out.
           cache: if given, the batch is appended to it (a row's segment must not begin before).
         """
-        in_encoder, read = None, jnp.float32(0)
+        in_encoder, read, routing_state = None, jnp.float32(0), guided(routing_state, batch)
         if seen is None:
             seen, in_encoder, read = self._see(batch, routing_state)
         vision, looks = (seen.vision, seen.looks) if isinstance(seen, Seen) else (seen, None)

@@ -55,6 +55,7 @@ from vl_jax.train.hooks import Hook
 from vl_jax.train.hosts import agreement
 from vl_jax.train.probe import Probe
 from vl_jax.train.program import Program, programs
+from vl_jax.train.specialise import guide
 from vl_jax.train.stages import Stage
 from vl_jax.train.step import TrainState
 from vl_jax.train.watchdog import Watchdog
@@ -198,7 +199,11 @@ class _Launched:
         )
 
     def _stream_of(self, stage: Stage) -> loop.TrainingStream:
-        return open_stream(self.experiment, stage, rows_here(self.layout, stage.batch_size))
+        stream = open_stream(self.experiment, stage, rows_here(self.layout, stage.batch_size))
+        if stage.guide is None:
+            return stream
+        _, layout, state, _ = restore(buckets.here(stage.guide.run))
+        return guide.guided(stream, stage, self.layout, layout, state)
 
     def conclude(self, state: TrainState, *, together: int = 1) -> dict[str, Any]:
         """Evaluates the trained model and writes the report; returns the results by task."""
@@ -367,6 +372,18 @@ def restore(
     Raises:
       ValueError: the folder holds no run, or no sound checkpoint.
     """
+    experiment, layout, state, position = restore_at(workdir, overrides, before=before, change=change)
+    return experiment, layout, state, position.global_step
+
+
+def restore_at(
+    workdir: Path,
+    overrides: Sequence[tuple[str, str]] = (),
+    *,
+    before: int | None = None,
+    change: Callable[[Experiment], Experiment] = lambda experiment: experiment,
+) -> tuple[Experiment, Layout, TrainState, saved.Position]:
+    """The same as ``restore``, with where the run stands in place of the step."""
     experiment = change(read_run(workdir))
     if overrides:
         experiment = config_lib.replace(experiment, overrides)
@@ -381,7 +398,7 @@ def restore(
         raise ValueError(f"--workdir={workdir} holds no checkpoint{when} yet")
     state, position = restored
     state = Program.of(layout, saved.stage_at(experiment.stages, position)).merge(state)
-    return experiment, layout, state, position.global_step
+    return experiment, layout, state, position
 
 
 def export(workdir: Path, target: Path) -> None:

@@ -25,6 +25,7 @@ from vl_jax.ablation.scaling import declared as scalings
 from vl_jax.ablation.scaling import judged
 from vl_jax.ablation.scaling.declared import Scaling
 from vl_jax.ablation.workers import Job
+from vl_jax.moe import routing
 from vl_jax.report import comparison
 from vl_jax.runtime import disk
 from vl_jax.runtime.version import commit
@@ -141,20 +142,34 @@ def _with_seeds(declared: Declared, seeds: int | None) -> Declared:
         raise ConfigError(f"--seeds={seeds}: {error}") from None
 
 
+def variants_of(spec: str, names: Sequence[str], seeds: int | None = None) -> list[dict[str, str]]:
+    """The variants of the product of some sweeps, each with so many seeds from 0 on if that is asked for."""
+    variants = config.sweep(spec, names)
+    if seeds is None:
+        return variants
+    return [{**variant, "seed": str(seed)} for variant in variants for seed in range(seeds)]
+
+
 def jobs_of(
-    spec: str, names: Sequence[str], workdir: Path, overrides: Iterable[tuple[str, str]] = ()
+    spec: str,
+    names: Sequence[str],
+    workdir: Path,
+    overrides: Iterable[tuple[str, str]] = (),
+    *,
+    seeds: int | None = None,
 ) -> list[Job]:
     """The runs of the product of some sweeps.
 
     Args:
       spec: experiment file, as for ``config.load``.
       overrides: what all runs share.
+      seeds: runs of every variant; None: one, with the experiment's own seed.
 
     Raises:
       ConfigError: a configuration is wrong, two runs would share a folder, or a folder holds a finished run
         of another configuration.
     """
-    variants = config.sweep(spec, names)
+    variants = variants_of(spec, names, seeds)
     folders = [workdir / folder_name(variant) for variant in variants]
     twice = next((f.name for f in folders if folders.count(f) > 1), None)
     if twice is not None:
@@ -179,19 +194,24 @@ def run(
     overrides: Iterable[tuple[str, str]] = (),
     *,
     parallel: int = 1,
+    seeds: int | None = None,
 ) -> Path:
     """Trains every variant that has not finished yet and compares all of them; returns the page's path.
 
     Args:
       parallel: runs at once, each in a process of its own.
+      seeds: as for ``jobs_of``.
 
     Raises:
       ConfigError: a configuration is wrong; nothing has run then.
       ValueError: some runs failed; the others are there, and compared.
     """
-    jobs = jobs_of(spec, names, workdir, overrides)
+    jobs = jobs_of(spec, names, workdir, overrides, seeds=seeds)
     failed = workers.run(jobs, parallel=parallel)
-    labels = {folder_name(v): label_of(v) for v in config.sweep(spec, names)}
+    labels = {
+        folder_name(variant): label_of(variant) + _mark(job)
+        for variant, job in zip(variants_of(spec, names, seeds), jobs, strict=True)
+    }
     disk.write_text(workdir / comparison.LABELS_FILE, json.dumps(labels, indent=1, ensure_ascii=False) + "\n")
     page = comparison.write_comparison(workdir)
     if failed:
@@ -199,9 +219,15 @@ def run(
     return page
 
 
+def _mark(job: Job) -> str:
+    """What has to be known of a variant beside what it varies: that it cannot write as it was trained."""
+    causal = all(routing.is_causal(stack.moe) for stack in job.experiment.model.stacks.values())
+    return "" if causal else " (not causal)"
+
+
 def listing(jobs: Sequence[Job]) -> str:
     """Every run and what has become of it."""
-    lines = [f"{job.folder.name}: {state.status(job.folder)}" for job in jobs]
+    lines = [f"{job.folder.name}{_mark(job)}: {state.status(job.folder)}" for job in jobs]
     return "\n".join([*lines, f"{sum(job.is_finished for job in jobs)} of {len(jobs)} runs are finished"])
 
 

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--parallel", type=int, default=1, metavar="N", help="runs at once, each in a process of its own (1)"
     )
     parser.add_argument(
-        "--seeds", type=int, metavar="N", help="of an ablation or a scaling curve, seeds in place of its own"
+        "--seeds", type=int, metavar="N", help="seeds of every variant, or of an arm in place of its own"
     )
     parser.add_argument(
         "--together",
@@ -55,13 +55,15 @@ def run(arguments: argparse.Namespace) -> None:
     names = sweep.names_of(spec, arguments.sweep)
     if _run_declared(arguments, names):
         return
-    for option in ("seeds", "together"):
-        if (given := getattr(arguments, option)) is not None:
-            raise ConfigError(f"--{option}={given} is for ablations and scaling curves, which have seeds")
+    if arguments.together is not None:
+        raise ConfigError(f"--together={arguments.together} is for ablations and scaling curves")
+    if (seeds := arguments.seeds) is not None and seeds < 1:
+        raise ConfigError(f"--seeds={seeds} must be >= 1")
     if arguments.list:
-        print(sweep.listing(sweep.jobs_of(spec, names, workdir, arguments.overrides)))
+        print(sweep.listing(sweep.jobs_of(spec, names, workdir, arguments.overrides, seeds=seeds)))
         return
-    print(sweep.run(spec, names, workdir, arguments.overrides, parallel=arguments.parallel))
+    options = {"parallel": arguments.parallel, "seeds": seeds}
+    print(sweep.run(spec, names, workdir, arguments.overrides, **options))
 
 
 def _run_declared(arguments: argparse.Namespace, names: list[str]) -> bool:

@@ -71,6 +71,11 @@ COMMANDS = {
         "convert --from=deepseek-vl2-tiny --to=checkpoints/tiny",
         "it copies weights as they are, and reads no experiment",
     ),
+    "prune": Command(
+        "Write a run with fewer experts: the least harmful ones are left out, or merged into others.",
+        "prune --workdir=runs/quickstart --to=runs/pruned --share=0.25",
+        "it reads a run as it was trained; give overrides to train, which goes on with the result",
+    ),
     "conformance": Command(
         "Check a routing scheme of one's own: gradients, equivariance, masking, causality, kernels, devices.",
         "conformance experiments/my_router.py:my_router --config.model.moe.options.push=0.3",

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from vl_jax.kernels.activation import FUNCTIONS, Kind
+from vl_jax.kernels.activation import FUNCTIONS, Activation, Kind
 from vl_jax.moe.layer import (
     Carried,
     DynamicMoE,
@@ -100,9 +100,8 @@ class BlockConfig:
         """The sparse blocks, in the module that runs them."""
         if self.moe is None:
             return None
-        return Stack(
-            self.moe, self.sparse_layers, tuple((run.name, "moe") for run in self.runs if run.sparse)
-        )
+        runs = tuple((run.name, "moe") for run in self.runs if run.sparse)
+        return Stack(self.moe, self.sparse_layers, runs, Activation(self.activation, gated=False))
 
 
 @struct.dataclass

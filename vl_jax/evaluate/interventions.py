@@ -1,7 +1,8 @@
 """What a trained model's routing does, and what the loss would be had it done otherwise.
 
     batches --as it is-------------------> loss, load [L M E], entropies, co-activation [L E E]
-            --expert (l, e) taken away---> loss [L E]: knock-out; its tokens go to their next best expert
+            --expert (l, e) taken away---> loss [L E]: knock-out; its tokens go to their next best expert,
+                                           or its share of them to the others
             --first choice taken away----> loss [L], and of every target: forced route
 
 An intervention is an entry of the routing state (``routing.EXCLUDED``), so one compiled program serves all.
@@ -21,10 +22,10 @@ from jaxtyping import Array, Float
 
 from vl_jax import losses, sharding
 from vl_jax.batch import MODALITIES, Batch
-from vl_jax.evaluate.routes import token_choice
 from vl_jax.layout import NO_COLLECTIONS, Layout, put_batch
 from vl_jax.moe import losses as router_losses
 from vl_jax.moe import routing
+from vl_jax.moe.assignment import ExpertChoice, Merge, TokenChoice, weights_of
 from vl_jax.moe.stacks import RoutingState, Stack, sown
 
 
@@ -36,10 +37,12 @@ class Study:
     loss: float
     targets: int  # how many were predicted
     load: np.ndarray  # i64[L M E] choices by modality
-    choices: np.ndarray  # f64[L E E] tokens that chose both
+    choices: np.ndarray  # f64[L E E] tokens that have both; of shares, the sum of their products
     router_entropy: np.ndarray  # f64[L M] of the scheme's own scores, mean over tokens, nats
     knockout: np.ndarray  # f64[L E] loss without the expert
-    fan_out: np.ndarray  # f64[L S] shards a token is sent to, for each of ``balance.fan_out_shards``
+    # f64[L S] shards a token is sent to, for each of ``balance.fan_out_shards``; S is 0 where tokens do not
+    # choose
+    fan_out: np.ndarray
     rerouted: np.ndarray  # f64[L] loss with every token's first choice taken away
     changes: tuple[Change, ...]  # the targets that suffer most from that
 
@@ -93,7 +96,7 @@ def study(
       track: wraps the interventions, to show progress; they are L * (E + 1).
 
     Raises:
-      ValueError: its scheme gives tokens no choice of their own, or there is nothing to predict.
+      ValueError: there is nothing to predict.
     """
     model, of = layout.model, layout.model.config.stacks[stack]
     num_layers, num_experts = len(of.layers), of.moe.num_experts
@@ -121,6 +124,7 @@ def study(
         def mean(values: Sequence[np.ndarray]) -> float:
             return sum(float(np.sum(v * w)) for v, w in zip(values, weights, strict=True)) / total
 
+        merges = seen[0]["merges"]
         knockout, rerouted = np.zeros((num_layers, num_experts)), np.zeros(num_layers)
         changes: list[Change] = []
         plan = [(layer, expert) for layer in range(num_layers) for expert in (*range(num_experts), None)]
@@ -131,10 +135,12 @@ def study(
                 knockout[layer, expert] = mean(losses_of(lambda _, m=mask: m))
                 continue
             first = [s["first"][layer] for s in seen]
+            if merges:  # all tokens of a group have the same
+                first = [f.min(axis=1, keepdims=True) for f in first]
             found = losses_of(lambda i, n=layer, f=first: _only(n, num_layers, f[i], num_experts))
             rerouted[layer] = mean(found)
             for number, values in enumerate(found):
-                if first[number].shape != batches[number].tokens.shape:
+                if seen[number]["first"][layer].shape != batches[number].tokens.shape:
                     break  # the stack's tokens are not those that predict
                 changes += _changes(number, layer, batches[number], seen[number], values)
     changes.sort(key=lambda c: c.loss - c.rerouted_loss)
@@ -145,8 +151,7 @@ def study(
         load=np.asarray(sum(s["load"].astype(np.int64) for s in seen)),
         choices=np.asarray(sum(s["choices"].astype(np.float64) for s in seen)),
         router_entropy=_mean_entropy(seen),
-        fan_out=np.sum([s["destinations"] for s in seen], axis=0, dtype=np.float64)
-        / np.maximum(np.sum([s["tokens"] for s in seen], axis=(0, 2))[:, None], 1),
+        fan_out=_fan_out(seen),
         knockout=knockout,
         rerouted=rerouted,
         changes=tuple(changes[:num_changes]),
@@ -187,12 +192,12 @@ def _observe(
     output, kept = model.apply(variables, batch, state, mutable=["intermediates"])
     of: Stack = model.config.stacks[stack]
     num_experts = of.moe.num_experts
-    first, together, entropies = [], [], []
+    first, together, entropies, merges = [], [], [], False
     for layer in sown(kept["intermediates"], of):
-        assignment = token_choice(layer, of)
-        best = jnp.argmax(assignment.gates, axis=-1)[..., None]
-        first.append(jnp.take_along_axis(assignment.experts, best, axis=-1)[..., 0])
-        chosen = jax.nn.one_hot(assignment.experts, num_experts).sum(axis=-2)
+        merges = isinstance(layer.assignment, Merge)
+        share = weights_of(layer.assignment, layer.valid, num_experts)
+        first.append(jnp.where(jnp.any(share > 0, axis=-1), jnp.argmax(share, axis=-1), num_experts))
+        chosen = _chosen(layer.assignment, share)
         together.append(jnp.einsum("BTE,BTF->EF", chosen, chosen))
         # Some schemes' scores leave room for experts that do nothing.
         share = layer.scores / jnp.maximum(jnp.sum(layer.scores, axis=-1, keepdims=True), 1e-30)
@@ -205,10 +210,18 @@ def _observe(
         "load": stats.load,
         "tokens": stats.tokens,
         "first": jnp.stack(first),
+        "merges": merges,
         "choices": jnp.stack(together),
         "destinations": stats.destinations,
         "entropy": jnp.stack(entropies),
     }
+
+
+def _chosen(assignment: Any, weights: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+    """1 where a token has an expert; where it has something of all of them, how much."""
+    if isinstance(assignment, TokenChoice):
+        return jax.nn.one_hot(assignment.experts, weights.shape[-1]).sum(axis=-2)
+    return (weights > 0).astype(jnp.float32) if isinstance(assignment, ExpertChoice) else weights
 
 
 def _only(layer: int, num_layers: int, first: np.ndarray, num_experts: int) -> np.ndarray:
@@ -216,6 +229,14 @@ def _only(layer: int, num_layers: int, first: np.ndarray, num_experts: int) -> n
     mask = np.zeros((num_layers, *first.shape, num_experts), bool)
     mask[layer] = first[..., None] == np.arange(num_experts)
     return mask
+
+
+def _fan_out(seen: Sequence[Any]) -> np.ndarray:
+    """The mean number of shards of a token, [L S]; [L 0] where tokens are not sent."""
+    tokens = np.maximum(np.sum([s["tokens"] for s in seen], axis=(0, 2)), 1)[:, None]
+    if seen[0]["destinations"] is None:
+        return np.zeros((len(tokens), 0))
+    return np.sum([s["destinations"] for s in seen], axis=0, dtype=np.float64) / tokens
 
 
 def _mean_entropy(seen: Sequence[Any]) -> np.ndarray:

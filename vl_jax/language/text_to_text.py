@@ -32,6 +32,7 @@ from vl_jax.kernels.activation import Activation
 from vl_jax.language.encoder_decoder import EncoderDecoder, EncoderDecoderConfig, SourceView, same_segment
 from vl_jax.moe.config import BalanceConfig, CapacityConfig, SharedExpertsConfig
 from vl_jax.moe.layer import MoEOutput
+from vl_jax.moe.replay import guided
 from vl_jax.moe.routing import MoEConfig
 from vl_jax.moe.stacks import RoutingState, Stack, check_packed
 from vl_jax.nn import cache as cache_lib
@@ -83,7 +84,12 @@ class TextToTextConfig:
             ENCODER: (self.moe, self.network.encoder),
         }
         return {
-            name: Stack(moe, of.sparse_layers, tuple((name, r.name, "moe") for r in of.runs if r.sparse))
+            name: Stack(
+                moe,
+                of.sparse_layers,
+                tuple((name, r.name, "moe") for r in of.runs if r.sparse),
+                self.network.activation,
+            )
             for name, (moe, of) in parts.items()
             if of.sparse_layers
         }
@@ -227,6 +233,7 @@ class TextToText(nn.Module):
         """
         batch = jax.tree.map(jnp.asarray, batch)  # a host batch will do
         tokens, segments, by_stack = batch.tokens, batch.segment_ids, {}
+        routing_state = guided(routing_state, batch)
         if seen is None:
             parts = parts_of(batch)
             encoded, by_stack = self._encode(batch, parts.source, routing_state)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from vl_jax.batch import MODALITIES
 from vl_jax.params import Leaf
@@ -197,6 +197,18 @@ def without(assignment: Assignment, excluded: Bool[Array, "G T E"], *, shared: b
     return TokenChoice(
         jnp.where(denied, num_experts, assignment.experts), jnp.where(denied, 0.0, assignment.gates)
     )
+
+
+def weights_of(assignment: Assignment, valid: Bool[Array, "G T"], num_experts: int) -> Float[Array, "G T E"]:
+    """How much of every expert a token gets."""
+    if isinstance(assignment, TokenChoice):
+        return jnp.sum(jax.nn.one_hot(assignment.experts, num_experts) * assignment.gates[..., None], axis=2)
+    if isinstance(assignment, ExpertChoice):
+        tokens = jax.nn.one_hot(assignment.tokens, valid.shape[1])
+        return jnp.einsum("GEC,GECT->GTE", assignment.gates, tokens)
+    if isinstance(assignment, Soft):
+        return jnp.sum(assignment.combine, axis=-1)
+    return jnp.where(valid[..., None], assignment.weights[:, None], 0.0)
 
 
 def _describe(value: Any) -> str:

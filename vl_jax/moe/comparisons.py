@@ -21,7 +21,7 @@ import numpy as np
 
 from vl_jax.kernels.expert_weights import ExpertWeights
 from vl_jax.moe import dispatch, exchange, noise, routing, simple
-from vl_jax.moe.assignment import Assignment, RoutingStats, TokenChoice
+from vl_jax.moe.assignment import Assignment, RoutingStats, TokenChoice, weights_of
 from vl_jax.moe.checks import decisions
 from vl_jax.moe.checks.decisions import GROUPS, LENGTH, Waived
 from vl_jax.moe.checks.subject import NO_SHARED, Subject, same
@@ -81,7 +81,7 @@ def _router(config: MoEConfig, noisy: bool) -> Callable[..., tuple]:
         own = simple.chosen_matrices(assignment, config)
         kept, dropped = dispatch.apply_capacity(own, context.valid, matrices)
         stats = statistics(logits, assignment, dropped, context=context, config=config)
-        weights = decisions.dense(kept, context, matrices.num_experts)
+        weights = weights_of(kept, context.valid, matrices.num_experts)
         total = jnp.sum(weights * decisions.random_probe(matrices))
         for name, loss in losses.items():
             total += balance * loss if name == BALANCE else loss

@@ -64,6 +64,7 @@ __all__ = [
     "MASKED",
     "ROUTES",
     "SCHEMES",
+    "TAUGHT",
     "TOWARDS",
     "Assignment",
     "ExpertChoice",
@@ -122,6 +123,8 @@ EXCLUDED = "excluded"
 ROUTES = "routes"
 # A third one: f32, of the first one's shapes, weights of a loss that draws a token to experts.
 TOWARDS = "towards"
+# A fourth one: f32[G T N+1], logits of another router, which a loss draws to, and last how much they count.
+TAUGHT = "taught"
 
 
 class Malformed(ValueError):
@@ -350,7 +353,9 @@ def route(
         towards = drawing.of_tokens(state[TOWARDS], shape, "experts to be drawn to")
         scores = probabilities(logits, context, config)
         drawn = {TOWARDS: drawing.drawn_loss(scores, towards, context.valid)}
-    state = {name: value for name, value in state.items() if name not in (EXCLUDED, TOWARDS)}
+    if TAUGHT in state:
+        drawn[TAUGHT] = drawing.taught_loss(logits, state[TAUGHT], context.valid)
+    state = {name: value for name, value in state.items() if name not in (EXCLUDED, TOWARDS, TAUGHT)}
     if given is None:
         assignment, losses = by_group(one_group, logits, context)
         return assignment, {name: jnp.mean(value) for name, value in losses.items()} | drawn

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from vl_jax.kernels.activation import Activation
 from vl_jax.moe import balance, routing
 from vl_jax.moe.layer import MoEOutput
 from vl_jax.moe.routing import MoEConfig, RoutingStats, State
@@ -30,6 +31,7 @@ class Stack:
     moe: MoEConfig
     layers: tuple[int, ...]  # their numbers among all layers of the part
     runs: tuple[tuple[str, ...], ...]  # where the layers stand: paths of the modules that hold them, in order
+    dense: Activation | None = None  # of the part's layers without experts
 
 
 Stacks = Mapping[str, Stack]  # by name; the first is the main one

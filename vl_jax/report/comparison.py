@@ -20,16 +20,17 @@ from typing import Any
 from vl_jax.evaluate.statistics import t_interval
 from vl_jax.metrics import objective_metrics
 from vl_jax.report.charts import Series, colour, line_chart, number, percent, with_error
+from vl_jax.report.pairs import NOTE, against_first
 from vl_jax.report.results import label, read_json
 from vl_jax.report.row import FAILED_FILE, better, points, row, shares
 from vl_jax.report.run import RunFiles, is_run, page, read_run
-from vl_jax.report.tables import Cell, TextTable, mark_best, to_html, to_latex, to_markdown
+from vl_jax.report.tables import Cell, TextTable, mark_best, to_csv, to_html, to_latex, to_markdown
 from vl_jax.runtime import disk
 from vl_jax.runtime.errors import UserError
 
 __all__ = ["is_collection", "row", "write_comparison"]
 
-COMPARISON_FILE, TABLE_FILE = "comparison.html", "comparison.csv"
+COMPARISON_FILE, TABLE_FILE, PAIRED_FILE = "comparison.html", "comparison.csv", "paired.csv"
 LABELS_FILE = "labels.json"  # readable names of folders, where a sweep knows any
 # Columns of the page where none are chosen; scores of tasks come before them, without those of groups.
 _USUAL = ("failed", "eval/*", "steps", "loss", "routing/maxvio_mean", "tokens_per_second", "wall_time_s")
@@ -62,12 +63,19 @@ def write_comparison(folder: Path, columns: Sequence[str] = ()) -> Path:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(rows)
-    grouped = groups(runs, read_json(folder / LABELS_FILE) or {})
+    labels = read_json(folder / LABELS_FILE) or {}
+    grouped = groups(runs, labels)
     table = summary(grouped, choose(names, columns), shares(runs))
     single = [
         [Cell(r["run"], link=f"{r['run']}/report.html"), *_cells(r, names[1:], shares(runs))] for r in rows
     ]
     sections = [("Results", to_html(table)), ("Training", charts(grouped))]
+    first = _first(grouped, labels)
+    tests = against_first(grouped, choose(names, columns), shares(runs), first=first)
+    if tests is not None:
+        note = f'<p class="note">{escape(NOTE)}</p>'
+        sections.insert(1, (f"Paired with {first}", note + to_html(tests)))
+        disk.write_text(folder / PAIRED_FILE, to_csv(tests))
     if len(grouped) < len(runs) or len(table.head) - 2 < len(names) - 1:
         sections.append(("Single runs", to_html(TextTable(names, single))))
     target = folder / COMPARISON_FILE
@@ -98,6 +106,13 @@ def groups(runs: Sequence[RunFiles], labels: Mapping[str, str]) -> dict[str, lis
             name += "'"
         named[name] = members
     return named
+
+
+def _first(grouped: Mapping[str, Sequence[RunFiles]], labels: Mapping[str, str]) -> str:
+    """The kind of runs that others are compared with: of a sweep, the variant that it names first."""
+    told = next(iter(labels), None)
+    named = (name for name, runs in grouped.items() if any(run.folder.name == told for run in runs))
+    return next(named, next(iter(grouped)))
 
 
 def choose(names: Sequence[str], patterns: Sequence[str]) -> list[str]:

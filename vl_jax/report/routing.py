@@ -43,7 +43,7 @@ def write_routing(workdir: Path, *, num_batches: int, overrides: Sequence[tuple[
       overrides: changes to the run's config, of which ``data`` is the useful part: another dataset.
 
     Raises:
-      ValueError: the folder holds no run, or the model's routing cannot be intervened in.
+      ValueError: the folder holds no run, or the model has no experts or predicts no tokens.
     """
     experiment, layout, state, step = restore(workdir, overrides)
     experiment = _held_out(experiment)
@@ -84,7 +84,12 @@ def write_routing(workdir: Path, *, num_batches: int, overrides: Sequence[tuple[
         of_stack = _sections(found, texts, churned)
         sections += [(f"{title}: {name}" if title else name, body) for name, body in of_stack]
     main, *others = parts
-    written = {"step": step, **figures[main], "other_stacks": {name: figures[name] for name in others}}
+    written = {
+        "step": step,
+        "stack": main,
+        **figures[main],
+        "other_stacks": {name: figures[name] for name in others},
+    }
     (workdir / FIGURES_FILE).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     target = workdir / PAGE_FILE
     target.write_text(page(f"{workdir.resolve().name}: routing", lead, sections), encoding="utf-8")
@@ -99,14 +104,18 @@ def _churn(
     batches: Sequence[Batch],
     step: int,
 ) -> dict[str, Any] | None:
-    """By stack the choices that changed since the checkpoint before; None if the run kept no other."""
+    """By stack the choices that changed since the checkpoint before; None without one, or without choices."""
     try:
         _, _, earlier, since = restore(workdir, overrides, before=step)
     except ValueError:
         return None
-    before, after = (
-        all_routes(layout, s.params, s.routing, batches, collections=s.collections) for s in (earlier, state)
-    )
+    try:
+        before, after = (
+            all_routes(layout, s.params, s.routing, batches, collections=s.collections)
+            for s in (earlier, state)
+        )
+    except ValueError:  # tokens of a stack have no choices
+        return None
     share = {
         name: churn(
             jnp.asarray(before[name]), jnp.asarray(after[name]), num_experts=stack.moe.num_experts
@@ -127,7 +136,8 @@ def _held_out(experiment: Experiment) -> Experiment:
 
 def _figures(found: Study) -> dict[str, Any]:
     values = {f.name: getattr(found, f.name) for f in dataclasses.fields(found) if f.name != "changes"}
-    values["fan_out_shards"] = list(balance.fan_out_shards(found.load.shape[-1]))
+    shards = balance.fan_out_shards(found.load.shape[-1])
+    values["fan_out_shards"] = list(shards[: found.fan_out.shape[1]])
     values |= {n: getattr(found, n) for n in ("marginal_entropy", "modality_information")}
     lists = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in values.items()}
     return {**lists, "changes": [dataclasses.asdict(change) for change in found.changes]}
@@ -220,7 +230,8 @@ def _by_layer(found: Study, names: Sequence[str], changed: dict[str, Any] | None
     for m, modality in enumerate(MODALITIES):
         rows[f"router entropy, {modality} tokens, nats"] = [number(v) for v in found.router_entropy[:, m]]
         rows[f"entropy of the load, {modality}, nats"] = [number(v) for v in found.marginal_entropy[:, m]]
-    for i, shards in enumerate(balance.fan_out_shards(found.load.shape[-1])):
+    shards_of = balance.fan_out_shards(found.load.shape[-1])[: found.fan_out.shape[1]]
+    for i, shards in enumerate(shards_of):
         if shards > 1:
             rows[f"of {shards} shards, those a token is sent to"] = [number(v) for v in found.fan_out[:, i]]
     if changed is not None:

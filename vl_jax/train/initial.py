@@ -3,6 +3,7 @@
     checkpoint --by path and shape--> parameters, routing state, collections
     what the checkpoint lacks, or has in another shape --> created afresh, and listed
     sparse layers with fewer experts --> grown, if that is asked for (see ``moe.specialise.growing``)
+    dense layers where ours have experts --> copies, if that is asked for (see ``moe.specialise.upcycling``)
 
 Weights in int8 become what they stand for, and adapters are merged into their weights first.
 """
@@ -29,10 +30,12 @@ from vl_jax.layout import Layout, Variables, init_leaves
 from vl_jax.moe import stacks
 from vl_jax.moe.specialise import growing
 from vl_jax.moe.specialise.growing import GrowthConfig
+from vl_jax.moe.specialise.upcycling import UpcyclingConfig
 from vl_jax.runtime.lazy_array import Index, LazyArray
 from vl_jax.train import lora, saved
 from vl_jax.train.lora import LoraConfig
 from vl_jax.train.specialise import growth as growth_of
+from vl_jax.train.specialise import upcycle
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +76,7 @@ def load(
     seed: int,
     lora_of: LoraOf,
     growth: GrowthConfig | None = None,
+    upcycling: UpcyclingConfig | None = None,
 ) -> Variables:
     """Parameters, routing state and collections of a checkpoint, as far as the model has a place for them.
 
@@ -82,15 +86,18 @@ def load(
       example: batch of the model, for what is created.
       seed: of what is created.
       growth: how experts begin that the model has more; None: sparse layers of other sizes begin afresh.
+      upcycling: how experts begin where the checkpoint has dense blocks; None: afresh.
       lora_of: from the record of the checkpoint to what its adapters are; asked if it has any.
 
     Raises:
       ValueError: there is no sound checkpoint, or none of its parameters is one of the model's; or no sparse
-        layer can grow.
+        layer can grow, or no dense block become experts.
     """
     need = params_lib.flatten({"params": layout.params, **layout.collections})
     with _read(origin, layout) as (step, have, adapters, record):
         grown = {}
+        if upcycling is not None:
+            have = _upcycled(origin, layout, have, need, adapters, upcycling, seed)
         if growth is not None:
             known = layout.model.config.stacks
             grown = growth_of.places(known, have, need, growth, where=str(origin.folder))
@@ -112,6 +119,25 @@ def load(
     for line in differences(have, need | of_state, where=str(origin.folder)):
         logger.warning("init: %s", line)
     return _variables(layout, need, values, state)
+
+
+def _upcycled(
+    origin: Origin,
+    layout: Layout,
+    have: dict[str, Any],
+    need: Mapping[str, Any],
+    adapters: Mapping[str, LazyArray],
+    config: UpcyclingConfig,
+    seed: int,
+) -> dict[str, Any]:
+    """The leaves of a dense checkpoint as the model has them."""
+    if adapters:
+        raise ValueError(
+            f"config.init_dense: the adapters of {origin.folder} are not merged; give a checkpoint at "
+            "the end of a stage"
+        )
+    known = layout.model.config.stacks
+    return upcycle.leaves(known, have, need, config, seed=seed, where=str(origin.folder))
 
 
 def _smaller(

@@ -15,10 +15,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
 
 from vl_jax.moe import routing
-from vl_jax.moe.assignment import Assignment, ExpertChoice, RoutingContext, Soft, TokenChoice
+from vl_jax.moe.assignment import (
+    Assignment,
+    ExpertChoice,
+    RoutingContext,
+    Soft,
+    TokenChoice,
+    weights_of,
+)
 from vl_jax.moe.routing import MoEConfig
 
 GROUPS, LENGTH, WIDTH = 4, 8, 8
@@ -143,18 +149,6 @@ def make_inputs(seed: int, config: MoEConfig) -> tuple[np.ndarray, RoutingContex
     return random.standard_normal((GROUPS, LENGTH, WIDTH), np.float32), context
 
 
-def dense(assignment: Assignment, context: RoutingContext, num_experts: int) -> Float[Array, "G T E"]:
-    """How much of every expert a token gets."""
-    if isinstance(assignment, TokenChoice):
-        return jnp.sum(jax.nn.one_hot(assignment.experts, num_experts) * assignment.gates[..., None], axis=2)
-    if isinstance(assignment, ExpertChoice):
-        tokens = jax.nn.one_hot(assignment.tokens, context.valid.shape[1])
-        return jnp.einsum("GEC,GECT->GTE", assignment.gates, tokens)
-    if isinstance(assignment, Soft):
-        return jnp.sum(assignment.combine, axis=-1)
-    return jnp.where(context.valid[..., None], assignment.weights[:, None], 0.0)
-
-
 @functools.cache
 def _compiled(config: MoEConfig) -> Callable[..., tuple]:
     return jax.jit(functools.partial(_decide, config=config))
@@ -173,7 +167,7 @@ def _decide(
 
     def parts(logits: jax.Array) -> tuple:
         assignment, losses = routing.route(logits, context, state, config)
-        weights = dense(assignment, context, config.num_experts)
+        weights = weights_of(assignment, context.valid, config.num_experts)
         total = sum(losses.values(), start=jnp.zeros((), jnp.float32))
         return (weights, total), (assignment, weights, losses)
 

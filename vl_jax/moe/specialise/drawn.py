@@ -1,4 +1,4 @@
-"""The loss that draws tokens to some experts: ``-log`` of the share of probability that these have."""
+"""Losses that draw a router to what is given: to some experts, or to the logits of another router."""
 
 from __future__ import annotations
 
@@ -7,10 +7,29 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 
+def taught_loss(
+    logits: Float[Array, "G T N"], taught: Float[Array, "G T M"], valid: Bool[Array, "G T"]
+) -> Float[Array, ""]:
+    """How far the softmax of the logits is from that of a teacher's: the divergence KL(teacher || router).
+
+    The mean over groups of the weighted mean over their valid tokens, in nats.
+
+    Args:
+      taught: the teacher's logits, N of them, and last the weight.
+    """
+    weight = jnp.where(valid, taught[..., -1], 0.0)
+    wanted, own = (jax.nn.log_softmax(z, axis=-1) for z in (taught[..., :-1], logits))
+    divergence = jnp.sum(jnp.exp(wanted) * (wanted - own), axis=-1)
+    tokens = jnp.maximum(jnp.sum(valid, axis=-1, dtype=jnp.float32), 1.0)
+    return jnp.mean(jnp.sum(weight * divergence, axis=-1) / tokens)
+
+
 def drawn_loss(
     scores: Float[Array, "G T E"], towards: Float[Array, "G T E"], valid: Bool[Array, "G T"]
 ) -> Float[Array, ""]:
-    """The mean over groups of the weighted mean over their valid tokens.
+    """``-log`` of the share of probability that the experts have which tokens are drawn to.
+
+    The mean over groups of the weighted mean over their valid tokens.
 
     Args:
       scores: probabilities of the experts; they need not sum to one.

@@ -13,7 +13,7 @@ from vl_jax.moe.routing import MoEConfig, State, scheme_of
 from vl_jax.moe.stacks import Stack
 
 # Parameters of ``DynamicMoE`` and their axis of experts, from the end, so that layers in front move none.
-_AXES = {"w_in": -4, "w_out": -3, "b_in": -3, "b_out": -2, "router": -1, "router_bias": -1}
+AXES = {"w_in": -4, "w_out": -3, "b_in": -3, "b_out": -2, "router": -1, "router_bias": -1}
 
 
 def axes(params: params_lib.Tree, stack: Stack) -> dict[str, int]:
@@ -23,7 +23,7 @@ def axes(params: params_lib.Tree, stack: Stack) -> dict[str, int]:
       params: of the whole model, or their shapes.
     """
     flat = params_lib.flatten(params)
-    named = (("/".join((*run, name)), axis) for run in stack.runs for name, axis in _AXES.items())
+    named = (("/".join((*run, name)), axis) for run in stack.runs for name, axis in AXES.items())
     return {path: axis for path, axis in named if path in flat}
 
 

@@ -1,0 +1,139 @@
+"""A stage whose routing follows another run's: routes are replayed, or routers learn from its routers.
+
+    stream --batch--> model of the run --routes, or logits of routers--> batch --> step
+
+Both go into the batch (see ``moe.replay``), so the step is that of any stage.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from vl_jax import sharding
+from vl_jax.batch import Batch
+from vl_jax.layout import Layout, put_batch
+from vl_jax.moe import replay
+from vl_jax.moe.assignment import TokenChoice
+from vl_jax.moe.routing import scheme_of
+from vl_jax.moe.stacks import Stacks, sown
+
+
+@dataclasses.dataclass(frozen=True)
+class GuideConfig:
+    """The run that guides the routing of a stage, with its newest checkpoint."""
+
+    run: str  # its folder
+    # ``replay``: tokens take the experts that it chose, with gates of today's scores. ``distil``: a loss
+    # draws the softmax of every router's logits to that of its own.
+    way: Literal["replay", "distil"] = "distil"
+    weight: float = 1.0  # of the loss of ``distil``
+
+    def __post_init__(self):
+        if not self.run:
+            raise ValueError("guide.run is empty: it must be the folder of a run")
+        if not self.weight > 0:
+            raise ValueError(f"guide.weight={self.weight} must be > 0")
+
+
+def check(config: GuideConfig, ours: Stacks, theirs: Stacks) -> None:
+    """Makes sure that the run can guide the model.
+
+    Raises:
+      ValueError: its routers are others, or the scheme takes no routes; names the stack.
+    """
+    if not ours:
+        raise ValueError("guide: the model has no routed experts")
+    for name, stack in ours.items():
+        other = theirs.get(name)
+        sizes = [
+            None if of is None else (len(of.layers), of.moe.num_experts, scheme_of(of.moe).columns(of.moe))
+            for of in (stack, other)
+        ]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"guide.run={config.run}: {name} has {sizes[1]} layers, experts and router columns there and "
+                f"{sizes[0]} here"
+            )
+        if config.way == "replay" and not scheme_of(stack.moe).replays:
+            raise ValueError(f"guide.way='replay': scheme={stack.moe.scheme!r} of {name} takes no routes")
+
+
+def recorded(params: Any, state: Any, batch: Batch, *, layout: Layout, collections: Any) -> Batch:
+    """The batch with the routes that its tokens have in a model.
+
+    Raises:
+      ValueError: tokens have no choices.
+    """
+    found = _decided(params, state, batch, layout=layout, collections=collections)
+    rows, routes = batch.tokens.shape[0], {}
+    for name, layers in found.items():
+        if not all(isinstance(layer.assignment, TokenChoice) for layer in layers):
+            raise ValueError(f"{name}: its tokens have no choices that could be replayed")
+        routes[name] = replay.by_row(jnp.stack([layer.assignment.experts for layer in layers]), rows)
+    return dataclasses.replace(batch, routes=routes)
+
+
+def taught(
+    params: Any, state: Any, batch: Batch, *, layout: Layout, collections: Any, weight: float
+) -> Batch:
+    """The batch with the logits of a model's routers, and how much they count."""
+    found = _decided(params, state, batch, layout=layout, collections=collections)
+    rows, taught = batch.tokens.shape[0], {}
+    for name, layers in found.items():
+        logits = jnp.stack([layer.logits for layer in layers])
+        counts = jnp.full((*logits.shape[:-1], 1), weight, jnp.float32)
+        taught[name] = replay.by_row(jnp.concatenate([logits, counts], axis=-1), rows)
+    return dataclasses.replace(batch, router_logits=taught)
+
+
+def _decided(params: Any, state: Any, batch: Batch, *, layout: Layout, collections: Any) -> dict[str, Any]:
+    variables = {"params": params, **collections}
+    kept = layout.model.apply(variables, batch, state, mutable=["intermediates"])[1]
+    known = layout.model.config.stacks
+    return {name: sown(kept["intermediates"], stack) for name, stack in known.items()}
+
+
+class Guided:
+    """A stream of batches that bring the routing of another run; all else is the stream's own."""
+
+    def __init__(self, stream: Any, fill: Any, layout: Layout):
+        self._stream, self._fill, self._layout = stream, fill, layout
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def __iter__(self) -> Guided:
+        return self
+
+    def __next__(self) -> Batch:
+        batch = next(self._stream)
+        with sharding.use_mesh(self._layout.mesh, self._layout.rules):
+            found = self._fill(put_batch(batch, self._layout))
+        routes, logits = jax.device_get((found.routes, found.router_logits))
+        return dataclasses.replace(batch, routes=routes, router_logits=logits)
+
+
+def guided(stream: Any, stage: Any, ours: Layout, theirs: Layout, state: Any) -> Guided:
+    """The stream of a stage, guided by the newest state of its ``guide``.
+
+    Raises:
+      ValueError: it cannot guide this model, or there are several processes.
+    """
+    config: GuideConfig = stage.guide
+    try:
+        if jax.process_count() > 1:
+            raise ValueError("guide: it is for one process, and there are several")
+        check(config, ours.model.config.stacks, theirs.model.config.stacks)
+    except ValueError as error:
+        raise ValueError(f"config.stages.{stage.name}.{error}") from None
+    fill = functools.partial(recorded if config.way == "replay" else taught, layout=theirs)
+    if config.way == "distil":
+        fill = functools.partial(fill, weight=config.weight)
+    compiled = jax.jit(fill)
+    run = functools.partial(compiled, state.params, state.routing, collections=state.collections)
+    return Guided(stream, run, theirs)
