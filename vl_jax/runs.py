@@ -40,6 +40,7 @@ from vl_jax.experiment import (
     read_run,
     resolve,
 )
+from vl_jax.fit import chips, useful
 from vl_jax.interop import pretrained
 from vl_jax.interop.run_as import run_as
 from vl_jax.layout import Layout, rows_here
@@ -47,6 +48,8 @@ from vl_jax.report.results import read_result
 from vl_jax.report.run import write_report
 from vl_jax.runtime import allocator, disk, lock, trace
 from vl_jax.runtime.hosts.joined import joined
+from vl_jax.runtime.ledger import Ledger
+from vl_jax.runtime.spent import EVALUATION, REPORT
 from vl_jax.runtime.storage import buckets
 from vl_jax.runtime.version import commit
 from vl_jax.train import initial, lockstep, loop, resume, saved, signals
@@ -62,10 +65,13 @@ from vl_jax.train.watchdog import Watchdog
 logger = logging.getLogger(__name__)
 
 
-def run(experiment: Experiment, workdir: Path, *, profile: str = "") -> dict[str, Any]:
+def run(
+    experiment: Experiment, workdir: Path, *, profile: str = "", began: float | None = None
+) -> dict[str, Any]:
     """Trains (or resumes), evaluates and writes the report. Returns the evaluation results by task.
 
     Args:
+      began: when the launch did, in seconds since the epoch; None: now.
       profile: the steps of which a trace is written, such as 10-12; none if it is empty.
 
     Raises:
@@ -74,7 +80,8 @@ def run(experiment: Experiment, workdir: Path, *, profile: str = "") -> dict[str
         another process runs there.
     """
     allocator.keep_freed_memory()
-    start, experiment = time.time(), resolve(experiment)
+    start = time.time() if began is None else began
+    experiment = resolve(experiment)
     total = sum(stage.steps for stage in experiment.stages)
     steps = trace.steps_of(profile, total) if profile else None
     _open_data(experiment, workdir)
@@ -154,12 +161,15 @@ def _launched(
     hosts = joined()
     follows = hosts is not None and hosts.number > 0  # the first process holds the folder
     watchdog = Watchdog(experiment.loop.watchdog, workdir / loop.LOGS, hosts=hosts)
-    with contextlib.nullcontext() if follows else lock.held(workdir), watchdog:
+    peaks = [chips.peak_of(device.device_kind) for device in jax.devices()]
+    peak = None if None in peaks else sum(filter(None, peaks))
+    ledger = Ledger(None if follows else workdir, began=start, peak=peak)
+    with contextlib.nullcontext() if follows else lock.held(workdir), watchdog, ledger:
         if hosts is not None:
             agreement.on_folder(hosts, workdir)
         layout = plan(experiment) if layout is None else layout
         _claim(experiment, workdir)
-        yield _Launched(experiment, workdir, layout, start, watchdog.alive)
+        yield _Launched(experiment, workdir, layout, start, watchdog, ledger)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +180,13 @@ class _Launched:
     workdir: Path
     layout: Layout
     start: float  # seconds since the epoch
-    alive: loop.Alive
+    watchdog: Watchdog
+    ledger: Ledger
+
+    def alive(self, task: str, *, compiles: bool = False) -> None:
+        """Tells the watchdog and the ledger that the run has moved."""
+        self.watchdog.alive(task, compiles=compiles)
+        self.ledger.beat()
 
     def course(
         self,
@@ -191,21 +207,43 @@ class _Launched:
             config=experiment.loop,
             seed=experiment.seed,
             stop=stop,
-            hooks=(*hooks, *_hooks(experiment, layout, self._stream_of, self.workdir, self.alive)),
+            hooks=(*hooks, *self._hooks()),
             alive=self.alive,
             go_on_from=lambda step: forget_results(self.workdir, after=step),
+            ledger=self.ledger,
+            flops_of=self._flops_of,
             quiet=quiet,
         )
 
     def _stream_of(self, stage: Stage) -> loop.TrainingStream:
         return open_stream(self.experiment, stage, rows_here(self.layout, stage.batch_size))
 
+    def _flops_of(self, stage: Stage) -> Callable[[Batch], float] | None:
+        """What the model needs for a batch, forwards and backwards; None where no peak is known."""
+        if self.ledger.peak is None:
+            return None
+        need = useful.of_stage(self.experiment, stage)
+        return lambda batch: 3 * need.of(batch)
+
+    def _hooks(self) -> tuple[Hook, ...]:
+        """What the experiment wants to be done around the steps."""
+        experiment, hooks = self.experiment, list[Hook]()
+        if experiment.loop.churn:
+            with contextlib.closing(self._stream_of(experiment.stages[0])) as stream:
+                hooks.append(Probe(self.layout, next(stream), every=experiment.loop.routing_every))
+        if experiment.loop.evaluate_every:
+            hooks.append(_evaluation_hook(experiment, self.layout, self.workdir, self.alive, self.ledger))
+        return tuple(hooks)
+
     def conclude(self, state: TrainState, *, together: int = 1) -> dict[str, Any]:
         """Evaluates the trained model and writes the report; returns the results by task."""
         workdir, layout = self.workdir, self.layout
+        self.ledger.turn(EVALUATION)
         results = evaluate_all(self.experiment, layout, state, workdir, alive=self.alive)
         if jax.process_index() == 0:
             self.alive("writing the report")
+            self.ledger.turn(REPORT)
+            self.ledger.write()  # which the report shows
             facts = {"wall_time_s": round(time.time() - self.start, 1), **_facts(layout)}
             if together > 1:
                 facts["runs_together"] = together
@@ -214,25 +252,8 @@ class _Launched:
         return results
 
 
-def _hooks(
-    experiment: Experiment,
-    layout: Layout,
-    stream_of: Callable[[Stage], loop.TrainingStream],
-    workdir: Path,
-    alive: loop.Alive,
-) -> tuple[Hook, ...]:
-    """What the experiment wants to be done around the steps."""
-    hooks: list[Hook] = []
-    if experiment.loop.churn:
-        with contextlib.closing(stream_of(experiment.stages[0])) as stream:
-            hooks.append(Probe(layout, next(stream), every=experiment.loop.routing_every))
-    if experiment.loop.evaluate_every:
-        hooks.append(_evaluation_hook(experiment, layout, workdir, alive))
-    return tuple(hooks)
-
-
 def _evaluation_hook(
-    experiment: Experiment, layout: Layout, workdir: Path, alive: loop.Alive
+    experiment: Experiment, layout: Layout, workdir: Path, alive: loop.Alive, ledger: Ledger
 ) -> EvaluationHook:
     """The hook that examines the model while it trains, as it is examined at the end."""
     config = experiment.evaluation
@@ -255,7 +276,7 @@ def _evaluation_hook(
 
     sources = [source.name for source in experiment.data.evaluation]
     every = experiment.loop.evaluate_every
-    return EvaluationHook(layout, sources, every=every, held_out=held_out, examine=examine)
+    return EvaluationHook(layout, sources, every=every, held_out=held_out, examine=examine, ledger=ledger)
 
 
 def evaluate_all(
