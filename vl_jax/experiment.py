@@ -73,6 +73,11 @@ class Experiment:
             raise ValueError("init_experts needs init, the run whose experts there are to be more of")
         if not self.stages:
             raise ValueError("stages is empty; an experiment needs at least one")
+        if self.evaluation.average and not self.stages[-1].optimizer.average:
+            raise ValueError(
+                f"evaluation.average=True: stages.{self.stages[-1].name}.optimizer.average is 0, so there is "
+                "no average of its parameters; set it to a decay such as 0.999"
+            )
         names = [source.name for source in self.data.sources]
         for stage in self.stages:
             unknown = [name for name in stage.sources if name not in names]

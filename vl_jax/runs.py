@@ -212,6 +212,7 @@ class _Launched:
             go_on_from=lambda step: forget_results(self.workdir, after=step),
             ledger=self.ledger,
             flops_of=self._flops_of,
+            averaged=experiment.evaluation.average,
             quiet=quiet,
         )
 
@@ -276,7 +277,15 @@ def _evaluation_hook(
 
     sources = [source.name for source in experiment.data.evaluation]
     every = experiment.loop.evaluate_every
-    return EvaluationHook(layout, sources, every=every, held_out=held_out, examine=examine, ledger=ledger)
+    return EvaluationHook(
+        layout,
+        sources,
+        every=every,
+        held_out=held_out,
+        examine=examine,
+        ledger=ledger,
+        averaged=config.average,
+    )
 
 
 def evaluate_all(
@@ -378,15 +387,17 @@ def restore(
     *,
     before: int | None = None,
     change: Callable[[Experiment], Experiment] = lambda experiment: experiment,
+    averaged: bool | None = None,
 ) -> tuple[Experiment, Layout, TrainState, int]:
     """The experiment of a run, its newest state on the devices here, adapters merged, and the state's step.
 
     Args:
       before: the newest state of an earlier step than this one.
       change: what is done to the experiment before the overrides.
+      averaged: takes the average of what trains; None: as ``evaluation.average`` says.
 
     Raises:
-      ValueError: the folder holds no run, or no sound checkpoint.
+      ValueError: the folder holds no run, no sound checkpoint, or no average.
     """
     experiment = change(read_run(workdir))
     if overrides:
@@ -401,20 +412,25 @@ def restore(
         when = "" if before is None else f" of a step before {before}"
         raise ValueError(f"--workdir={workdir} holds no checkpoint{when} yet")
     state, position = restored
-    state = Program.of(layout, saved.stage_at(experiment.stages, position)).merge(state)
+    averaged = experiment.evaluation.average if averaged is None else averaged
+    program = Program.of(layout, saved.stage_at(experiment.stages, position))
+    state = program.merge(state, averaged=averaged)
     return experiment, layout, state, position.global_step
 
 
-def export(workdir: Path, target: Path) -> None:
+def export(workdir: Path, target: Path, *, averaged: bool = False) -> None:
     """Writes the model of a run, adapters merged, in the form of the published checkpoint it began with.
 
     A run may have begun with another run, and so on; the first of them began with the published checkpoint.
+
+    Args:
+      averaged: writes the average of what trains.
 
     Raises:
       ValueError: none of them did, the model is another one since, or the target exists.
     """
     origin = _published_origin(workdir)
-    experiment, _, state, _ = restore(workdir)
+    experiment, _, state, _ = restore(workdir, averaged=averaged)
     published = pretrained.read_published(origin)
     expected = run_as(published.config, experiment.model)
     if expected != experiment.model:

@@ -21,6 +21,7 @@ from vl_jax.train.hooks import Moment
 from vl_jax.train.objectives.objective import Objective
 from vl_jax.train.stages import Stage
 from vl_jax.train.step import Metrics, TrainState, total_of
+from vl_jax.train.updates import average
 
 Examine = Callable[[str, TrainState, int], Mapping[str, float | None]]
 HeldOut = Callable[[str, Stage], Iterable[Batch]]
@@ -38,6 +39,7 @@ class EvaluationHook:
         held_out: HeldOut,
         examine: Examine,
         ledger: Ledger,
+        averaged: bool = False,
     ):
         """Takes what to look at.
 
@@ -47,7 +49,9 @@ class EvaluationHook:
           held_out: batches of a source as a stage reads them; the loss is of these.
           examine: the scores of a source from a state without adapters, after a step of the run.
           ledger: of the run, which is told how long it takes.
+          averaged: looks at the average of what trains, in stages that keep one.
         """
+        self._averaged = averaged
         self._ledger = ledger
         self._layout, self._sources, self._every = layout, tuple(sources), every
         self._held_out, self._examine = held_out, examine
@@ -69,6 +73,8 @@ class EvaluationHook:
     def _found(self, state: TrainState, moment: Moment) -> dict[str, np.float64]:
         """The loss and the scores of every source."""
         stage, found = moment.stage, dict[str, np.float64]()
+        if self._averaged and stage.optimizer.average:
+            state = average.averaged(state, stage.optimizer.average)
         if stage.lora is not None:
             params = self._merge(state.params, state.adapters, scale=stage.lora_scale, only=stage.lora_only)
             state = dataclasses.replace(state, params=params, adapters={})

@@ -199,6 +199,7 @@ def course(
     ledger: Ledger | None = None,
     flops_of: FlopsOf = uncounted,
     quiet: bool = False,
+    averaged: bool = False,
 ) -> Course:
     """The course of a run, from the newest checkpoint in ``workdir`` if there is one.
 
@@ -211,7 +212,7 @@ def course(
       go_on_from: told once, in one process, after which step the run begins or goes on.
       ledger: of the time of this launch, if it has one.
       flops_of: what the model needs for the batches of a stage, where that is to be known.
-      quiet: whether nobody watches its progress.
+      quiet, averaged: whether nobody watches its progress; the average is what it gives in the end.
 
     Returns:
       The state at the end, adapters merged into the parameters.
@@ -235,7 +236,6 @@ def course(
         best.go_on_from(step)
         if lead:
             go_on_from(step)
-        guard = Guard(config.guard, workdir / LOGS, state=position.guard, step=step)
         with (
             _writer(workdir, position, lead=lead) as writer,
             Progress(total, step, quiet=quiet or not lead) as progress,
@@ -251,7 +251,7 @@ def course(
                 writer,
                 progress,
                 stop,
-                guard,
+                Guard(config.guard, workdir / LOGS, state=position.guard, step=step),
                 alive=alive,
                 ledger=ledger,
                 flops_of=flops_of,
@@ -259,7 +259,7 @@ def course(
             )
             while not _finished(position, stages):
                 state, position = yield from _run_stage(run, state, position)
-        return made[-1].merge(state)
+        return made[-1].merge(state, averaged=averaged)
     finally:
         with ledger.spend(CHECKPOINT):
             checkpointer.close()
