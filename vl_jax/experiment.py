@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax
 import numpy as np
 
 from vl_jax import config, schema, sharding
@@ -146,9 +147,9 @@ def model_spec(experiment: Experiment) -> ModelSpec:
 
 
 def example_batch(experiment: Experiment, rows: int) -> Batch:
-    """An empty batch of the experiment's static shapes."""
-    encoder = make_encoder(experiment.data, model_spec(experiment))
-    return encoder.collate([[] for _ in range(rows)])
+    """An empty batch of the experiment's static shapes, for looking at only: memory holds one row of it."""
+    one = make_encoder(experiment.data, model_spec(experiment)).collate([[]])
+    return jax.tree.map(lambda x: np.broadcast_to(x, (rows, *x.shape[1:])), one)
 
 
 def plan(experiment: Experiment, devices: Sequence[Any] | None = None) -> Layout:

@@ -164,12 +164,13 @@ def _launched(
     peaks = [chips.peak_of(device.device_kind) for device in jax.devices()]
     peak = None if None in peaks else sum(filter(None, peaks))
     ledger = Ledger(None if follows else workdir, began=start, peak=peak)
-    with contextlib.nullcontext() if follows else lock.held(workdir), watchdog, ledger:
+    with contextlib.nullcontext() if follows else lock.held(workdir), watchdog:
         if hosts is not None:
             agreement.on_folder(hosts, workdir)
         layout = plan(experiment) if layout is None else layout
         _claim(experiment, workdir)
-        yield _Launched(experiment, workdir, layout, start, watchdog, ledger)
+        with ledger:
+            yield _Launched(experiment, workdir, layout, start, watchdog, ledger)
 
 
 @dataclasses.dataclass(frozen=True)
