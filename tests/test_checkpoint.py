@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import multiprocessing
@@ -13,11 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from vl_jax import checkpoint
 from vl_jax.checkpoint import Checkpointer, CheckpointError, NotFiniteError, OtherTreeError
+from vl_jax.runtime import checksums as checksums_lib
 from vl_jax.runtime import lazy_array
 from vl_jax.runtime.checksums import checksums, earlier_checksums, examined, not_finite
 from vl_jax.runtime.lazy_array import LazyArray
@@ -477,3 +479,22 @@ def test_the_checksum_does_not_depend_on_sharding():
     assert checksums(tree(5, 1)) == checksums(tree(5, 8))
     assert checksums(training(5, 1)) == checksums(training(5, 8))
     assert earlier_checksums(training(5, 1)) == earlier_checksums(training(5, 8))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8", "bool", "float64"])
+@pytest.mark.parametrize("in_a_mesh", [False, True])
+def test_compiled_programs_give_the_checksum_that_numpy_gives(dtype, in_a_mesh, monkeypatch):
+    random = np.random.default_rng(2)
+    mesh = Mesh(np.array(jax.devices()).reshape(-1), ("x",))
+    with jax.set_mesh(mesh) if in_a_mesh else contextlib.nullcontext():
+        for size in (2**14 - 1, 2**15, 2**16 + 2**14 + 7):
+            array = (2 * random.standard_normal(size, np.float32)).astype(jnp.dtype(dtype))
+            for bad in (None, np.inf, np.nan) if jnp.issubdtype(array.dtype, jnp.floating) else (None,):
+                if bad is not None:
+                    array[random.integers(size)] = bad
+                found = []
+                for sizes in ((), (2**15, 2**14)):
+                    monkeypatch.setattr(checksums_lib, "_COMPILED", sizes)
+                    found += [examined({"a": array}), examined({"a": LazyArray.of(array)})]
+                assert found == [found[0]] * 4
+                assert found[0][1] == ([] if bad is None else ["['a']"])

@@ -621,3 +621,20 @@ def test_overrides_with_any_value_are_taken_or_answered_in_one_line():
 )
 def test_sizes_of_which_no_model_can_be_built_are_the_user_s_mistake(capsys, override, message):
     assert refused(capsys, "inspect", "params", CONFIG, f"--config.{override}").startswith(message)
+
+
+@pytest.mark.slow
+def test_inspect_params_draws_a_mesh_that_is_not_here(capsys, monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("COLUMNS", "220")
+    page = tmp_path / "params.html"
+    with caplog.at_level(logging.WARNING):
+        assert cli.main(["inspect", "params", CONFIG, "--mesh=fsdp=16,expert=4", f"--html={page}"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    row = next(line for line in lines if "language/moe_layers/moe/w_in" in line)
+    assert "1 x 4 x 16 x 1 x 1" in row and f"{4 * 16 * 2 * 8 * 4 // 64:,}" in row
+    assert any("data=1 x fsdp=16 x expert=4 x tensor=1" in line for line in lines)
+    assert any("8 rows do not divide by 64 batch shards" in message for message in caplog.messages)
+    text = page.read_text()
+    assert text.count("<svg") == text.count("<tr><th><code>") > 10
+    assert "--mesh=fsdp=0: " in refused(capsys, "inspect", "params", CONFIG, "--mesh=fsdp=0")
+    assert "does not read --mesh" in refused(capsys, "inspect", "config", CONFIG, "--mesh=fsdp=2")

@@ -18,7 +18,9 @@ import pytest
 
 from vl_jax import cli, experiment, runs
 from vl_jax.config import load
+from vl_jax.fit import chips
 from vl_jax.metrics import METRICS_FILE, read_metrics, without_timings
+from vl_jax.runtime.spent import GOODPUT_FILE, account, read_ledger
 from vl_jax.schema import from_json, to_json
 
 pytest.importorskip("ml_collections")  # experiment files return its ConfigDict
@@ -241,3 +243,30 @@ def test_updates_that_are_not_finite_are_skipped_and_too_many_end_the_run(tmp_pa
 def test_the_tiny_experiment_survives_its_own_json():
     built = load(TINY)
     assert from_json(to_json(built), experiment.Experiment) == built
+
+
+@pytest.mark.slow
+def test_the_ledger_of_a_crashed_run_says_what_was_done_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(chips, "peak_of", lambda kind: 1e9)
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+
+        def crash():
+            raise Crash
+
+        Interruption(patch, 7, crash)
+        train(tmp_path)
+    half = account(read_ledger(tmp_path / GOODPUT_FILE))
+    assert half is not None and half.steps == 6 and half.seconds["wasted"] == 0
+    assert train(tmp_path) == 0
+    found = account(read_ledger(tmp_path / GOODPUT_FILE))
+    assert found is not None
+    assert (found.launches, found.steps, found.wasted_steps) == (2, STEPS, 2)
+    assert abs(found.remainder) < 0.01 * found.wall
+    kinds = ("step", "wasted", "initialisation", "restore", "compile", "checkpoint", "evaluation", "report")
+    assert all(found.seconds[kind] > 0 for kind in kinds)
+    assert found.hits + found.misses > 0
+    assert found.mfu is not None and found.overall_mfu is not None and 0 < found.overall_mfu < found.mfu
+    logged = [line["mfu"] for line in read_metrics(tmp_path / METRICS_FILE)]
+    assert len(logged) == STEPS and min(logged) > 0
+    page = (tmp_path / "report.html").read_text()
+    assert "steps done again" in page and "Model flops utilisation" in page and "not explained" in page

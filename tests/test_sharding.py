@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from vl_jax import params as params_lib
 from vl_jax import sharding
 from vl_jax.fit import program_text
 from vl_jax.nn.embedding import look_up
-from vl_jax.sharding import AxisRules, MeshConfig, constrain, make_mesh
+from vl_jax.sharding import AxisRules, MeshConfig, absent_mesh, constrain, make_mesh, mesh_of
 
 
 def test_one_axis_takes_the_devices_that_remain():
@@ -138,3 +139,31 @@ def test_looking_up_over_a_mesh_is_looking_up_and_no_gradient_is_whole(mesh, row
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
     whole = [x for x in program_text.collectives(compiled.as_text(), mesh) if (24, 16) in x.shapes]
     assert not [x for x in whole if x.kind == "all-reduce"], whole
+
+
+@pytest.mark.parametrize(
+    ("text", "mesh"),
+    [
+        ("fsdp=64,expert=2", MeshConfig(1, 64, 2, 1)),
+        ("data=2", MeshConfig(2, 1, 1, 1)),
+        ("tensor=4, data=8", MeshConfig(8, 1, 1, 4)),
+    ],
+)
+def test_a_mesh_in_words(text, mesh):
+    assert mesh_of(text) == mesh
+    absent = absent_mesh(mesh)
+    assert tuple(absent.shape.values()) == dataclasses.astuple(mesh)
+    assert NamedSharding(absent, P("data", "fsdp")).shard_shape((16, 128)) == (
+        16 // mesh.data,
+        128 // mesh.fsdp,
+    )
+
+
+@pytest.mark.parametrize(
+    "text", ["", "fsdp", "fsdp=0", "fsdp=-1", "fsdp=2,fsdp=2", "model=2", "data=2;fsdp=2"]
+)
+def test_words_that_are_no_mesh(text):
+    with pytest.raises(
+        ValueError, match="must be like fsdp=8, once each; axes are data, fsdp, expert, tensor"
+    ):
+        mesh_of(text)

@@ -10,6 +10,7 @@ import re
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Iterable, Sequence
 
@@ -31,11 +32,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Of several processes that compute together, one that fails tells the others.
     """
+    began = time.time()
     given = list(sys.argv[1:] if argv is None else argv)
     if not given:
         _parser().print_help()
         return 0
     arguments = _parse(given)
+    arguments.began = began
     try:
         status = _light(arguments) if COMMANDS[arguments.command].light else _compute(arguments)
         sys.stdout.flush()

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax
 import numpy as np
 
 from vl_jax import config, schema, sharding
@@ -80,6 +81,11 @@ class Experiment:
             raise ValueError(f"init_dense {what}")
         if not self.stages:
             raise ValueError("stages is empty; an experiment needs at least one")
+        if self.evaluation.average and not self.stages[-1].optimizer.average:
+            raise ValueError(
+                f"evaluation.average=True: stages.{self.stages[-1].name}.optimizer.average is 0, so there is "
+                "no average of its parameters; set it to a decay such as 0.999"
+            )
         names = [source.name for source in self.data.sources]
         for stage in self.stages:
             unknown = [name for name in stage.sources if name not in names]
@@ -148,9 +154,9 @@ def model_spec(experiment: Experiment) -> ModelSpec:
 
 
 def example_batch(experiment: Experiment, rows: int) -> Batch:
-    """An empty batch of the experiment's static shapes."""
-    encoder = make_encoder(experiment.data, model_spec(experiment))
-    return encoder.collate([[] for _ in range(rows)])
+    """An empty batch of the experiment's static shapes, for looking at only: memory holds one row of it."""
+    one = make_encoder(experiment.data, model_spec(experiment)).collate([[]])
+    return jax.tree.map(lambda x: np.broadcast_to(x, (rows, *x.shape[1:])), one)
 
 
 def plan(experiment: Experiment, devices: Sequence[Any] | None = None) -> Layout:

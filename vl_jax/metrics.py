@@ -30,7 +30,7 @@ METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 
 # Clock readings: they differ between two runs whose mathematics is the same.
-TIMING_KEYS = ("tokens_per_second", "step_ms", "samples_per_second", "data_wait_ms", "wall_time_s")
+TIMING_KEYS = ("tokens_per_second", "step_ms", "samples_per_second", "data_wait_ms", "wall_time_s", "mfu")
 
 _RESERVED = ("step", "stage")
 # What a log holds beside what a stage's objective measures: the parts of names before a "/".

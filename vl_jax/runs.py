@@ -40,6 +40,7 @@ from vl_jax.experiment import (
     read_run,
     resolve,
 )
+from vl_jax.fit import chips, useful
 from vl_jax.interop import pretrained
 from vl_jax.interop.run_as import run_as
 from vl_jax.layout import Layout, rows_here
@@ -47,6 +48,8 @@ from vl_jax.report.results import read_result
 from vl_jax.report.run import write_report
 from vl_jax.runtime import allocator, disk, lock, trace
 from vl_jax.runtime.hosts.joined import joined
+from vl_jax.runtime.ledger import Ledger
+from vl_jax.runtime.spent import EVALUATION, REPORT
 from vl_jax.runtime.storage import buckets
 from vl_jax.runtime.version import commit
 from vl_jax.train import initial, lockstep, loop, resume, saved, signals
@@ -63,10 +66,13 @@ from vl_jax.train.watchdog import Watchdog
 logger = logging.getLogger(__name__)
 
 
-def run(experiment: Experiment, workdir: Path, *, profile: str = "") -> dict[str, Any]:
+def run(
+    experiment: Experiment, workdir: Path, *, profile: str = "", began: float | None = None
+) -> dict[str, Any]:
     """Trains (or resumes), evaluates and writes the report. Returns the evaluation results by task.
 
     Args:
+      began: when the launch did, in seconds since the epoch; None: now.
       profile: the steps of which a trace is written, such as 10-12; none if it is empty.
 
     Raises:
@@ -75,7 +81,8 @@ def run(experiment: Experiment, workdir: Path, *, profile: str = "") -> dict[str
         another process runs there.
     """
     allocator.keep_freed_memory()
-    start, experiment = time.time(), resolve(experiment)
+    start = time.time() if began is None else began
+    experiment = resolve(experiment)
     total = sum(stage.steps for stage in experiment.stages)
     steps = trace.steps_of(profile, total) if profile else None
     _open_data(experiment, workdir)
@@ -155,12 +162,16 @@ def _launched(
     hosts = joined()
     follows = hosts is not None and hosts.number > 0  # the first process holds the folder
     watchdog = Watchdog(experiment.loop.watchdog, workdir / loop.LOGS, hosts=hosts)
+    peaks = [chips.peak_of(device.device_kind) for device in jax.devices()]
+    peak = None if None in peaks else sum(filter(None, peaks))
+    ledger = Ledger(None if follows else workdir, began=start, peak=peak)
     with contextlib.nullcontext() if follows else lock.held(workdir), watchdog:
         if hosts is not None:
             agreement.on_folder(hosts, workdir)
         layout = plan(experiment) if layout is None else layout
         _claim(experiment, workdir)
-        yield _Launched(experiment, workdir, layout, start, watchdog.alive)
+        with ledger:
+            yield _Launched(experiment, workdir, layout, start, watchdog, ledger)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +182,13 @@ class _Launched:
     workdir: Path
     layout: Layout
     start: float  # seconds since the epoch
-    alive: loop.Alive
+    watchdog: Watchdog
+    ledger: Ledger
+
+    def alive(self, task: str, *, compiles: bool = False) -> None:
+        """Tells the watchdog and the ledger that the run has moved."""
+        self.watchdog.alive(task, compiles=compiles)
+        self.ledger.beat()
 
     def course(
         self,
@@ -192,9 +209,12 @@ class _Launched:
             config=experiment.loop,
             seed=experiment.seed,
             stop=stop,
-            hooks=(*hooks, *_hooks(experiment, layout, self._stream_of, self.workdir, self.alive)),
+            hooks=(*hooks, *self._hooks()),
             alive=self.alive,
             go_on_from=lambda step: forget_results(self.workdir, after=step),
+            ledger=self.ledger,
+            flops_of=self._flops_of,
+            averaged=experiment.evaluation.average,
             quiet=quiet,
         )
 
@@ -205,12 +225,32 @@ class _Launched:
         _, layout, state, _ = restore(buckets.here(stage.guide.run))
         return guide.guided(stream, stage, self.layout, layout, state)
 
+    def _flops_of(self, stage: Stage) -> Callable[[Batch], float] | None:
+        """What the model needs for a batch, forwards and backwards; None where no peak is known."""
+        if self.ledger.peak is None:
+            return None
+        need = useful.of_stage(self.experiment, stage)
+        return lambda batch: 3 * need.of(batch)
+
+    def _hooks(self) -> tuple[Hook, ...]:
+        """What the experiment wants to be done around the steps."""
+        experiment, hooks = self.experiment, list[Hook]()
+        if experiment.loop.churn:
+            with contextlib.closing(self._stream_of(experiment.stages[0])) as stream:
+                hooks.append(Probe(self.layout, next(stream), every=experiment.loop.routing_every))
+        if experiment.loop.evaluate_every:
+            hooks.append(_evaluation_hook(experiment, self.layout, self.workdir, self.alive, self.ledger))
+        return tuple(hooks)
+
     def conclude(self, state: TrainState, *, together: int = 1) -> dict[str, Any]:
         """Evaluates the trained model and writes the report; returns the results by task."""
         workdir, layout = self.workdir, self.layout
+        self.ledger.turn(EVALUATION)
         results = evaluate_all(self.experiment, layout, state, workdir, alive=self.alive)
         if jax.process_index() == 0:
             self.alive("writing the report")
+            self.ledger.turn(REPORT)
+            self.ledger.write()  # which the report shows
             facts = {"wall_time_s": round(time.time() - self.start, 1), **_facts(layout)}
             if together > 1:
                 facts["runs_together"] = together
@@ -219,25 +259,8 @@ class _Launched:
         return results
 
 
-def _hooks(
-    experiment: Experiment,
-    layout: Layout,
-    stream_of: Callable[[Stage], loop.TrainingStream],
-    workdir: Path,
-    alive: loop.Alive,
-) -> tuple[Hook, ...]:
-    """What the experiment wants to be done around the steps."""
-    hooks: list[Hook] = []
-    if experiment.loop.churn:
-        with contextlib.closing(stream_of(experiment.stages[0])) as stream:
-            hooks.append(Probe(layout, next(stream), every=experiment.loop.routing_every))
-    if experiment.loop.evaluate_every:
-        hooks.append(_evaluation_hook(experiment, layout, workdir, alive))
-    return tuple(hooks)
-
-
 def _evaluation_hook(
-    experiment: Experiment, layout: Layout, workdir: Path, alive: loop.Alive
+    experiment: Experiment, layout: Layout, workdir: Path, alive: loop.Alive, ledger: Ledger
 ) -> EvaluationHook:
     """The hook that examines the model while it trains, as it is examined at the end."""
     config = experiment.evaluation
@@ -260,7 +283,15 @@ def _evaluation_hook(
 
     sources = [source.name for source in experiment.data.evaluation]
     every = experiment.loop.evaluate_every
-    return EvaluationHook(layout, sources, every=every, held_out=held_out, examine=examine)
+    return EvaluationHook(
+        layout,
+        sources,
+        every=every,
+        held_out=held_out,
+        examine=examine,
+        ledger=ledger,
+        averaged=config.average,
+    )
 
 
 def evaluate_all(
@@ -362,17 +393,21 @@ def restore(
     *,
     before: int | None = None,
     change: Callable[[Experiment], Experiment] = lambda experiment: experiment,
+    averaged: bool | None = None,
 ) -> tuple[Experiment, Layout, TrainState, int]:
     """The experiment of a run, its newest state on the devices here, adapters merged, and the state's step.
 
     Args:
       before: the newest state of an earlier step than this one.
       change: what is done to the experiment before the overrides.
+      averaged: takes the average of what trains; None: as ``evaluation.average`` says.
 
     Raises:
-      ValueError: the folder holds no run, or no sound checkpoint.
+      ValueError: the folder holds no run, no sound checkpoint, or no average.
     """
-    experiment, layout, state, position = restore_at(workdir, overrides, before=before, change=change)
+    experiment, layout, state, position = restore_at(
+        workdir, overrides, before=before, change=change, averaged=averaged
+    )
     return experiment, layout, state, position.global_step
 
 
@@ -382,6 +417,7 @@ def restore_at(
     *,
     before: int | None = None,
     change: Callable[[Experiment], Experiment] = lambda experiment: experiment,
+    averaged: bool | None = None,
 ) -> tuple[Experiment, Layout, TrainState, saved.Position]:
     """The same as ``restore``, with where the run stands in place of the step."""
     experiment = change(read_run(workdir))
@@ -397,20 +433,24 @@ def restore_at(
         when = "" if before is None else f" of a step before {before}"
         raise ValueError(f"--workdir={workdir} holds no checkpoint{when} yet")
     state, position = restored
-    state = Program.of(layout, saved.stage_at(experiment.stages, position)).merge(state)
-    return experiment, layout, state, position
+    averaged = experiment.evaluation.average if averaged is None else averaged
+    program = Program.of(layout, saved.stage_at(experiment.stages, position))
+    return experiment, layout, program.merge(state, averaged=averaged), position
 
 
-def export(workdir: Path, target: Path) -> None:
+def export(workdir: Path, target: Path, *, averaged: bool = False) -> None:
     """Writes the model of a run, adapters merged, in the form of the published checkpoint it began with.
 
     A run may have begun with another run, and so on; the first of them began with the published checkpoint.
+
+    Args:
+      averaged: writes the average of what trains.
 
     Raises:
       ValueError: none of them did, the model is another one since, or the target exists.
     """
     origin = _published_origin(workdir)
-    experiment, _, state, _ = restore(workdir)
+    experiment, _, state, _ = restore(workdir, averaged=averaged)
     published = pretrained.read_published(origin)
     expected = run_as(published.config, experiment.model)
     if expected != experiment.model:

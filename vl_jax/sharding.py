@@ -67,6 +67,39 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(np.array(devices).reshape(sizes), MESH_AXES)
 
 
+def mesh_of(text: str) -> MeshConfig:
+    """The mesh of words such as ``fsdp=64,expert=2``; an axis that is not named is 1.
+
+    Raises:
+      ValueError: an axis does not exist or is named twice, or a size is no number of at least 1.
+    """
+    sizes = dict.fromkeys(MESH_AXES, 1)
+    names = [part.partition("=")[0].strip() for part in text.split(",")]
+    for name, part in zip(names, text.split(","), strict=True):
+        size = part.partition("=")[2].strip()
+        if name not in sizes or names.count(name) > 1 or not size.isdecimal() or not int(size):
+            known = ", ".join(MESH_AXES)
+            raise ValueError(f"{text}: {part.strip()!r}: must be like fsdp=8, once each; axes are {known}")
+        sizes[name] = int(size)
+    return MeshConfig(**sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class AbsentDevice:
+    """Stands for a device in a mesh on which nothing is computed."""
+
+    id: int
+    platform: str = "absent"
+    device_kind: str = "absent"
+    process_index: int = 0
+    client: Any = None
+
+
+def absent_mesh(config: MeshConfig) -> Mesh:
+    """A mesh of as many devices as its axes say, none of which exists: for shapes and shardings alone."""
+    return make_mesh(config, [AbsentDevice(n) for n in range(math.prod(dataclasses.astuple(config)))])
+
+
 @dataclasses.dataclass(frozen=True)
 class AxisRules:
     """Mesh axes of each logical dimension name. The empty tuple keeps a dimension whole."""

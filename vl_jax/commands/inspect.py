@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vl_jax.commands.experiment_file import add_config, load_experiment
 from vl_jax.schema import ConfigError
 
+if TYPE_CHECKING:
+    from vl_jax.sharding import MeshConfig
+
 # Which of the options each kind reads.
 _READS = {
     "config": ("config",),
-    "params": ("config",),
+    "params": ("config", "html", "mesh"),
     "data": ("config", "html", "examine", "samples"),
     "routing": ("workdir", "batches"),
 }
-_OPTIONS = ("config", "workdir", "batches", "html", "examine", "samples")
+_OPTIONS = ("config", "workdir", "batches", "html", "examine", "samples", "mesh")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=tuple(_READS))
     parser.add_argument("--workdir", type=Path, help="with routing, in place of --config: folder of a run")
     parser.add_argument("--batches", type=int, help="with routing: held-out batches to look at (4)")
-    parser.add_argument("--html", type=Path, help="with data: also write all of it as a page")
+    parser.add_argument("--html", type=Path, help="with data or params: also write it as a page")
+    parser.add_argument(
+        "--mesh", help="with params: devices that need not be here, such as data=2,fsdp=64 (config.mesh)"
+    )
     parser.add_argument(
         "--examine",
         type=int,
@@ -66,4 +73,14 @@ def run(arguments: argparse.Namespace) -> None:
         samples=3 if arguments.samples is None else arguments.samples,
         examine=1000 if arguments.examine is None else arguments.examine,
         html=arguments.html,
+        mesh=None if arguments.mesh is None else _mesh(arguments.mesh),
     )
+
+
+def _mesh(text: str) -> MeshConfig:
+    from vl_jax.sharding import mesh_of
+
+    try:
+        return mesh_of(text)
+    except ValueError as error:
+        raise ConfigError(f"--mesh={error}") from None

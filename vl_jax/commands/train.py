@@ -22,7 +22,8 @@ def run(arguments: argparse.Namespace) -> None:
     from vl_jax import runs
     from vl_jax.report.results import summary
 
-    results = runs.run(load_experiment(arguments), arguments.workdir, profile=arguments.profile)
+    experiment, began = load_experiment(arguments), arguments.began
+    results = runs.run(experiment, arguments.workdir, profile=arguments.profile, began=began)
     for task, result in results.items():
         print(f"{task}: {summary(result)}")
     print(f"report: {arguments.workdir / 'report.html'}")

@@ -57,6 +57,7 @@ class EvaluationConfig(Extent):
         | Task,
         Open("task", needs=("headline", "run")),
     ] = Answers()
+    average: bool = False  # looks at the average that ``optimizer.average`` of the stage keeps
 
 
 def evaluate(

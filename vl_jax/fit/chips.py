@@ -54,6 +54,29 @@ CHIPS = {
 }
 
 
+# What a device of a run can do at best, by the beginning of the name that jax has for its kind: the longest
+# counts. A device of v4 is a whole chip there. GPUs: NVIDIA's data sheets of A100, H100 SXM and H200, dense
+# bfloat16.
+_PEAKS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": CHIPS["v5e"].flops,
+    "TPU v5e": CHIPS["v5e"].flops,
+    "TPU v5": CHIPS["v5p"].flops,
+    "TPU v6": CHIPS["v6e"].flops,
+    "TPU7x": CHIPS["tpu7x"].flops,
+    "TPU v7x": CHIPS["tpu7x"].flops,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989.4e12,
+    "NVIDIA H200": 989.4e12,
+}
+
+
+def peak_of(kind: str) -> float | None:
+    """Operations of bfloat16 a second, at best, of a device of a kind as jax names it; None: not known."""
+    known = [name for name in _PEAKS if kind.startswith(name) and "PCIe" not in kind]
+    return _PEAKS[max(known, key=len)] if known else None
+
+
 @dataclasses.dataclass(frozen=True)
 class Slice:
     """Slices of one shape; several are joined by the network of the data centre."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
+import math
 import statistics
 import textwrap
 from collections.abc import Sequence
@@ -16,29 +18,50 @@ from rich.progress import track
 from rich.table import Table
 
 from vl_jax import params as params_lib
-from vl_jax import schema
+from vl_jax import schema, sharding
 from vl_jax.data.config import PackingConfig
 from vl_jax.data.stream.padding import WasteReport
 from vl_jax.data.text.chat import Targets
 from vl_jax.data.tools import examination, preview
 from vl_jax.data.tools.examination import Examination
-from vl_jax.experiment import Experiment, mixture, model_spec, plan
+from vl_jax.experiment import Experiment, example_batch, mixture, model_spec, plan
+from vl_jax.layout import Layout, plan_layout
 from vl_jax.report import data as data_page
+from vl_jax.report import shardings
+from vl_jax.sharding import MeshConfig
 from vl_jax.train.stages import adapter_shapes, trainable_paths
 
+logger = logging.getLogger(__name__)
 
-def show(experiment: Experiment, what: str, *, samples: int, examine: int, html: Path | None) -> None:
-    """Prints the resolved config, the parameter table, or what the data is like."""
+
+def show(
+    experiment: Experiment,
+    what: str,
+    *,
+    samples: int,
+    examine: int,
+    html: Path | None,
+    mesh: MeshConfig | None = None,
+) -> None:
+    """Prints the resolved config, the parameter table, or what the data is like.
+
+    Args:
+      html: file for what is said of data or parameters as a page.
+      mesh: of devices that need not be here, on which parameters are shown; None: the experiment's.
+    """
     console = Console()
     if what == "config":
         console.print_json(schema.to_json(experiment))
     elif what == "params":
-        rows, totals = parameter_rows(experiment)
+        rows, totals = parameter_rows(experiment, mesh)
         table = parameter_table(rows, totals)
         if _natural_width(table, console) <= console.width:
             console.print(table)
         else:
             console.print(parameter_list(rows, totals, width=console.width), markup=False, highlight=False)
+        if html is not None:
+            html.write_text(shardings.render(experiment.name, rows, totals), encoding="utf-8")
+            console.print(f"page: {html}")
     else:
         show_data(experiment, console, samples=samples, examine=examine, html=html)
 
@@ -52,13 +75,20 @@ class ParameterRow:
     axes: tuple[str, ...]  # logical names; "" for none
     spec: tuple[str, ...]  # axes of the mesh; "" for none
     whole: tuple[str, ...]  # what does not divide, and is kept whole
+    parts: tuple[int, ...]  # of each dimension
     size: int  # bytes on one device
     trained: str  # the stages that train it
 
 
-def parameter_rows(experiment: Experiment) -> tuple[list[ParameterRow], tuple[str, str, str]]:
-    """A row for every parameter; and of all of them the number, the mesh, and the bytes on one device."""
-    layout = plan(experiment)
+def parameter_rows(
+    experiment: Experiment, mesh: MeshConfig | None = None
+) -> tuple[list[ParameterRow], tuple[str, str, str]]:
+    """A row for every parameter; and of all of them the number, the mesh, and the bytes on one device.
+
+    Args:
+      mesh: of devices that need not be here; None: the experiment's, of those that are.
+    """
+    layout = plan(experiment) if mesh is None else _on_absent(experiment, mesh)
     trains = {stage.name: trainable_paths(stage, layout.params) for stage in experiment.stages}
     for stage in experiment.stages:
         adapters = params_lib.flatten(adapter_shapes(stage, layout.params, layout.roles))
@@ -76,25 +106,42 @@ def parameter_rows(experiment: Experiment) -> tuple[list[ParameterRow], tuple[st
                 axes=tuple(name or "" for name in placement.names),
                 spec=tuple(str(axis) if axis else "" for axis in placement.spec),
                 whole=tuple(placement.whole),
+                parts=tuple(
+                    n // max(part, 1)
+                    for n, part in zip(leaf.shape, leaf.sharding.shard_shape(leaf.shape), strict=True)
+                ),
                 size=_bytes_on_device(leaf),
                 trained=", ".join(stages) or "never",
             )
         )
     on_device = f"{sum(row.size for row in rows):,}"
-    return rows, (f"{total:,} parameters", experiment.mesh.describe(), on_device)
+    shown = " x ".join(f"{axis}={size}" for axis, size in layout.mesh.shape.items())
+    return rows, (f"{total:,} parameters", shown, on_device)
+
+
+def _on_absent(experiment: Experiment, config: MeshConfig) -> Layout:
+    """Where parameters would live; of batches that would not divide it only warns."""
+    mesh = sharding.absent_mesh(config)
+    rows = sharding.batch_axes(mesh)
+    for stage in experiment.stages:
+        if stage.batch_size // stage.accumulation % rows:
+            part = f"{stage.batch_size // stage.accumulation} rows do not divide by {rows} batch shards"
+            logger.warning("stages.%s.batch_size=%d: %s", stage.name, stage.batch_size, part)
+    return plan_layout(experiment.model, example_batch(experiment, rows), mesh)
 
 
 def parameter_table(rows: Sequence[ParameterRow], totals: tuple[str, str, str]) -> Table:
     """One line per parameter: shape, logical axes, mesh axes, bytes on one device, stages that train it."""
-    table = Table("parameter", "shape", "logical axes", "mesh axes", "bytes/device", "trained in")
+    table = Table("parameter", "shape", "logical axes", "mesh axes", "parts", "bytes/device", "trained in")
     for row in rows:
         axes = ", ".join(axis or "-" for axis in row.spec)
         whole = f" [red]not divided: {', '.join(row.whole)}[/red]" if row.whole else ""
         names, shape = ", ".join(name or "-" for name in row.axes), " x ".join(map(str, row.shape))
-        table.add_row(row.path, shape, names, axes + whole, f"{row.size:,}", row.trained)
+        parts = " x ".join(map(str, row.parts))
+        table.add_row(row.path, shape, names, axes + whole, parts, f"{row.size:,}", row.trained)
     number, mesh, on_device = totals
     table.add_section()
-    table.add_row("total", number, "", mesh, on_device, "")
+    table.add_row("total", number, "", mesh, "", on_device, "")
     return table
 
 
@@ -107,10 +154,11 @@ def parameter_list(rows: Sequence[ParameterRow], totals: tuple[str, str, str], *
     ]
     for row in rows:
         lines.append(_two_sides(row.path, f"{row.size:,}", width))
-        sizes = (
-            ", ".join(map(_dimension, row.shape, row.axes, (*row.spec, *[""] * len(row.shape)))) or "scalar"
-        )
+        spec = (*row.spec, *[""] * len(row.shape))
+        sizes = ", ".join(map(_dimension, row.shape, row.axes, spec)) or "scalar"
         said = [f"{sizes}; {row.trained}", *(f"not divided: {name}" for name in row.whole)]
+        if math.prod(row.parts) > 1:
+            said.append(f"in {' x '.join(map(str, row.parts))} parts")
         for text in said:
             lines += textwrap.wrap(text, width, initial_indent=" " * 4, subsequent_indent=" " * 6)
     return "\n".join([*lines, _two_sides(f"total: {number}", on_device, width), f"    mesh: {mesh}"])

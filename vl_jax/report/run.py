@@ -5,6 +5,7 @@ Reads what a run leaves in its folder and imports no model, so a run can be look
     config.json                          the resolved configuration
     run.json                             facts of the run (machine, versions, ...), any JSON object
     metrics.jsonl                        see metrics.py
+    goodput.jsonl                        see runtime/spent.py
     eval/<task>/                         see results.py
 
 A task's scores are shown by their names: the headline, what it is compared with, all others, and the same by
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from vl_jax.metrics import METRICS_FILE, objective_metrics, read_metrics
-from vl_jax.report import matrices, results
+from vl_jax.report import goodput, matrices, results
 from vl_jax.report.charts import NUM_COLOURS, Band, Series, absent, line_chart, number, percent
 from vl_jax.report.gallery import gallery
 from vl_jax.report.load import (
@@ -33,6 +34,7 @@ from vl_jax.report.load import (
     logged_stacks,
 )
 from vl_jax.runtime import disk
+from vl_jax.runtime.spent import GOODPUT_FILE, read_ledger
 from vl_jax.schema import TYPE_KEY
 
 REPORT_FILE = "report.html"
@@ -48,6 +50,7 @@ class RunFiles:
     lines: Sequence[Mapping[str, Any]]
     history: Mapping[str, Sequence[Mapping[str, Any]]]
     samples: Mapping[str, Sequence[Mapping[str, Any]]]
+    ledger: Sequence[Mapping[str, Any]] = ()
 
 
 def write_report(workdir: str | Path) -> Path:
@@ -92,6 +95,7 @@ def read_run(workdir: str | Path) -> RunFiles:
         lines=read_metrics(folder / METRICS_FILE),
         history=history,
         samples=samples,
+        ledger=read_ledger(folder / GOODPUT_FILE),
     )
 
 
@@ -103,6 +107,7 @@ def render(run: RunFiles) -> str:
         ("By group", _groups(run)),
         ("Samples", "".join(_gallery(run, task) for task in run.history)),
         ("Routing", _routing(run)),
+        ("Time", goodput.section(run.ledger)),
         ("Configuration", _config(run)),
         ("Run", _facts(run)),
     ]

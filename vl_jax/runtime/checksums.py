@@ -8,6 +8,7 @@ every bit into every other, so changes of several elements cancel by chance alon
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Mapping
@@ -17,7 +18,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, UInt32
+from jax.sharding import Mesh
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, UInt, UInt32
 
 from vl_jax.runtime.lazy_array import LazyArray
 
@@ -29,6 +32,8 @@ _LAST_SHIFT = 16
 _EXPONENTS = {"float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00}
 _THREADS = min(8, os.cpu_count() or 1)
 _BLOCK = 1 << 16  # elements the host works on at a time: they stay in the cache
+_COMPILED = (1 << 22, 1 << 19)  # elements of a large array that it leaves to compiled programs at a time
+_LANES = 1 << 14  # elements of which these work on one after the other
 _INDEX = np.arange(_BLOCK, dtype=np.uint32) * np.uint32(GOLDEN)
 
 Bits = UInt32[Array, "*shape"]
@@ -51,7 +56,8 @@ def examined(tree: Any) -> tuple[Sums, list[str]]:
     found = {name: _stirred_on_host(array) for name, array in here.items() if leaves[name] is array}
     held = {name: array for name, array in here.items() if name not in found}
     with ThreadPoolExecutor(_THREADS) as pool:  # numpy lets others work meanwhile
-        found |= zip(held, pool.map(_stirred_on_host, held.values()), strict=True)
+        at_once = functools.partial(_stirred_on_host, at_once=True)
+        found |= zip(held, pool.map(at_once, held.values()), strict=True)
     if others:
         sums, fine = jax.device_get(_stirred_on_devices(list(others.values())))
         found |= {name: (int(v), bool(f)) for name, v, f in zip(others, sums, fine, strict=True)}
@@ -135,18 +141,24 @@ def _stirred_on_devices(leaves: list[jax.Array]) -> tuple[UInt32[Array, " n"], B
     return jnp.stack([one(x) for x in leaves]), jnp.stack([is_finite(x) for x in leaves])
 
 
-def _stirred_on_host(array: LazyArray) -> tuple[int, bool]:
-    """The checksum, and whether all elements are finite."""
+def _stirred_on_host(array: LazyArray, *, at_once: bool = False) -> tuple[int, bool]:
+    """The checksum, and whether all elements are finite.
+
+    Args:
+      at_once: it is in memory, and need not be read in pieces.
+    """
     total, offset, finite = 0, 0, True
     mixed, shifted = np.empty(_BLOCK, np.uint32), np.empty(_BLOCK, np.uint32)
     exponent = _EXPONENTS.get(array.dtype.name)
     floating = exponent is None and jnp.issubdtype(array.dtype, jnp.floating)
-    for index in array.pieces():
+    for index in [(slice(None),) * len(array.shape)] if at_once else array.pieces():
         piece = array[index]
         if floating:
             finite = finite and bool(np.isfinite(piece).all())
         words = piece.reshape(-1).view(f"u{min(array.dtype.itemsize, 4)}")
-        for start in range(0, words.size, _BLOCK):
+        sum_, fine, done = _stirred_by_programs(words, offset, exponent or 0)
+        total, finite, offset = total + sum_, finite and fine, offset + done
+        for start in range(done, words.size, _BLOCK):
             block = words[start : start + _BLOCK]
             x, t = mixed[: block.size], shifted[: block.size]
             if exponent is not None and finite and block.size:
@@ -160,6 +172,58 @@ def _stirred_on_host(array: LazyArray) -> tuple[int, bool]:
             total += int(x.sum(dtype=np.uint32))
             offset += block.size
     return total % 2**32, finite
+
+
+def _stirred_by_programs(words: UInt[np.ndarray, " n"], offset: int, exponent: int) -> tuple[int, bool, int]:
+    """The checksum of the words at the beginning, whether they are finite, and how many they are."""
+    mesh, first, found = _host_mesh(), 0, []
+    if mesh is None or words.size < min(_COMPILED, default=np.inf):
+        return 0, True, 0
+    with jax.set_mesh(mesh):  # whatever mesh the caller may have
+        for size in _COMPILED:
+            while words.size - first >= size:
+                place = np.uint32((offset + first) % 2**32)
+                found.append(_stirred_in_lanes(words[first : first + size], place, exponent))
+                first += size
+    sums = [(int(sum_), bool(fine)) for sum_, fine in found]
+    return sum(sum_ for sum_, _ in sums), all(fine for _, fine in sums), first
+
+
+@functools.cache
+def _host_mesh() -> Mesh | None:
+    """One CPU device, for which programs can be compiled; None where jax was told to leave CPUs out."""
+    try:
+        return Mesh(np.array(jax.local_devices(backend="cpu")[:1]), ("host",))
+    except RuntimeError:
+        return None
+
+
+@functools.partial(jax.jit, static_argnames="exponent")
+def _stirred_in_lanes(
+    words: UInt[Array, " n"], offset: ArrayLike, exponent: int
+) -> tuple[UInt32[Array, ""], Bool[Array, ""]]:
+    """A part of a checksum, and whether its numbers are finite; read once, with nothing large beside it.
+
+    Args:
+      offset: how many words come before.
+      exponent: the bits that are all set in a number that is not finite; 0: all are.
+    """
+    lanes = jax.lax.iota(jnp.uint32, _LANES) * jnp.uint32(GOLDEN)
+    rows = words.reshape(-1, _LANES)
+
+    def one(row: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        sums, highest = carry
+        bits = jax.lax.dynamic_index_in_dim(rows, row, keepdims=False)
+        first = (jnp.uint32(offset) + row.astype(jnp.uint32) * _LANES) * jnp.uint32(GOLDEN)
+        mixed = bits.astype(jnp.uint32) + lanes + first
+        for shift, factor in _ROUNDS:
+            mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(factor)
+        highest = jnp.maximum(highest, bits & jnp.asarray(exponent, bits.dtype))
+        return sums + (mixed ^ (mixed >> _LAST_SHIFT)), highest
+
+    begun = jnp.zeros(_LANES, jnp.uint32), jnp.zeros(_LANES, words.dtype)
+    sums, highest = jax.lax.fori_loop(0, rows.shape[0], one, begun)
+    return jnp.sum(sums, dtype=jnp.uint32), (highest != exponent).all() if exponent else jnp.bool_(True)
 
 
 @jax.jit

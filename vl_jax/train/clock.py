@@ -18,12 +18,15 @@ _REMEMBERED = 200  # steps
 class Clock:
     """Tokens per second and milliseconds waited for data, since the last reading."""
 
-    def __init__(self):
+    def __init__(self, peak: float | None = None):
+        """Takes the operations a second of all devices at best; None: not known."""
+        self._peak = peak
         self._reset()
 
     def _reset(self) -> None:
         self._start, self._waited, self._steps = time.perf_counter(), 0.0, 0
         self._tokens = self._samples = 0
+        self._flops = 0.0
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -33,8 +36,9 @@ class Clock:
         self._waited += time.perf_counter() - start
         self._steps += 1
 
-    def count(self, batch: Batch) -> None:
-        """Counts what a step reads."""
+    def count(self, batch: Batch, flops: float = 0.0) -> None:
+        """Counts what a step reads, and the operations that the model needs for it; 0: not known."""
+        self._flops += flops
         self._tokens += int(np.count_nonzero(batch.segment_ids))
         # A row without words is a sample too, if it has anything else.
         here = [(batch.visual_index >= 0).any(axis=1), *(given.present for given in batch.media.values())]
@@ -49,6 +53,8 @@ class Clock:
             "data_wait_ms": 1000 * self._waited / max(1, self._steps),
             "step_ms": 1000 * elapsed / max(1, self._steps),
         }
+        if self._peak and self._flops:
+            result["mfu"] = self._flops / (elapsed * self._peak)
         self._reset()
         return result
 

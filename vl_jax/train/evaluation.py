@@ -14,11 +14,14 @@ import numpy as np
 from vl_jax.batch import Batch
 from vl_jax.layout import Layout, put_batch
 from vl_jax.nn.still import resting
+from vl_jax.runtime.ledger import Ledger
+from vl_jax.runtime.spent import EVALUATION
 from vl_jax.train import lora
 from vl_jax.train.hooks import Moment
 from vl_jax.train.objectives.objective import Objective
 from vl_jax.train.stages import Stage
 from vl_jax.train.step import Metrics, TrainState, total_of
+from vl_jax.train.updates import average
 
 Examine = Callable[[str, TrainState, int], Mapping[str, float | None]]
 HeldOut = Callable[[str, Stage], Iterable[Batch]]
@@ -28,7 +31,15 @@ class EvaluationHook:
     """Logs ``eval/<source>/loss`` and ``eval/<source>/<score>`` every so many steps; a ``Hook``."""
 
     def __init__(
-        self, layout: Layout, sources: Iterable[str], *, every: int, held_out: HeldOut, examine: Examine
+        self,
+        layout: Layout,
+        sources: Iterable[str],
+        *,
+        every: int,
+        held_out: HeldOut,
+        examine: Examine,
+        ledger: Ledger,
+        averaged: bool = False,
     ):
         """Takes what to look at.
 
@@ -37,7 +48,11 @@ class EvaluationHook:
           every: steps from one examination to the next; one is made as a stage ends, too.
           held_out: batches of a source as a stage reads them; the loss is of these.
           examine: the scores of a source from a state without adapters, after a step of the run.
+          ledger: of the run, which is told how long it takes.
+          averaged: looks at the average of what trains, in stages that keep one.
         """
+        self._averaged = averaged
+        self._ledger = ledger
         self._layout, self._sources, self._every = layout, tuple(sources), every
         self._held_out, self._examine = held_out, examine
         self._compiled: list[tuple[Objective, Callable]] = []
@@ -51,7 +66,15 @@ class EvaluationHook:
         """Adds what it finds, if it is time."""
         if not moment.is_due(self._every):
             return metrics
-        stage, found = moment.stage, dict[str, Any]()
+        jax.block_until_ready(state)  # What the step takes is the step's.
+        with self._ledger.spend(EVALUATION):
+            return metrics | self._found(state, moment)
+
+    def _found(self, state: TrainState, moment: Moment) -> dict[str, np.float64]:
+        """The loss and the scores of every source."""
+        stage, found = moment.stage, dict[str, np.float64]()
+        if self._averaged and stage.optimizer.average:
+            state = average.averaged(state, stage.optimizer.average)
         if stage.lora is not None:
             params = self._merge(state.params, state.adapters, scale=stage.lora_scale, only=stage.lora_only)
             state = dataclasses.replace(state, params=params, adapters={})
@@ -63,7 +86,7 @@ class EvaluationHook:
                 f"eval/{source}/{name}": np.float64(np.nan if value is None else value)
                 for name, value in values.items()
             }
-        return metrics | found
+        return found
 
     def _loss(self, source: str, stage: Stage, state: TrainState) -> float:
         """The weighted loss over all samples of a source; not a number if none has a target."""

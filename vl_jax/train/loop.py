@@ -28,6 +28,8 @@ from vl_jax.checkpoint import CHECKPOINTS, Checkpointer, CheckpointError, NotFin
 from vl_jax.layout import Layout, Variables, put_batch
 from vl_jax.metrics import MetricsWriter
 from vl_jax.runtime.hosts.joined import joined
+from vl_jax.runtime.ledger import Ledger
+from vl_jax.runtime.spent import CHECKPOINT, DATA, INITIALISATION, RESTORE, STEP
 from vl_jax.train import saved
 from vl_jax.train.best import Best, BestConfig
 from vl_jax.train.clock import Clock
@@ -94,6 +96,13 @@ class Alive(Protocol):
     def __call__(self, task: str, *, compiles: bool = False) -> None: ...
 
 
+FlopsOf = Callable[[Stage], Callable[[Batch], float] | None]  # of the steps of a stage, by batch
+
+
+def uncounted(stage: Stage) -> None:
+    """Where nobody counts operations."""
+
+
 def unwatched(task: str, *, compiles: bool = False) -> None:
     """Where nobody watches."""
 
@@ -129,6 +138,8 @@ class Session:
     stop: Callable[[], int | None]  # number of the signal that asked to stop, if any
     guard: Guard
     alive: Alive
+    ledger: Ledger
+    flops_of: FlopsOf
     seed: int
 
 
@@ -185,69 +196,73 @@ def course(
     hooks: tuple[Hook, ...] = (),
     alive: Alive = unwatched,
     go_on_from: Callable[[int], None] = lambda step: None,
+    ledger: Ledger | None = None,
+    flops_of: FlopsOf = uncounted,
     quiet: bool = False,
+    averaged: bool = False,
 ) -> Course:
     """The course of a run, from the newest checkpoint in ``workdir`` if there is one.
 
     Args:
-      made: the programs of its stages.
-      begin: gives what a run begins with, where it lives.
+      made, begin: the programs of its stages; gives what a run begins with, where it lives.
       seed: of fresh adapters.
       stop: the number of the signal that asks to stop, if any.
       hooks: what is done around every step, in this order.
       alive: told again and again that the run has moved.
       go_on_from: told once, in one process, after which step the run begins or goes on.
-      quiet: whether nobody watches its progress.
+      ledger: of the time of this launch, if it has one.
+      flops_of: what the model needs for the batches of a stage, where that is to be known.
+      quiet, averaged: whether nobody watches its progress; the average is what it gives in the end.
 
     Returns:
       The state at the end, adapters merged into the parameters.
 
     Raises:
       Stopped: it was asked to stop, and its state is on disk.
-      UpdatesSkipped: too many updates in a row would have harmed the model.
-      CheckpointError: parameters are not finite, and are not saved.
+      UpdatesSkipped, CheckpointError: too many updates would have harmed the model; it is not finite.
     """
     stages = tuple(program.stage for program in made)
-    best = Best(config.best, workdir)
+    best, ledger = Best(config.best, workdir), Ledger() if ledger is None else ledger
     checkpointer = Checkpointer(
         workdir / CHECKPOINTS, keep=config.keep_checkpoints, every=config.keep_every, others=best.steps
     )
     try:
-        restored = saved.restore(checkpointer, layout, stages, mend=True)
-        if restored is None:
-            restored = made[0].begin(begin(), _key(seed, 0)), Position()
-        state, position = restored
-        total = sum(stage.steps for stage in stages)
+        with ledger.spend(RESTORE):
+            restored = saved.restore(checkpointer, layout, stages, mend=True)
+        state, position = restored or (made[0].begin(begin(), _key(seed, 0)), Position())
+        step, total = position.global_step, sum(stage.steps for stage in stages)
         lead = jax.process_index() == 0  # the one process that writes the log and talks
-        step = position.global_step
+        ledger.goes_on_from(step)
         best.go_on_from(step)
         if lead:
             go_on_from(step)
-        guard = Guard(config.guard, workdir / LOGS, state=position.guard, step=step)
         with (
             _writer(workdir, position, lead=lead) as writer,
             Progress(total, step, quiet=quiet or not lead) as progress,
         ):
             run = Session(
-                layout=layout,
-                programs=tuple(made),
-                open_stream=open_stream,
-                hooks=hooks,
-                config=config,
-                checkpointer=checkpointer,
-                best=best,
-                writer=writer,
-                progress=progress,
-                stop=stop,
-                guard=guard,
+                layout,
+                tuple(made),
+                open_stream,
+                hooks,
+                config,
+                checkpointer,
+                best,
+                writer,
+                progress,
+                stop,
+                Guard(config.guard, workdir / LOGS, state=position.guard, step=step),
                 alive=alive,
+                ledger=ledger,
+                flops_of=flops_of,
                 seed=seed,
             )
             while not _finished(position, stages):
                 state, position = yield from _run_stage(run, state, position)
-        return made[-1].merge(state)
+        return made[-1].merge(state, averaged=averaged)
     finally:
-        checkpointer.close()
+        with ledger.spend(CHECKPOINT):
+            checkpointer.close()
 
 
 def _key(seed: int, stage: int) -> jax.Array:
@@ -268,13 +283,14 @@ def _run_stage(
     table = trainable_table(stage, layout.params, layout.roles, layout.model.config.stacks)
     run.progress.announce(stage.name, stage.steps, table)
     stream = run.open_stream(stage)
-    rate, clock = schedule(stage.optimizer, stage.steps), Clock()
+    rate, flops, clock = schedule(stage.optimizer, stage.steps), run.flops_of(stage), Clock(run.ledger.peak)
     run.guard.begin_stage(program.gradient_names, anew=position.step == 0)
     may_lack: frozenset[str] = getattr(layout.model.config, "may_lack", frozenset())
     # By the inputs that are absent: up to this step, one may wait for a compiler.
     compiled: dict[frozenset[str], int] = {}
     state = _at_hand(begun)
     del begun  # The first step consumes it.
+    run.ledger.turn(STEP)
     with contextlib.closing(stream):
         if position.data is not None:
             stream.set_state(position.data)
@@ -284,7 +300,7 @@ def _run_stage(
         while position.step < stage.steps:
             moment = Moment(stage, position.step + 1, position.global_step + 1)
             run.alive(f"waiting for the data of step {moment.global_step}")
-            with clock.waiting():
+            with clock.waiting(), run.ledger.spend(DATA):
                 batch = next(stream)
             learning_rate = float(np.asarray(rate(position.step)))
             position.step, position.global_step = moment.step, moment.global_step
@@ -296,7 +312,10 @@ def _run_stage(
             due = StepDue(program, state, batch, absent, np.float32(learning_rate), limit)
             state, metrics = yield from _step(run, due, moment, stream)
             del due  # what the step consumed
-            _report(run, moment, batch, metrics, learning_rate, clock, stream.skipped)
+            needed = None if flops is None else flops(batch)
+            clock.count(batch, needed or 0.0)
+            run.ledger.done(position.global_step, needed)
+            _report(run, moment, metrics, learning_rate, clock, stream.skipped)
             ends = position.step == stage.steps
             stopped = _asked_to_stop(run, position.global_step)
             due = position.global_step % run.config.checkpoint_every == 0
@@ -305,8 +324,11 @@ def _run_stage(
                 if not ends:
                     position = _save(run, state(), position)
             if stopped and not ends:
-                run.checkpointer.wait()
+                with run.ledger.spend(CHECKPOINT):
+                    run.checkpointer.wait()
                 raise Stopped(stopped, position.global_step)
+    run.guard.settle()
+    run.ledger.turn(INITIALISATION)  # of the next stage
     ended = state()
     if position.stage + 1 < len(run.programs):
         position = Position(stage=position.stage + 1, global_step=position.global_step)
@@ -315,7 +337,8 @@ def _run_stage(
         ended = run.programs[position.stage].begin(variables, _key(run.seed, position.stage))
     position = _save(run, ended, position)
     if stopped := _asked_to_stop(run, position.global_step):
-        run.checkpointer.wait()
+        with run.ledger.spend(CHECKPOINT):
+            run.checkpointer.wait()
         raise Stopped(stopped, position.global_step)
     return ended, position
 
@@ -350,7 +373,8 @@ def _save(run: Session, state: TrainState, position: Position) -> Position:
     """
     step = position.global_step
     run.alive(f"saving the checkpoint of step {step}", compiles=True)
-    run.guard.settle()
+    run.guard.settle()  # The steps are over, whatever comes now.
+    run.ledger.write()
     line = None if run.writer is None else run.writer.last
     position = dataclasses.replace(position, guard=run.guard.get_state(), line=line)
     if run.writer is not None:
@@ -358,7 +382,8 @@ def _save(run: Session, state: TrainState, position: Position) -> Position:
     training, record = saved.to_saved(state)
     record = {"position": dataclasses.asdict(position), **record}
     try:
-        run.checkpointer.save(step, params=state.params, training=training, record=record)
+        with run.ledger.spend(CHECKPOINT):
+            run.checkpointer.save(step, params=state.params, training=training, record=record)
     except NotFiniteError as error:
         raise CheckpointError(
             f"{error}; set a lower learning rate, or mend what the model computes"
@@ -369,14 +394,12 @@ def _save(run: Session, state: TrainState, position: Position) -> Position:
 def _report(
     run: Session,
     moment: Moment,
-    batch: Batch,
     metrics: Metrics,
     learning_rate: float,
     clock: Clock,
     skipped: dict[str, int],
 ) -> None:
     """Writes this step's figures when they are due, and moves the progress line."""
-    clock.count(batch)
     step, stage = moment.global_step, moment.stage
     scalars: dict[str, float] = {}
     config = run.config

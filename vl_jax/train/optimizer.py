@@ -47,12 +47,15 @@ class OptimizerConfig:
     clip_norm: float = 1.0
     rates: tuple[tuple[str, float], ...] = ()  # (pattern of paths, multiple of the learning rate)
     unfreeze: tuple[Unfreeze, ...] = ()  # what begins to train later than the stage
+    average: float = 0.0  # decay of a moving average of what trains, kept beside it; 0: none
 
     def __post_init__(self):
         if self.no_decay == _NAMES_BEFORE_ROLES:
             object.__setattr__(self, "no_decay", ())
         if self.learning_rate <= 0 or self.clip_norm <= 0:
             raise ValueError(f"learning_rate={self.learning_rate} and clip_norm={self.clip_norm} must be > 0")
+        if not 0 <= self.average < 1:
+            raise ValueError(f"average={self.average} must be in 0..1, less than 1; 0 keeps no average")
         if self.warmup_steps < 0 or not 0 <= self.final_fraction <= 1:
             raise ValueError(
                 f"warmup_steps={self.warmup_steps} must be >= 0, final_fraction={self.final_fraction} in 0..1"

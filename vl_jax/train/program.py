@@ -40,6 +40,7 @@ from vl_jax.train.stages import (
     trainable_paths,
 )
 from vl_jax.train.step import TrainState, gradient_names, make_train_step, split_trained
+from vl_jax.train.updates import average
 from vl_jax.train.updates.groups import group_names
 
 
@@ -105,6 +106,15 @@ class Program:
     @property
     def abstract_optimizer(self) -> Any:
         """Shapes and shardings of the optimiser state: moments live where their parameters live."""
+        return self._beside(self.optimizer.init)
+
+    @property
+    def abstract_averages(self) -> Any:
+        """Shapes and shardings of the average of what trains; empty if the stage keeps none."""
+        return self._beside(average.init) if self.stage.optimizer.average else {}
+
+    def _beside(self, init: Callable[[Any], Any]) -> Any:
+        """Shapes and shardings of what is made of the leaves that train, and has a part for each."""
         trained, _ = split_trained(self.layout.params, self.adapters, self.trainable)
         shardings = {path: leaf.sharding for path, leaf in params_lib.flatten(trained).items()}
 
@@ -115,7 +125,7 @@ class Program:
             sharding = next((shardings[end] for end in ends if end in shardings), self.layout.replicated)
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-        return jax.tree_util.tree_map_with_path(placed, jax.eval_shape(self.optimizer.init, trained))
+        return jax.tree_util.tree_map_with_path(placed, jax.eval_shape(init, trained))
 
     def first_fusing(self) -> dict[str, Any]:
         """What gradient fusion remembers at the beginning of the stage; empty without any."""
@@ -144,6 +154,7 @@ class Program:
             self.layout.collections,
             load,
             self.abstract_fusing,
+            self.abstract_averages,
         )
 
     def begin(self, variables: Variables, key: jax.Array) -> TrainState:
@@ -167,7 +178,10 @@ class Program:
         )
         placed = jax.tree.map(functools.partial(_placed, sharding=layout.replicated), rest)
         step, routing, collections, load, fusing = placed
-        return TrainState(step, params, moments, routing, adapters, collections, load, fusing)
+        averages = {}
+        if self.stage.optimizer.average:
+            averages = jax.jit(average.init, out_shardings=_shardings(self.abstract_averages))(trained)
+        return TrainState(step, params, moments, routing, adapters, collections, load, fusing, averages)
 
     def _in_int8(self, params: Any) -> Any:
         flat, shapes = params_lib.flatten(params), params_lib.flatten(self.abstract_params)
@@ -180,11 +194,19 @@ class Program:
             weight.delete()
         return params_lib.unflatten(flat)
 
-    def merge(self, state: TrainState) -> TrainState:
+    def merge(self, state: TrainState, *, averaged: bool = False) -> TrainState:
         """The state with its adapters added to their weights, and none left; it consumes ``state``.
 
         Weights that were in int8 are floating-point numbers again, those that it stands for.
+
+        Args:
+          averaged: takes the average of what trains in the place of it.
+
+        Raises:
+          ValueError: the stage keeps no average.
         """
+        if averaged:
+            state = average.averaged(state, self.stage.optimizer.average)
         if self.stage.lora is None:
             return state
         layout, config = self.layout, self.stage.lora
@@ -259,6 +281,8 @@ def _step_of(
     )
     for wrapper in stage.wrap:
         step = wrapper(step)
+    if stage.optimizer.average:
+        step = average.averaging(step, stage.optimizer.average, trainable)
     return guarded(step)
 
 

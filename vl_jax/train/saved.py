@@ -1,7 +1,7 @@
 """The state of a run as its checkpoints hold it: parameters, a tree of training state, and a record.
 
     params     frozen weights in int8 if the stage keeps them so
-    training   step, optimizer, routing, and where there are any adapters, collections, fusing
+    training   step, optimizer, routing, and where there are any adapters, collections, fusing, averages
     record     position, load: the running load of every stack, as lists
 
 Checkpoints of earlier versions are read too. What they lack is what did not exist.
@@ -47,6 +47,7 @@ def to_saved(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
     """The training state of a checkpoint, and what its record says of the state."""
     training = {"step": state.step, "optimizer": state.optimizer, "routing": state.routing}
     rest = {"adapters": state.adapters, "collections": state.collections, "fusing": state.fusing}
+    rest["averages"] = state.averages
     # A few numbers, which a checkpoint that was written without them may lack.
     load = {name: np.asarray(value).tolist() for name, value in state.load.items()}
     return training | {name: tree for name, tree in rest.items() if tree}, {"load": load, _BY_STACK: True}
@@ -64,6 +65,7 @@ def abstract(program: Program, record: Mapping[str, Any]) -> dict[str, Any]:
         "adapters": program.adapters,
         "collections": layout.collections,
         "fusing": program.abstract_fusing,
+        "averages": program.abstract_averages,
     }
     return {
         "step": jax.ShapeDtypeStruct((), jnp.int32, sharding=layout.replicated),

@@ -57,6 +57,7 @@ class TrainState:
     collections: dict[str, Any] = struct.field(default_factory=dict)  # batch statistics and the like, by name
     load: dict[str, Leaf] = struct.field(default_factory=dict)  # f32[L E] running load of the stage, by stack
     fusing: dict[str, Leaf] = struct.field(default_factory=dict)  # what gradient fusion remembers, if it does
+    averages: Leaf = struct.field(default_factory=dict)  # of what trains, if kept; see ``updates.average``
 
 
 Step = Callable[[TrainState, Batch, ArrayLike], tuple[TrainState, Metrics]]
