@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -25,17 +26,20 @@ from vl_jax.fusion.gate import CrossModalGate, CrossModalGateConfig, SkippingGat
 from vl_jax.kernels.activation import SWIGLU, Activation
 from vl_jax.language.gqa import GQA, GQAConfig
 from vl_jax.language.mla import MLA, MLAConfig
+from vl_jax.moe import per_layer
 from vl_jax.moe.layer import (
     Carried,
     DynamicMoE,
     MoEOutput,
     carried_apart,
     carry,
-    first_logits,
     handed_on,
+    logits_before,
     of_layer,
 )
+from vl_jax.moe.per_layer import Group
 from vl_jax.moe.routing import MoEConfig, RoutingContext, State
+from vl_jax.moe.stacks import Stack
 from vl_jax.nn import packed
 from vl_jax.nn.cache import Cache
 from vl_jax.nn.embedding import look_up
@@ -57,6 +61,7 @@ class LayerRun:
     name: str
     sparse: bool
     layers: tuple[int, ...]
+    group: str = ""  # of a sparse run: which of ``per_layer.groups`` its layers are of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,19 +103,51 @@ class DecoderConfig:
         dense = {*range(self.num_dense_layers), *self.other_dense_layers}
         return tuple(i for i in range(self.num_layers) if i not in dense)
 
+    def check_experts(self, moe: MoEConfig) -> None:
+        """Refuses settings of layers that have no experts.
+
+        Raises:
+          ValueError: names the setting.
+        """
+        per_layer.check_layers(moe, self.sparse_layers, "moe")
+
+    def groups_of(self, moe: MoEConfig) -> dict[str, Group]:
+        """The sparse layers by equal settings."""
+        return per_layer.groups(moe, self.sparse_layers)
+
+    def stacks_of(self, moe: MoEConfig, part: str) -> dict[str, Stack]:
+        """The stacks of sparse layers, for a decoder that a model has under the name ``part``.
+
+        Those that differ from the main ones (``moe.layers``) are stacks of their own.
+        """
+        groups, found = self.groups_of(moe), {}
+        for name, group in groups.items():
+            runs = (run.name for run in self.runs_of(groups) if run.sparse and run.group == name)
+            found[part + name] = Stack(group.moe, group.layers, tuple((part, run, "moe") for run in runs))
+        return found
+
     @property
     def runs(self) -> tuple[LayerRun, ...]:
-        """The layers in order; from the second run of a kind on, a number follows its name."""
-        sparse = set(self.sparse_layers)
+        """The layers in order, all sparse ones alike."""
+        return self.runs_of({"": Group(None, self.sparse_layers)})
+
+    def runs_of(self, groups: Mapping[str, Group]) -> tuple[LayerRun, ...]:
+        """The layers in order; from the second run of a kind on, a number follows its name.
+
+        Args:
+          groups: the sparse layers, by ``per_layer.groups``.
+        """
+        sparse = {layer: name for name, group in groups.items() for layer in group.layers}
         runs: list[LayerRun] = []
 
-        def together(layer: int) -> tuple[bool, int]:
-            return layer in sparse, 0 if self.scan_layers else layer
+        def together(layer: int) -> tuple[str | None, int]:
+            return sparse.get(layer), 0 if self.scan_layers else layer
 
-        for (is_sparse, _), group in itertools.groupby(range(self.num_layers), key=together):
-            kind = "moe_layers" if is_sparse else "dense_layers"
-            earlier = sum(r.sparse == is_sparse for r in runs)
-            runs.append(LayerRun(f"{kind}_{earlier}" if earlier else kind, is_sparse, tuple(group)))
+        for (group, _), layers in itertools.groupby(range(self.num_layers), key=together):
+            kind = "dense_layers" if group is None else "moe_layers"
+            earlier = sum(r.sparse == (group is not None) for r in runs)
+            name = f"{kind}_{earlier}" if earlier else kind
+            runs.append(LayerRun(name, group is not None, tuple(layers), group or ""))
         return tuple(runs)
 
 
@@ -201,7 +238,9 @@ class Decoder(nn.Module):
         c = self.config
         init = named(nn.initializers.normal(0.02), "vocab", "embed")
         self.embedding = self.param("embedding", init, (c.vocab_size, c.embed_dim))
-        self.stacks = [self._stack(run) for run in c.runs]
+        self.groups = c.groups_of(self.moe)
+        self.runs = c.runs_of(self.groups)
+        self.stacks = [self._stack(run) for run in self.runs]
         self.norm = RMSNorm(c.norm_epsilon)
         if not c.tie_embeddings:
             self.head = Linear(c.vocab_size, ("embed", "vocab"), hidden=False)
@@ -227,7 +266,8 @@ class Decoder(nn.Module):
             unroll=True if len(run.layers) == 1 else 1,  # no loop, out of which XLA would move nothing
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        return scanned(self.config, self.moe if run.sparse else None, self.gate, name=run.name)
+        moe = self.groups[run.group].moe if run.sparse else None
+        return scanned(self.config, moe, self.gate, name=run.name)
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         return look_up(as_used(self.embedding, self.dtype, "vocab", "embed"), tokens)
@@ -253,44 +293,62 @@ class Decoder(nn.Module):
         self,
         x: Float[Array, "B T D"],
         context: LayerContext,
-        routing_state: State,
+        routing_state: State | Mapping[str, State],
         cache: Cache | None,
         looks: Float[Array, "B L"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], MoEOutput | None, tuple[Leaf, ...], Decided | None]:
+    ) -> tuple[
+        Float[Array, "B T D"],
+        MoEOutput | dict[str, MoEOutput] | None,
+        tuple[Leaf, ...],
+        Decided | None,
+    ]:
         """Runs the layers.
 
         Args:
-          routing_state: state of the scheme, stacked over the sparse layers.
+          routing_state: state of the scheme, stacked over the sparse layers; where these differ
+            (``moe.layers``) that of every group, by its name.
           cache: what attention kept of the tokens before, or None in training.
           looks: as ``looks`` gives them, where rows decide.
 
         Returns:
-          Hidden states after the final norm, what the sparse layers returned (stacked), what attention
-          keeps of the new tokens, for each run of layers (see ``cache.append``), and what gates decided
-          (stacked over all layers), if they have a budget.
+          Hidden states after the final norm, what the sparse layers returned (stacked; in groups as their
+          state), what attention keeps of the new tokens, for each run of layers (see ``cache.append``), and
+          what gates decided (stacked over all layers), if they have a budget.
         """
         windows = jnp.array(self.config.windows, jnp.int32) if self.config.windows else None
-        runs = self.config.runs
-        cached = [None] * len(runs) if cache is None or cache.empty else cache.runs
-        kept, routed, decided, first_sparse = [], [], [], 0
-        carried = carry(x, first_logits(self.moe if self.config.sparse_layers else None, x.shape[:2]))
-        for run, stack, before in zip(runs, self.stacks, cached, strict=True):
+        cached = [None] * len(self.runs) if cache is None or cache.empty else cache.runs
+        alike = len(self.groups) < 2
+        states: Mapping[str, State] = {"": routing_state} if alike else routing_state
+        kept, decided = [], []
+        routed: dict[str, list[MoEOutput]] = {name: [] for name in self.groups}
+        first = dict.fromkeys(self.groups, 0)
+        previous = None
+        for run, stack, before in zip(self.runs, self.stacks, cached, strict=True):
             layers = slice(run.layers[0], run.layers[-1] + 1)
-            sparse = slice(first_sparse, first_sparse + len(run.layers) * run.sparse)
+            moe = self.groups[run.group].moe if run.sparse else None
             state = LayerState(
-                routing=jax.tree.map(lambda a, s=sparse: a[s], routing_state) if run.sparse else {},
+                routing=_cut(states[run.group], first[run.group], len(run.layers)) if run.sparse else {},
                 cached=before,
                 window=None if windows is None else windows[layers],
                 number=jnp.array(run.layers, jnp.int32),
                 looks=None if looks is None else looks.T[layers],
             )
-            carried, (kept_here, routed_here, decided_here) = stack(carried, state, context)
+            previous = previous if moe is None else logits_before(moe, previous, x.shape[:2])
+            carried, (kept_here, routed_here, decided_here) = stack(carry(x, previous), state, context)
+            x, previous = carried_apart(carried)
             kept.append(kept_here)
             decided += [] if decided_here is None else [decided_here]
-            routed += [routed_here] * run.sparse
-            first_sparse = sparse.stop
-        stacked = (_stacked(trees) if trees else None for trees in (routed, decided))
-        return self.norm(carried_apart(carried)[0]), next(stacked), tuple(kept), next(stacked)
+            if run.sparse:
+                routed[run.group].append(routed_here)
+                first[run.group] += len(run.layers)
+        outputs = {name: _stacked(trees) for name, trees in routed.items()}
+        given = outputs.get("") if alike else outputs
+        return self.norm(x), given, tuple(kept), _stacked(decided) if decided else None
+
+
+def _cut(state: State, first: int, count: int) -> State:
+    """The state of some of the layers of a group."""
+    return jax.tree.map(lambda a: a[first : first + count], state)
 
 
 def _stacked(trees: list[Any]) -> Any:

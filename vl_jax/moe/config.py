@@ -7,6 +7,13 @@ import math
 from typing import Literal
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Varied:
+    """What differs from layer to layer; ``MoEConfig`` explains it."""
+
+    layers: tuple[tuple[str, bool | int | float | str | None], ...] = ()
+
+
 @dataclasses.dataclass(frozen=True)
 class SharedExpertsConfig:
     """Experts that every token takes."""

@@ -59,6 +59,13 @@ def first_logits(config: MoEConfig | None, tokens: tuple[int, ...]) -> jax.Array
     return jnp.zeros((*tokens, scheme.columns(config)), jnp.float32)
 
 
+def logits_before(config: MoEConfig, previous: jax.Array | None, tokens: tuple[int, ...]) -> jax.Array | None:
+    """What a sparse layer finds of the one before: zeros if that has other columns, or gives none."""
+    zeros = first_logits(config, tokens)
+    fits = zeros is not None and previous is not None and previous.shape == zeros.shape
+    return previous if fits else zeros
+
+
 Carried = jax.Array | tuple[jax.Array, jax.Array]
 
 

@@ -29,8 +29,8 @@ from jaxtyping import Array, Float, Int
 from vl_jax import parts
 from vl_jax.kernels.activation import SWIGLU, Activation
 from vl_jax.moe import assignment as assignment_lib
+from vl_jax.moe import per_layer, slots
 from vl_jax.moe import scheme as scheme_lib
-from vl_jax.moe import slots
 from vl_jax.moe.assignment import (
     GROUPS,
     Assignment,
@@ -54,6 +54,7 @@ from vl_jax.moe.config import (
     GateConfig,
     SharedExpertsConfig,
     SimpleExpertsConfig,
+    Varied,
 )
 from vl_jax.moe.scheme import Option, Param, Scheme
 from vl_jax.moe.specialise import drawn as drawing
@@ -129,7 +130,7 @@ class Malformed(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class MoEConfig:
+class MoEConfig(Varied):
     """One sparse layer: router, routed experts, shared experts, and how tokens move.
 
     Attributes:
@@ -149,6 +150,8 @@ class MoEConfig:
       execution: exchange and kernel, which the machine decides; the model stays the same.
       options: pairs of name and value, the scheme's own; ``option`` reads one. On the command line one is
         set by its name, ``--config.model.moe.options.k_max=3``.
+      layers: what differs in some layers, as pairs of a place and a value: ``("0-3.top_k", 1)``. On the
+        command line it is ``--config.model.moe.layers.0-3.top_k=1``. See ``per_layer``.
     """
 
     MOVED: ClassVar[Mapping[str, str]] = {
@@ -224,6 +227,7 @@ class MoEConfig:
         if self.balance.forced and not scheme.replays:
             raise ValueError(f"balance.forced=True: scheme={self.scheme!r} takes no routes that are given")
         scheme.validate(self)
+        per_layer.check(self)
 
     def capacity_of(self, length: int) -> int | None:
         """The most slots an expert has for a group of so many tokens; None without a limit."""
