@@ -33,6 +33,11 @@ def model(*layers: tuple[str, Any], scheme: str = "top_k", **language: Any) -> V
     )
 
 
+def runs_of(config: VisionLanguageConfig) -> Any:
+    """How its layers are stacked."""
+    return config.language.runs_with(config.moe)
+
+
 def rows_of_text(seed: int = 0) -> Any:
     """Rows without pictures, for a model without a tower."""
     rows = [[tiny.example(10 * seed + i, text=5 + i, tiles=0)] for i in range(4)]
@@ -82,7 +87,7 @@ def test_layers_that_are_not_sparse_are_refused(name):
 def test_equal_layers_are_one_stack_as_before():
     plain, same = model(), model(("1.top_k", 2), ("2-.scheme", "top_k"))
     assert same.stacks == plain.stacks and list(same.stacks) == [LANGUAGE]
-    assert same.decoder_runs == plain.language.runs
+    assert runs_of(same) == plain.language.runs
     batch = rows_of_text()
     texts = []
     for config in (plain, same):
@@ -97,17 +102,17 @@ def test_groups_are_stacks_and_neighbours_run_together():
         LANGUAGE: ((0, 2), 2),
         f"{LANGUAGE}_layer_1": ((1, 3), 1),
     }
-    assert [run.layers for run in config.decoder_runs] == [(0,), (1,), (2,), (3,)]
-    assert [run.layers for run in model(*MIXED).decoder_runs] == [(0,), (1,), (2,), (3,)]
-    assert [run.layers for run in model(("2-.top_k", 1)).decoder_runs] == [(0, 1), (2, 3)]
+    assert [run.layers for run in runs_of(config)] == [(0,), (1,), (2,), (3,)]
+    assert [run.layers for run in runs_of(model(*MIXED))] == [(0,), (1,), (2,), (3,)]
+    assert [run.layers for run in runs_of(model(("2-.top_k", 1)))] == [(0, 1), (2, 3)]
 
 
 def unrolled(params: Any, config: VisionLanguageConfig) -> Any:
     """The same parameters for the model whose layers are not scanned."""
     apart = dataclasses.replace(config, language=dataclasses.replace(config.language, scan_layers=False))
-    names = {run.layers[0]: run.name for run in apart.decoder_runs}
+    names = {run.layers[0]: run.name for run in runs_of(apart)}
     language = {k: v for k, v in params["language"].items() if not k.startswith("moe_layers")}
-    for run in config.decoder_runs:
+    for run in runs_of(config):
         for i, layer in enumerate(run.layers):
             one = jax.tree.map(lambda a, i=i: a[i : i + 1], params["language"][run.name])
             language[names[layer]] = one
@@ -118,7 +123,7 @@ def unrolled(params: Any, config: VisionLanguageConfig) -> Any:
 @pytest.mark.parametrize("scheme", ["top_k", "loss_free"])
 def test_scanned_and_unrolled_layers_give_the_same(scheme):
     config = model(("2-3.num_experts", 8), ("2-.expert_dim", 4), ("2-.top_k", 1), scheme=scheme)
-    assert [run.layers for run in config.decoder_runs] == [(0, 1), (2, 3)]
+    assert [run.layers for run in runs_of(config)] == [(0, 1), (2, 3)]
     params, state = tiny.build(config)
     apart, split = unrolled(params, config)
     batch = rows_of_text()

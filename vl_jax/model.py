@@ -29,7 +29,7 @@ from vl_jax.encoders.vit import ViTConfig
 from vl_jax.fusion.budget import LEARNING, BudgetConfig, GateOutput, budget_loss
 from vl_jax.fusion.gate import CrossModalGateConfig
 from vl_jax.fusion.towers import Seen, before_answers, looking, only_infers, read_open_rows
-from vl_jax.language.decoder import Decoder, DecoderConfig, LayerContext, LayerRun
+from vl_jax.language.decoder import Decoder, DecoderConfig, LayerContext
 from vl_jax.moe.config import BalanceConfig, GateConfig
 from vl_jax.moe.layer import MoEOutput
 from vl_jax.moe.routing import MoEConfig, RoutingContext, State, is_causal
@@ -71,6 +71,8 @@ class VisionLanguageConfig:
 
     def __post_init__(self):
         self.language.check_experts(self.moe)
+        if self.language.passable and self.budget is not None:
+            raise ValueError("language.depths and fusion.gate.budget exclude each other")
         if self.encoder is None:
             if self.high_resolution is not None:
                 raise ValueError("high_resolution needs an encoder, whose tokens its own are joined with")
@@ -132,11 +134,6 @@ class VisionLanguageConfig:
             result[ENCODER] = dataclasses.replace(own, runs=tuple((ENCODER, *run) for run in own.runs))
         return result
 
-    @property
-    def decoder_runs(self) -> tuple[LayerRun, ...]:
-        """The layers of the decoder as they are stacked."""
-        return self.language.runs_of(self.language.groups_of(self.moe))
-
     def spec(self) -> ModelSpec:
         """What the data side must know.
 
@@ -162,8 +159,8 @@ class VisionLanguageConfig:
                 f"data.tiling.tile_size={side} differs from the images of model.encoder, {shape}"
             )
         if data.packing is not None:
-            for group in self.language.groups_of(self.moe).values():
-                check_packed(group.moe, "model.moe")
+            for stack in self.language.stacks_of(self.moe, LANGUAGE).values():
+                check_packed(stack.moe, "model.moe")
         if self.budget is not None:
             talk = data.conversation
             branches = talk.turns == "independent" and talk.max_turns != 1
@@ -220,8 +217,10 @@ class VisionLanguageConfig:
 
     def init_cache(self, *, batch: int, slots: int) -> Cache:
         """An empty cache for ``slots`` tokens a row."""
+        runs = self.language.runs_with(self.moe)
         return cache_lib.create(
-            runs=[len(run.layers) for run in self.decoder_runs],
+            runs=[len(run.layers) for run in runs],
+            passable=[number for number, run in enumerate(runs) if run.depths],
             batch=batch,
             slots=slots,
             kept=self.language.attention.kept,

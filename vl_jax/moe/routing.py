@@ -106,6 +106,7 @@ _PLACES = {
     "dynamic": ("top_p", "remoe", "expert_threshold", "null_experts", "dselect_k"),
     "fixed": ("hash", "modality_top_k"),
     "expert_choice": ("expert_choice", "modality_expert_choice"),
+    "predicted": ("predicted_choice",),
     "soft": ("soft_moe", "smear"),
 }
 SCHEMES = {

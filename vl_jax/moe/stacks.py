@@ -140,7 +140,7 @@ def sown(intermediates: Mapping[str, Any], stack: Stack) -> list[Routed]:
 def state_of(state: Mapping[str, State], part: str, stacks: Stacks) -> State | dict[str, State]:
     """The state of a part's layers: that of its stack, or of several the state of each, see ``per_layer``."""
     own = {name.removeprefix(part): state.get(name, {}) for name in stacks if name.startswith(part)}
-    return own if len(own) > 1 else own.get("", {})
+    return own if own.keys() - {""} else own.get("", {})
 
 
 def by_name(routed: MoEOutput | Mapping[str, MoEOutput] | None, part: str) -> dict[str, MoEOutput]:
