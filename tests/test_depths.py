@@ -16,6 +16,7 @@ import tiny
 from vl_jax import params as params_lib
 from vl_jax.language.depths import DepthsConfig
 from vl_jax.model import LANGUAGE, VisionLanguageConfig
+from vl_jax.moe import comparisons, conformance
 from vl_jax.moe.assignment import RoutingContext
 from vl_jax.moe.config import BalanceConfig
 from vl_jax.moe.schemes.predicted import best_of_sample, most_of
@@ -253,3 +254,14 @@ def test_layers_that_cannot_be_passed_by_are_refused(layers, options, said):
 def test_the_router_has_one_expert():
     with pytest.raises(ValueError, match="one expert, the block"):
         DepthsConfig((1,), dataclasses.replace(DepthsConfig().router, num_experts=2))
+
+
+@pytest.mark.slow
+def test_the_router_conforms_as_a_scheme_of_many_experts(monkeypatch):
+    monkeypatch.setattr(comparisons, "KERNELS", ("reference", "blocked"))
+    found = conformance.check("predicted_choice")
+    assert not [str(result) for result in found if result.passed is False]
+    assert {r.property for r in found if r.passed is None} <= {
+        "given routes are taken",
+        "kernels agree with few slots",
+    }

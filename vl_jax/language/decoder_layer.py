@@ -15,7 +15,7 @@ from vl_jax.fusion.gate import CrossModalGate, CrossModalGateConfig, SkippingGat
 from vl_jax.language.decoder_config import DecoderConfig
 from vl_jax.language.depths import (
     BlockRouter,
-    Places,
+    TakenPlaces,
     fits,
     mask_of,
     places_of,
@@ -149,7 +149,7 @@ class PassableLayer(DecoderLayer):
         context: LayerContext,
         gate: Float[Array, "B T"],
         chosen: Bool[Array, "B T"],
-        places: Places | None,
+        places: TakenPlaces | None,
     ) -> tuple[Carried, Found]:
         """The block for the chosen tokens, in places of their own or, None, where they stand."""
         (x, previous), cached = carried_apart(carried), state.cached

@@ -119,7 +119,7 @@ class BlockRouter(DynamicMoE):
 
 
 @struct.dataclass
-class Places:
+class TakenPlaces:
     """Where the chosen tokens of every row stand among those that the block sees, in their order."""
 
     index: Leaf  # i32[B n] of the token in a place; any in one that is empty
@@ -127,26 +127,26 @@ class Places:
     place: Leaf  # i32[B T] of a chosen token; any for others
 
 
-def places_of(chosen: Bool[Array, "B T"], room: int) -> Places:
-    """Places for up to ``room`` chosen tokens a row."""
+def places_of(chosen: Bool[Array, "B T"], room: int) -> TakenPlaces:
+    """TakenPlaces for up to ``room`` chosen tokens a row."""
     order = jnp.argsort(~chosen, axis=1, stable=True)[:, :room].astype(jnp.int32)
     used = jnp.arange(room) < jnp.sum(chosen, axis=1, keepdims=True)
     place = jnp.cumsum(chosen, axis=1, dtype=jnp.int32) - 1
-    return Places(order, used, jnp.clip(place, 0, room - 1))
+    return TakenPlaces(order, used, jnp.clip(place, 0, room - 1))
 
 
-def take(array: Array, places: Places) -> Array:
+def take(array: Array, places: TakenPlaces) -> Array:
     """The chosen tokens' part of an array [B T ...], zeros in empty places."""
     found = jax.vmap(lambda a, i: a[i])(array, places.index)
     return jnp.where(_as_wide(places.used, found), found, jnp.zeros((), found.dtype))
 
 
-def taken_of(array: Array, places: Places | None) -> Array:
+def taken_of(array: Array, places: TakenPlaces | None) -> Array:
     """As ``take``, or the array itself where tokens stay."""
     return array if places is None else take(array, places)
 
 
-def put_back(array: Array, chosen: Bool[Array, "B T"], places: Places | None) -> Array:
+def put_back(array: Array, chosen: Bool[Array, "B T"], places: TakenPlaces | None) -> Array:
     """What the chosen tokens have become, where they stand in the row; zeros for the others."""
     found = array if places is None else jax.vmap(lambda a, i: a[i])(array, places.place)
     return jnp.where(_as_wide(chosen, found), found, jnp.zeros((), found.dtype))
@@ -156,7 +156,9 @@ def _as_wide(mask: Bool[Array, "B T"], array: Array) -> Array:
     return mask.reshape(*mask.shape, *(1,) * (array.ndim - 2))
 
 
-def routing_of(context: RoutingContext, chosen: Bool[Array, "B T"], places: Places | None) -> RoutingContext:
+def routing_of(
+    context: RoutingContext, chosen: Bool[Array, "B T"], places: TakenPlaces | None
+) -> RoutingContext:
     """What the experts of a block may look at: the chosen tokens, in their places if they moved."""
     context = context.replace(valid=context.valid & chosen)  # pyright: ignore[reportAttributeAccessIssue]
     if places is None:
@@ -170,7 +172,7 @@ def mask_of(
     mask: Bool[Array, "B T K"] | PackedMask,
     chosen: Bool[Array, "B T"],
     before: Float[Array, "B S"] | None,
-    places: Places | None,
+    places: TakenPlaces | None,
 ) -> Any:
     """The mask among the chosen tokens, and those of a cache's slots that took the block.
 
@@ -194,7 +196,7 @@ def mask_of(
 
 
 def room_for(length: int, config: DepthsConfig) -> int:
-    """Places that a block has for the tokens of a row in training."""
+    """TakenPlaces that a block has for the tokens of a row in training."""
     scheme = routing.scheme_of(config.router)
     return max(min(scheme.most(length, config.router), length), 1)
 

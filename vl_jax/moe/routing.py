@@ -106,12 +106,13 @@ _PLACES = {
     "dynamic": ("top_p", "remoe", "expert_threshold", "null_experts", "dselect_k"),
     "fixed": ("hash", "modality_top_k"),
     "expert_choice": ("expert_choice", "modality_expert_choice"),
-    "predicted": ("predicted_choice",),
     "soft": ("soft_moe", "smear"),
 }
 SCHEMES = {
     name: f"vl_jax.moe.schemes.{file}:{name.upper()}" for file, names in _PLACES.items() for name in names
 }
+# Those with a router of their own; the default of ``language.depths``.
+BLOCK_SCHEMES = {"predicted_choice": "vl_jax.moe.schemes.predicted:PREDICTED_CHOICE"}
 
 
 # An entry of the state that an intervention adds: bool, [1 1 E], [G 1 E] or [G T E], experts that may not be
@@ -153,6 +154,7 @@ class MoEConfig(Varied):
         set by its name, ``--config.model.moe.options.k_max=3``.
       layers: what differs in some layers, as pairs of a place and a value: ``("0-3.top_k", 1)``. On the
         command line it is ``--config.model.moe.layers.0-3.top_k=1``. See ``per_layer``.
+      widths: hidden widths of equal parts of the experts, in place of ``expert_dim``; see ``moe.widths``.
     """
 
     MOVED: ClassVar[Mapping[str, str]] = {
@@ -229,6 +231,7 @@ class MoEConfig(Varied):
             raise ValueError(f"balance.forced=True: scheme={self.scheme!r} takes no routes that are given")
         scheme.validate(self)
         per_layer.check(self)
+        self._check_widths(self.num_experts - self.simple.num, by_width=self.balance.by_width)
 
     def capacity_of(self, length: int) -> int | None:
         """The most slots an expert has for a group of so many tokens; None without a limit."""
@@ -281,11 +284,11 @@ def scheme_of(config: MoEConfig) -> Scheme:
 
 @functools.cache
 def _load(spec: str) -> Scheme:
-    if spec in SCHEMES:
-        module, _, name = SCHEMES[spec].partition(":")
+    known, expected = SCHEMES | BLOCK_SCHEMES, "a Scheme or a route function"
+    if spec in known:
+        module, _, name = known[spec].partition(":")
         return getattr(importlib.import_module(module), name)
-    expected = "a Scheme or a route function"
-    found = parts.find(spec, SCHEMES, kind="scheme", expected=expected)
+    found = parts.find(spec, known, kind="scheme", expected=expected)
     if isinstance(found, Scheme):
         return found
     if not callable(found) or isinstance(found, type):
