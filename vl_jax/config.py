@@ -8,7 +8,7 @@ checked on the final values, before any array exists. Code past the command line
 
 A tuple of dataclasses (training stages, data sources) appears in the view as a mapping from name, or from
 number where they have none, to element: ``--config.stages.sft.steps=100`` addresses one of them. Of pairs of
-name and value one is set by its name: ``--config.model.moe.options.k_max=3``. A part that
+name and value one is set by its name, dots and all: ``--config.model.moe.options.k_max=3``. A part that
 may be absent is switched on by setting one of its fields, ``--config.data.packing.max_tokens=2048``, and off
 by ``=None``. A part of which there are several kinds is exchanged by the name of another class, or where its
 field is ``Open`` by ``path/to/file.py:Name``.
@@ -105,9 +105,9 @@ def override(config_view: Any, path: str, text: str) -> None:
     *parents, last = path.split(".")
     for depth, key in enumerate([*parents, last]):
         where = ".".join(["config", *path.split(".")[:depth]])
-        if _is_of_pairs(hint) and depth == len(parents):
-            value, before = _literal(text), [p for p in node if p[0] != key]
-            holder[parents[-1]] = (*before, (key, value))
+        if _is_of_pairs(hint):
+            name = ".".join([*parents, last][depth:])
+            holder[parents[depth - 1]] = (*(p for p in node if p[0] != name), (name, _literal(text)))
             return
         if not hasattr(node, "keys"):
             raise ConfigError(f"{where} is a value, it has no field {key!r}")

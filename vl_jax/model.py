@@ -33,14 +33,14 @@ from vl_jax.language.decoder import Decoder, DecoderConfig, LayerContext
 from vl_jax.moe.config import BalanceConfig, GateConfig
 from vl_jax.moe.layer import MoEOutput
 from vl_jax.moe.replay import guided
-from vl_jax.moe.routing import MoEConfig, RoutingContext, State
-from vl_jax.moe.stacks import RoutingState, Stack, check_packed
+from vl_jax.moe.routing import MoEConfig, RoutingContext, State, is_causal
+from vl_jax.moe.stacks import RoutingState, Stack, by_name, check_packed, state_of
 from vl_jax.nn import cache as cache_lib
 from vl_jax.nn.cache import Cache
 from vl_jax.nn.masks import PackedMask, cross_mask
 from vl_jax.params import Leaf
 
-# The parts that may have sparse layers: names of their parameters, and of their stacks.
+# The parts that may have sparse layers: names of their parameters and stacks.
 LANGUAGE, ENCODER = "language", "encoder"
 
 
@@ -71,6 +71,9 @@ class VisionLanguageConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters stay float32
 
     def __post_init__(self):
+        self.language.check_experts(self.moe)
+        if self.language.passable and self.budget is not None:
+            raise ValueError("language.depths and fusion.gate.budget exclude each other")
         if self.encoder is None:
             if self.high_resolution is not None:
                 raise ValueError("high_resolution needs an encoder, whose tokens its own are joined with")
@@ -126,10 +129,8 @@ class VisionLanguageConfig:
     @property
     def stacks(self) -> dict[str, Stack]:
         """The sparse layers of the decoder and of the encoder, as far as they have any."""
-        result, runs = {}, tuple((LANGUAGE, run.name, "moe") for run in self.language.runs if run.sparse)
-        if runs:
-            result[LANGUAGE] = Stack(self.moe, self.language.sparse_layers, runs, self.language.activation)
         own = None if self.encoder is None else self.encoder.stack
+        result = self.language.stacks_of(self.moe, LANGUAGE)
         if own is not None:
             result[ENCODER] = dataclasses.replace(own, runs=tuple((ENCODER, *run) for run in own.runs))
         return result
@@ -158,15 +159,14 @@ class VisionLanguageConfig:
             raise ValueError(
                 f"data.tiling.tile_size={side} differs from the images of model.encoder, {shape}"
             )
-        if data.packing is not None and LANGUAGE in self.stacks:
-            check_packed(self.moe, "model.moe")
+        if data.packing is not None:
+            for stack in self.language.stacks_of(self.moe, LANGUAGE).values():
+                check_packed(stack.moe, "model.moe")
         if self.budget is not None:
             talk = data.conversation
             branches = talk.turns == "independent" and talk.max_turns != 1
-            packing = data.packing is not None
-            self.budget.refuse_shared_rows(
-                packing=packing, branches=branches, where="model.fusion.gate.budget"
-            )
+            packing, where = data.packing is not None, "model.fusion.gate.budget"
+            self.budget.refuse_shared_rows(packing=packing, branches=branches, where=where)
 
     @property
     def budget(self) -> BudgetConfig | None:
@@ -208,8 +208,9 @@ class VisionLanguageConfig:
 
     @property
     def decoding_moe(self) -> MoEConfig | None:
-        """The experts of the part that writes; None if it has none."""
-        return self.moe if self.language.sparse_layers else None
+        """The experts of the part that writes, such as look ahead if any do; None if it has none."""
+        groups = self.language.groups_of(self.moe).values()
+        return min((group.moe for group in groups), key=is_causal, default=None)
 
     def opening(self, batch: Batch) -> Batch:
         """What the decoder reads of prompts before it writes: all of them."""
@@ -217,8 +218,10 @@ class VisionLanguageConfig:
 
     def init_cache(self, *, batch: int, slots: int) -> Cache:
         """An empty cache for ``slots`` tokens a row."""
+        runs = self.language.runs_with(self.moe)
         return cache_lib.create(
-            runs=[len(run.layers) for run in self.language.runs],
+            runs=[len(run.layers) for run in runs],
+            passable=[number for number, run in enumerate(runs) if run.depths],
             batch=batch,
             slots=slots,
             kept=self.language.attention.kept,
@@ -364,16 +367,15 @@ class VisionLanguage(nn.Module):
             length=None if cache is None else cache.length,
             learning=self.has_rng(LEARNING),
         )
-        hidden, routed, kept, decided = self.language(
-            x, context, routing_state.get(LANGUAGE, {}), cache, looks
-        )
+        own = state_of(routing_state, LANGUAGE, self.config.stacks)
+        hidden, routed, kept, decided = self.language(x, context, own, cache, looks)
         if cache is not None:
             cache = cache_lib.append(cache, kept, batch.segment_ids)
-        by_stack = {name: o for name, o in ((LANGUAGE, routed), (ENCODER, in_encoder)) if o is not None}
         gates = None
         if decided is not None:
             assert self.config.budget is not None
             gates = GateOutput(decided, budget_loss(decided, self.config.budget), read)
+        by_stack = by_name(routed, LANGUAGE) | by_name(in_encoder, ENCODER)
         return ModelOutput(hidden, by_stack, cache, gates)
 
     def embed(self, batch: Batch, vision: Float[Array, "B S D"]) -> Float[Array, "B T D"]:

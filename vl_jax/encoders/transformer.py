@@ -75,6 +75,9 @@ class BlockConfig:
         if self.moe is not None and not sparse:
             raise ValueError(f"moe needs sparse_layers, numbers from 0 to {last}; sparse_layers=() has none")
 
+        if self.moe is not None and self.moe.layers:
+            raise ValueError(f"moe.layers={self.moe.layers}: the sparse blocks of an encoder have one config")
+
     @classmethod
     def of(cls, config: Any, **others: Any) -> BlockConfig:
         """The blocks of an encoder, by the fields of its config that have the names of these.

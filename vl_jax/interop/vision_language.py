@@ -110,7 +110,8 @@ def vision_language_rules(config: Fields, keys: Iterable[str] = ()) -> tuple[Rul
 def vision_language_stacks(config: VisionLanguageConfig) -> dict[str, tuple[int, ...]]:
     """The layers each stack of parameters or state holds, for ``rules.plan``."""
     high = config.high_resolution
-    return {**language_stacks(config.language), **(sam_stacks(high.encoder) if high else {})}
+    of_decoder = {run.name: run.layers for run in config.language.runs_with(config.moe)}
+    return {**language_stacks(config.language), **of_decoder, **(sam_stacks(high.encoder) if high else {})}
 
 
 def _family(config: Fields) -> PictureFamily:

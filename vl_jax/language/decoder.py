@@ -9,38 +9,30 @@ layer: decoding on a CPU then reads weights where they lie, while a scan copies 
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from vl_jax import losses
 from vl_jax.fusion.budget import Decided, Openings
-from vl_jax.fusion.gate import CrossModalGate, CrossModalGateConfig, SkippingGate
-from vl_jax.kernels.activation import SWIGLU, Activation
-from vl_jax.language.gqa import GQA, GQAConfig
-from vl_jax.language.mla import MLA, MLAConfig
+from vl_jax.fusion.gate import CrossModalGateConfig
+from vl_jax.language.decoder_config import DEPTHS, DecoderConfig, LayerRun
+from vl_jax.language.decoder_layer import DecoderLayer, LayerContext, LayerState, PassableLayer
 from vl_jax.moe.layer import (
-    Carried,
-    DynamicMoE,
     MoEOutput,
     carried_apart,
     carry,
-    first_logits,
-    handed_on,
-    of_layer,
+    logits_before,
 )
-from vl_jax.moe.routing import MoEConfig, RoutingContext, State
+from vl_jax.moe.routing import MoEConfig, State
 from vl_jax.nn import packed
 from vl_jax.nn.cache import Cache
 from vl_jax.nn.embedding import look_up
-from vl_jax.nn.layers import GatedMLP, Linear, RMSNorm, as_used, named
-from vl_jax.nn.masks import within_window
+from vl_jax.nn.layers import Linear, RMSNorm, as_used, named
 from vl_jax.params import Leaf
 from vl_jax.sharding import constrain
 
@@ -48,145 +40,6 @@ REMAT_POLICIES = {
     "full": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerRun:
-    """Consecutive layers of one kind, whose parameters are stacked under one name."""
-
-    name: str
-    sparse: bool
-    layers: tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class DecoderConfig:
-    """Defaults are DeepSeek-VL2 (base)."""
-
-    vocab_size: int = 129_280
-    embed_dim: int = 2560
-    mlp_dim: int = 12_288  # hidden width of the dense layers
-    num_layers: int = 30
-    num_dense_layers: int = 1  # the first layers, without experts
-    other_dense_layers: tuple[int, ...] = ()  # further layers without experts, by number
-    attention: MLAConfig | GQAConfig = MLAConfig()
-    windows: tuple[int, ...] = ()  # for every layer the tokens it looks back on, 0: all; (): all, everywhere
-    activation: Activation = SWIGLU  # of the dense layers
-    mlp_bias: bool = False
-    norm_epsilon: float = 1e-6
-    tie_embeddings: bool = False  # the head is the embedding table
-    scan_layers: bool = True  # False: each layer has parameters of its own; see the top of the file
-    remat: Literal["none", "full", "dots"] = "none"
-
-    def __post_init__(self):
-        if not 0 <= self.num_dense_layers <= self.num_layers:
-            raise ValueError(
-                f"num_dense_layers={self.num_dense_layers} must be from 0 to num_layers={self.num_layers}"
-            )
-        if not all(0 <= i < self.num_layers for i in self.other_dense_layers):
-            raise ValueError(
-                f"other_dense_layers={self.other_dense_layers} must be from 0 to {self.num_layers - 1}"
-            )
-        if self.windows and (len(self.windows) != self.num_layers or min(self.windows) < 0):
-            raise ValueError(
-                f"windows={self.windows} must be num_layers={self.num_layers} numbers >= 0, or empty"
-            )
-
-    @property
-    def sparse_layers(self) -> tuple[int, ...]:
-        """The numbers of the layers with experts."""
-        dense = {*range(self.num_dense_layers), *self.other_dense_layers}
-        return tuple(i for i in range(self.num_layers) if i not in dense)
-
-    @property
-    def runs(self) -> tuple[LayerRun, ...]:
-        """The layers in order; from the second run of a kind on, a number follows its name."""
-        sparse = set(self.sparse_layers)
-        runs: list[LayerRun] = []
-
-        def together(layer: int) -> tuple[bool, int]:
-            return layer in sparse, 0 if self.scan_layers else layer
-
-        for (is_sparse, _), group in itertools.groupby(range(self.num_layers), key=together):
-            kind = "moe_layers" if is_sparse else "dense_layers"
-            earlier = sum(r.sparse == is_sparse for r in runs)
-            runs.append(LayerRun(f"{kind}_{earlier}" if earlier else kind, is_sparse, tuple(group)))
-        return tuple(runs)
-
-
-@struct.dataclass
-class LayerContext:
-    """What every layer reads and none changes."""
-
-    positions: Leaf  # i32[B T]
-    mask: Leaf  # a ``PackedMask``, or bool[B T T]; with slots of a cache bool[B T S+T]
-    routing: RoutingContext
-    vision: Leaf | None  # [B S D] visual tokens, for the gate; None: there are none, and no gate runs
-    vision_mask: Leaf | None  # bool[B T S]
-    length: Leaf | None  # i32[] filled slots of the cache; None: there is none to keep anything in
-    learning: bool = struct.field(pytree_node=False, default=False)  # gates with a budget are to learn
-
-
-@struct.dataclass
-class LayerState:
-    """What belongs to one layer and is not a parameter; stacked over layers outside the scan."""
-
-    routing: State  # state of the routing scheme; empty for a dense layer
-    cached: Leaf | None  # what the cache keeps for this layer, unless it is empty
-    window: Leaf | None  # i32[] tokens the layer looks back on, 0: all
-    number: Leaf  # i32[] of the layer among all
-    looks: Leaf | None = None  # f32[B] logits of the rows that are to look; None: nobody decides for a row
-
-
-class DecoderLayer(nn.Module):
-    """One decoder layer; ``moe`` None makes it dense."""
-
-    config: DecoderConfig
-    moe: MoEConfig | None
-    gate: CrossModalGateConfig | None
-
-    @nn.compact
-    def __call__(
-        self, carried: Carried, state: LayerState, context: LayerContext
-    ) -> tuple[Carried, tuple[Leaf | None, MoEOutput | None, Decided | None]]:
-        """Takes and returns x [B T D], with the router logits that are handed on if anyone asks for them."""
-        (x, previous), c = carried_apart(carried), self.config
-        x, decided = self._look(x, state, context)
-        mask, length = context.mask, context.length
-        if state.window is not None:
-            mask = within_window(mask, state.window, offset=0 if length is None else length)
-        attention = MLA if isinstance(c.attention, MLAConfig) else GQA
-        mixed, kept = attention(c.attention, name="attention")(  # pyright: ignore[reportArgumentType]
-            RMSNorm(c.norm_epsilon, name="attention_norm")(x),
-            positions=context.positions,
-            mask=mask,
-            cached=state.cached,
-        )
-        x = constrain(x + mixed, "batch", None, None)
-        normed = RMSNorm(c.norm_epsilon, name="mlp_norm")(x)
-        routed = None
-        if self.moe is None:
-            y = GatedMLP(c.mlp_dim, c.activation, c.mlp_bias, name="mlp")(normed)
-        else:
-            where = of_layer(context.routing, previous, state.number, c.num_layers)
-            y, routed = DynamicMoE(self.moe, name="moe")(normed, where, state.routing)
-            previous, routed = handed_on(routed)
-        x = constrain(x + y, "batch", None, None)
-        return carry(x, previous), (None if length is None else kept, routed, decided)
-
-    def _look(
-        self, x: jax.Array, state: LayerState, context: LayerContext
-    ) -> tuple[jax.Array, Decided | None]:
-        """What vision says is added, and what a gate with a budget decided comes with it."""
-        if self.gate is None or context.vision is None:
-            return x, None
-        assert context.vision_mask is not None
-        if self.gate.budget is None:
-            return x + CrossModalGate(self.gate, name="gate")(x, context.vision, context.vision_mask), None
-        found, decided = SkippingGate(self.gate, name="gate")(
-            x, context.vision, context.vision_mask, state.looks, learning=context.learning
-        )
-        return x + found, decided
 
 
 class Decoder(nn.Module):
@@ -201,7 +54,9 @@ class Decoder(nn.Module):
         c = self.config
         init = named(nn.initializers.normal(0.02), "vocab", "embed")
         self.embedding = self.param("embedding", init, (c.vocab_size, c.embed_dim))
-        self.stacks = [self._stack(run) for run in c.runs]
+        self.groups = c.groups_of(self.moe)
+        self.runs = c.runs_of(self.groups)
+        self.stacks = [self._stack(run) for run in self.runs]
         self.norm = RMSNorm(c.norm_epsilon)
         if not c.tie_embeddings:
             self.head = Linear(c.vocab_size, ("embed", "vocab"), hidden=False)
@@ -217,7 +72,8 @@ class Decoder(nn.Module):
     def _stack(self, run: LayerRun) -> nn.Module:
         remat = self.config.remat
         policy = REMAT_POLICIES.get(remat)
-        layer = packed.layer_of(DecoderLayer, self, run.name, remat=remat != "none", policy=policy)
+        kind = PassableLayer if run.depths else DecoderLayer
+        layer = packed.layer_of(kind, self, run.name, remat=remat != "none", policy=policy)
         scanned = nn.scan(
             layer,
             variable_axes={"params": 0, "intermediates": 0},
@@ -227,7 +83,8 @@ class Decoder(nn.Module):
             unroll=True if len(run.layers) == 1 else 1,  # no loop, out of which XLA would move nothing
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        return scanned(self.config, self.moe if run.sparse else None, self.gate, name=run.name)
+        moe = self.groups[run.group].moe if run.sparse else None
+        return scanned(self.config, moe, self.gate, name=run.name)
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         return look_up(as_used(self.embedding, self.dtype, "vocab", "embed"), tokens)
@@ -253,44 +110,68 @@ class Decoder(nn.Module):
         self,
         x: Float[Array, "B T D"],
         context: LayerContext,
-        routing_state: State,
+        routing_state: State | Mapping[str, State],
         cache: Cache | None,
         looks: Float[Array, "B L"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], MoEOutput | None, tuple[Leaf, ...], Decided | None]:
+    ) -> tuple[
+        Float[Array, "B T D"],
+        MoEOutput | dict[str, MoEOutput] | None,
+        tuple[Leaf, ...],
+        Decided | None,
+    ]:
         """Runs the layers.
 
         Args:
-          routing_state: state of the scheme, stacked over the sparse layers.
+          routing_state: state of the scheme, stacked over the sparse layers; where these differ
+            (``moe.layers``), or tokens may pass layers by, that of every group, by its name.
           cache: what attention kept of the tokens before, or None in training.
           looks: as ``looks`` gives them, where rows decide.
 
         Returns:
-          Hidden states after the final norm, what the sparse layers returned (stacked), what attention
-          keeps of the new tokens, for each run of layers (see ``cache.append``), and what gates decided
-          (stacked over all layers), if they have a budget.
+          Hidden states after the final norm, what the sparse layers returned (stacked; in groups as their
+          state), what attention keeps of the new tokens, for each run of layers (see ``cache.append``), and
+          what gates decided (stacked over all layers), if they have a budget.
         """
         windows = jnp.array(self.config.windows, jnp.int32) if self.config.windows else None
-        runs = self.config.runs
-        cached = [None] * len(runs) if cache is None or cache.empty else cache.runs
-        kept, routed, decided, first_sparse = [], [], [], 0
-        carried = carry(x, first_logits(self.moe if self.config.sparse_layers else None, x.shape[:2]))
-        for run, stack, before in zip(runs, self.stacks, cached, strict=True):
+        cached = [None] * len(self.runs) if cache is None or cache.empty else cache.runs
+        alike = not {*self.groups, *([DEPTHS] if self.config.passable else [])} - {""}
+        states: Mapping[str, State] = {"": routing_state} if alike else routing_state
+        kept, decided = [], []
+        routed: dict[str, list[MoEOutput]] = {name: [] for name in (*self.groups, DEPTHS)}
+        first = dict.fromkeys(routed, 0)
+        previous = None
+        for run, stack, before in zip(self.runs, self.stacks, cached, strict=True):
             layers = slice(run.layers[0], run.layers[-1] + 1)
-            sparse = slice(first_sparse, first_sparse + len(run.layers) * run.sparse)
+            moe = self.groups[run.group].moe if run.sparse else None
             state = LayerState(
-                routing=jax.tree.map(lambda a, s=sparse: a[s], routing_state) if run.sparse else {},
+                routing=_cut(states[run.group], first[run.group], len(run.layers)) if run.sparse else {},
                 cached=before,
                 window=None if windows is None else windows[layers],
                 number=jnp.array(run.layers, jnp.int32),
                 looks=None if looks is None else looks.T[layers],
+                depth=_cut(states[DEPTHS], first[DEPTHS], len(run.layers)) if run.depths else None,
             )
-            carried, (kept_here, routed_here, decided_here) = stack(carried, state, context)
+            previous = previous if moe is None else logits_before(moe, previous, x.shape[:2])
+            carried, (kept_here, routed_here, decided_here, passed) = stack(
+                carry(x, previous), state, context
+            )
+            x, previous = carried_apart(carried)
             kept.append(kept_here)
             decided += [] if decided_here is None else [decided_here]
-            routed += [routed_here] * run.sparse
-            first_sparse = sparse.stop
-        stacked = (_stacked(trees) if trees else None for trees in (routed, decided))
-        return self.norm(carried_apart(carried)[0]), next(stacked), tuple(kept), next(stacked)
+            if run.sparse:
+                routed[run.group].append(routed_here)
+                first[run.group] += len(run.layers)
+            if run.depths:
+                routed[DEPTHS].append(passed)
+                first[DEPTHS] += len(run.layers)
+        outputs = {name: _stacked(trees) for name, trees in routed.items() if trees}
+        given = outputs.get("") if alike else outputs
+        return self.norm(x), given, tuple(kept), _stacked(decided) if decided else None
+
+
+def _cut(state: State, first: int, count: int) -> State:
+    """The state of some of the layers of a group."""
+    return jax.tree.map(lambda a: a[first : first + count], state)
 
 
 def _stacked(trees: list[Any]) -> Any:

@@ -62,6 +62,9 @@ class TextToTextConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters stay float32
 
     def __post_init__(self):
+        for name, moe in (("moe", self.moe), ("decoder_moe", self.decoder_moe)):
+            if moe is not None and moe.layers:
+                raise ValueError(f"{name}.layers={moe.layers}: layers of one stack are all alike here")
         size = self.network.vocab_size
         if self.start_id is not None and not 0 <= self.start_id < size:
             raise ValueError(f"start_id={self.start_id}: must be from 0 to {size - 1}, or None")

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vl_jax.kernels.expert_weights import ExpertWeights
-from vl_jax.moe import dispatch, exchange, noise, routing, simple
+from vl_jax.moe import dispatch, noise, routing, simple, widths
 from vl_jax.moe.assignment import Assignment, RoutingStats, TokenChoice, weights_of
 from vl_jax.moe.checks import decisions
 from vl_jax.moe.checks.decisions import GROUPS, LENGTH, Waived
@@ -102,9 +102,13 @@ def _router(config: MoEConfig, noisy: bool) -> Callable[..., tuple]:
 
 def mixed(subject: Subject, assignment: Assignment, config: MoEConfig) -> tuple[Any, Any]:
     """(the experts' output, gradients of x, of the weights of an assignment and of the experts)."""
-    names = (field.name for field in dataclasses.fields(ExpertWeights))
-    weights = ExpertWeights(**{name: subject.params[name] for name in names if name in subject.params})
-    matrices = simple.of_matrices(config)
+    names = [field.name for field in dataclasses.fields(ExpertWeights)]
+    matrices, given = simple.of_matrices(config), subject.params
+    parts = tuple(
+        ExpertWeights(**{name: given[name + part] for name in names if name + part in given})
+        for part in widths.names_of(matrices)
+    )
+    weights = parts if matrices.widths else parts[0]
     return jax.device_get(_experts(_of_experts(matrices))(subject.x, assignment, weights))
 
 
@@ -116,6 +120,7 @@ def _of_experts(config: MoEConfig) -> MoEConfig:
         num_experts=config.num_experts,
         top_k=config.top_k,
         expert_dim=config.expert_dim,
+        widths=config.widths,
         shared=NO_SHARED,
         activation=config.activation,
         limit=CapacityConfig(),
@@ -128,7 +133,7 @@ def _experts(config: MoEConfig) -> Callable[..., tuple]:
     """The experts' output and gradients; under a mesh it is traced again."""
 
     def objective(x: Any, gates: dict[str, Any], weights: Any, assignment: Any) -> tuple[jax.Array, Any]:
-        y = exchange.apply_experts(x, assignment.replace(**gates), weights, config)
+        y = widths.apply_experts(x, assignment.replace(**gates), weights, config)
         return jnp.sum(jnp.sin(y)), y
 
     @jax.jit
@@ -233,7 +238,9 @@ def _but_balance(losses: dict[str, Any]) -> dict[str, Any]:
 
 def _some_mesh(subject: Subject) -> dict[int, contextlib.AbstractContextManager[None]]:
     """A mesh of several devices to run on, by their number; {} where there is one device."""
-    expert, tensor = math.gcd(2, subject.config.num_experts), math.gcd(2, subject.config.expert_dim)
+    parts = widths.parts_of(simple.of_matrices(subject.config))
+    expert = math.gcd(2, subject.config.num_experts, *(part.num_experts for part in parts))
+    tensor = math.gcd(2, *(part.expert_dim for part in parts))
     meshes = [(2, expert, tensor), (1, expert, tensor), (1, expert, 1), (2, 1, 1)]
     sizes = next((m for m in meshes if 1 < math.prod(m) <= jax.device_count()), None)
     if sizes is None:

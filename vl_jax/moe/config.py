@@ -7,6 +7,23 @@ import math
 from typing import Literal
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Varied:
+    """What differs from layer to layer, and among the experts of one; ``MoEConfig`` explains it."""
+
+    layers: tuple[tuple[str, bool | int | float | str | None], ...] = ()
+    widths: tuple[int, ...] = ()
+
+    def _check_widths(self, matrices: int, *, by_width: bool) -> None:
+        if self.widths and (min(self.widths) < 1 or matrices % len(self.widths)):
+            raise ValueError(
+                f"widths={self.widths} must be numbers >= 1, and as many of them as divide the {matrices} "
+                "experts with matrices into equal parts"
+            )
+        if by_width and not self.widths:
+            raise ValueError("balance.by_width=True needs widths, by which experts differ")
+
+
 @dataclasses.dataclass(frozen=True)
 class SharedExpertsConfig:
     """Experts that every token takes."""
@@ -71,6 +88,7 @@ class BalanceConfig:
     scope: Literal["sequence", "batch", "step"] = "sequence"
     z_weight: float = 0.0  # router z-loss (ST-MoE, arXiv 2202.08906)
     bias_rate: float = 1e-3  # step of the loss-free bias (arXiv 2408.15664)
+    by_width: bool = False  # load counts by the width of an expert (HMoE, arXiv 2408.10681); see ``widths``
     # Routes are dealt out in turn and not chosen, so that load is even: the speed that balance can reach.
     forced: bool = False
 

@@ -215,8 +215,8 @@ def only_padding(subject: Subject) -> None:
 def causality(subject: Subject) -> None:
     """Later tokens change nothing if the scheme is causal, and something if it says it is not."""
     scheme, cut = routing.scheme_of(subject.config), LENGTH // 2
-    later = np.arange(LENGTH) >= cut
-    before, changed = subject.run(), False
+    later, training = np.arange(LENGTH) >= cut, not scheme.foresees
+    before, changed = subject.run(training=training), False
     for seed in range(1, 4):
         x, other = make_inputs(seed, subject.config)
         x, context = np.where(later[:, None], 3 * x, subject.x), subject.context
@@ -226,7 +226,7 @@ def causality(subject: Subject) -> None:
             context = dataclasses.replace(context, tokens=np.where(later, other.tokens, context.tokens))
         if seed == 3 and not scheme.rng:  # that there are any must not matter either
             context = dataclasses.replace(context, valid=context.valid & ~later)
-        after = subject.run(x=x, context=context)
+        after = subject.run(training=training, x=x, context=context)
         if scheme.causal:
             same("declared causal, but later tokens matter: the output", after.y[:, :cut], before.y[:, :cut])
         changed = changed or distance(after.y[:, :cut], before.y[:, :cut]) > TOLERANCE

@@ -12,7 +12,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from vl_jax.kernels.expert_weights import ExpertWeights
-from vl_jax.moe import balance, dispatch, exchange, noise, routing, simple
+from vl_jax.moe import balance, dispatch, noise, routing, simple, widths
 from vl_jax.moe.assignment import Merge, by_group
 from vl_jax.moe.routing import MoEConfig, RoutingContext, RoutingStats, State
 from vl_jax.nn.layers import GatedMLP, Linear, fan_in, named
@@ -57,6 +57,13 @@ def first_logits(config: MoEConfig | None, tokens: tuple[int, ...]) -> jax.Array
     if config is None or scheme is None or not scheme.previous:
         return None
     return jnp.zeros((*tokens, scheme.columns(config)), jnp.float32)
+
+
+def logits_before(config: MoEConfig, previous: jax.Array | None, tokens: tuple[int, ...]) -> jax.Array | None:
+    """What a sparse layer finds of the one before: zeros if that has other columns, or gives none."""
+    zeros = first_logits(config, tokens)
+    fits = zeros is not None and previous is not None and previous.shape == zeros.shape
+    return previous if fits else zeros
 
 
 Carried = jax.Array | tuple[jax.Array, jax.Array]
@@ -125,20 +132,25 @@ class DynamicMoE(nn.Module):
             result[OWN] = SchemeParams(self.config, width, name=OWN)()
         return result
 
-    def _experts(self, width: int) -> ExpertWeights:
-        c, zeros = self.config, nn.initializers.zeros
-        experts, inputs, hidden = c.num_experts - c.simple.num, c.activation.inputs, c.expert_dim
+    def _experts(self, width: int) -> ExpertWeights | tuple[ExpertWeights, ...]:
+        """The matrices of the routed experts; where these differ in width, those of every part of them."""
+        matrices = simple.of_matrices(self.config)
+        parts = zip(widths.parts_of(matrices), widths.names_of(matrices), strict=True)
+        found = tuple(self._part(width, part.num_experts, part.expert_dim, name) for part, name in parts)
+        return found if matrices.widths else found[0]
+
+    def _part(self, width: int, experts: int, hidden: int, name: str) -> ExpertWeights:
+        c, zeros, inputs = self.config, nn.initializers.zeros, self.config.activation.inputs
         init = fan_in(in_axis=1, batch_axis=(0,))
         init_in = named(init, "experts", "embed", None, "mlp", inputs=(1,), outputs=(3,))
-        w_in = self.param("w_in", init_in, (experts, width, inputs, hidden))
+        w_in = self.param(f"w_in{name}", init_in, (experts, width, inputs, hidden))
         init_out = named(init, "experts", "mlp", "embed", inputs=(1,), outputs=(2,))
-        w_out = self.param("w_out", init_out, (experts, hidden, width))
+        w_out = self.param(f"w_out{name}", init_out, (experts, hidden, width))
         if not c.expert_bias:
             return ExpertWeights(w_in, w_out)
-        b_in = self.param("b_in", named(zeros, "experts", None, "mlp"), (experts, inputs, hidden))
-        return ExpertWeights(
-            w_in, w_out, b_in, self.param("b_out", named(zeros, "experts", None), (experts, width))
-        )
+        b_in = self.param(f"b_in{name}", named(zeros, "experts", None, "mlp"), (experts, inputs, hidden))
+        b_out = self.param(f"b_out{name}", named(zeros, "experts", None), (experts, width))
+        return ExpertWeights(w_in, w_out, b_in, b_out)
 
 
 class SchemeParams(nn.Module):
@@ -221,7 +233,7 @@ def sparse_mlp(
     x: Float[Array, "B T D"],
     logits: Float[Array, "B T N"],
     assignment: routing.Assignment,
-    weights: ExpertWeights,
+    weights: ExpertWeights | tuple[ExpertWeights, ...],
     *,
     context: RoutingContext,
     config: MoEConfig,
@@ -231,7 +243,7 @@ def sparse_mlp(
     own = simple.chosen_matrices(assignment, config)
     kept, dropped = dispatch.apply_capacity(own, context.valid, matrices)
     stats = statistics(logits, assignment, dropped, context=context, config=config)
-    y = exchange.apply_experts(x, kept, weights, matrices)
+    y = widths.apply_experts(x, kept, weights, matrices)
     if isinstance(assignment, Merge):  # no weight of its own keeps padding out
         y = jnp.where(context.valid[..., None], y, 0)
     return y, jax.lax.stop_gradient(stats)

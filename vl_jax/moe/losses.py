@@ -43,10 +43,24 @@ def token_losses(
         return losses
     if config.balance.scope == "step":
         score = mean(scores, context.valid)
-        loss = config.num_experts * jnp.sum(state["share"] * score)
+        loss = config.num_experts * jnp.sum(state["share"] * score * costs_of(config))
     else:
-        loss = balance_loss(scores, experts, context.valid, scope=config.balance.scope, choices=choices)
+        costs, scope = costs_of(config), config.balance.scope
+        loss = balance_loss(scores, experts, context.valid, scope=scope, choices=choices, costs=costs)
     return {**losses, "balance": config.balance.weight * loss}
+
+
+def costs_of(config: MoEConfig) -> Float[Array, " E"] | float:
+    """What a choice of every expert counts for load: 1, or with ``by_width`` its width over the mean width.
+
+    Those without matrices count as much as the narrowest: else all tokens would be drawn to them.
+    """
+    if not config.balance.by_width:
+        return 1.0
+    each = (config.num_experts - config.simple.num) // len(config.widths)
+    widths = [width for width in config.widths for _ in range(each)]
+    widths += [min(widths)] * config.simple.num
+    return jnp.array(widths, jnp.float32) * (len(widths) / sum(widths))
 
 
 def balance_loss(
@@ -56,12 +70,14 @@ def balance_loss(
     *,
     scope: str,
     choices: float | None = None,
+    costs: Float[Array, " E"] | float = 1.0,
 ) -> Float[Array, ""]:
     """``sum_e f_e P_e``, f_e = E / (K T) * choices of e, P_e = mean score of e (DeepSeek-V2, eq. 23-25).
 
     Args:
       scope: whether f and P are those of the ``sequence`` (one group), or of the whole ``batch``.
       choices: what stands for K.
+      costs: what a choice counts for, see ``costs_of``.
     """
     num_experts, top_k = scores.shape[-1], experts.shape[-1]
     chosen = jax.nn.one_hot(experts, num_experts, dtype=jnp.float32).sum(axis=1)
@@ -69,7 +85,7 @@ def balance_loss(
     load, score, tokens = jnp.sum(chosen * mask, axis=0), jnp.sum(scores * mask, axis=0), jnp.sum(mask)
     load, score, tokens = _over(scope, (load, score, tokens))
     tokens = jnp.maximum(tokens, 1.0)
-    return jnp.sum(load * score) / tokens**2 * (num_experts / (choices or top_k))
+    return jnp.sum(load * score * costs) / tokens**2 * (num_experts / (choices or top_k))
 
 
 def z_loss(logits: Float[Array, "T N"], context: RoutingContext, config: MoEConfig) -> Losses:

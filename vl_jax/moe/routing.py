@@ -29,8 +29,8 @@ from jaxtyping import Array, Float, Int
 from vl_jax import parts
 from vl_jax.kernels.activation import SWIGLU, Activation
 from vl_jax.moe import assignment as assignment_lib
+from vl_jax.moe import per_layer, slots
 from vl_jax.moe import scheme as scheme_lib
-from vl_jax.moe import slots
 from vl_jax.moe.assignment import (
     GROUPS,
     Assignment,
@@ -54,6 +54,7 @@ from vl_jax.moe.config import (
     GateConfig,
     SharedExpertsConfig,
     SimpleExpertsConfig,
+    Varied,
 )
 from vl_jax.moe.scheme import Option, Param, Scheme
 from vl_jax.moe.specialise import drawn as drawing
@@ -111,6 +112,8 @@ _PLACES = {
 SCHEMES = {
     name: f"vl_jax.moe.schemes.{file}:{name.upper()}" for file, names in _PLACES.items() for name in names
 }
+# Those with a router of their own; the default of ``language.depths``.
+BLOCK_SCHEMES = {"predicted_choice": "vl_jax.moe.schemes.predicted:PREDICTED_CHOICE"}
 
 
 # An entry of the state that an intervention adds: bool, [1 1 E], [G 1 E] or [G T E], experts that may not be
@@ -132,7 +135,7 @@ class Malformed(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class MoEConfig:
+class MoEConfig(Varied):
     """One sparse layer: router, routed experts, shared experts, and how tokens move.
 
     Attributes:
@@ -152,6 +155,9 @@ class MoEConfig:
       execution: exchange and kernel, which the machine decides; the model stays the same.
       options: pairs of name and value, the scheme's own; ``option`` reads one. On the command line one is
         set by its name, ``--config.model.moe.options.k_max=3``.
+      layers: what differs in some layers, as pairs of a place and a value: ``("0-3.top_k", 1)``. On the
+        command line it is ``--config.model.moe.layers.0-3.top_k=1``. See ``per_layer``.
+      widths: hidden widths of equal parts of the experts, in place of ``expert_dim``; see ``moe.widths``.
     """
 
     MOVED: ClassVar[Mapping[str, str]] = {
@@ -227,6 +233,8 @@ class MoEConfig:
         if self.balance.forced and not scheme.replays:
             raise ValueError(f"balance.forced=True: scheme={self.scheme!r} takes no routes that are given")
         scheme.validate(self)
+        per_layer.check(self)
+        self._check_widths(self.num_experts - self.simple.num, by_width=self.balance.by_width)
 
     def capacity_of(self, length: int) -> int | None:
         """The most slots an expert has for a group of so many tokens; None without a limit."""
@@ -279,11 +287,11 @@ def scheme_of(config: MoEConfig) -> Scheme:
 
 @functools.cache
 def _load(spec: str) -> Scheme:
-    if spec in SCHEMES:
-        module, _, name = SCHEMES[spec].partition(":")
+    known, expected = SCHEMES | BLOCK_SCHEMES, "a Scheme or a route function"
+    if spec in known:
+        module, _, name = known[spec].partition(":")
         return getattr(importlib.import_module(module), name)
-    expected = "a Scheme or a route function"
-    found = parts.find(spec, SCHEMES, kind="scheme", expected=expected)
+    found = parts.find(spec, known, kind="scheme", expected=expected)
     if isinstance(found, Scheme):
         return found
     if not callable(found) or isinstance(found, type):

@@ -82,6 +82,7 @@ class Declared:
     by_expert: bool = True
     tokens: bool = False
     previous: bool = False
+    foresees: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +100,9 @@ class Scheme(Declared):
       update_state: ``update_state(state, stats, config) -> state``, once per optimiser step, from the
         ``RoutingStats`` of everything the step saw; default: unchanged. ``route`` only reads the state.
       causal: a token's experts depend on no later token. Without that, decoding differs from training.
+      foresees: in training alone they do depend on later ones, of the same sample: ``context.positions``
+        begin at 0 with each. The scheme has ``rng=True`` and tells by ``context.rng``. ``causal`` is then
+        about evaluation and generation.
       equivariant: permuting the tokens of a group permutes their experts.
       defaults: the scheme's options by name, with their values; ``config.option(name)`` reads one, and
         ``--config.model.moe.options.NAME=VALUE`` sets one. Each has the type that its default has.
@@ -121,6 +125,8 @@ class Scheme(Declared):
       logits: ``logits(x [T D], context, config) -> [T N]``, in place of the linear router, which then has no
         parameters: an MLP, or cosines. ``x`` is float32.
       previous: it reads ``context.previous``, the logits of the sparse layer before.
+      most: ``most(T, config)``, the most tokens of a group of T that an expert takes in training; default: T.
+        Where the one expert is a whole block (``language.depths``), there is room for no more.
     """
 
     route: Callable[[Any, RoutingContext, State, MoEConfig], tuple[Assignment, Losses]]
@@ -134,3 +140,4 @@ class Scheme(Declared):
     validate: Callable[[MoEConfig], None] = lambda config: None
     params: Callable[[int, MoEConfig], Mapping[str, Param]] = lambda width, config: {}
     logits: Callable[[Any, RoutingContext, MoEConfig], Any] | None = None
+    most: Callable[[int, MoEConfig], int] = lambda length, config: length

@@ -34,6 +34,7 @@ def of_matrices(config: MoEConfig) -> MoEConfig:
         num_experts=matrices,
         top_k=min(config.top_k, matrices),
         expert_dim=config.expert_dim,
+        widths=config.widths,
         shared=SharedExpertsConfig(num=0),
         gates=GateConfig(),
         expert_bias=config.expert_bias,

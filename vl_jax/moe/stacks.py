@@ -139,6 +139,18 @@ def sown(intermediates: Mapping[str, Any], stack: Stack) -> list[Routed]:
     return result
 
 
+def state_of(state: Mapping[str, State], part: str, stacks: Stacks) -> State | dict[str, State]:
+    """The state of a part's layers: that of its stack, or of several the state of each, see ``per_layer``."""
+    own = {name.removeprefix(part): state.get(name, {}) for name in stacks if name.startswith(part)}
+    return own if own.keys() - {""} else own.get("", {})
+
+
+def by_name(routed: MoEOutput | Mapping[str, MoEOutput] | None, part: str) -> dict[str, MoEOutput]:
+    """What a part's layers returned, by the names of its stacks."""
+    outputs = routed if isinstance(routed, Mapping) else {} if routed is None else {"": routed}
+    return {part + name: output for name, output in outputs.items()}
+
+
 def auxiliary_and_stats(routed: Mapping[str, MoEOutput]) -> tuple[jax.Array, dict[str, RoutingStats]]:
     """The sum of the losses that the sparse layers bring, already weighted, and their statistics."""
     total = jnp.zeros((), jnp.float32)

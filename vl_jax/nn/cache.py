@@ -31,17 +31,26 @@ class Cache:
 
 
 def create(
-    *, runs: Sequence[int], batch: int, slots: int, kept: Sequence[tuple[int, ...]], dtype: Any
+    *,
+    runs: Sequence[int],
+    batch: int,
+    slots: int,
+    kept: Sequence[tuple[int, ...]],
+    dtype: Any,
+    passable: Sequence[int] = (),
 ) -> Cache:
     """An empty cache.
 
     Args:
       runs: the number of layers in each run.
       kept: the shapes of what one layer keeps of one token.
+      passable: numbers of the runs that tokens may pass by: whether they did is kept too, 1 or 0.
     """
+    shapes = [(*kept, ()) if number in passable else kept for number in range(len(runs))]
     return Cache(
         runs=tuple(
-            tuple(jnp.zeros((layers, batch, slots, *shape), dtype) for shape in kept) for layers in runs
+            tuple(jnp.zeros((layers, batch, slots, *shape), dtype) for shape in of_run)
+            for layers, of_run in zip(runs, shapes, strict=True)
         ),
         segment_ids=jnp.zeros((batch, slots), jnp.int32),
         length=jnp.zeros((), jnp.int32),

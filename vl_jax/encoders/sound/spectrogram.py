@@ -168,7 +168,7 @@ class Spectrogram(nn.Module):
 
 
 def over_frames(levels: Float[Array, "B T C"], there: Bool[Array, "B T"]) -> Float[Array, "B T C"]:
-    """Every column with mean 0 over the frames that are there, all columns with one spread of 1; 0 elsewhere."""
+    """Every column with mean 0, all with one spread of 1, over the frames that are there; 0 elsewhere."""
     weights = there[..., None].astype(levels.dtype)
     count = jnp.maximum(jnp.sum(weights, axis=1, keepdims=True), 1.0)
     centered = (levels - jnp.sum(levels * weights, axis=1, keepdims=True) / count) * weights
