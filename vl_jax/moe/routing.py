@@ -29,8 +29,8 @@ from jaxtyping import Array, Float, Int
 from vl_jax import parts
 from vl_jax.kernels.activation import SWIGLU, Activation
 from vl_jax.moe import assignment as assignment_lib
-from vl_jax.moe import per_layer, slots
 from vl_jax.moe import scheme as scheme_lib
+from vl_jax.moe import slots
 from vl_jax.moe.assignment import (
     GROUPS,
     Assignment,
@@ -58,6 +58,7 @@ from vl_jax.moe.config import (
 )
 from vl_jax.moe.scheme import Option, Param, Scheme
 from vl_jax.moe.specialise import drawn as drawing
+from vl_jax.moe.varied import per_layer
 
 __all__ = [
     "EXCLUDED",
@@ -152,9 +153,8 @@ class MoEConfig(Varied):
       execution: exchange and kernel, which the machine decides; the model stays the same.
       options: pairs of name and value, the scheme's own; ``option`` reads one. On the command line one is
         set by its name, ``--config.model.moe.options.k_max=3``.
-      layers: what differs in some layers, as pairs of a place and a value: ``("0-3.top_k", 1)``. On the
-        command line it is ``--config.model.moe.layers.0-3.top_k=1``. See ``per_layer``.
-      widths: hidden widths of equal parts of the experts, in place of ``expert_dim``; see ``moe.widths``.
+      layers: what differs in some layers, as pairs such as ``("0-3.top_k", 1)``; see ``varied.per_layer``.
+      widths: hidden widths of equal parts of the experts, in place of ``expert_dim``; see ``varied``.
     """
 
     MOVED: ClassVar[Mapping[str, str]] = {
