@@ -49,12 +49,13 @@ from vl_jax.moe.choosing import MASKED, best, gates_of, of_columns
 from vl_jax.moe.config import (
     BalanceConfig,
     CapacityConfig,
+    Chosen,
     ExecutionConfig,
     ExpertGroupsConfig,
     GateConfig,
     SharedExpertsConfig,
     SimpleExpertsConfig,
-    Varied,
+    check_widths,
 )
 from vl_jax.moe.scheme import Option, Param, Scheme
 from vl_jax.moe.specialise import drawn as drawing
@@ -133,7 +134,7 @@ class Malformed(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class MoEConfig(Varied):
+class MoEConfig(Chosen):
     """One sparse layer: router, routed experts, shared experts, and how tokens move.
 
     Attributes:
@@ -179,10 +180,6 @@ class MoEConfig(Varied):
         "kernel": "execution.kernel",
     }
 
-    scheme: str = "top_k"
-    num_experts: int = 64
-    top_k: int = 6
-    expert_dim: int = 1408
     shared: SharedExpertsConfig = field(default_factory=SharedExpertsConfig)
     simple: SimpleExpertsConfig = field(default_factory=SimpleExpertsConfig, kw_only=True)
     gates: GateConfig = field(default_factory=GateConfig)
@@ -194,6 +191,8 @@ class MoEConfig(Varied):
     limit: CapacityConfig = field(default_factory=CapacityConfig)
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
     options: tuple[tuple[str, Option], ...] = ()
+    layers: tuple[tuple[str, Option | None], ...] = ()
+    widths: tuple[int, ...] = ()
 
     def __post_init__(self):
         named, groups = f"(scheme={self.scheme!r})", self.groups
@@ -231,7 +230,7 @@ class MoEConfig(Varied):
             raise ValueError(f"balance.forced=True: scheme={self.scheme!r} takes no routes that are given")
         scheme.validate(self)
         per_layer.check(self)
-        self._check_widths(self.num_experts - self.simple.num, by_width=self.balance.by_width)
+        check_widths(self.widths, self.num_experts - self.simple.num, by_width=self.balance.by_width)
 
     def capacity_of(self, length: int) -> int | None:
         """The most slots an expert has for a group of so many tokens; None without a limit."""
