@@ -14,8 +14,9 @@ import tiny
 
 from vl_jax import config as config_lib
 from vl_jax.model import LANGUAGE, VisionLanguageConfig
-from vl_jax.moe import per_layer, routing
+from vl_jax.moe import routing
 from vl_jax.moe.routing import MoEConfig
+from vl_jax.moe.varied import per_layer
 from vl_jax.schema import ConfigError, from_json, to_json
 
 MIXED = (("1.top_k", 1), ("1.num_experts", 8), ("2-3.expert_dim", 16), ("2.scheme", "switch"), ("2.top_k", 1))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vl_jax.moe import conformance, losses, widths
+from vl_jax.moe import conformance, losses
 from vl_jax.moe.assignment import RoutingContext
 from vl_jax.moe.config import (
     BalanceConfig,
@@ -21,6 +21,7 @@ from vl_jax.moe.config import (
 )
 from vl_jax.moe.layer import DynamicMoE
 from vl_jax.moe.routing import MoEConfig
+from vl_jax.moe.varied import widths
 
 NONE = SharedExpertsConfig(num=0)
 

@@ -135,7 +135,7 @@ class Decoder(nn.Module):
         windows = jnp.array(self.config.windows, jnp.int32) if self.config.windows else None
         cached = [None] * len(self.runs) if cache is None or cache.empty else cache.runs
         alike = not {*self.groups, *([DEPTHS] if self.config.passable else [])} - {""}
-        states: Mapping[str, State] = {"": routing_state} if alike else routing_state
+        states: Any = {"": routing_state} if alike else routing_state
         kept, decided = [], []
         routed: dict[str, list[MoEOutput]] = {name: [] for name in (*self.groups, DEPTHS)}
         first = dict.fromkeys(routed, 0)

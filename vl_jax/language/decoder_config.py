@@ -11,10 +11,10 @@ from vl_jax.kernels.activation import SWIGLU, Activation
 from vl_jax.language.depths import DepthsConfig
 from vl_jax.language.gqa import GQAConfig
 from vl_jax.language.mla import MLAConfig
-from vl_jax.moe import per_layer
-from vl_jax.moe.per_layer import Group
 from vl_jax.moe.routing import MoEConfig
 from vl_jax.moe.stacks import Stack
+from vl_jax.moe.varied import per_layer
+from vl_jax.moe.varied.per_layer import Group
 
 DEPTHS = "_depths"  # behind the name of a part, for the stack of the routers of its layers
 

@@ -129,10 +129,10 @@ class PassableLayer(DecoderLayer):
         operands = (carried, state, context, taken.gate, taken.chosen)
 
         def some(layer: PassableLayer, *operands: Any) -> tuple[Carried, Found]:
-            return layer._among(*operands, places_of(operands[-1], room))
+            return layer._among(places_of(operands[-1], room), *operands)
 
         def every(layer: PassableLayer, *operands: Any) -> tuple[Carried, Found]:
-            return layer._among(*operands, None)
+            return layer._among(None, *operands)
 
         if room == length or self.is_mutable_collection("intermediates"):
             carried, found = every(self, *operands)
@@ -144,12 +144,12 @@ class PassableLayer(DecoderLayer):
 
     def _among(
         self,
+        places: TakenPlaces | None,
         carried: Carried,
         state: LayerState,
         context: LayerContext,
         gate: Float[Array, "B T"],
         chosen: Bool[Array, "B T"],
-        places: TakenPlaces | None,
     ) -> tuple[Carried, Found]:
         """The block for the chosen tokens, in places of their own or, None, where they stand."""
         (x, previous), cached = carried_apart(carried), state.cached

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vl_jax.kernels.expert_weights import ExpertWeights
-from vl_jax.moe import dispatch, noise, routing, simple, widths
+from vl_jax.moe import dispatch, noise, routing, simple
 from vl_jax.moe.assignment import Assignment, RoutingStats, TokenChoice, weights_of
 from vl_jax.moe.checks import decisions
 from vl_jax.moe.checks.decisions import GROUPS, LENGTH, Waived
@@ -28,6 +28,7 @@ from vl_jax.moe.checks.subject import NO_SHARED, Subject, same
 from vl_jax.moe.config import CapacityConfig
 from vl_jax.moe.layer import ROUTER, completed, logits_of, statistics
 from vl_jax.moe.routing import MoEConfig
+from vl_jax.moe.varied import widths
 from vl_jax.sharding import MeshConfig, constrain, make_mesh, use_mesh
 
 KERNELS = ("reference", "blocked", "pallas", "triton")  # the last two are interpreted on a CPU

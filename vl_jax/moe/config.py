@@ -7,21 +7,29 @@ import math
 from typing import Literal
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Varied:
-    """What differs from layer to layer, and among the experts of one; ``MoEConfig`` explains it."""
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """How many experts there are, and who chooses among them; ``MoEConfig`` explains it."""
 
-    layers: tuple[tuple[str, bool | int | float | str | None], ...] = ()
-    widths: tuple[int, ...] = ()
+    scheme: str = "top_k"
+    num_experts: int = 64
+    top_k: int = 6
+    expert_dim: int = 1408
 
-    def _check_widths(self, matrices: int, *, by_width: bool) -> None:
-        if self.widths and (min(self.widths) < 1 or matrices % len(self.widths)):
-            raise ValueError(
-                f"widths={self.widths} must be numbers >= 1, and as many of them as divide the {matrices} "
-                "experts with matrices into equal parts"
-            )
-        if by_width and not self.widths:
-            raise ValueError("balance.by_width=True needs widths, by which experts differ")
+
+def check_widths(widths: tuple[int, ...], matrices: int, *, by_width: bool) -> None:
+    """Refuses widths that the experts with matrices cannot have in equal parts.
+
+    Raises:
+      ValueError: names them.
+    """
+    if widths and (min(widths) < 1 or matrices % len(widths)):
+        raise ValueError(
+            f"widths={widths} must be numbers >= 1, and as many of them as divide the {matrices} experts "
+            "with matrices into equal parts"
+        )
+    if by_width and not widths:
+        raise ValueError("balance.by_width=True needs widths, by which experts differ")
 
 
 @dataclasses.dataclass(frozen=True)

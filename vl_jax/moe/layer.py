@@ -12,9 +12,10 @@ from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from vl_jax.kernels.expert_weights import ExpertWeights
-from vl_jax.moe import balance, dispatch, noise, routing, simple, widths
+from vl_jax.moe import balance, dispatch, noise, routing, simple
 from vl_jax.moe.assignment import Merge, by_group
 from vl_jax.moe.routing import MoEConfig, RoutingContext, RoutingStats, State
+from vl_jax.moe.varied import widths
 from vl_jax.nn.layers import GatedMLP, Linear, fan_in, named
 from vl_jax.params import Leaf
 

@@ -29,8 +29,8 @@ from jaxtyping import Array, Float, Int
 from vl_jax import parts
 from vl_jax.kernels.activation import SWIGLU, Activation
 from vl_jax.moe import assignment as assignment_lib
-from vl_jax.moe import per_layer, slots
 from vl_jax.moe import scheme as scheme_lib
+from vl_jax.moe import slots
 from vl_jax.moe.assignment import (
     GROUPS,
     Assignment,
@@ -49,15 +49,17 @@ from vl_jax.moe.choosing import MASKED, best, gates_of, of_columns
 from vl_jax.moe.config import (
     BalanceConfig,
     CapacityConfig,
+    Chosen,
     ExecutionConfig,
     ExpertGroupsConfig,
     GateConfig,
     SharedExpertsConfig,
     SimpleExpertsConfig,
-    Varied,
+    check_widths,
 )
 from vl_jax.moe.scheme import Option, Param, Scheme
 from vl_jax.moe.specialise import drawn as drawing
+from vl_jax.moe.varied import per_layer
 
 __all__ = [
     "EXCLUDED",
@@ -135,7 +137,7 @@ class Malformed(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class MoEConfig(Varied):
+class MoEConfig(Chosen):
     """One sparse layer: router, routed experts, shared experts, and how tokens move.
 
     Attributes:
@@ -155,9 +157,8 @@ class MoEConfig(Varied):
       execution: exchange and kernel, which the machine decides; the model stays the same.
       options: pairs of name and value, the scheme's own; ``option`` reads one. On the command line one is
         set by its name, ``--config.model.moe.options.k_max=3``.
-      layers: what differs in some layers, as pairs of a place and a value: ``("0-3.top_k", 1)``. On the
-        command line it is ``--config.model.moe.layers.0-3.top_k=1``. See ``per_layer``.
-      widths: hidden widths of equal parts of the experts, in place of ``expert_dim``; see ``moe.widths``.
+      layers: what differs in some layers, as pairs such as ``("0-3.top_k", 1)``; see ``varied.per_layer``.
+      widths: hidden widths of equal parts of the experts, in place of ``expert_dim``; see ``varied``.
     """
 
     MOVED: ClassVar[Mapping[str, str]] = {
@@ -182,10 +183,6 @@ class MoEConfig(Varied):
         "kernel": "execution.kernel",
     }
 
-    scheme: str = "top_k"
-    num_experts: int = 64
-    top_k: int = 6
-    expert_dim: int = 1408
     shared: SharedExpertsConfig = field(default_factory=SharedExpertsConfig)
     simple: SimpleExpertsConfig = field(default_factory=SimpleExpertsConfig, kw_only=True)
     gates: GateConfig = field(default_factory=GateConfig)
@@ -197,6 +194,8 @@ class MoEConfig(Varied):
     limit: CapacityConfig = field(default_factory=CapacityConfig)
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
     options: tuple[tuple[str, Option], ...] = ()
+    layers: tuple[tuple[str, Option | None], ...] = ()
+    widths: tuple[int, ...] = ()
 
     def __post_init__(self):
         named, groups = f"(scheme={self.scheme!r})", self.groups
@@ -234,7 +233,7 @@ class MoEConfig(Varied):
             raise ValueError(f"balance.forced=True: scheme={self.scheme!r} takes no routes that are given")
         scheme.validate(self)
         per_layer.check(self)
-        self._check_widths(self.num_experts - self.simple.num, by_width=self.balance.by_width)
+        check_widths(self.widths, self.num_experts - self.simple.num, by_width=self.balance.by_width)
 
     def capacity_of(self, length: int) -> int | None:
         """The most slots an expert has for a group of so many tokens; None without a limit."""

@@ -15,7 +15,8 @@ FAILED_FILE = "failed.json"  # in the folder of a run of a sweep: why it failed
 LAST_LINES = 10  # the log's end, over which noisy values are averaged
 # Figures of routing that a row has, each the mean of layers; of stacks beside the main one under their names.
 _ROUTING = ("maxvio", "maxvio_running", "dead", "drop_rate")
-_NOISY = ("loss", "auxiliary_loss", "grad_norm", "tokens_per_second", "step_ms", "data_wait_ms", "gate/open")
+_NOISY = ("loss", "auxiliary_loss", "grad_norm", "tokens_per_second", "step_ms", "data_wait_ms")
+_FAMILIES = ("gate/", "gradients/")  # of such values, whatever their names
 _FACTS = ("wall_time_s", "parameters", "peak_memory_mb", "commit")
 # Parts of names of figures that are better when they are lower; nothing is known of others but shares.
 _LOWER = (
@@ -39,7 +40,8 @@ def row(run: RunFiles) -> dict[str, Any]:
             result |= {f"{task}: {kind}={group}": found.get(first) for group, found in groups.items()}
     result["steps"] = run.lines[-1]["step"] if run.lines else 0
     result |= {name: value for name, value in _held_out(run.lines).items() if name not in result}
-    for name in _NOISY:
+    logged = dict.fromkeys(name for line in run.lines for name in line if name.startswith(_FAMILIES))
+    for name in (*_NOISY, *logged):
         values = [value for _, value in points(run, name)][-LAST_LINES:]
         if values:
             result[name] = statistics.fmean(values)

@@ -1,0 +1,1 @@
+"""What differs from layer to layer, and among the experts of one layer."""
