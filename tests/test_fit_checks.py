@@ -1,4 +1,4 @@
-"""What ``fit`` finds in a compiled step: whole logits, state that is spread no more; and its planned rooms."""
+"""What ``fit`` finds in a compiled step: whole logits, state that is spread no more, planned rooms."""
 
 from __future__ import annotations
 

@@ -413,9 +413,9 @@ def restore(
         when = "" if before is None else f" of a step before {before}"
         raise ValueError(f"--workdir={workdir} holds no checkpoint{when} yet")
     state, position = restored
-    averaged = experiment.evaluation.average if averaged is None else averaged
     program = Program.of(layout, saved.stage_at(experiment.stages, position))
-    state = program.merge(state, averaged=averaged)
+    takes_average = experiment.evaluation.average if averaged is None else averaged
+    state = program.merge(state, averaged=takes_average)
     return experiment, layout, state, position.global_step
 
 
