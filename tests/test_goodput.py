@@ -55,6 +55,9 @@ def test_a_resumed_run_by_hand(tmp_path):
                 time.value += 2
             first.write()
     first.write()
+    file, first._file = first._file, None  # killed
+    file.close()
+    first.__exit__()
     time.value += 100  # nobody runs
     with launched(tmp_path, time, peak=100.0) as second:
         time.value += 4

@@ -433,9 +433,9 @@ def restore_at(
         when = "" if before is None else f" of a step before {before}"
         raise ValueError(f"--workdir={workdir} holds no checkpoint{when} yet")
     state, position = restored
-    averaged = experiment.evaluation.average if averaged is None else averaged
     program = Program.of(layout, saved.stage_at(experiment.stages, position))
-    return experiment, layout, program.merge(state, averaged=averaged), position
+    takes_average = experiment.evaluation.average if averaged is None else averaged
+    return experiment, layout, program.merge(state, averaged=takes_average), position
 
 
 def export(workdir: Path, target: Path, *, averaged: bool = False) -> None:

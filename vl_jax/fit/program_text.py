@@ -146,6 +146,15 @@ def received(line: str) -> tuple[str, list[tuple[str, tuple[int, ...]]]] | None:
     return match[2], arrays
 
 
+def arrays(text: str) -> set[tuple[str, tuple[int, ...]]]:
+    """Type and shape of everything that an instruction of a program gives."""
+    found = set()
+    for match in re.finditer(r"^ +(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ", text, re.MULTILINE):
+        for kind, sizes in _ARRAY.findall(match[1]):
+            found.add((kind, tuple(int(n) for n in sizes.split(",") if n)))
+    return found
+
+
 def size_of(arrays: Iterable[tuple[str, tuple[int, ...]]]) -> int:
     """Bytes of arrays by type and shape."""
     return sum(math.ceil(_bits(dtype) * math.prod(shape) / 8) for dtype, shape in arrays)

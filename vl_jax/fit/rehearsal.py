@@ -24,11 +24,13 @@ import jax.numpy as jnp
 from vl_jax import params as params_lib
 from vl_jax import sharding
 from vl_jax.batch import Batch
-from vl_jax.fit import program_text
+from vl_jax.fit import checks, program_text
 from vl_jax.fit.chips import GIB, Slice
 from vl_jax.fit.program_text import Collective
 from vl_jax.kernels import aot
 from vl_jax.layout import Layout
+from vl_jax.moe.bounded import rooms
+from vl_jax.moe.bounded.rooms import Traffic
 from vl_jax.train.program import Program
 from vl_jax.train.stages import Stage
 
@@ -102,6 +104,7 @@ class Rehearsal:
     compile_seconds: float | None  # of CPU time
     thorough: bool  # whether it was compiled with the effort of a run
     refusal: str = ""  # what the compiler said, where it compiled nothing
+    exchanges: Sequence[Traffic] = ()  # what rooms of ``ragged`` are planned for, on one device
 
     @property
     def fits(self) -> bool:
@@ -158,11 +161,13 @@ def rehearse(
     program, batch = Program.of(layout, stage), abstract_batch(layout, example, stage.batch_size)
     memory = _exact(program, batch, where)
     findings = [*_placements(layout)]
-    compiled, refusal, seconds = None, "", None
+    compiled, refusal, seconds, plans = None, "", None, []
     if compiles:
         start = time.process_time()
         try:
-            compiled = aot.compile_absent(lower(program, batch), quick=not thorough)
+            with rooms.noted() as plans:
+                lowered = lower(program, batch)
+            compiled = aot.compile_absent(lowered, quick=not thorough)
         except jax.errors.JaxRuntimeError as error:
             if not _NO_MEMORY.search(str(error)):
                 raise
@@ -173,10 +178,12 @@ def rehearse(
         stats = compiled.memory_analysis()
         if stats is not None:
             memory = dataclasses.replace(memory, temporaries=stats.temp_size_in_bytes)
+        findings += _spread_no_more(compiled, program)
         text = aot.text_of(compiled)
         if text is not None:
             moved = program_text.collectives(text, layout.mesh)
             findings += _travels(moved, layout)
+            findings += _whole_logits(text, layout, stage, example)
     cost = (compiled.cost_analysis() or {}) if compiled is not None else {}
     result = Rehearsal(
         stage=stage.name,
@@ -192,6 +199,7 @@ def rehearse(
         compile_seconds=seconds,
         thorough=thorough,
         refusal=refusal,
+        exchanges=plans,
     )
     if result.is_close:
         share = f"up to {round(100 * (MARGIN - 1))} % more temporaries"
@@ -242,6 +250,27 @@ def _placements(layout: Layout) -> list[Remark]:
         elif not used and mesh["fsdp"] == 1:
             found.append(Remark("whole everywhere", path, "config.mesh.fsdp cuts it", size, is_fault=False))
     return found
+
+
+def _spread_no_more(compiled: jax.stages.Compiled, program: Program) -> list[Remark]:
+    """State that a step gives back with more of it on a device than it took."""
+    given = compiled.output_shardings[0]
+    remedy = "constrain what computes it to where its parameter lives"
+    found = checks.misplaced(given, program.abstract_state, least=LARGE)
+    return [Remark("spread no more after the step", path, remedy, size) for path, size in found]
+
+
+def _whole_logits(text: str, layout: Layout, stage: Stage, example: Batch) -> list[Remark]:
+    """Logits that exist for all positions at once."""
+    found = checks.whole_logits(
+        program_text.arrays(text),
+        layout,
+        rows=stage.batch_size // stage.accumulation,
+        positions=example.targets.shape[1],
+        size_of=program_text.size_of,
+    )
+    remedy = "compute the loss a chunk at a time, as losses.head_cross_entropy does"
+    return [Remark("logits of all positions at once", path, remedy, size) for path, size in found if size]
 
 
 def _travels(moved: Sequence[Collective], layout: Layout) -> list[Remark]:

@@ -18,6 +18,7 @@ from vl_jax.fit.chips import GIB, slice_of
 from vl_jax.fit.experiment import rehearse, search, smallest
 from vl_jax.fit.rehearsal import Rehearsal
 from vl_jax.fit.search import Setting
+from vl_jax.moe.bounded import rooms
 from vl_jax.report.run import page
 from vl_jax.report.tables import Cell, TextTable, to_html
 from vl_jax.runtime import disk
@@ -86,6 +87,8 @@ def tables_of(found: Rehearsal) -> list[tuple[str, TextTable]]:
         tables.append(("To look at", _findings(found)))
     if found.collectives is not None:
         tables.append(("What travels between devices, a step", _collectives(found)))
+    if found.exchanges:
+        tables.append(("Rooms of the exchange of tokens, on a device and for a round", _rooms(found)))
     return [*tables, ("Estimate", _estimate(found))]
 
 
@@ -143,6 +146,20 @@ def _collectives(found: Rehearsal) -> TextTable:
         for (kind, axes), size in sizes.most_common()
     ]
     return TextTable(("collective", "along", "a step", "MiB a device"), rows, left=2)
+
+
+def _rooms(found: Rehearsal) -> TextTable:
+    """The planned rows of every hop; what finds no room follows in another round."""
+    rows = []
+    for traffic in found.exchanges:
+        layer = f"{traffic.num_experts} experts, {traffic.top_k} a token, {traffic.tokens:,} tokens"
+        hops = rooms.plan(traffic)
+        for number, hop in enumerate(hops):
+            among = f"{hop.shards} {'slices' if len(hops) > 1 and not number else 'devices'}"
+            counts = (traffic.num_chunks, hop.tokens, hop.sent, hop.received, hop.pairs)
+            rows.append([Cell(layer), Cell(among), *(Cell(f"{n:,}") for n in counts)])
+    head = ("layer", "among", "chunks", "tokens of one", "rows out", "rows in", "rows of experts")
+    return TextTable(head, rows, left=2)
 
 
 def _estimate(found: Rehearsal) -> TextTable:

@@ -43,7 +43,7 @@ def table(found: Account) -> TextTable:
     rows.append(_row("not explained", found.remainder, found.wall, "such as a computer that slept"))
     times = f"{found.launches:,} launch{'es' if found.launches > 1 else ''}"
     rows.append(_row("all", found.wall, found.wall, f"by the clock, of {times}"))
-    return TextTable(("what", "seconds", "share", ""), rows)
+    return TextTable(("what", "", "seconds", "share"), rows, left=2)
 
 
 def remarks(found: Account) -> list[str]:
@@ -68,4 +68,4 @@ def remarks(found: Account) -> list[str]:
 
 def _row(name: str, seconds: float, wall: float, said: str, mood: str = "") -> list[Cell]:
     share = percent(seconds / wall) if wall > 0 else "–"
-    return [Cell(name), Cell(f"{seconds:,.1f}", str(seconds), mood=mood), Cell(share), Cell(said)]
+    return [Cell(name), Cell(said), Cell(f"{seconds:,.1f}", str(seconds), mood=mood), Cell(share)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import logging
 import math
@@ -28,6 +27,7 @@ from vl_jax.experiment import Experiment, example_batch, mixture, model_spec, pl
 from vl_jax.layout import Layout, plan_layout
 from vl_jax.report import data as data_page
 from vl_jax.report import shardings
+from vl_jax.report.shardings import ParameterRow
 from vl_jax.sharding import MeshConfig
 from vl_jax.train.stages import adapter_shapes, trainable_paths
 
@@ -64,20 +64,6 @@ def show(
             console.print(f"page: {html}")
     else:
         show_data(experiment, console, samples=samples, examine=examine, html=html)
-
-
-@dataclasses.dataclass(frozen=True)
-class ParameterRow:
-    """What is said of one parameter, or of all of them."""
-
-    path: str
-    shape: tuple[int, ...]
-    axes: tuple[str, ...]  # logical names; "" for none
-    spec: tuple[str, ...]  # axes of the mesh; "" for none
-    whole: tuple[str, ...]  # what does not divide, and is kept whole
-    parts: tuple[int, ...]  # of each dimension
-    size: int  # bytes on one device
-    trained: str  # the stages that train it
 
 
 def parameter_rows(

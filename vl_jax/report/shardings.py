@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from html import escape
-from typing import Protocol, runtime_checkable
 
 from vl_jax.report.run import page
 
 _WIDTH, _HEIGHT, _MOST = 120, 40, 32  # pixels of a drawing, and lines that it has at most along one side
 
 
-@runtime_checkable
-class Placed(Protocol):
-    """What is drawn of a parameter."""
+@dataclasses.dataclass(frozen=True)
+class ParameterRow:
+    """What is said of one parameter, or of all of them."""
 
     path: str
     shape: tuple[int, ...]
-    axes: tuple[str, ...]  # logical names
-    spec: tuple[str, ...]  # axes of the mesh
-    whole: tuple[str, ...]  # what does not divide
+    axes: tuple[str, ...]  # logical names; "" for none
+    spec: tuple[str, ...]  # axes of the mesh; "" for none
+    whole: tuple[str, ...]  # what does not divide, and is kept whole
     parts: tuple[int, ...]  # of each dimension
     size: int  # bytes on one device
-    trained: str
+    trained: str  # the stages that train it
 
 
-def render(name: str, rows: Sequence[Placed], totals: tuple[str, str, str]) -> str:
+def render(name: str, rows: Sequence[ParameterRow], totals: tuple[str, str, str]) -> str:
     """The page; the numbers of parameters, mesh and bytes on one device are its first line."""
     number, mesh, size = totals
     head = ("parameter", "drawn", "dimensions", "bytes on a device", "copies", "trained in")
@@ -49,7 +49,7 @@ def _devices(mesh: str) -> int:
     return math.prod(int(part.partition("=")[2]) for part in mesh.split(" x "))
 
 
-def _row(row: Placed, devices: int) -> str:
+def _row(row: ParameterRow, devices: int) -> str:
     bad = [name.partition("=")[0] for name in row.whole]
     spec = (*row.spec, *[""] * (len(row.shape) - len(row.spec)))
     sizes = []

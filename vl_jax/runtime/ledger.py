@@ -15,7 +15,7 @@ import logging
 import os
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ class Ledger:
         self._began = here if began is None else began
         self._kind, self._since = INITIALISATION, now() - max(0.0, here - self._began)
         self._step: int | None = None
-        self._seconds, self._counts = Counter[str](), Counter[str]()
+        self._seconds, self._counts = defaultdict[str, float](float), Counter[str]()
         self._flops: float | None = 0.0
         self._compiling: list[tuple[float, float]] = []  # stretches of the present kind, apart from another
         self._written, self._thread, self._launch = now(), threading.get_ident(), 1
@@ -151,14 +151,14 @@ class Ledger:
                 self._file.close()
             self._file = None
 
-    def _lasted(self, event: str, seconds: float, **_: Any) -> None:
+    def _lasted(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event.startswith(_COMPILES) and threading.get_ident() == self._thread:
             end = self._now()
-            start = end - seconds
+            start = end - duration_secs
             # What lies within this stretch ended before it.
             self._compiling = [one for one in self._compiling if one[1] <= start]
             self._compiling.append((start, end))
 
-    def _counted(self, event: str, **_: Any) -> None:
+    def _counted(self, event: str, **kwargs: str | int) -> None:
         if event in _CACHE:
             self._counts[_CACHE[event]] += 1

@@ -9,8 +9,11 @@ follows in another round (``ragged``, ``windows``). So the sizes here decide mem
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+from collections.abc import Iterator
+from contextvars import ContextVar
 from fractions import Fraction
 
 from vl_jax.moe.slots import as_fraction, ceil_times
@@ -86,8 +89,25 @@ def pairs_room(tokens: int, top_k: int, share: Fraction, *, factor: float, most:
     return _room(tokens, as_fraction(factor) * top_k * share, least=1, most=most)
 
 
+_noted: ContextVar[list[Traffic] | None] = ContextVar("noted", default=None)
+
+
+@contextlib.contextmanager
+def noted() -> Iterator[list[Traffic]]:
+    """Gives a list, in which everything is noted that is planned for meanwhile, each once."""
+    plans: list[Traffic] = []
+    token = _noted.set(plans)
+    try:
+        yield plans
+    finally:
+        _noted.reset(token)
+
+
 def plan(traffic: Traffic) -> tuple[Rooms, ...]:
     """The rooms of the only hop; or of the one between slices, and the one between the devices of a slice."""
+    plans = _noted.get()
+    if plans is not None and traffic not in plans:
+        plans.append(traffic)
     t, factor = traffic, as_fraction(traffic.factor)
     tokens = -(-t.tokens // t.num_chunks)
     pairs_wanted = factor * t.top_k

@@ -62,10 +62,11 @@ def averaged(state: TrainState, decay: float) -> TrainState:
 @jax.jit
 def _averaged(trained: Any, averages: optax.EmaState, decay: jax.Array) -> Any:
     """The means of some leaves that train, in their dtypes."""
-    kept, weight = params_lib.flatten(averages.ema), 1 - decay ** averages.count.astype(jnp.float32)
+    kept, count = params_lib.flatten(averages.ema), jnp.asarray(averages.count)
+    weight = 1 - decay ** count.astype(jnp.float32)
 
     def mean(path: str, x: jax.Array) -> jax.Array:
-        return jnp.where(averages.count > 0, (kept[path] / weight).astype(x.dtype), x)
+        return jnp.where(count > 0, (kept[path] / weight).astype(x.dtype), x)
 
     return params_lib.map_paths(mean, trained)
 
