@@ -40,6 +40,7 @@ from vl_jax.experiment import (
     read_run,
     resolve,
 )
+from vl_jax.fit.spent import Spent
 from vl_jax.interop import pretrained
 from vl_jax.interop.run_as import run_as
 from vl_jax.layout import Layout, rows_here
@@ -231,6 +232,8 @@ def _hooks(
     if experiment.loop.churn:
         with contextlib.closing(stream_of(experiment.stages[0])) as stream:
             hooks.append(Probe(layout, next(stream), every=experiment.loop.routing_every))
+    if experiment.loop.flops:
+        hooks.append(Spent(experiment))
     if experiment.loop.evaluate_every:
         hooks.append(_evaluation_hook(experiment, layout, workdir, alive))
     return tuple(hooks)

@@ -13,9 +13,9 @@ _READS = {
     "config": ("config",),
     "params": ("config",),
     "data": ("config", "html", "examine", "samples"),
-    "routing": ("workdir", "batches"),
+    "routing": ("workdir", "batches", "capacity"),
 }
-_OPTIONS = ("config", "workdir", "batches", "html", "examine", "samples")
+_OPTIONS = ("config", "workdir", "batches", "capacity", "html", "examine", "samples")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=tuple(_READS))
     parser.add_argument("--workdir", type=Path, help="with routing, in place of --config: folder of a run")
     parser.add_argument("--batches", type=int, help="with routing: held-out batches to look at (4)")
+    parser.add_argument(
+        "--capacity",
+        action="store_const",
+        const=True,
+        help="with routing: also the loss with fewer and with more slots of an expert",
+    )
     parser.add_argument("--html", type=Path, help="with data: also write all of it as a page")
     parser.add_argument(
         "--examine",
@@ -54,7 +60,8 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.workdir is None:
             raise ConfigError("inspect routing needs --workdir, the folder of a run")
         batches = 4 if arguments.batches is None else arguments.batches
-        print(write_routing(arguments.workdir, num_batches=batches, overrides=arguments.overrides))
+        options = {"num_batches": batches, "capacity": bool(arguments.capacity)}
+        print(write_routing(arguments.workdir, overrides=arguments.overrides, **options))
         return
     from vl_jax.report import inspection
 

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from vl_jax.kernels.activation import Activation
 from vl_jax.moe import balance, routing
+from vl_jax.moe import figures as figures_lib
 from vl_jax.moe.layer import MoEOutput
 from vl_jax.moe.routing import MoEConfig, RoutingStats, State
 
@@ -102,13 +103,23 @@ def update_load(
 def summarize(
     stats: Mapping[str, RoutingStats], load: Mapping[str, Float[Array, "L E"]], stacks: Stacks
 ) -> dict[str, jax.Array]:
-    """The figures of ``balance.summarize`` and MaxVio of the running load, by their names in the log."""
+    """The figures of ``balance`` and ``figures`` and MaxVio of the running load, by their logged names."""
     figures = {}
     for name in (name for name in stacks if name in stats):
-        figures |= {log_name(name, key, stacks): v for key, v in balance.summarize(stats[name]).items()}
+        told = balance.summarize(stats[name]) | figures_lib.summarize(stats[name])
+        figures |= {log_name(name, key, stacks): v for key, v in told.items()}
         if name in load:
             figures[log_name(name, "maxvio_running", stacks)] = balance.max_violation(load[name])
     return figures
+
+
+def state_figures(state: RoutingState, stacks: Stacks) -> dict[str, jax.Array]:
+    """The state of every stack's scheme, ``state_NAME`` in the log: [L ...] each."""
+    return {
+        log_name(name, f"state_{entry}", stacks): value
+        for name, of in state.items()
+        for entry, value in of.items()
+    }
 
 
 def log_name(stack: str, figure: str, stacks: Stacks) -> str:

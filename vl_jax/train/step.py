@@ -306,6 +306,7 @@ def make_train_step(
         routing = stacks.update_state(state.routing, sums.stats, parts)
         routing = experts.kept_state(routing, state.routing, chosen, parts)
         routing |= {name: state.routing[name] for name in routing if parts[name].runs[0][0] in held}
+        metrics |= stacks.state_figures(routing, parts)
         params, adapters = join_trained(trained, frozen, trainable)
         collections = state.collections | sums.collections
         moved = (params, optimizer_state, routing, adapters, collections, load, fused.state)
