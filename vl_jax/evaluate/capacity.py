@@ -1,4 +1,4 @@
-"""What a trained model loses when its experts have fewer slots than it was trained with, or gains with more."""
+"""What a trained model loses where its experts have fewer slots than in training, or gains with more."""
 
 from __future__ import annotations
 
