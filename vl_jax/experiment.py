@@ -34,6 +34,7 @@ from vl_jax.sharding import MeshConfig
 from vl_jax.train import initial, loop, saved
 from vl_jax.train.loop import LoopConfig
 from vl_jax.train.lora import LoraConfig
+from vl_jax.train.specialise.guide import GuideConfig
 from vl_jax.train.stages import Stage, expert_masks
 
 logger = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ class Experiment:
     # The checkpoint of ``init`` is dense where the model has experts: they begin as copies of its blocks, so
     # that the first loss is its loss. None: they begin as all else.
     init_dense: UpcyclingConfig | None = None
+    guide: GuideConfig | None = None  # a run whose routes are taken, or whose routers teach; None: neither
     mesh: MeshConfig = MeshConfig()
     loop: LoopConfig = LoopConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -80,6 +82,9 @@ class Experiment:
             raise ValueError(f"init_dense {what}")
         if not self.stages:
             raise ValueError("stages is empty; an experiment needs at least one")
+        unknown = set(self.guide.stages if self.guide else ()) - {stage.name for stage in self.stages}
+        if unknown:
+            raise ValueError(f"guide.stages names {min(unknown)!r}, which is no stage")
         names = [source.name for source in self.data.sources]
         for stage in self.stages:
             unknown = [name for name in stage.sources if name not in names]

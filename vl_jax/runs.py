@@ -201,10 +201,11 @@ class _Launched:
 
     def _stream_of(self, stage: Stage) -> loop.TrainingStream:
         stream = open_stream(self.experiment, stage, rows_here(self.layout, stage.batch_size))
-        if stage.guide is None:
+        config = self.experiment.guide
+        if config is None or (config.stages and stage.name not in config.stages):
             return stream
-        _, layout, state, _ = restore(buckets.here(stage.guide.run))
-        return guide.guided(stream, stage, self.layout, layout, state)
+        _, layout, state, _ = restore(buckets.here(config.run))
+        return guide.guided(stream, config, self.layout, layout, state)
 
     def conclude(self, state: TrainState, *, together: int = 1) -> dict[str, Any]:
         """Evaluates the trained model and writes the report; returns the results by task."""

@@ -19,8 +19,8 @@ from vl_jax import schema
 from vl_jax.checkpoint import CHECKPOINTS, Checkpointer
 from vl_jax.experiment import RUN_CONFIG, Experiment, plan
 from vl_jax.layout import Variables
-from vl_jax.moe.replacing import with_layers
 from vl_jax.moe.specialise import pruning
+from vl_jax.moe.specialise.replacing import with_layers
 from vl_jax.moe.stacks import Stack
 from vl_jax.report.routing import FIGURES_FILE, write_routing
 from vl_jax.runs import restore_at

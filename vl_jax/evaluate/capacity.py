@@ -15,7 +15,7 @@ from vl_jax.batch import Batch
 from vl_jax.evaluate.interventions import target_losses
 from vl_jax.layout import NO_COLLECTIONS, Layout, put_batch
 from vl_jax.moe.config import CapacityConfig
-from vl_jax.moe.replacing import with_layers
+from vl_jax.moe.specialise.replacing import with_layers
 from vl_jax.moe.stacks import RoutingState
 
 FACTORS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0)  # slots of an expert over the mean load

@@ -101,25 +101,23 @@ def update_load(
 
 
 def summarize(
-    stats: Mapping[str, RoutingStats], load: Mapping[str, Float[Array, "L E"]], stacks: Stacks
+    stats: Mapping[str, RoutingStats],
+    load: Mapping[str, Float[Array, "L E"]],
+    stacks: Stacks,
+    state: RoutingState,
 ) -> dict[str, jax.Array]:
-    """The figures of ``balance`` and ``figures`` and MaxVio of the running load, by their logged names."""
+    """The figures of ``balance`` and ``figures``, MaxVio of the running load, and the state of schemes.
+
+    They have their names in the log; state is ``state_NAME``.
+    """
     figures = {}
     for name in (name for name in stacks if name in stats):
         told = balance.summarize(stats[name]) | figures_lib.summarize(stats[name])
+        told |= {f"state_{entry}": value for entry, value in state.get(name, {}).items()}
         figures |= {log_name(name, key, stacks): v for key, v in told.items()}
         if name in load:
             figures[log_name(name, "maxvio_running", stacks)] = balance.max_violation(load[name])
     return figures
-
-
-def state_figures(state: RoutingState, stacks: Stacks) -> dict[str, jax.Array]:
-    """The state of every stack's scheme, ``state_NAME`` in the log: [L ...] each."""
-    return {
-        log_name(name, f"state_{entry}", stacks): value
-        for name, of in state.items()
-        for entry, value in of.items()
-    }
 
 
 def log_name(stack: str, figure: str, stacks: Stacks) -> str:

@@ -300,13 +300,12 @@ def make_train_step(
         metrics[GRADIENT_NORMS] = gradient_norms(grads, stacked)
         parts: Stacks = model.config.stacks  # pyright: ignore[reportAttributeAccessIssue]
         load = stacks.update_load(state.load, sums.stats)
-        metrics |= stacks.summarize(sums.stats, load, parts)
+        metrics |= stacks.summarize(sums.stats, load, parts, state.routing)
         metrics |= budget.summarize(sums.gates.get("budget", {}))
         metrics |= weights.summarize(sums.gates.get("weights", {}))
         routing = stacks.update_state(state.routing, sums.stats, parts)
         routing = experts.kept_state(routing, state.routing, chosen, parts)
         routing |= {name: state.routing[name] for name in routing if parts[name].runs[0][0] in held}
-        metrics |= stacks.state_figures(routing, parts)
         params, adapters = join_trained(trained, frozen, trainable)
         collections = state.collections | sums.collections
         moved = (params, optimizer_state, routing, adapters, collections, load, fused.state)
