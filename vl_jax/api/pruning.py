@@ -69,7 +69,7 @@ def prune(
         harm = np.asarray(table["knockout"]) - table["loss"]
         kept = pruning.least_harmful(harm, count)
         if random is not None:
-            kept = pruning.at_random(*harm.shape, count, random)
+            kept = pruning.at_random(harm.shape[0], harm.shape[1], count, random)
         mixing = pruning.choosing(kept, stack.moe.num_experts)
         if merge:
             load = np.asarray(table["load"], np.float64).sum(axis=1)
