@@ -202,7 +202,7 @@ class _Launched:
     def _stream_of(self, stage: Stage) -> loop.TrainingStream:
         stream = open_stream(self.experiment, stage, rows_here(self.layout, stage.batch_size))
         config = self.experiment.guide
-        if config is None or (config.stages and stage.name not in config.stages):
+        if config is None or not config.run or (config.stages and stage.name not in config.stages):
             return stream
         _, layout, state, _ = restore(buckets.here(config.run))
         return guide.guided(stream, config, self.layout, layout, state)

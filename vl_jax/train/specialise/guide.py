@@ -27,7 +27,7 @@ from vl_jax.moe.stacks import Stacks, sown
 class GuideConfig:
     """The run that guides the routing of stages, with its newest checkpoint."""
 
-    run: str  # its folder
+    run: str = ""  # its folder; empty: none guides
     # ``replay``: tokens take the experts that it chose, with gates of today's scores. ``distil``: a loss
     # draws the softmax of every router's logits to that of its own.
     way: Literal["replay", "distil"] = "distil"
@@ -35,8 +35,6 @@ class GuideConfig:
     stages: tuple[str, ...] = ()  # names of those that it guides; empty: all
 
     def __post_init__(self):
-        if not self.run:
-            raise ValueError("guide.run is empty: it must be the folder of a run")
         if not self.weight > 0:
             raise ValueError(f"guide.weight={self.weight} must be > 0")
 
