@@ -128,7 +128,8 @@ def recomputed(expert: int, model: Any, params: Any, state: Any, batch: Any) -> 
     if moe.scheme == "dselect_k":  # a selector whose expert is gone has no second choice
         flat[at + "w_out"] = jnp.where(kept[None, :, None, None], flat[at + "w_out"], 0.0)
     else:
-        columns = np.arange(flat[at + "router"].shape[-1]) % SIZE != expert
+        columns = np.arange(flat[at + "router"].shape[-1])
+        columns = (columns % SIZE if moe.scheme == "noisy_top_k" else columns) != expert
         flat[at + "router"] = flat[at + "router"][..., columns]
         flat |= {at + name: flat[at + name][:, kept] for name in ("w_in", "w_out")}
         state = jax.tree.map(lambda a: a[..., kept] if a.ndim > 1 else a, state)

@@ -107,11 +107,6 @@ class Batch:
 
     media: dict[str, Given] = struct.field(default_factory=dict)  # further inputs, by name
     labels: dict[str, Given] = struct.field(default_factory=dict)  # what heads are to say, by their names
-    # What was decided elsewhere of the tokens, by stack of sparse layers, for each of the g routing groups of
-    # a row; see ``moe.replay``.
-    routes: dict[str, Leaf] = struct.field(default_factory=dict)  # i32[B g L T K] experts that they take
-    # f32[B g L T N+1] logits that their routers are drawn to, and last how much that counts
-    router_logits: dict[str, Leaf] = struct.field(default_factory=dict)
 
     @property
     def modality(self) -> Leaf:

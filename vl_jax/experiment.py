@@ -35,6 +35,7 @@ from vl_jax.sharding import MeshConfig
 from vl_jax.train import initial, loop, saved
 from vl_jax.train.loop import LoopConfig
 from vl_jax.train.lora import LoraConfig
+from vl_jax.train.specialise.guide import GuideConfig
 from vl_jax.train.stages import Stage, expert_masks
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ class Experiment:
     # The checkpoint of ``init`` is dense where the model has experts: they begin as copies of its blocks, so
     # that the first loss is its loss. None: they begin as all else.
     init_dense: UpcyclingConfig | None = None
+    guide: GuideConfig | None = None  # a run whose routes are taken, or whose routers teach; None: neither
     mesh: MeshConfig = MeshConfig()
     loop: LoopConfig = LoopConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -86,6 +88,9 @@ class Experiment:
                 f"evaluation.average=True: stages.{self.stages[-1].name}.optimizer.average is 0, so there is "
                 "no average of its parameters; set it to a decay such as 0.999"
             )
+        unknown = set(self.guide.stages if self.guide else ()) - {stage.name for stage in self.stages}
+        if unknown:
+            raise ValueError(f"guide.stages names {min(unknown)!r}, which is no stage")
         names = [source.name for source in self.data.sources]
         for stage in self.stages:
             unknown = [name for name in stage.sources if name not in names]

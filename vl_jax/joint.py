@@ -46,9 +46,9 @@ from vl_jax.fusion.towers import only_infers, read_open_rows
 from vl_jax.fusion.weights import ModalityWeights
 from vl_jax.heads.build import AnyHead
 from vl_jax.moe.layer import MoEOutput
-from vl_jax.moe.replay import guided
 from vl_jax.moe.routing import State
 from vl_jax.moe.specialise.domains import DomainsConfig, with_domains
+from vl_jax.moe.specialise.replay import guided
 from vl_jax.moe.stacks import RoutingState, Stack
 
 _NO_TEXT = 1 << 30  # entries of a vocabulary that nothing reads

@@ -35,7 +35,7 @@ TIMING_KEYS = ("tokens_per_second", "step_ms", "samples_per_second", "data_wait_
 _RESERVED = ("step", "stage")
 # What a log holds beside what a stage's objective measures: the parts of names before a "/".
 _BESIDE = (
-    *("loss", "auxiliary_loss", "grad_norm", "learning_rate"),
+    *("loss", "auxiliary_loss", "grad_norm", "learning_rate", "flops"),
     *("skipped", "skipped_updates", "routing", "eval"),
 )
 

@@ -32,8 +32,8 @@ from vl_jax.fusion.towers import Seen, before_answers, looking, only_infers, rea
 from vl_jax.language.decoder import Decoder, DecoderConfig, LayerContext
 from vl_jax.moe.config import BalanceConfig, GateConfig
 from vl_jax.moe.layer import MoEOutput
-from vl_jax.moe.replay import guided
 from vl_jax.moe.routing import MoEConfig, RoutingContext, State, is_causal
+from vl_jax.moe.specialise.replay import guided
 from vl_jax.moe.stacks import RoutingState, Stack, by_name, check_packed, state_of
 from vl_jax.nn import cache as cache_lib
 from vl_jax.nn.cache import Cache

@@ -41,6 +41,7 @@ from vl_jax.experiment import (
     resolve,
 )
 from vl_jax.fit import chips, useful
+from vl_jax.fit.spent import Spent
 from vl_jax.interop import pretrained
 from vl_jax.interop.run_as import run_as
 from vl_jax.layout import Layout, rows_here
@@ -220,10 +221,11 @@ class _Launched:
 
     def _stream_of(self, stage: Stage) -> loop.TrainingStream:
         stream = open_stream(self.experiment, stage, rows_here(self.layout, stage.batch_size))
-        if stage.guide is None:
+        config = self.experiment.guide
+        if config is None or not config.run or (config.stages and stage.name not in config.stages):
             return stream
-        _, layout, state, _ = restore(buckets.here(stage.guide.run))
-        return guide.guided(stream, stage, self.layout, layout, state)
+        _, layout, state, _ = restore(buckets.here(config.run))
+        return guide.guided(stream, config, self.layout, layout, state)
 
     def _flops_of(self, stage: Stage) -> Callable[[Batch], float] | None:
         """What the model needs for a batch, forwards and backwards; None where no peak is known."""
@@ -238,6 +240,8 @@ class _Launched:
         if experiment.loop.churn:
             with contextlib.closing(self._stream_of(experiment.stages[0])) as stream:
                 hooks.append(Probe(self.layout, next(stream), every=experiment.loop.routing_every))
+        if experiment.loop.flops:
+            hooks.append(Spent(experiment))
         if experiment.loop.evaluate_every:
             hooks.append(_evaluation_hook(experiment, self.layout, self.workdir, self.alive, self.ledger))
         return tuple(hooks)

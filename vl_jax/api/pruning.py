@@ -19,8 +19,8 @@ from vl_jax import schema
 from vl_jax.checkpoint import CHECKPOINTS, Checkpointer
 from vl_jax.experiment import RUN_CONFIG, Experiment, plan
 from vl_jax.layout import Variables
-from vl_jax.moe.routing import MoEConfig
 from vl_jax.moe.specialise import pruning
+from vl_jax.moe.specialise.replacing import with_layers
 from vl_jax.moe.stacks import Stack
 from vl_jax.report.routing import FIGURES_FILE, write_routing
 from vl_jax.runs import restore_at
@@ -69,7 +69,7 @@ def prune(
         harm = np.asarray(table["knockout"]) - table["loss"]
         kept = pruning.least_harmful(harm, count)
         if random is not None:
-            kept = pruning.at_random(*harm.shape, count, random)
+            kept = pruning.at_random(harm.shape[0], harm.shape[1], count, random)
         mixing = pruning.choosing(kept, stack.moe.num_experts)
         if merge:
             load = np.asarray(table["load"], np.float64).sum(axis=1)
@@ -77,7 +77,7 @@ def prune(
         params |= _mixed(params, stack, mixing, kept)
         routing[name] = pruning.mix_state(jax.device_get(state.routing[name]), mixing, stack.moe)
         chosen[name] = {"kept": kept.tolist(), "mixing": mixing.tolist() if merge else None}
-    changed = _with_fewer(experiment, {parts[name].moe: moe for name, moe in fewer.items()})
+    changed = with_layers(experiment, {parts[name].moe: moe for name, moe in fewer.items()})
     variables = Variables(params_lib.unflatten(params), routing, jax.device_get(state.collections))
     _write(target, changed, variables, dataclasses.replace(position, line=None, guard=None))
     record = {"source": str(workdir), "step": step, "share": share, "random": random, "stacks": chosen}
@@ -119,20 +119,6 @@ def _mixed(
         found |= {at + name: leaf for name, leaf in mixed.items()}
         first = layers.stop
     return found
-
-
-def _with_fewer(value: Any, fewer: Mapping[MoEConfig, MoEConfig]) -> Any:
-    """A config in which other layers take the place of some, wherever they stand."""
-    if isinstance(value, MoEConfig):
-        return fewer.get(value, value)
-    if isinstance(value, tuple):
-        return tuple(_with_fewer(item, fewer) for item in value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        old = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
-        new = {name: _with_fewer(item, fewer) for name, item in old.items()}
-        if any(new[name] is not old[name] for name in old):
-            return dataclasses.replace(value, **new)
-    return value
 
 
 def _write(target: Path, experiment: Experiment, variables: Variables, position: saved.Position) -> None:

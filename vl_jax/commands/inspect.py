@@ -17,9 +17,9 @@ _READS = {
     "config": ("config",),
     "params": ("config", "html", "mesh"),
     "data": ("config", "html", "examine", "samples"),
-    "routing": ("workdir", "batches"),
+    "routing": ("workdir", "batches", "capacity"),
 }
-_OPTIONS = ("config", "workdir", "batches", "html", "examine", "samples", "mesh")
+_OPTIONS = ("config", "workdir", "batches", "capacity", "html", "examine", "samples", "mesh")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=tuple(_READS))
     parser.add_argument("--workdir", type=Path, help="with routing, in place of --config: folder of a run")
     parser.add_argument("--batches", type=int, help="with routing: held-out batches to look at (4)")
+    parser.add_argument(
+        "--capacity",
+        action="store_const",
+        const=True,
+        help="with routing: also the loss with fewer and with more slots of an expert",
+    )
     parser.add_argument("--html", type=Path, help="with data or params: also write it as a page")
     parser.add_argument(
         "--mesh", help="with params: devices that need not be here, such as data=2,fsdp=64 (config.mesh)"
@@ -61,7 +67,8 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.workdir is None:
             raise ConfigError("inspect routing needs --workdir, the folder of a run")
         batches = 4 if arguments.batches is None else arguments.batches
-        print(write_routing(arguments.workdir, num_batches=batches, overrides=arguments.overrides))
+        options = {"num_batches": batches, "capacity": bool(arguments.capacity)}
+        print(write_routing(arguments.workdir, overrides=arguments.overrides, **options))
         return
     from vl_jax.report import inspection
 

@@ -186,7 +186,7 @@ def _observe(
     model: Any,
     stack: str,
     collections: Mapping[str, Any] = NO_COLLECTIONS,
-) -> dict[str, jax.Array]:
+) -> dict[str, Any]:
     """Losses and statistics without an intervention."""
     variables = {"params": params, **collections}
     output, kept = model.apply(variables, batch, state, mutable=["intermediates"])

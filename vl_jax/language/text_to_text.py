@@ -32,8 +32,8 @@ from vl_jax.kernels.activation import Activation
 from vl_jax.language.encoder_decoder import EncoderDecoder, EncoderDecoderConfig, SourceView, same_segment
 from vl_jax.moe.config import BalanceConfig, CapacityConfig, SharedExpertsConfig
 from vl_jax.moe.layer import MoEOutput
-from vl_jax.moe.replay import guided
 from vl_jax.moe.routing import MoEConfig
+from vl_jax.moe.specialise.replay import guided
 from vl_jax.moe.stacks import RoutingState, Stack, check_packed
 from vl_jax.nn import cache as cache_lib
 from vl_jax.nn.cache import Cache

@@ -124,6 +124,7 @@ class RoutingStats:
     # i32[S] the shards a token's choices are on, were experts cut into each of ``balance.fan_out_shards``;
     # None where tokens do not choose.
     destinations: Leaf | None = None
+    figures: dict[str, Leaf] = struct.field(default_factory=dict)  # sums for the log, see ``figures``
 
 
 # Field -> dtype and axes. T and E are those of the group; of other letters any size will do.

@@ -12,7 +12,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from vl_jax.kernels.expert_weights import ExpertWeights
-from vl_jax.moe import balance, dispatch, noise, routing, simple
+from vl_jax.moe import balance, dispatch, figures, noise, routing, simple
 from vl_jax.moe.assignment import Merge, by_group
 from vl_jax.moe.routing import MoEConfig, RoutingContext, RoutingStats, State
 from vl_jax.moe.varied import widths
@@ -107,6 +107,8 @@ class DynamicMoE(nn.Module):
         self.sow("intermediates", "modality", context.modality)
         weights = jax.tree.map(lambda w: w.astype(x.dtype), self._experts(x.shape[-1]))
         y, stats = sparse_mlp(x, logits, assignment, weights, context=context, config=c)
+        told = jax.lax.stop_gradient(figures.of_losses(losses, x.shape[0]))
+        stats = stats.replace(figures={**stats.figures, **told})  # pyright: ignore[reportAttributeAccessIssue]
         if c.simple.num:
             y = y + simple.SimpleExperts(c, name="simple")(x, assignment)
         self.sow("intermediates", "routed", y)
@@ -265,4 +267,7 @@ def statistics(
         found = by_group(lambda z, where: measure(z, where, config), logits, context)
         measured = jax.tree.map(lambda a: jnp.sum(a, axis=0), found)
     scores = routing.probabilities(logits, context, config)
-    return balance.count(assignment, dropped, scores, context, measured)
+    found = balance.count(assignment, dropped, scores, context, measured)
+    return found.replace(  # pyright: ignore[reportAttributeAccessIssue]
+        figures=figures.count(assignment, dropped, scores, context)
+    )

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from vl_jax.kernels.activation import Activation
 from vl_jax.moe import balance, routing
+from vl_jax.moe import figures as figures_lib
 from vl_jax.moe.layer import MoEOutput
 from vl_jax.moe.routing import MoEConfig, RoutingStats, State
 
@@ -100,12 +101,20 @@ def update_load(
 
 
 def summarize(
-    stats: Mapping[str, RoutingStats], load: Mapping[str, Float[Array, "L E"]], stacks: Stacks
+    stats: Mapping[str, RoutingStats],
+    load: Mapping[str, Float[Array, "L E"]],
+    stacks: Stacks,
+    state: RoutingState,
 ) -> dict[str, jax.Array]:
-    """The figures of ``balance.summarize`` and MaxVio of the running load, by their names in the log."""
+    """The figures of ``balance`` and ``figures``, MaxVio of the running load, and the state of schemes.
+
+    They have their names in the log; state is ``state_NAME``.
+    """
     figures = {}
     for name in (name for name in stacks if name in stats):
-        figures |= {log_name(name, key, stacks): v for key, v in balance.summarize(stats[name]).items()}
+        told = balance.summarize(stats[name]) | figures_lib.summarize(stats[name])
+        told |= {f"state_{entry}": value for entry, value in state.get(name, {}).items()}
+        figures |= {log_name(name, key, stacks): v for key, v in told.items()}
         if name in load:
             figures[log_name(name, "maxvio_running", stacks)] = balance.max_violation(load[name])
     return figures

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import fnmatch
+import functools
 import json
 import re
 import statistics
@@ -36,6 +37,8 @@ LABELS_FILE = "labels.json"  # readable names of folders, where a sweep knows an
 _USUAL = ("failed", "eval/*", "steps", "loss", "routing/maxvio_mean", "tokens_per_second", "wall_time_s")
 # Plotted after loss and what the objectives measure: field of the log, title.
 _MAXVIO = ("routing/maxvio_mean", "Busiest expert above the even share (MaxVio), mean of layers")
+
+_BY_FLOPS = ("flops", "Loss against the flops that training took")
 
 
 def is_collection(folder: Path) -> bool:
@@ -175,9 +178,10 @@ def charts(grouped: Mapping[str, Sequence[RunFiles]]) -> str:
     measured = dict.fromkeys(name for run in runs for line in run.lines for name in objective_metrics(line))
     held_out = dict.fromkeys(n for run in runs for line in run.lines for n in line if n.startswith("eval/"))
     curves = [(name, label(name).capitalize()) for name in ("loss", *measured, *held_out)]
-    for name, title in [*curves, _MAXVIO]:
+    for name, title in [*curves, _BY_FLOPS, _MAXVIO]:
+        of = _against_flops if (name, title) == _BY_FLOPS else functools.partial(points, name=name)
         series = [
-            Series(group, _mean_curve([points(run, name) for run in members]), colour(n))
+            Series(group, _mean_curve([of(run) for run in members]), colour(n))
             for n, (group, members) in enumerate(grouped.items())
         ]
         series = [s for s in series if s.points]
@@ -190,6 +194,11 @@ def charts(grouped: Mapping[str, Sequence[RunFiles]]) -> str:
                 f"{line_chart(series, title=title)}</div>"
             )
     return f'<div class="grid">{cards}</div>'
+
+
+def _against_flops(run: RunFiles) -> list[tuple[float, float]]:
+    """The loss by what training had taken, where that is logged."""
+    return [(line["flops"], line["loss"]) for line in run.lines if "flops" in line and "loss" in line]
 
 
 def _mean_curve(curves: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, float | None]]:

@@ -29,7 +29,14 @@ ROUTING_CHARTS = (
     ("Experts without a token (dead)", "dead", number, ""),
     ("Tokens dropped", "drop_rate", percent, ""),
     ("Choices that changed (churn)", CHURN, percent, "Of a fixed batch, in one step."),
+    ("Entropy of the router, nats", "entropy", number, "Of a token's probabilities; low: it is sure."),
+    ("Margin of the choice", "margin", number, "Lowest probability chosen, less the highest of the others."),
+    ("Gate mass", "gate_mass", number, "What the gates of a token sum to, without what was dropped."),
+    ("Experts of a token", "experts", number, ""),
+    ("Experts of a token, deviation", "experts_deviation", number, "0 where all tokens have as many."),
 )
+EXPECTED = ("maxvio", "maxvio_running", "dead", "drop_rate")  # of which a log without them says so
+_OWN = {"loss_": "Loss of the router: {}", "state_": "State of the scheme: {}"}
 # Lines of the log over which the final expert load is averaged: one step says little about rare experts.
 _LOAD_LINES = 10
 
@@ -94,3 +101,15 @@ def layer_series(lines: Sequence[Mapping[str, Any]], name: str) -> list[Series]:
         )
         for layer in range(count)
     ]
+
+
+def own_charts(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Title and name of what a scheme brings: each of its losses, and state of one number a layer."""
+    names = dict.fromkeys(name for line in lines for name in line)
+    found = []
+    for begins, title in _OWN.items():
+        for name in (name for name in names if name.startswith(begins)):
+            values = next(line[name] for line in lines if name in line)
+            if not any(isinstance(value, list) for value in values):
+                found.append((title.format(name[len(begins) :]), name))
+    return found

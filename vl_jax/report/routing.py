@@ -20,6 +20,7 @@ from rich.progress import track
 from vl_jax.batch import MODALITIES, Batch
 from vl_jax.data.encode import make_encoder
 from vl_jax.data.text.tokenizer import Tokenizer
+from vl_jax.evaluate.capacity import capacity_curve
 from vl_jax.evaluate.interventions import Study, study
 from vl_jax.evaluate.routes import all_routes, churn
 from vl_jax.experiment import Experiment, model_spec, open_stream
@@ -35,12 +36,19 @@ from vl_jax.train.step import TrainState
 PAGE_FILE, FIGURES_FILE = "routing.html", "routing.json"
 
 
-def write_routing(workdir: Path, *, num_batches: int, overrides: Sequence[tuple[str, str]] = ()) -> Path:
+def write_routing(
+    workdir: Path,
+    *,
+    num_batches: int,
+    overrides: Sequence[tuple[str, str]] = (),
+    capacity: bool = False,
+) -> Path:
     """Studies the newest checkpoint of a run on its held-out sources; returns the path of the page.
 
     Args:
       num_batches: how many batches of the last stage's size.
       overrides: changes to the run's config, of which ``data`` is the useful part: another dataset.
+      capacity: also measures the loss with other numbers of slots, each of which is compiled anew.
 
     Raises:
       ValueError: the folder holds no run, or the model has no experts or predicts no tokens.
@@ -80,8 +88,14 @@ def write_routing(workdir: Path, *, num_batches: int, overrides: Sequence[tuple[
         lead = f"step {step:,}: {found.targets:,} targets of held-out data, loss {found.loss:.4f} nats"
         churned = changed and {"since_step": changed["since_step"], "share": changed["share"][stack]}
         figures[stack] = {**_figures(found), "churn": churned}
+        if capacity:
+            given = (layout, state.params, state.routing, batches)
+            curve = capacity_curve(*given, stack=stack, collections=state.collections)
+            figures[stack]["capacity"] = {str(factor): loss for factor, loss in curve.items()}
         texts = [_texts(change, batches[change.batch], tokenizer) for change in found.changes]
         of_stack = _sections(found, texts, churned)
+        if figures[stack].get("capacity"):
+            of_stack.append(("Capacity at test time", _capacity(figures[stack]["capacity"])))
         sections += [(f"{title}: {name}" if title else name, body) for name, body in of_stack]
     main, *others = parts
     written = {
@@ -244,6 +258,13 @@ def _by_layer(found: Study, names: Sequence[str], changed: dict[str, Any] | None
         for label, values in rows.items()
     )
     return _table(head, body)
+
+
+def _capacity(curve: dict[str, float]) -> str:
+    note = "Loss where every expert has so many slots, over the mean load; what finds none is dropped."
+    head = "<th></th>" + "".join(f'<th class="num">{escape(factor)}</th>' for factor in curve)
+    body = "".join(f'<td class="num">{loss:.4f}</td>' for loss in curve.values())
+    return f'<p class="note">{note}</p>{_table(head, f"<tr><th>loss, nats</th>{body}</tr>")}'
 
 
 def _changes(found: Study, names: Sequence[str], texts: Sequence[tuple[str, str]]) -> str:

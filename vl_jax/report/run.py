@@ -26,12 +26,13 @@ from vl_jax.report import goodput, matrices, results
 from vl_jax.report.charts import NUM_COLOURS, Band, Series, absent, line_chart, number, percent
 from vl_jax.report.gallery import gallery
 from vl_jax.report.load import (
-    CHURN,
+    EXPECTED,
     ROUTING_CHARTS,
     figures_of,
     layer_series,
     load_cards,
     logged_stacks,
+    own_charts,
 )
 from vl_jax.runtime import disk
 from vl_jax.runtime.spent import GOODPUT_FILE, read_ledger
@@ -355,8 +356,10 @@ def _routing_of(run: RunFiles, stack: str) -> str:
         series = layer_series(lines, name)
         if series:
             cards += _chart_card(title, series, run, show=show, note=note)
-        elif name != CHURN:
+        elif name in EXPECTED:
             cards += f'<div class="card"><h3>{title}</h3>{absent("Not logged.")}</div>'
+    for title, name in own_charts(lines):
+        cards += _chart_card(title, layer_series(lines, name), run)
     return cards
 
 

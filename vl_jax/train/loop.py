@@ -55,6 +55,7 @@ class LoopConfig:
     log_every: int = 10
     routing_every: int = 50  # vector-valued routing statistics
     churn: bool = False  # among them: how many choices of a fixed batch the step changed (see ``probe``)
+    flops: bool = False  # log what training has taken so far, counted from shapes (see ``fit.spent``)
     checkpoint_every: int = 500
     keep_checkpoints: int = 3  # the newest ones
     keep_every: int = 0  # besides, those of steps that are a multiple of it; 0: none

@@ -247,7 +247,6 @@ def computation(stage: Stage) -> Stage:
         batch_size=stage.accumulation,
         sources=(),
         weights=(),
-        guide=None,
         targets="all",
         optimizer=without_schedule(stage.optimizer),
     )

@@ -20,7 +20,6 @@ from vl_jax.train.objectives.next_token import NextToken
 from vl_jax.train.objectives.together import AnyObjective
 from vl_jax.train.optimizer import OptimizerConfig
 from vl_jax.train.specialise import chosen as experts
-from vl_jax.train.specialise.guide import GuideConfig
 from vl_jax.train.step import StepWrapper
 from vl_jax.train.updates.build import AnyFusing
 from vl_jax.train.updates.fusing import GradientFusion
@@ -45,7 +44,6 @@ class Stage:
     hold: bool = False  # routing state too stays as it is in top-level modules of which nothing trains
     lora: LoraConfig | None = None  # adapters on frozen weights, merged into them when the stage ends
     objective: AnyObjective = NextToken()  # what it minimises
-    guide: GuideConfig | None = None  # a run whose routes are taken, or whose routers teach; None: neither
     gradients: AnyFusing | None = None  # how those of groups of losses become one; None: they are added up
     optimizer: OptimizerConfig = OptimizerConfig()
     # What changes the step, from the inside to the outside.

@@ -301,7 +301,7 @@ def make_train_step(
         metrics[GRADIENT_NORMS] = gradient_norms(grads, stacked)
         parts: Stacks = model.config.stacks  # pyright: ignore[reportAttributeAccessIssue]
         load = stacks.update_load(state.load, sums.stats)
-        metrics |= stacks.summarize(sums.stats, load, parts)
+        metrics |= stacks.summarize(sums.stats, load, parts, state.routing)
         metrics |= budget.summarize(sums.gates.get("budget", {}))
         metrics |= weights.summarize(sums.gates.get("weights", {}))
         routing = stacks.update_state(state.routing, sums.stats, parts)

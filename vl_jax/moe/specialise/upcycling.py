@@ -102,7 +102,7 @@ def _sums(config: MoEConfig, width: int, pieces: int, *, size: float) -> np.ndar
     """
     scheme, random = routing.scheme_of(config), np.random.default_rng(0)
     shape = (_GROUPS, _LENGTH, scheme.columns(config) // pieces)
-    shifts = np.resize(np.float32(_SHIFTS), _LENGTH)[:, None]
+    shifts = np.resize(np.asarray(_SHIFTS, np.float32), _LENGTH)[:, None]
     logits = np.repeat(size * (random.standard_normal(shape, np.float32) + shifts), pieces, axis=-1)
     logits = np.pad(logits, ((0, 0), (0, 0), (0, scheme.columns(config) - logits.shape[-1])))
     context = _context(config, width, random)

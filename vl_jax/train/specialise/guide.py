@@ -1,4 +1,4 @@
-"""A stage whose routing follows another run's: routes are replayed, or routers learn from its routers.
+"""Stages whose routing follows another run's: routes are replayed, or routers learn from its routers.
 
     stream --batch--> model of the run --routes, or logits of routers--> batch --> step
 
@@ -17,25 +17,24 @@ import jax.numpy as jnp
 from vl_jax import sharding
 from vl_jax.batch import Batch
 from vl_jax.layout import Layout, put_batch
-from vl_jax.moe import replay
 from vl_jax.moe.assignment import TokenChoice
 from vl_jax.moe.routing import scheme_of
+from vl_jax.moe.specialise import replay
 from vl_jax.moe.stacks import Stacks, sown
 
 
 @dataclasses.dataclass(frozen=True)
 class GuideConfig:
-    """The run that guides the routing of a stage, with its newest checkpoint."""
+    """The run that guides the routing of stages, with its newest checkpoint."""
 
-    run: str  # its folder
+    run: str = ""  # its folder; empty: none guides
     # ``replay``: tokens take the experts that it chose, with gates of today's scores. ``distil``: a loss
     # draws the softmax of every router's logits to that of its own.
     way: Literal["replay", "distil"] = "distil"
     weight: float = 1.0  # of the loss of ``distil``
+    stages: tuple[str, ...] = ()  # names of those that it guides; empty: all
 
     def __post_init__(self):
-        if not self.run:
-            raise ValueError("guide.run is empty: it must be the folder of a run")
         if not self.weight > 0:
             raise ValueError(f"guide.weight={self.weight} must be > 0")
 
@@ -70,12 +69,11 @@ def recorded(params: Any, state: Any, batch: Batch, *, layout: Layout, collectio
       ValueError: tokens have no choices.
     """
     found = _decided(params, state, batch, layout=layout, collections=collections)
-    rows, routes = batch.tokens.shape[0], {}
     for name, layers in found.items():
         if not all(isinstance(layer.assignment, TokenChoice) for layer in layers):
             raise ValueError(f"{name}: its tokens have no choices that could be replayed")
-        routes[name] = replay.by_row(jnp.stack([layer.assignment.experts for layer in layers]), rows)
-    return dataclasses.replace(batch, routes=routes)
+    routes = {n: jnp.stack([layer.assignment.experts for layer in layers]) for n, layers in found.items()}
+    return replay.with_routes(batch, routes)
 
 
 def taught(
@@ -83,12 +81,8 @@ def taught(
 ) -> Batch:
     """The batch with the logits of a model's routers, and how much they count."""
     found = _decided(params, state, batch, layout=layout, collections=collections)
-    rows, taught = batch.tokens.shape[0], {}
-    for name, layers in found.items():
-        logits = jnp.stack([layer.logits for layer in layers])
-        counts = jnp.full((*logits.shape[:-1], 1), weight, jnp.float32)
-        taught[name] = replay.by_row(jnp.concatenate([logits, counts], axis=-1), rows)
-    return dataclasses.replace(batch, router_logits=taught)
+    logits = {name: jnp.stack([layer.logits for layer in layers]) for name, layers in found.items()}
+    return replay.with_logits(batch, logits, weight)
 
 
 def _decided(params: Any, state: Any, batch: Batch, *, layout: Layout, collections: Any) -> dict[str, Any]:
@@ -114,23 +108,22 @@ class Guided:
         batch = next(self._stream)
         with sharding.use_mesh(self._layout.mesh, self._layout.rules):
             found = self._fill(put_batch(batch, self._layout))
-        routes, logits = jax.device_get((found.routes, found.router_logits))
-        return dataclasses.replace(batch, routes=routes, router_logits=logits)
+        brought = {name: given for name, given in found.media.items() if name not in batch.media}
+        return dataclasses.replace(batch, media={**batch.media, **jax.device_get(brought)})
 
 
-def guided(stream: Any, stage: Any, ours: Layout, theirs: Layout, state: Any) -> Guided:
-    """The stream of a stage, guided by the newest state of its ``guide``.
+def guided(stream: Any, config: GuideConfig, ours: Layout, theirs: Layout, state: Any) -> Guided:
+    """The stream of a stage, guided by a state of another run.
 
     Raises:
       ValueError: it cannot guide this model, or there are several processes.
     """
-    config: GuideConfig = stage.guide
     try:
         if jax.process_count() > 1:
             raise ValueError("guide: it is for one process, and there are several")
         check(config, ours.model.config.stacks, theirs.model.config.stacks)
     except ValueError as error:
-        raise ValueError(f"config.stages.{stage.name}.{error}") from None
+        raise ValueError(f"config.{error}") from None
     fill = functools.partial(recorded if config.way == "replay" else taught, layout=theirs)
     if config.way == "distil":
         fill = functools.partial(fill, weight=config.weight)
