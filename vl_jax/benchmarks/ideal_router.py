@@ -29,8 +29,7 @@ from jaxtyping import Array, Float, Int
 
 from vl_jax.batch import TEXT, VISION
 from vl_jax.moe import routing
-from vl_jax.moe.assignment import RoutingContext
-from vl_jax.moe.checks.decisions import dense
+from vl_jax.moe.assignment import RoutingContext, weights_of
 from vl_jax.moe.checks.subject import NO_SHARED
 from vl_jax.moe.config import BalanceConfig, ExecutionConfig, GateConfig
 from vl_jax.moe.conformance import small_config
@@ -212,7 +211,7 @@ def _run(config: MoEConfig, number: int, params: Any, batches: Any, held_out: An
     carry = params, routing.init_state(config), optimizer.init(params)
     (params, state, _), _ = jax.lax.scan(step, carry, (jnp.arange(steps), batches))
     _, (error, _, assignment) = objective(params, state, held_out, None)
-    weights = dense(assignment, _context(held_out), config.num_experts)
+    weights = weights_of(assignment, _context(held_out).valid, config.num_experts)
     return {"loss": error, "information": information(weights, held_out["cluster"], number)}
 
 

@@ -98,8 +98,22 @@ class Guided:
     def __init__(self, stream: Any, fill: Any, layout: Layout):
         self._stream, self._fill, self._layout = stream, fill, layout
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+    @property
+    def skipped(self) -> dict[str, int]:
+        """As the stream says."""
+        return self._stream.skipped
+
+    def get_state(self) -> dict[str, Any]:
+        """As the stream says."""
+        return self._stream.get_state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Sets the stream to a position."""
+        self._stream.set_state(state)
+
+    def close(self) -> None:
+        """Closes the stream."""
+        self._stream.close()
 
     def __iter__(self) -> Guided:
         return self
