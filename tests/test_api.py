@@ -164,7 +164,7 @@ def test_predict_draws_the_boxes_of_an_answer_and_nothing_else(tmp_path, monkeyp
     model: list[Any] = [VisionLanguage(VisionLanguageConfig())]
     tiling = SimpleNamespace(orientation="shown")
 
-    def opened(folder: Path, heads: Any = ()) -> Any:
+    def opened(folder: Path, heads: Any = (), task: str | None = None) -> Any:
         experiment = SimpleNamespace(model=model[0].config, data=SimpleNamespace(tiling=tiling))
         run = object.__new__(Run)  # of its fields only those that the command reads
         vars(run).update(experiment=experiment, layout=SimpleNamespace(model=model[0]))

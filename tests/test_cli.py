@@ -312,6 +312,7 @@ REFUSES = {
     "predict": ["--workdir=x"],
     "convert": ["--from=x", "--to=y"],
     "new": ["x.py"],
+    "prune": ["--workdir=x", "--to=y"],
     "completion": ["bash"],
 }
 

@@ -75,7 +75,7 @@ def load_run(workdir: str | PathLike[str], *, heads: str | Sequence[str] = (), t
     """Opens the newest sound checkpoint of a run, finished or not.
 
     Args:
-      heads: of a joint model, these alone; only they and the towers that they stand on are read. None: all.
+      heads: of a joint model, these alone; only they and the towers that they stand on are read. Empty: all.
       task: of a joint model, in place of ``heads``: the head that does this task.
 
     Raises:

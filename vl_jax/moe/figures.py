@@ -66,10 +66,10 @@ def count(
     return found
 
 
-def of_losses(losses: Losses, groups: int) -> dict[str, jax.Array]:
-    """Losses, which are means over groups, as sums, and the number of these."""
-    sums = {f"{LOSS}{name}": groups * value for name, value in losses.items()}
-    return {**sums, "groups": jnp.float32(groups)}
+def of_losses(losses: Losses, valid: Bool[Array, "G T"]) -> dict[str, jax.Array]:
+    """Losses, which are means over groups, as sums, and the number of groups with any token."""
+    sums = {f"{LOSS}{name}": valid.shape[0] * value for name, value in losses.items()}
+    return {**sums, "groups": jnp.sum(jnp.any(valid, axis=1), dtype=jnp.float32)}
 
 
 def summarize(stats: RoutingStats) -> dict[str, jax.Array]:

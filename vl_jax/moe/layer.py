@@ -107,7 +107,7 @@ class DynamicMoE(nn.Module):
         self.sow("intermediates", "modality", context.modality)
         weights = jax.tree.map(lambda w: w.astype(x.dtype), self._experts(x.shape[-1]))
         y, stats = sparse_mlp(x, logits, assignment, weights, context=context, config=c)
-        told = jax.lax.stop_gradient(figures.of_losses(losses, x.shape[0]))
+        told = jax.lax.stop_gradient(figures.of_losses(losses, context.valid))
         stats = stats.replace(figures={**stats.figures, **told})  # pyright: ignore[reportAttributeAccessIssue]
         if c.simple.num:
             y = y + simple.SimpleExperts(c, name="simple")(x, assignment)
