@@ -25,7 +25,7 @@ WHERE = RoutingContext(valid=jnp.array([[True, True, False]]), modality=jnp.arra
 def summary(assignment, losses=None) -> dict[str, np.ndarray]:
     dropped = jnp.array([[[False, False], [False, True], [False, False]]])
     found = figures.count(assignment, dropped, jnp.asarray(SCORES), WHERE)
-    found |= figures.of_losses(losses or {}, 1)
+    found |= figures.of_losses(losses or {}, WHERE.valid)
     importance = jnp.asarray([SCORES[0, 0], SCORES[0, 1]])
     stats = RoutingStats(jnp.zeros((2, 4)), importance, jnp.array([1, 1]), jnp.zeros(2), figures=found)
     both = jax.tree.map(lambda a: a + a, stats)  # of two micro-batches alike

@@ -21,7 +21,7 @@ def route(logits, context, state, config):
     chosen = context.valid[:, None] & (chances > 0.5)
     if context.excluded is not None:
         chosen = chosen & ~context.excluded
-    over = mean(chances, context.valid) - config.option("share")
+    over = mean(chances - config.option("share"), context.valid)  # 0 where all is padding
     ids = jnp.where(chosen, jnp.arange(experts, dtype=jnp.int32), experts)
     losses = {"share": config.option("weight") * jnp.mean(over**2)}
     return TokenChoice(ids, jnp.where(chosen, chances, 0.0)), losses

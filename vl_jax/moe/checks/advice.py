@@ -69,7 +69,7 @@ ADVICE: dict[str, tuple[str, str]] = {
         "use what a token itself has, or declare Scheme(causal=False); it then cannot decode as it trained",
     ),
     "statistics of parts add up": (
-        "Scheme.measure gives means, or counts padding",
+        "Scheme.measure gives means, or it or a loss counts padding",
         "give sums over valid tokens, and their number as another entry",
     ),
     "sound on odd inputs": (
