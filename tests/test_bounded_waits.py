@@ -33,6 +33,7 @@ ELSEWHERE = {
     ("vl_jax/benchmarks/step.py", "pipe.recv"): "a side; ends with its pipe",
     ("vl_jax/runtime/lazy_storage.py", "window[part].read().result"): "tensorstore's own bound",
     ("vl_jax/sharding.py", "_rules.get"): "a context variable",
+    ("vl_jax/moe/bounded/rooms.py", "_noted.get"): "a context variable",
 }
 
 
