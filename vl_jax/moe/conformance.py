@@ -12,18 +12,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import numpy as np
 
 from vl_jax.batch import MODALITIES
-from vl_jax.moe import comparisons, routing
+from vl_jax.moe import comparisons, figures, routing
 from vl_jax.moe.checks import properties
 from vl_jax.moe.checks.advice import ADVICE
 from vl_jax.moe.checks.decisions import GROUPS, LENGTH, Broken, Router, Waived, hold, make_inputs, sound
 from vl_jax.moe.checks.subject import NO_SHARED, TOLERANCE, Subject, distance, finite, make_subject, same
 from vl_jax.moe.layer import OWN
-from vl_jax.moe.routing import Malformed, MoEConfig
+from vl_jax.moe.routing import Malformed, MoEConfig, RoutingStats
 from vl_jax.runtime import errors
 
 
@@ -234,13 +235,21 @@ def causality(subject: Subject) -> None:
 
 
 def statistics_add_up(subject: Subject) -> None:
-    """The statistics of the batch are the sums of those of its halves, and count every valid token."""
+    """The statistics of the batch are the sums of those of its halves, and count every valid token.
+
+    Losses are not: that of a whole batch is no sum over its tokens.
+    """
     context, first = subject.context, (np.arange(GROUPS) < GROUPS // 2)[:, None]
+
+    def counted(**changes: Any) -> RoutingStats:
+        stats = subject.run(**changes).layer.stats
+        kept = {name: sums for name, sums in stats.figures.items() if not name.startswith(figures.LOSS)}
+        return stats.replace(figures=kept)  # pyright: ignore[reportAttributeAccessIssue]
+
     halves = [
-        subject.run(context=dataclasses.replace(context, valid=context.valid & rows)).layer.stats
-        for rows in (first, ~first)
+        counted(context=dataclasses.replace(context, valid=context.valid & rows)) for rows in (first, ~first)
     ]
-    whole = subject.run().layer.stats
+    whole = counted()
     same("statistics of two halves", jax.tree.map(np.add, *halves), whole)
     assert whole.tokens.sum() == subject.context.valid.sum(), "tokens are miscounted"
     assert whole.load.shape == (len(MODALITIES), subject.config.num_experts)
