@@ -42,7 +42,7 @@ def everything() -> Iterator[None]:
     """All stand-ins are on the stage."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "plan", lambda experiment: None)
-        patch.setattr(runs, "_hooks", lambda *arguments: ())
+        patch.setattr(runs._Launched, "_hooks", lambda launched: ())
         patch.setattr(runs, "_facts", lambda layout: {"parameters": 1, "devices": "1 x cpu (cpu)"})
         patch.setattr(
             runs, "first_weights", lambda *_: SimpleNamespace(params={}, routing={}, collections={})
@@ -140,7 +140,7 @@ def _restore(
     return experiment, None, SimpleNamespace(params={}, routing={}, collections={}), max(steps)
 
 
-def _load_run(workdir: str | Path, heads: object = ()) -> Run:
+def _load_run(workdir: str | Path, heads: object = (), task: str = "") -> Run:
     experiment, layout, state, step = _restore(Path(workdir))
     run = object.__new__(Run)
     fields = {
@@ -174,7 +174,13 @@ def _predict(run: Run | str, *, image: Any = None, audio: Any = None, text: str 
     return {head.name: {"cat": 0.75, "dog": 0.25} for head in heads} or {predict.ANSWER: SAID}
 
 
-def _write_routing(workdir: Path, *, num_batches: int, overrides: Sequence[tuple[str, str]] = ()) -> Path:
+def _write_routing(
+    workdir: Path,
+    *,
+    num_batches: int,
+    overrides: Sequence[tuple[str, str]] = (),
+    capacity: bool = False,
+) -> Path:
     _restore(workdir, overrides)
     return workdir / "routing.html"
 

@@ -145,7 +145,8 @@ def _stirred_on_host(array: LazyArray, *, at_once: bool = False) -> tuple[int, b
     """The checksum, and whether all elements are finite.
 
     Args:
-      at_once: it is in memory, and need not be read in pieces.
+      at_once: it is in memory, and need not be read in pieces. Where it must, there may be no room for
+        programs either.
     """
     total, offset, finite = 0, 0, True
     mixed, shifted = np.empty(_BLOCK, np.uint32), np.empty(_BLOCK, np.uint32)
@@ -156,7 +157,7 @@ def _stirred_on_host(array: LazyArray, *, at_once: bool = False) -> tuple[int, b
         if floating:
             finite = finite and bool(np.isfinite(piece).all())
         words = piece.reshape(-1).view(f"u{min(array.dtype.itemsize, 4)}")
-        sum_, fine, done = _stirred_by_programs(words, offset, exponent or 0)
+        sum_, fine, done = _stirred_by_programs(words, offset, exponent or 0) if at_once else (0, True, 0)
         total, finite, offset = total + sum_, finite and fine, offset + done
         for start in range(done, words.size, _BLOCK):
             block = words[start : start + _BLOCK]
@@ -176,17 +177,17 @@ def _stirred_on_host(array: LazyArray, *, at_once: bool = False) -> tuple[int, b
 
 def _stirred_by_programs(words: UInt[np.ndarray, " n"], offset: int, exponent: int) -> tuple[int, bool, int]:
     """The checksum of the words at the beginning, whether they are finite, and how many they are."""
-    mesh, first, found = _host_mesh(), 0, []
+    mesh, first, total, finite = _host_mesh(), 0, 0, True
     if mesh is None or words.size < min(_COMPILED, default=np.inf):
         return 0, True, 0
     with jax.set_mesh(mesh):  # whatever mesh the caller may have
         for size in _COMPILED:
             while words.size - first >= size:
                 place = np.uint32((offset + first) % 2**32)
-                found.append(_stirred_in_lanes(words[first : first + size], place, exponent))
-                first += size
-    sums = [(int(sum_), bool(fine)) for sum_, fine in found]
-    return sum(sum_ for sum_, _ in sums), all(fine for _, fine in sums), first
+                sum_, fine = _stirred_in_lanes(words[first : first + size], place, exponent)
+                # Each is waited for: programs under way hold copies of what they read.
+                total, finite, first = total + int(sum_), finite and bool(fine), first + size
+    return total, finite, first
 
 
 @functools.cache
