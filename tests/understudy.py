@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from vl_jax import ask, config, runs
-from vl_jax.api import calls, heads, predict, sitting
+from vl_jax.api import calls, heads, predict, pruning, sitting
 from vl_jax.api.run import Run
 from vl_jax.benchmarks import loader
 from vl_jax.data.config import DataConfig, opened
@@ -65,6 +65,7 @@ def everything() -> Iterator[None]:
             heads, "add_head", lambda run, task, **_: run if isinstance(run, Run) else _load_run(run)
         )
         patch.setattr(routing, "write_routing", _write_routing)
+        patch.setattr(pruning, "prune", _prune)
         patch.setattr(conformance, "PROPERTIES", ())
         patch.setattr(comparisons, "COMPARISONS", ())
         patch.setattr(loader, "run", _load)
@@ -134,6 +135,7 @@ def _restore(
     *,
     before: int | None = None,
     change: Any = lambda experiment: experiment,
+    averaged: bool | None = None,
 ) -> Any:
     experiment = config.replace(change(read_run(workdir)), overrides)
     steps = [int(folder.name) for folder in (workdir / runs.CHECKPOINTS).iterdir() if folder.name.isdigit()]
@@ -172,6 +174,12 @@ def _predict(run: Run | str, *, image: Any = None, audio: Any = None, text: str 
     heads = getattr(opened_run.experiment.model, "heads", ())
     assert heads or text  # a question
     return {head.name: {"cat": 0.75, "dog": 0.25} for head in heads} or {predict.ANSWER: SAID}
+
+
+def _prune(workdir: Path, target: Path, *, share: float, **options: Any) -> Path:
+    assert 0 < share < 1 and set(options) <= {"merge", "random", "num_batches"}
+    _restore(workdir)
+    return Path(shutil.copytree(workdir, target))
 
 
 def _write_routing(
