@@ -41,6 +41,7 @@ from vl_jax.experiment import (
     resolve,
 )
 from vl_jax.fit import chips, useful
+from vl_jax.fit.flops import STEP_PASSES
 from vl_jax.fit.spent import Spent
 from vl_jax.interop import pretrained
 from vl_jax.interop.run_as import run_as
@@ -232,7 +233,7 @@ class _Launched:
         if self.ledger.peak is None:
             return None
         need = useful.of_stage(self.experiment, stage)
-        return lambda batch: 3 * need.of(batch)
+        return lambda batch: STEP_PASSES * need.of(batch)
 
     def _hooks(self) -> tuple[Hook, ...]:
         """What the experiment wants to be done around the steps."""

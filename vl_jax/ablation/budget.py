@@ -17,8 +17,7 @@ from vl_jax import params as params_lib
 from vl_jax import sharding
 from vl_jax.encoders.build import AnyEncoder
 from vl_jax.experiment import Experiment, example_batch, plan
-from vl_jax.fit.flops import count, countable, forward_flops
-from vl_jax.fit.spent import BACKWARD
+from vl_jax.fit.flops import STEP_PASSES, count, countable, forward_flops
 from vl_jax.moe import stacks
 from vl_jax.schema import ConfigError
 
@@ -49,7 +48,7 @@ def cost_of(experiment: Experiment) -> ArmCost:
         key = (stage.objective, stage.batch_size)
         if key not in known:
             known[key] = forward_flops(layout, stage, example)
-        flops += BACKWARD * stage.steps * known[key]
+        flops += STEP_PASSES * stage.steps * known[key]
     samples = sum(stage.steps * stage.batch_size for stage in experiment.stages)
     sizes = {path: leaf.size for path, leaf in params_lib.flatten(layout.params).items()}
     return ArmCost(

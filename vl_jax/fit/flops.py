@@ -20,6 +20,7 @@ from vl_jax.moe.config import ExecutionConfig
 from vl_jax.train.stages import Stage
 from vl_jax.train.step import TrainState
 
+STEP_PASSES = 3  # a step costs so many forward passes: gradients take two more, of frozen weights too
 _EXPERTS = "blocked_mlp"  # the function that multiplies by routed experts: its loops end where rows do
 
 

@@ -26,6 +26,7 @@ from vl_jax import sharding
 from vl_jax.batch import Batch
 from vl_jax.fit import checks, program_text
 from vl_jax.fit.chips import GIB, Slice
+from vl_jax.fit.flops import STEP_PASSES
 from vl_jax.fit.program_text import Collective
 from vl_jax.kernels import aot
 from vl_jax.layout import Layout
@@ -319,7 +320,7 @@ def _kind(shape: Sequence[int]) -> tuple[int, ...]:
 def _estimate(
     flops: float, traffic: float | None, moved: Sequence[Collective] | None, where: Slice
 ) -> StepBound:
-    mine, chip = 3 * flops / where.num_devices, where.chip
+    mine, chip = STEP_PASSES * flops / where.num_devices, where.chip
     times = [mine / chip.flops]
     memory = None if not traffic or traffic < 0 else traffic / chip.bandwidth
     links = None if moved is None else sum(c.size * c.times for c in moved) / chip.links

@@ -8,11 +8,9 @@ import numpy as np
 
 from vl_jax import sharding
 from vl_jax.experiment import Experiment, example_batch, plan
-from vl_jax.fit.flops import countable, forward_flops
+from vl_jax.fit.flops import STEP_PASSES, countable, forward_flops
 from vl_jax.train.hooks import Moment
 from vl_jax.train.step import Metrics, TrainState
-
-BACKWARD = 3  # a step costs so many forward passes: gradients take two more, of frozen weights too
 
 
 class Spent:
@@ -29,7 +27,7 @@ class Spent:
         for stage in plain.stages:
             key = (stage.objective, stage.batch_size)
             if key not in known:
-                known[key] = BACKWARD * forward_flops(layout, stage, example)
+                known[key] = STEP_PASSES * forward_flops(layout, stage, example)
             self._before[stage.name], self._step[stage.name] = total, known[key]
             total += stage.steps * known[key]
 
