@@ -21,6 +21,8 @@ from vl_jax.moe.config import (
 )
 from vl_jax.moe.layer import DynamicMoE
 from vl_jax.moe.routing import MoEConfig
+from vl_jax.moe.specialise import per_expert
+from vl_jax.moe.stacks import Stack
 from vl_jax.moe.varied import widths
 
 NONE = SharedExpertsConfig(num=0)
@@ -138,3 +140,8 @@ def test_a_layer_of_several_widths_conforms(scheme):
     config = layer(scheme=scheme, num_experts=8, top_k=2, widths=(4, 2))
     found = conformance.check(scheme, config)
     assert not [str(result) for result in found if result.passed is False]
+
+
+def test_single_experts_of_several_widths_are_refused_in_one_line():
+    with pytest.raises(ValueError, match=r"moe.widths=\(2, 4, 8, 16\): .* it must be \(\)"):
+        per_expert.axes({}, Stack(layer(), (0,), (("layer", "moe"),)))

@@ -21,7 +21,11 @@ def axes(params: params_lib.Tree, stack: Stack) -> dict[str, int]:
 
     Args:
       params: of the whole model, or their shapes.
+
+    Raises:
+      ValueError: its experts differ in width, so that no leaf has a part for each of them.
     """
+    check_width(stack.moe)
     flat = params_lib.flatten(params)
     named = (("/".join((*run, name)), axis) for run in stack.runs for name, axis in AXES.items())
     return {path: axis for path, axis in named if path in flat}
@@ -39,6 +43,19 @@ def merge_state(new: State, old: State, chosen: Sequence[int], moe: MoEConfig) -
     """
     names, own = state_names(new, moe), np.isin(np.arange(moe.num_experts), chosen)
     return {k: jnp.where(own, v, old[k]) if k in names else v for k, v in new.items()}
+
+
+def check_width(moe: MoEConfig) -> None:
+    """Makes sure that every leaf has a part for each expert.
+
+    Raises:
+      ValueError: they differ in width.
+    """
+    if moe.widths:
+        raise ValueError(
+            f"moe.widths={moe.widths}: experts of several widths cannot be chosen, grown or pruned one by "
+            "one; it must be ()"
+        )
 
 
 def check_columns(moe: MoEConfig) -> None:

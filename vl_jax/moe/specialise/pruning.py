@@ -43,6 +43,7 @@ def smaller(config: MoEConfig, share: float) -> MoEConfig:
             f"share={share} leaves {count} of {config.num_experts} experts; there must be fewer, and "
             f"top_k={config.top_k} at least"
         )
+    per_expert.check_width(config)
     per_expert.check_columns(config)
     if config.simple.num:
         raise ValueError(f"simple has {config.simple.num} experts without matrices, which are not pruned")
